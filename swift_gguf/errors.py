@@ -1,0 +1,43 @@
+"""Errors of swift-gguf.
+
+Every message is one line that names what is wrong and what to do about it.  The command line
+prints it and exits with 1; libraries catch `SwiftError` and need not know the subclasses.
+"""
+
+from __future__ import annotations
+
+
+class SwiftError(Exception):
+    """Root of everything swift-gguf raises on purpose."""
+
+
+class NativeLibraryError(SwiftError, ImportError):
+    """The native library is missing, foreign, or built for another version of this package."""
+
+
+class ModelError(SwiftError):
+    """A model reference cannot be resolved, or its file cannot be loaded."""
+
+
+class DownloadError(ModelError):
+    """A model could not be fetched, or what arrived is not what was asked for."""
+
+
+class ContextFullError(SwiftError):
+    """A prompt or batch does not fit the context window."""
+
+
+class DecodeError(SwiftError):
+    """llama.cpp could not evaluate a batch."""
+
+
+class UnsupportedModelError(SwiftError):
+    """The model runs, but cannot be used for what was asked (rolled back, drafted with, ...)."""
+
+
+class SubnetworkError(SwiftError, ValueError):
+    """A sub-network names layers the model does not have or sub-layers that cannot be skipped."""
+
+
+class GrammarError(SwiftError, ValueError):
+    """A grammar does not parse."""
