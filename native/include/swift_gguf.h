@@ -1,0 +1,169 @@
+/* swift_gguf.h: run a sub-network of a loaded llama.cpp model as its own draft model.
+ *
+ * Part of the patched libllama that swift-gguf builds; include it after or instead of llama.h.
+ * Everything here works on ordinary llama.cpp contexts. No function throws or aborts on bad
+ * arguments; those that can fail say how.
+ *
+ * Layers are numbered from 0; "sub-layer" means the attention or the FFN (dense or MoE) of a layer.
+ */
+
+#ifndef SWIFT_GGUF_H
+#define SWIFT_GGUF_H
+
+#include "llama.h"
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define SWIFT_GGUF_ABI 1
+
+/* Error codes of the functions that return int32_t. llama_decode's own codes are passed through
+ * offset by SWIFT_GGUF_ERROR_DECODE: -100 - code. */
+#define SWIFT_GGUF_ERROR_ARGUMENT (-1) /* a null pointer, an index or a length out of range */
+#define SWIFT_GGUF_ERROR_ROLLBACK (-2) /* the context cannot be rolled back, see swift_gguf_rollback_refusal */
+#define SWIFT_GGUF_ERROR_GRAPH    (-3) /* llama.cpp could not build the graph */
+#define SWIFT_GGUF_ERROR_DECODE   (-100)
+
+/*
+ * Versions. Compare all of them before calling anything else from another language.
+ */
+
+/* SWIFT_GGUF_ABI of the library. */
+LLAMA_API int32_t swift_gguf_abi(void);
+
+/* The llama.cpp commit the library was built from, or "unknown" for a user's own checkout. */
+LLAMA_API const char * swift_gguf_llama_commit(void);
+
+/* sizeof of a struct that is passed by value: "llama_model_params", "llama_context_params",
+ * "llama_batch", "llama_model_quantize_params", "llama_sampler_chain_params",
+ * "llama_token_data_array", or of this header's "swift_gguf_cost", "swift_gguf_sublayer",
+ * "swift_gguf_draft_params". 0 for an unknown name. */
+LLAMA_API size_t swift_gguf_struct_size(const char * name);
+
+/*
+ * Sub-networks.
+ */
+
+/* An immutable choice of sub-layers to leave out. May be set on any number of contexts. */
+struct swift_gguf_subnetwork;
+
+/* skip_attention, skip_ffn: n_layer bytes each, non-zero leaves that sub-layer out; NULL leaves out
+ * none. Any combination is safe, all of them included. Returns NULL if n_layer is negative or absurd. */
+LLAMA_API struct swift_gguf_subnetwork * swift_gguf_subnetwork_init(
+        const uint8_t * skip_attention,
+        const uint8_t * skip_ffn,
+        int32_t         n_layer);
+
+LLAMA_API void swift_gguf_subnetwork_free(struct swift_gguf_subnetwork * subnetwork);
+
+/* The following passes of the context leave out what `subnetwork` says; NULL runs the whole model
+ * again. The context keeps its own reference: the handle may be freed at once.
+ *
+ * A skipped attention stores no K and V, so positions decoded under a sub-network must be removed
+ * (llama_memory_seq_rm) and decoded again by the whole model before anything relies on them.
+ *
+ * Returns 0, or SWIFT_GGUF_ERROR_ARGUMENT, or SWIFT_GGUF_ERROR_ROLLBACK. */
+LLAMA_API int32_t swift_gguf_set_subnetwork(
+        struct llama_context                * ctx,
+        const struct swift_gguf_subnetwork  * subnetwork);
+
+/* Why positions decoded in this context cannot be taken back exactly, as one English sentence without
+ * a full stop; NULL if they can. Recurrent and hybrid models keep a running state, sliding-window
+ * caches smaller than the context forget what a rollback would need. */
+LLAMA_API const char * swift_gguf_rollback_refusal(const struct llama_context * ctx);
+
+/* Computes CPU attention so that a row's result depends neither on how many rows are decoded with it nor
+ * on how far the cache is padded (ggml's reference path of flash attention: no tiles, no splitting of the
+ * sums over threads), as needed to verify drafts exactly. Has an effect on flash attention that runs on
+ * the CPU; may be switched at any time between passes. Returns 0, or SWIFT_GGUF_ERROR_ARGUMENT if the CPU
+ * backend has no such switch. */
+LLAMA_API int32_t swift_gguf_set_batch_invariant(struct llama_context * ctx, bool enable);
+
+/*
+ * Cost: what a pass reads, counted on the graph that llama.cpp would run. Neither function computes
+ * anything; both make the next llama_decode rebuild its graph (about a millisecond).
+ */
+
+struct swift_gguf_cost {
+    uint64_t weight_bytes; /* weights read, the output head included; for a MoE the experts that run */
+    uint64_t head_bytes;   /* of which the output projection onto the vocabulary */
+    uint64_t kv_bytes;     /* keys and values read from the cache */
+    int32_t  n_nodes;      /* operations, views not counted */
+    int32_t  n_splits;     /* parts the scheduler cuts the graph into, one backend each */
+};
+
+/* Cost of decoding n_tokens tokens of one sequence, n_outputs of them with logits, when the cache
+ * holds n_kv positions. */
+LLAMA_API int32_t swift_gguf_pass_cost(
+        struct llama_context               * ctx,
+        const struct swift_gguf_subnetwork * subnetwork, /* NULL: the whole model */
+        int32_t                              n_tokens,
+        int32_t                              n_outputs,
+        int32_t                              n_kv,
+        struct swift_gguf_cost             * cost);
+
+enum swift_gguf_sublayer_status {
+    SWIFT_GGUF_SUBLAYER_OK       = 0, /* can be skipped, and skipping saves work */
+    SWIFT_GGUF_SUBLAYER_ABSENT   = 1, /* this layer has no such sub-layer */
+    SWIFT_GGUF_SUBLAYER_UNSHARED = 2, /* it exists, but the architecture builds it without llama.cpp's shared helpers */
+    SWIFT_GGUF_SUBLAYER_USELESS  = 3, /* skipping it would save nothing */
+};
+
+struct swift_gguf_sublayer {
+    int32_t  status;       /* enum swift_gguf_sublayer_status */
+    int32_t  n_nodes;      /* what a one-token pass saves without this sub-layer: operations, */
+    uint64_t weight_bytes; /* weights read, */
+    uint64_t kv_bytes;     /* and keys and values read, at a full cache */
+};
+
+/* Finds out, from the graphs themselves, which sub-layers can be skipped and what each one saves.
+ * attention, ffn: n_layer entries each, n_layer as llama_model_n_layer says. */
+LLAMA_API int32_t swift_gguf_sublayers(
+        struct llama_context       * ctx,
+        struct swift_gguf_sublayer * attention,
+        struct swift_gguf_sublayer * ffn,
+        int32_t                      n_layer);
+
+/*
+ * Drafting.
+ */
+
+/* The most likely token of output row i (as llama_get_logits_ith counts: index into the batch, or -1
+ * for the last row) and its probability under softmax at temperature 1. */
+LLAMA_API int32_t swift_gguf_top1(
+        struct llama_context * ctx,
+        int32_t                i,
+        llama_token          * token,
+        float                * probability);
+
+struct swift_gguf_draft_params {
+    llama_seq_id seq_id;
+    int32_t      n_max; /* at most this many draft tokens */
+    float        p_min; /* stop before the first token less probable than this; 0: never */
+};
+
+/* Drafts greedily under `subnetwork`: decodes `token` at position `pos`, then the tokens it drafts,
+ * until n_max tokens, a token under p_min, or end of generation (which is drafted, then stops). The
+ * context's own sub-network is restored and the drafted positions are removed from its memory before
+ * it returns, whatever happens: on return the context holds positions < pos, as before.
+ *
+ * tokens, probabilities: room for n_max entries each. Returns the number of draft tokens, or an error
+ * code. */
+LLAMA_API int32_t swift_gguf_draft(
+        struct llama_context                 * ctx,
+        const struct swift_gguf_subnetwork   * subnetwork,
+        const struct swift_gguf_draft_params * params,
+        llama_token                            token,
+        llama_pos                              pos,
+        llama_token                          * tokens,
+        float                                * probabilities);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* SWIFT_GGUF_H */

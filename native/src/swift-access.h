@@ -1,0 +1,54 @@
+// The one door into llama_context's private parts (a friend of it, see the patch).
+
+#pragma once
+
+#include "swift_gguf.h"
+#include "swift-subnetwork.h"
+
+#include "llama-context.h"
+#include "llama-memory.h"
+#include "llama-model.h"
+
+struct swift_gguf_subnetwork {
+    swift_subnetwork_ptr value;
+};
+
+struct swift_access {
+    static swift_subnetwork_ptr & subnetwork(llama_context & ctx) {
+        return ctx.cparams.swift_subnetwork;
+    }
+
+    static ggml_backend_t cpu(const llama_context & ctx) {
+        return ctx.backend_cpu;
+    }
+
+    // The graph of a pass over one sequence with a full cache, split over the backends but neither
+    // allocated nor computed. Valid until the next graph of the context. May throw.
+    static ggml_cgraph * build(llama_context & ctx, uint32_t n_tokens, uint32_t n_outputs) {
+        ctx.synchronize();
+        ctx.sched_reserve();
+        const llama_memory_context_ptr memory = ctx.memory->init_full();
+        return ctx.graph_reserve(n_tokens, 1, n_outputs, memory.get(), /*split_only=*/true);
+    }
+
+    static const ggml_tensor * logits(const llama_context & ctx) {
+        return ctx.get_gf_res_reserve()->get_logits();
+    }
+};
+
+// Sets a sub-network for the lifetime of a scope, whatever way the scope is left.
+class swift_scope {
+public:
+    swift_scope(llama_context & ctx, swift_subnetwork_ptr subnetwork) :
+        current(swift_access::subnetwork(ctx)), previous(current) {
+        current = std::move(subnetwork);
+    }
+    ~swift_scope() { current = std::move(previous); }
+
+    swift_scope(const swift_scope &) = delete;
+    swift_scope & operator=(const swift_scope &) = delete;
+
+private:
+    swift_subnetwork_ptr & current;
+    swift_subnetwork_ptr   previous;
+};

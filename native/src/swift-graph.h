@@ -1,0 +1,29 @@
+// The call sites that the patch adds to llama.cpp's graph build.
+
+#pragma once
+
+#include "swift-subnetwork.h"
+
+struct ggml_tensor;
+struct llm_graph_context;
+
+// Each returns what the sub-layer contributes to the residual stream when the pass leaves it out (a
+// tensor of zeros, shaped like the real result), or nullptr when the sub-layer is to be built.
+ggml_tensor * swift_skip_attention(
+        const llm_graph_context & graph,
+        const ggml_tensor       * wo,     // output projection, or nullptr if the caller applies it later
+        const ggml_tensor       * q_cur,  // [n_embd_head_k, n_head, n_tokens]
+        const ggml_tensor       * v_cur,  // [n_embd_head_v, n_head_kv, n_tokens], or nullptr (KV of another layer)
+        const ggml_tensor       * v_mla,
+        int                       il);
+
+ggml_tensor * swift_skip_ffn(
+        const llm_graph_context & graph,
+        const ggml_tensor       * cur,   // [n_embd, n_tokens or n_outputs]
+        const ggml_tensor       * down,  // down projection: [n_ff, n_embd] or [n_ff, n_embd, n_expert]
+        int                       il);
+
+// Adds every input tensor that the skipped sub-layers left without a user to the graph as a leaf.
+// llama.cpp writes all inputs before a pass (llm_graph_result::set_inputs) and aborts on one that
+// was never allocated, such as the attention mask of a pass without attention.
+void swift_keep_inputs(const llm_graph_context & graph);

@@ -1,0 +1,71 @@
+"""`swift-gguf models`: the models that can be used by name, and fetching them."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from swift_gguf import models as library
+from swift_gguf.cli.progress import download_progress
+
+
+@click.group("models", invoke_without_command=True)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list instead of a table.")
+@click.pass_context
+def models(context: click.Context, as_json: bool) -> None:
+    """List the models that can be used by name, or `pull` one.
+
+    Besides these names, every command takes a path, hf:owner/repo or hf:owner/repo/file.gguf.
+    """
+    if context.invoked_subcommand is not None:
+        if as_json:
+            raise click.UsageError("--json belongs to the list, not to a subcommand.")
+        return
+    click.echo(_as_json() if as_json else _as_table())
+
+
+@models.command()
+@click.argument("name")
+def pull(name: str) -> None:
+    """Fetch a model (a name of the list, or hf:owner/repo[/file.gguf]) and print its path."""
+    with download_progress(name) as progress:
+        path = library.resolve(name, progress=progress)
+    click.echo(path)
+
+
+def _as_json() -> str:
+    rows = []
+    for entry in library.registry():
+        path = library.installed(entry)
+        rows.append(
+            {
+                "name": entry.name,
+                "size_bytes": entry.size,
+                "quantization": entry.quantization,
+                "installed": path is not None,
+                "path": None if path is None else str(path),
+                "description": entry.description,
+            }
+        )
+    return json.dumps(rows, indent=2)
+
+
+def _as_table() -> str:
+    rows = [("NAME", "SIZE", "FORMAT", "INSTALLED", "DESCRIPTION")]
+    for entry in library.registry():
+        here = "yes" if library.installed(entry) else "no"
+        rows.append(
+            (entry.name, _readable(entry.size), entry.quantization, here, entry.description)
+        )
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, size, *rest in rows:
+        cells = [name.ljust(widths[0]), size.rjust(widths[1])]
+        cells += [cell.ljust(width) for cell, width in zip(rest, widths[2:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _readable(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

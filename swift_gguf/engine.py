@@ -1,0 +1,163 @@
+"""The generator core: prefill, draft, verify, accept, roll back, yield.
+
+Knows token ids and a sampler, nothing about text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from time import perf_counter
+from typing import Any, Protocol
+
+from swift_gguf.drafting.source import Draft, Drafter
+from swift_gguf.errors import ContextFullError
+from swift_gguf.stats import SourceStats, Stats
+from swift_gguf.verification import verify
+
+TARGET = "target"
+NO_DRAFT = Draft([], [])
+
+
+@dataclass(frozen=True)
+class Token:
+    """A generated token and who proposed it: a drafter's name, or ``target``."""
+
+    id: int
+    source: str
+
+
+class Target(Protocol):
+    """What the engine needs of a model; `swift_gguf.model.Model` is one."""
+
+    @property
+    def n_ctx(self) -> int: ...
+    @property
+    def tokens(self) -> list[int]: ...
+    @property
+    def rollback_refusal(self) -> str | None: ...
+    def decode(self, tokens: Sequence[int], *, n_outputs: int) -> None: ...
+    def rollback(self, n_past: int) -> None: ...
+    def clear(self) -> None: ...
+    def is_eog(self, token: int) -> bool: ...
+
+
+class SamplesRows(Protocol):
+    """What the engine needs of a sampler; `swift_gguf.sampling.Sampler` is one."""
+
+    def sample(self, model: Any, row: int) -> int: ...
+
+
+def generate(
+    model: Target,
+    prompt: Sequence[int],
+    *,
+    sampler: SamplesRows,
+    drafter: Drafter | None = None,
+    draft_max: int = 8,
+    max_tokens: int | None = None,
+    stats: Stats | None = None,
+) -> Iterator[Token]:
+    """Yields the tokens that plain decoding would, end-of-generation tokens excluded.
+
+    Whatever the context held is kept as far as it is a prefix of the prompt.  However the generator
+    ends (end of generation, a limit, the consumer stopping, an exception), the context then holds
+    exactly what plain decoding would have decoded: the prompt and every yielded token but the last.
+
+    max_tokens: None generates until the end or until the context is full.
+    stats: filled while the tokens flow, `stop_reason` at the end.
+
+    Raises:
+        ContextFullError: the prompt does not fit; nothing is decoded.
+        DecodeError: llama.cpp failed.
+    """
+    stats = Stats() if stats is None else stats
+    stats.stop_reason = "stopped"
+    _prefill(model, prompt, stats)
+    sampled = 0  # tokens drawn and either yielded or found to end the generation
+    source, path = TARGET, [sampler.sample(model, 0)]
+    try:
+        while True:
+            for i, token in enumerate(path):
+                sampled += 1
+                if model.is_eog(token):
+                    stats.stop_reason = "eos"
+                    return
+                stats.predicted_n += 1
+                yield Token(token, source if i < len(path) - 1 else TARGET)
+                if stats.predicted_n == max_tokens:
+                    stats.stop_reason = "length"
+                    return
+            room = model.n_ctx - len(model.tokens)
+            if room == 0:
+                stats.stop_reason = "context"
+                return
+            n_max = min(draft_max, room - 1)
+            if max_tokens is not None:
+                n_max = min(n_max, max_tokens - stats.predicted_n - 1)
+            source = drafter.name if drafter else TARGET
+            path = _cycle(model, path[-1], sampler, drafter, n_max, stats)
+    finally:
+        model.rollback(len(prompt) + max(sampled - 1, 0))
+
+
+def _prefill(model: Target, prompt: Sequence[int], stats: Stats) -> None:
+    """Decodes what the context lacks of the prompt; the last prompt token gets the logits."""
+    if not prompt:
+        raise ValueError("an empty prompt; give at least one token")
+    if len(prompt) > model.n_ctx:
+        raise ContextFullError(
+            f"the prompt has {len(prompt)} tokens, the context {model.n_ctx}; "
+            "use a larger --ctx-size or a shorter prompt"
+        )
+    start = perf_counter()
+    pairs = zip(model.tokens, prompt, strict=False)
+    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    common = min(common, len(prompt) - 1)
+    if common < len(model.tokens) and model.rollback_refusal:
+        common = 0
+    if common:
+        model.rollback(common)
+    else:
+        model.clear()
+    model.decode(prompt[common:], n_outputs=1)
+    stats.prompt_n = len(prompt) - common
+    stats.prompt_s = perf_counter() - start
+
+
+def _cycle(
+    model: Target,
+    pending: int,
+    sampler: SamplesRows,
+    drafter: Drafter | None,
+    n_max: int,
+    stats: Stats,
+) -> list[int]:
+    """One draft and its verification: the tokens that follow `pending`, at least one.
+
+    Afterwards the context holds `pending` and all of these but the last.
+    """
+    start = perf_counter()
+    draft = drafter.draft(pending, n_max=n_max) if drafter and n_max > 0 else NO_DRAFT
+    drafted = perf_counter()
+
+    n_past = len(model.tokens)
+    model.decode([pending, *draft.tokens], n_outputs=len(draft.tokens) + 1)
+    decoded = perf_counter()
+
+    path = verify(
+        draft.tokens, sample=lambda row: sampler.sample(model, row), is_eog=model.is_eog
+    )
+    verified = perf_counter()
+
+    model.rollback(n_past + len(path))
+    if drafter:
+        source = stats.sources.setdefault(drafter.name, SourceStats())
+        source.count(drafted=len(draft.tokens), accepted=len(path) - 1)
+    stats.cycles += 1
+    stats.draft_s += drafted - start
+    stats.verify_s += decoded - drafted
+    stats.sample_s += verified - decoded
+    stats.cycle_s += perf_counter() - start
+    return path

@@ -1,0 +1,353 @@
+"""A loaded model and its context: decode, logits, rollback.  Token ids only, no text."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from swift_gguf.errors import ContextFullError, DecodeError, ModelError, UnsupportedModelError
+from swift_gguf.gguf_check import check
+from swift_gguf.native import SUBLAYER_STATUS, Cost, SubnetworkHandle, library
+from swift_gguf.subnetwork import SubNetwork
+
+DEFAULT_CONTEXT = 4096
+
+# From this width on (ggml_fa_tile_config::Q), CPU flash attention may use its tiled kernel: right for
+# prefill, too wide ever to be a verification.
+PREFILL_WIDTH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How to load a model; names follow llama.cpp's command line."""
+
+    n_ctx: int = DEFAULT_CONTEXT
+    """Context size in tokens; 0: as long as the model was trained for."""
+    n_batch: int = 512
+    """Tokens decoded at once during prefill."""
+    n_threads: int | None = None
+    """None: one a physical core, performance cores only where there are two kinds."""
+    n_gpu_layers: int = -1
+    """-1: all of them, where there is a GPU."""
+    flash_attn: bool | None = None
+    """None: where the backend has it.  Off, verified rows differ from plainly decoded ones by rounding
+    on CPUs, whatever the quantisation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sublayer:
+    """What skipping one sub-layer would save in a one-token pass."""
+
+    status: str
+    """``ok``; ``absent``: the layer has none; ``unshared``: the architecture builds it without
+    llama.cpp's shared helpers; ``useless``: skipping saves nothing."""
+    weight_bytes: int
+    kv_bytes: int
+    """At a full context."""
+    n_nodes: int
+
+
+class Model:
+    """A model with one sequence in one context.  Not safe for use by several threads at once.
+
+    Raises:
+        ModelError: the file is missing, damaged or not a model llama.cpp can run.
+    """
+
+    def __init__(self, path: str | Path, options: ModelOptions | None = None) -> None:
+        self.path = Path(path)
+        self.options = options or ModelOptions()
+        self.tokens: list[int] = []
+        """The tokens the context holds, in order."""
+        self._model: Any = None
+        self.ctx: Any = None
+        self._batch: Any = None
+        self._outputs = range(0)
+        self._handles: dict[SubNetwork, SubnetworkHandle] = {}
+        check(self.path)
+        self._library = library()
+        self._api = self._library.api
+        try:
+            self._load()
+        except BaseException:
+            self.close()
+            raise
+
+    # -- loading -----------------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        api, options = self._api, self.options
+        params = api.llama_model_default_params()
+        params.n_gpu_layers = options.n_gpu_layers
+        with self._library.messages() as messages:
+            self._model = api.llama_model_load_from_file(str(self.path).encode(), params)
+        if not self._model:
+            raise ModelError(f"{self.path} cannot be loaded: {_cause(messages)}")
+        self.vocab = api.llama_model_get_vocab(self._model)
+        self.n_layer: int = api.llama_model_n_layer(self._model)
+        self.n_vocab: int = api.llama_vocab_n_tokens(self.vocab)
+        if self.n_vocab == 0 or api.llama_vocab_type(self.vocab) == 0:
+            raise ModelError(f"{self.path} has no tokenizer; convert the model again, with one")
+
+        self._n_threads = options.n_threads or default_threads()
+        params = api.llama_context_default_params()
+        params.n_ctx = options.n_ctx or api.llama_model_n_ctx_train(self._model)
+        params.n_batch = params.n_ubatch = min(options.n_batch, params.n_ctx)
+        params.n_seq_max = 1
+        params.n_threads = params.n_threads_batch = self._n_threads
+        params.flash_attn_type = -1 if options.flash_attn is None else int(options.flash_attn)
+        params.no_perf = True
+        params.swa_full = True  # a sliding-window cache of the window's size cannot be rolled back
+        with self._library.messages() as messages:
+            self.ctx = api.llama_init_from_model(self._model, params)
+        if not self.ctx:
+            raise ModelError(
+                f"{self.path}: no context of {params.n_ctx} tokens: {_cause(messages)}; "
+                "try a smaller --ctx-size"
+            )
+        self._memory = api.llama_get_memory(self.ctx)
+        if not self._memory or api.llama_model_has_encoder(self._model):
+            raise UnsupportedModelError(
+                f"{self.path} does not generate text token by token; use a decoder-only model"
+            )
+        self.n_ctx: int = api.llama_n_ctx(self.ctx)
+        self.n_batch: int = api.llama_n_batch(self.ctx)
+        self._batch = api.llama_batch_init(self.n_batch, 0, 1)
+        self._invariant = False
+
+    def close(self) -> None:
+        """Frees everything; safe to call twice."""
+        self._handles.clear()
+        if self._batch is not None:
+            self._api.llama_batch_free(self._batch)
+            self._batch = None
+        if self.ctx:
+            self._api.llama_free(self.ctx)
+            self.ctx = None
+        if self._model:
+            self._api.llama_model_free(self._model)
+            self._model = None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_model", None):
+            self.close()
+
+    # -- what the model is -------------------------------------------------------------------------
+
+    @property
+    def n_threads(self) -> int:
+        return self._n_threads
+
+    @property
+    def n_ctx_train(self) -> int:
+        return int(self._api.llama_model_n_ctx_train(self._model))
+
+    @property
+    def n_params(self) -> int:
+        return int(self._api.llama_model_n_params(self._model))
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all tensors."""
+        return int(self._api.llama_model_size(self._model))
+
+    @property
+    def description(self) -> str:
+        """Architecture, size and quantisation in a line, as llama.cpp puts it."""
+        return self._library.description(self._model)
+
+    def metadata(self, key: str) -> str | None:
+        """A value of the GGUF's metadata as text, or None."""
+        return self._library.metadata(self._model, key)
+
+    @property
+    def rollback_refusal(self) -> str | None:
+        """Why speculation is impossible with this model, or None if it is possible."""
+        return self._library.rollback_refusal(self.ctx)
+
+    @cached_property
+    def sublayers(self) -> tuple[list[Sublayer], list[Sublayer]]:
+        """Attention and FFN of every layer, each [n_layer], from the graphs llama.cpp builds."""
+        attention, ffn = (
+            [
+                Sublayer(
+                    status=SUBLAYER_STATUS[item.status],
+                    weight_bytes=item.weight_bytes,
+                    kv_bytes=item.kv_bytes,
+                    n_nodes=item.n_nodes,
+                )
+                for item in kind
+            ]
+            for kind in self._library.sublayers(self.ctx, self.n_layer)
+        )
+        return attention, ffn
+
+    def is_eog(self, token: int) -> bool:
+        """Does this token end a generation?"""
+        return bool(self._api.llama_vocab_is_eog(self.vocab, token))
+
+    # -- decoding ----------------------------------------------------------------------------------
+
+    @property
+    def n_past(self) -> int:
+        """How many tokens the context holds."""
+        return len(self.tokens)
+
+    def decode(self, tokens: Sequence[int], *, n_outputs: int = 1) -> None:
+        """Appends tokens to the context; the last `n_outputs` of them get logits (rows 0, 1, ...).
+
+        Raises:
+            ContextFullError: they do not fit; nothing is decoded.
+            DecodeError: llama.cpp failed; the context is as before.
+        """
+        if self.n_past + len(tokens) > self.n_ctx:
+            raise ContextFullError(
+                f"{self.n_past + len(tokens)} tokens do not fit the context of {self.n_ctx}; "
+                "use a larger --ctx-size or a shorter prompt"
+            )
+        if not 0 <= n_outputs <= min(len(tokens), self.n_batch):
+            raise ValueError(f"{n_outputs} outputs of {len(tokens)} tokens in batches of {self.n_batch}")
+        before = self.n_past
+        # outputs must all be in the last batch: earlier rows are overwritten
+        body = len(tokens) - n_outputs
+        cuts = [*range(0, body, self.n_batch), body] if len(tokens) > self.n_batch else [0]
+        for start, end in zip(cuts, [*cuts[1:], len(tokens)], strict=True):
+            if start < end:
+                self._decode_batch(tokens[start:end], n_outputs if end == len(tokens) else 0, before)
+
+    def _decode_batch(self, tokens: Sequence[int], n_outputs: int, before: int) -> None:
+        if (invariant := len(tokens) < PREFILL_WIDTH) != self._invariant:
+            self._library.set_batch_invariant(self.ctx, invariant)
+            self._invariant = invariant
+        batch, first = self._batch, len(tokens) - n_outputs
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i] = token
+            batch.pos[i] = self.n_past + i
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = 0
+            batch.logits[i] = i >= first
+        with self._library.messages() as messages:
+            code = self._api.llama_decode(self.ctx, batch)
+        if code != 0:
+            self.rollback(before)
+            raise DecodeError(f"llama.cpp could not decode (code {code}): {_cause(messages)}")
+        self._outputs = range(first, len(tokens))
+        self.tokens.extend(tokens)
+
+    def output_index(self, row: int) -> int:
+        """Row of the last decode's outputs -> index llama.cpp knows it by."""
+        return self._outputs[row]
+
+    def top1(self, row: int) -> tuple[int, float]:
+        """The most likely token of an output row and its probability at temperature 1."""
+        return self._library.top1(self.ctx, self._outputs[row])
+
+    def logits(self, row: int) -> Any:
+        """A copy of an output row's logits, float32 [n_vocab]."""
+        return self._library.logits(self.ctx, self._outputs[row], self.n_vocab)
+
+    def rollback(self, n_past: int) -> None:
+        """Forgets all tokens from position `n_past` on, exactly.
+
+        Raises:
+            UnsupportedModelError: the model cannot (recurrent state); it is as before.
+        """
+        if n_past >= self.n_past:
+            return
+        if not self._api.llama_memory_seq_rm(self._memory, 0, n_past, -1):
+            raise UnsupportedModelError(
+                f"cannot take tokens back: {self.rollback_refusal}; use --speculation off"
+            )
+        del self.tokens[n_past:]
+
+    def clear(self) -> None:
+        """Forgets all tokens; always possible."""
+        self._api.llama_memory_clear(self._memory, False)
+        self.tokens.clear()
+
+    # -- sub-networks ------------------------------------------------------------------------------
+
+    def _handle(self, subnetwork: SubNetwork | None) -> SubnetworkHandle | None:
+        if subnetwork is None:
+            return None
+        if subnetwork not in self._handles:
+            self._handles[subnetwork] = self._library.subnetwork(
+                subnetwork.attn_mask, subnetwork.ffn_mask
+            )
+        return self._handles[subnetwork]
+
+    def set_subnetwork(self, subnetwork: SubNetwork | None) -> None:
+        """The next passes run this sub-network; None: the whole model.
+
+        What is decoded under a sub-network must be rolled back before the whole model goes on.
+        """
+        self._library.set_subnetwork(self.ctx, self._handle(subnetwork))
+
+    def draft(
+        self, subnetwork: SubNetwork, token: int, *, n_max: int, p_min: float
+    ) -> tuple[list[int], list[float]]:
+        """Greedy draft tokens after `token`, which itself is not decoded yet, with probabilities.
+
+        Stops before a token less probable than `p_min`, and after an end of generation.  The context
+        is left as it was.
+        """
+        handle = self._handle(subnetwork)
+        assert handle is not None
+        return self._library.draft(self.ctx, handle, token, self.n_past, n_max=n_max, p_min=p_min)
+
+    def pass_cost(
+        self,
+        subnetwork: SubNetwork | None = None,
+        *,
+        n_tokens: int = 1,
+        n_outputs: int = 1,
+        n_kv: int | None = None,
+    ) -> Cost:
+        """Bytes and operations of a pass, from the graph llama.cpp would run.
+
+        n_kv: positions the cache holds; default: as many as now.
+        """
+        n_kv = self.n_past if n_kv is None else n_kv
+        handle = self._handle(subnetwork)
+        return self._library.pass_cost(
+            self.ctx, handle, n_tokens=n_tokens, n_outputs=n_outputs, n_kv=n_kv
+        )
+
+
+def _cause(messages: Sequence[str]) -> str:
+    """The most telling of llama.cpp's messages: the first is the cause, the rest its echo."""
+    lines = [line.strip(" .") for line in messages if line.strip(" .")]
+    return lines[0].split("\n")[0] if lines else "llama.cpp gives no reason"
+
+
+def default_threads() -> int:
+    """Physical cores this process may use, performance cores only where there are two kinds.
+
+    Decoding is bound by memory: a second hardware thread a core gains nothing, and one slow core
+    holds all others up at every operation.
+    """
+    if sys.platform == "darwin":
+        for key in ("hw.perflevel0.physicalcpu", "hw.physicalcpu"):
+            done = subprocess.run(["sysctl", "-n", key], capture_output=True, text=True)
+            if done.stdout.strip().isdigit():
+                return int(done.stdout)
+    if hasattr(os, "sched_getaffinity"):
+        cores = set()
+        for cpu in os.sched_getaffinity(0):
+            siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+            cores.add(siblings.read_text() if siblings.exists() else str(cpu))
+        return max(1, len(cores))
+    return max(1, (os.cpu_count() or 2) // 2)

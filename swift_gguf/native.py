@@ -1,0 +1,416 @@
+"""Finds and loads the native library; the only module that touches ctypes.
+
+The library is llama.cpp's libllama with our patch (see native/README.md).  `llama_cpp`, the ctypes
+binding of llama-cpp-python, is made to load this very file, so both speak to one library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from swift_gguf.errors import DecodeError, NativeLibraryError, SwiftError, UnsupportedModelError
+
+ABI = 1
+"""SWIFT_GGUF_ABI of native/include/swift_gguf.h that this module is written for."""
+
+REINSTALL = "reinstall swift-gguf (pip install --force-reinstall swift-gguf, or make)"
+
+
+class Cost(ctypes.Structure):
+    """struct swift_gguf_cost: what a pass reads, in bytes, and its size in operations."""
+
+    weight_bytes: int
+    head_bytes: int
+    kv_bytes: int
+    n_nodes: int
+    n_splits: int
+    _fields_ = (
+        ("weight_bytes", ctypes.c_uint64),
+        ("head_bytes", ctypes.c_uint64),
+        ("kv_bytes", ctypes.c_uint64),
+        ("n_nodes", ctypes.c_int32),
+        ("n_splits", ctypes.c_int32),
+    )
+
+
+class SublayerStruct(ctypes.Structure):
+    """struct swift_gguf_sublayer."""
+
+    status: int
+    n_nodes: int
+    weight_bytes: int
+    kv_bytes: int
+    _fields_ = (
+        ("status", ctypes.c_int32),
+        ("n_nodes", ctypes.c_int32),
+        ("weight_bytes", ctypes.c_uint64),
+        ("kv_bytes", ctypes.c_uint64),
+    )
+
+
+class DraftParams(ctypes.Structure):
+    """struct swift_gguf_draft_params."""
+
+    seq_id: int
+    n_max: int
+    p_min: float
+    _fields_ = (
+        ("seq_id", ctypes.c_int32),
+        ("n_max", ctypes.c_int32),
+        ("p_min", ctypes.c_float),
+    )
+
+
+SUBLAYER_STATUS = ("ok", "absent", "unshared", "useless")
+"""enum swift_gguf_sublayer_status, by value."""
+
+_ERRORS = {
+    -1: "an argument is out of range",
+    -2: "the context cannot be rolled back",
+    -3: "llama.cpp could not build the graph",
+}
+
+_MASK = ctypes.POINTER(ctypes.c_uint8)
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "swift_gguf_abi": (ctypes.c_int32, []),
+    "swift_gguf_llama_commit": (ctypes.c_char_p, []),
+    "swift_gguf_struct_size": (ctypes.c_size_t, [ctypes.c_char_p]),
+    "swift_gguf_subnetwork_init": (ctypes.c_void_p, [_MASK, _MASK, ctypes.c_int32]),
+    "swift_gguf_subnetwork_free": (None, [ctypes.c_void_p]),
+    "swift_gguf_set_subnetwork": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_void_p]),
+    "swift_gguf_rollback_refusal": (ctypes.c_char_p, [ctypes.c_void_p]),
+    "swift_gguf_set_batch_invariant": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_bool]),
+    "swift_gguf_pass_cost": (
+        ctypes.c_int32,
+        [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int32] * 3, ctypes.POINTER(Cost)],
+    ),
+    "swift_gguf_sublayers": (
+        ctypes.c_int32,
+        [ctypes.c_void_p, *[ctypes.POINTER(SublayerStruct)] * 2, ctypes.c_int32],
+    ),
+    "swift_gguf_top1": (
+        ctypes.c_int32,
+        [
+            ctypes.c_void_p,
+            ctypes.c_int32,
+            ctypes.POINTER(ctypes.c_int32),
+            ctypes.POINTER(ctypes.c_float),
+        ],
+    ),
+    "swift_gguf_draft": (
+        ctypes.c_int32,
+        [
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.POINTER(DraftParams),
+            *[ctypes.c_int32] * 2,
+            ctypes.POINTER(ctypes.c_int32),
+            ctypes.POINTER(ctypes.c_float),
+        ],
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """A device ggml can compute on."""
+
+    name: str
+    description: str
+    is_gpu: bool
+
+
+class SubnetworkHandle:
+    """Owns a `struct swift_gguf_subnetwork`."""
+
+    def __init__(self, swift: ctypes.CDLL, skip_attn: Sequence[bool], skip_ffn: Sequence[bool]) -> None:
+        n_layer = len(skip_attn)
+        masks = [(ctypes.c_uint8 * n_layer)(*mask) for mask in (skip_attn, skip_ffn)]
+        self._free = swift.swift_gguf_subnetwork_free
+        self.pointer: int | None = swift.swift_gguf_subnetwork_init(*masks, n_layer)
+        if not self.pointer:
+            raise SwiftError(f"a sub-network of {n_layer} layers is not possible")
+
+    def __del__(self) -> None:
+        if pointer := getattr(self, "pointer", None):
+            self._free(pointer)
+
+
+class Library:
+    """The loaded library: `api` is the `llama_cpp` module, the methods are swift_gguf.h.
+
+    Contexts are passed as `llama_cpp` hands them out (`llama_context_p`, an address).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.api = _import_llama_cpp(folder)
+        self._swift = self.api._lib
+        self._check_versions()
+        self._log: deque[str] = deque(maxlen=50)
+        self._callback = self.api.llama_log_callback(self._on_log)
+        self.api.llama_log_set(self._callback, ctypes.c_void_p(0))
+        self.api.llama_backend_init()
+
+    # -- versions and messages ---------------------------------------------------------------------
+
+    def _check_versions(self) -> None:
+        for name, (result, arguments) in _SIGNATURES.items():
+            try:
+                function = getattr(self._swift, name)
+            except AttributeError:
+                raise NativeLibraryError(
+                    f"{self.folder} holds a libllama without swift-gguf's patch; {REINSTALL}"
+                ) from None
+            function.restype, function.argtypes = result, arguments
+        if (abi := self._swift.swift_gguf_abi()) != ABI:
+            raise NativeLibraryError(
+                f"the library in {self.folder} has ABI {abi}, this package needs {ABI}; {REINSTALL}"
+            )
+        structs = {name: getattr(self.api, name) for name in _LLAMA_STRUCTS}
+        structs |= {
+            "swift_gguf_cost": Cost,
+            "swift_gguf_sublayer": SublayerStruct,
+            "swift_gguf_draft_params": DraftParams,
+        }
+        for name, struct in structs.items():
+            native = self._swift.swift_gguf_struct_size(name.encode())
+            if native != ctypes.sizeof(struct):
+                raise NativeLibraryError(
+                    f"the library in {self.folder} and llama-cpp-python {self.api.__version__} "
+                    f"disagree about {name} ({native} and {ctypes.sizeof(struct)} bytes); {REINSTALL}"
+                )
+
+    def _on_log(self, level: int, text: bytes, _: object) -> None:
+        if level in (2, 3):  # GGML_LOG_LEVEL_WARN, _ERROR
+            self._log.append(text.decode("utf-8", "replace").strip())
+        if os.environ.get("SWIFT_GGUF_LOG"):
+            sys.stderr.write(text.decode("utf-8", "replace"))
+
+    @contextmanager
+    def messages(self) -> Iterator[deque[str]]:
+        """Warnings and errors that llama.cpp logs inside the block, oldest first."""
+        self._log.clear()
+        yield self._log
+
+    @property
+    def llama_commit(self) -> str:
+        """The llama.cpp commit of the library, "unknown" for a user's own checkout."""
+        return str(self._swift.swift_gguf_llama_commit().decode())
+
+    def devices(self) -> list[Device]:
+        """The devices ggml found, GPUs first."""
+        suffix = {"darwin": "lib{}.dylib", "win32": "{}.dll"}.get(sys.platform, "lib{}.so")
+        base, registry = (
+            ctypes.CDLL(str(self.folder / suffix.format(name))) for name in ("ggml-base", "ggml")
+        )
+        registry.ggml_backend_dev_count.restype = ctypes.c_size_t
+        registry.ggml_backend_dev_get.restype = ctypes.c_void_p
+        registry.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
+        for name in ("name", "description"):
+            getattr(base, f"ggml_backend_dev_{name}").restype = ctypes.c_char_p
+            getattr(base, f"ggml_backend_dev_{name}").argtypes = [ctypes.c_void_p]
+        base.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
+        pointers = [registry.ggml_backend_dev_get(i) for i in range(registry.ggml_backend_dev_count())]
+        found = [
+            Device(
+                name=base.ggml_backend_dev_name(pointer).decode(),
+                description=base.ggml_backend_dev_description(pointer).decode(),
+                is_gpu=base.ggml_backend_dev_type(pointer) in (1, 2),  # GPU, IGPU
+            )
+            for pointer in pointers
+        ]
+        return sorted(found, key=lambda device: not device.is_gpu)
+
+    # -- swift_gguf.h ------------------------------------------------------------------------------
+
+    def subnetwork(self, skip_attn: Sequence[bool], skip_ffn: Sequence[bool]) -> SubnetworkHandle:
+        """A native sub-network from two masks of n_layer entries; True leaves the sub-layer out."""
+        return SubnetworkHandle(self._swift, skip_attn, skip_ffn)
+
+    def set_subnetwork(self, ctx: Any, handle: SubnetworkHandle | None) -> None:
+        """The context's next passes run this sub-network; None runs the whole model."""
+        pointer = handle.pointer if handle else None
+        _check(self._swift.swift_gguf_set_subnetwork(ctx, pointer), "set the sub-network")
+
+    def rollback_refusal(self, ctx: Any) -> str | None:
+        """Why this context cannot be rolled back exactly, or None if it can."""
+        reason = self._swift.swift_gguf_rollback_refusal(ctx)
+        return reason.decode() if reason else None
+
+    def set_batch_invariant(self, ctx: Any, enable: bool) -> None:
+        """CPU attention whose rows do not depend on the batch they are decoded in."""
+        code = self._swift.swift_gguf_set_batch_invariant(ctx, enable)
+        _check(code, "choose batch-invariant attention")
+
+    def pass_cost(
+        self, ctx: Any, handle: SubnetworkHandle | None, *, n_tokens: int, n_outputs: int, n_kv: int
+    ) -> Cost:
+        """What decoding n_tokens tokens reads when the cache holds n_kv positions."""
+        cost = Cost()
+        pointer = handle.pointer if handle else None
+        code = self._swift.swift_gguf_pass_cost(ctx, pointer, n_tokens, n_outputs, n_kv, cost)
+        _check(code, "count the cost of a pass")
+        return cost
+
+    def sublayers(
+        self, ctx: Any, n_layer: int
+    ) -> tuple[Sequence[SublayerStruct], Sequence[SublayerStruct]]:
+        """Of each layer's attention and FFN: can it be skipped, and what does that save."""
+        attention, ffn = (SublayerStruct * n_layer)(), (SublayerStruct * n_layer)()
+        _check(
+            self._swift.swift_gguf_sublayers(ctx, attention, ffn, n_layer), "look at the sub-layers"
+        )
+        return list(attention), list(ffn)
+
+    def top1(self, ctx: Any, row: int) -> tuple[int, float]:
+        """The most likely token of an output row and its probability at temperature 1."""
+        token, probability = ctypes.c_int32(), ctypes.c_float()
+        _check(self._swift.swift_gguf_top1(ctx, row, token, probability), "read the logits")
+        return token.value, probability.value
+
+    def draft(
+        self, ctx: Any, handle: SubnetworkHandle, token: int, pos: int, *, n_max: int, p_min: float
+    ) -> tuple[list[int], list[float]]:
+        """Greedy draft tokens after `token` at position `pos`, and their probabilities."""
+        tokens, probabilities = (ctypes.c_int32 * n_max)(), (ctypes.c_float * n_max)()
+        params = DraftParams(0, n_max, p_min)
+        n = self._swift.swift_gguf_draft(
+            ctx, handle.pointer, params, token, pos, tokens, probabilities
+        )
+        _check(n, "draft")
+        return tokens[:n], probabilities[:n]
+
+    def logits(self, ctx: Any, row: int, n_vocab: int) -> Any:
+        """A copy of an output row's logits, float32 [n_vocab]."""
+        import numpy as np
+
+        pointer = self.api.llama_get_logits_ith(ctx, row)
+        if not pointer:
+            raise DecodeError(f"output row {row} has no logits; ask for it when decoding")
+        return np.ctypeslib.as_array(pointer, (n_vocab,)).copy()
+
+    # -- text buffers that llama.cpp fills ---------------------------------------------------------
+
+    def tokenize(self, vocab: Any, text: bytes, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Token ids of UTF-8 text (llama_tokenize)."""
+        size = len(text) + 8
+        for _ in range(2):
+            buffer = (self.api.llama_token * size)()
+            n = self.api.llama_tokenize(
+                vocab, text, len(text), buffer, size, add_special, parse_special
+            )
+            if n >= 0:
+                return list(buffer[:n])
+            size = -n
+        raise SwiftError("llama.cpp could not tokenize the text; is the model's vocabulary intact?")
+
+    def token_bytes(self, vocab: Any, token: int, *, special: bool) -> bytes:
+        """The UTF-8 bytes a token stands for (llama_token_to_piece); may be part of a character."""
+        size = 64
+        for _ in range(2):
+            buffer = ctypes.create_string_buffer(size)
+            n = self.api.llama_token_to_piece(vocab, token, buffer, size, 0, special)
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
+        return b""
+
+    def metadata(self, model: Any, key: str) -> str | None:
+        """A value of the GGUF's metadata as text, or None."""
+        size = 256
+        for _ in range(2):
+            buffer = ctypes.create_string_buffer(size)
+            n = self.api.llama_model_meta_val_str(model, key.encode(), buffer, size)
+            if n < 0:
+                return None
+            if n < size:
+                return buffer.value.decode("utf-8", "replace")
+            size = n + 1
+        return None
+
+    def description(self, model: Any) -> str:
+        """llama.cpp's one-line name of architecture, size and quantisation."""
+        buffer = ctypes.create_string_buffer(256)
+        self.api.llama_model_desc(model, buffer, 256)
+        return buffer.value.decode("utf-8", "replace")
+
+
+_LLAMA_STRUCTS = (
+    "llama_model_params",
+    "llama_context_params",
+    "llama_batch",
+    "llama_model_quantize_params",
+    "llama_sampler_chain_params",
+    "llama_token_data_array",
+)
+
+
+def _check(code: int, what: str) -> None:
+    if code >= 0:
+        return
+    if code == -2:
+        raise UnsupportedModelError(f"could not {what}: {_ERRORS[code]}; use --speculation off")
+    raise DecodeError(f"could not {what}: {_ERRORS.get(code, f'llama_decode returned {-100 - code}')}")
+
+
+def _library_folders() -> Iterator[Path]:
+    if override := os.environ.get("SWIFT_GGUF_LIB_DIR"):
+        yield Path(override)
+        return
+    # An editable install has two roots: the sources, and the built files in site-packages.
+    for root in sys.modules["swift_gguf"].__path__:
+        yield Path(root) / "lib"
+
+
+def find_library() -> Path:
+    """The folder of our libllama.
+
+    Raises:
+        NativeLibraryError: nothing is built, or SWIFT_GGUF_LIB_DIR leads nowhere.
+    """
+    tried = list(_library_folders())
+    for folder in tried:
+        if any(folder.glob("*llama.*")):
+            return folder
+    raise NativeLibraryError(
+        f"the native library is not in {' or '.join(map(str, tried))}; {REINSTALL}"
+    )
+
+
+def _import_llama_cpp(folder: Path) -> ModuleType:
+    loaded = sys.modules.get("llama_cpp.llama_cpp")
+    if loaded is not None:
+        theirs = Path(loaded._base_path)
+        if theirs.resolve() != folder.resolve():
+            raise NativeLibraryError(
+                f"llama_cpp was imported before swift_gguf and loaded {theirs}; "
+                "import swift_gguf first, in the same process"
+            )
+    # llama_cpp reads this once, at its first import
+    os.environ["LLAMA_CPP_LIB_PATH"] = str(folder)
+    try:
+        return importlib.import_module("llama_cpp.llama_cpp")
+    except (RuntimeError, OSError, AttributeError, FileNotFoundError) as error:
+        raise NativeLibraryError(f"could not load {folder}: {error}; {REINSTALL}") from error
+
+
+@cache
+def library() -> Library:
+    """The library, loaded and checked at the first call.
+
+    Raises:
+        NativeLibraryError: it is missing, foreign or of another version.
+    """
+    return Library(find_library())

@@ -1,0 +1,83 @@
+"""Which sub-layers a draft pass leaves out: an immutable value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from swift_gguf.errors import SubnetworkError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubNetwork:
+    """A sub-network of a model with `n_layer` layers: everything but the named sub-layers.
+
+    Raises:
+        SubnetworkError: a layer outside [0, n_layer).
+    """
+
+    n_layer: int
+    skip_attn: frozenset[int] = field(default_factory=frozenset)
+    skip_ffn: frozenset[int] = field(default_factory=frozenset)
+
+    def __post_init__(self) -> None:
+        for layer in self.skip_attn | self.skip_ffn:
+            if not 0 <= layer < self.n_layer:
+                raise SubnetworkError(
+                    f"layer {layer} does not exist; the model has layers 0 to {self.n_layer - 1}"
+                )
+
+    def __str__(self) -> str:
+        if not self.skip_attn and not self.skip_ffn:
+            return "the whole model"
+        parts = {"attention": self.skip_attn, "FFN": self.skip_ffn}
+        named = [f"{kind} {format_layers(layers)}" for kind, layers in parts.items() if layers]
+        return "without " + " and ".join(named)
+
+    @property
+    def attn_mask(self) -> list[bool]:
+        """[n_layer], True where attention is left out."""
+        return [layer in self.skip_attn for layer in range(self.n_layer)]
+
+    @property
+    def ffn_mask(self) -> list[bool]:
+        """[n_layer], True where the FFN is left out."""
+        return [layer in self.skip_ffn for layer in range(self.n_layer)]
+
+    @classmethod
+    def uniform(cls, n_layer: int) -> SubNetwork:
+        """Every second sub-layer of both kinds, first and last layer kept: SWIFT's start (§4.1)."""
+        skip = frozenset(range(1, n_layer - 1, 2))
+        return cls(n_layer=n_layer, skip_attn=skip, skip_ffn=skip)
+
+
+def parse_layers(text: str) -> frozenset[int]:
+    """Layers from a list of numbers and ranges, as in ``3,5-9``.
+
+    Raises:
+        SubnetworkError: the text is something else.
+    """
+    layers: set[int] = set()
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        first, dash, last = part.partition("-")
+        try:
+            low, high = int(first), int(last if dash else first)
+        except ValueError:
+            raise SubnetworkError(f"'{part}' is not a layer; write layers as in 3,5-9") from None
+        if high < low:
+            raise SubnetworkError(f"the range {part} runs backwards; write {high}-{low}")
+        if high > 10_000:  # keeps a slip of the hand from becoming gigabytes
+            raise SubnetworkError(f"there is no layer {high}")
+        layers.update(range(low, high + 1))
+    return frozenset(layers)
+
+
+def format_layers(layers: Iterable[int]) -> str:
+    """The inverse of `parse_layers`: ``3,5-9``."""
+    ranges: list[list[int]] = []
+    for layer in sorted(layers):
+        if ranges and layer == ranges[-1][1] + 1:
+            ranges[-1][1] = layer
+        else:
+            ranges.append([layer, layer])
+    return ",".join(f"{low}" if low == high else f"{low}-{high}" for low, high in ranges)
