@@ -1,0 +1,118 @@
+"""Flags that several commands share, under llama.cpp's names where it has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from swift_gguf.model import Model, ModelOptions
+    from swift_gguf.sampling import SamplingOptions
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def apply(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
+model_flags = _all(
+    click.option("-c", "--ctx-size", default=4096, show_default=True, metavar="N",
+                 type=click.IntRange(0), help="Context in tokens; 0: the model's own."),
+    click.option("-t", "--threads", type=click.IntRange(1), metavar="N",
+                 help="Threads  [default: one a physical core]"),
+    click.option("-ngl", "--n-gpu-layers", default=-1, metavar="N",
+                 help="Layers on the GPU; -1: all, 0: none.  [default: -1]"),
+    click.option("-fa", "--flash-attn", type=click.Choice(["auto", "on", "off"]), default="auto",
+                 help="Flash attention.  [default: auto]"),
+)  # fmt: skip
+
+sampling_flags = _all(
+    click.option("--temp", default=0.8, show_default=True, help="Temperature; 0: greedy."),
+    click.option("--top-k", default=40, show_default=True, help="0: all tokens."),
+    click.option("--top-p", default=0.95, show_default=True),
+    click.option("--min-p", default=0.05, show_default=True),
+    click.option("--repeat-penalty", default=1.0, show_default=True),
+    click.option("--repeat-last-n", default=64, show_default=True,
+                 help="Latest tokens the penalties look at; -1: all."),
+    click.option("--presence-penalty", default=0.0, show_default=True),
+    click.option("--frequency-penalty", default=0.0, show_default=True),
+    click.option("-s", "--seed", default=-1, metavar="N", help="-1: a new one.  [default: -1]"),
+    click.option("--grammar", metavar="GBNF", help="Constrain the answer; root rule: root."),
+    click.option("--grammar-file", type=click.Path(path_type=Path), metavar="FILE"),
+)  # fmt: skip
+
+speculation_flags = _all(
+    click.option("--speculation", default="auto", show_default=True,
+                 type=click.Choice(["auto", "off", "layer-skip"]), help="Where drafts come from."),
+    click.option("--skip-attn", metavar="LAYERS", help="Draft without these attentions, as in 3,5-9."),
+    click.option("--skip-ffn", metavar="LAYERS", help="Draft without these FFNs, as in 4,6."),
+    click.option("--draft-max", default=8, show_default=True, metavar="N",
+                 type=click.IntRange(1, 64), help="Draft at most this many tokens."),
+    click.option("--draft-p-min", default=0.8, show_default=True, metavar="P",
+                 type=click.FloatRange(0, 1), help="Stop drafting below this probability."),
+)  # fmt: skip
+
+
+def model_options(values: dict[str, Any]) -> ModelOptions:
+    """`ModelOptions` from the values of `model_flags`."""
+    from swift_gguf.model import ModelOptions
+
+    return ModelOptions(
+        n_ctx=values["ctx_size"],
+        n_threads=values["threads"],
+        n_gpu_layers=values["n_gpu_layers"],
+        flash_attn={"auto": None, "on": True, "off": False}[values["flash_attn"]],
+    )
+
+
+def sampling_options(values: dict[str, Any]) -> SamplingOptions:
+    """`SamplingOptions` from the values of `sampling_flags`."""
+    from swift_gguf.sampling import SamplingOptions
+
+    grammar = values["grammar"]
+    if values["grammar_file"] is not None:
+        if grammar is not None:
+            raise click.UsageError("give --grammar or --grammar-file, not both")
+        grammar = read_text(values["grammar_file"])
+    return SamplingOptions(
+        temperature=values["temp"],
+        top_k=values["top_k"],
+        top_p=values["top_p"],
+        min_p=values["min_p"],
+        repeat_penalty=values["repeat_penalty"],
+        presence_penalty=values["presence_penalty"],
+        frequency_penalty=values["frequency_penalty"],
+        repeat_last_n=values["repeat_last_n"],
+        seed=None if values["seed"] < 0 else values["seed"],
+        grammar=grammar,
+    )
+
+
+def load_model(reference: str, values: dict[str, Any]) -> Model:
+    """The model that MODEL names, fetched if need be."""
+    from swift_gguf.cli.progress import download_progress
+    from swift_gguf.models import resolve
+
+    with download_progress() as progress:
+        path = resolve(reference, progress=progress)
+    from swift_gguf.model import Model
+
+    return Model(path, model_options(values))
+
+
+def read_text(path: Path) -> str:
+    """A text file, or one line that says why not."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise click.ClickException(f"{path} cannot be read: {reason}") from error

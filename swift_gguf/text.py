@@ -1,0 +1,92 @@
+"""Text in, token ids out, and back: tokenizer, streaming detokenizer, chat template."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Mapping, Sequence
+
+from swift_gguf.errors import ModelError, SwiftError
+from swift_gguf.model import Model
+from swift_gguf.native import library
+
+Message = Mapping[str, str]
+"""``{"role": "system" | "user" | "assistant", "content": ...}``."""
+
+
+def encode(model: Model, text: str, *, special: bool = True) -> list[int]:
+    """Token ids of `text`, with the model's own start token.
+
+    special: read ``<|im_start|>`` and the like as the control tokens they name.
+    """
+    ids = library().tokenize(
+        model.vocab, text.encode("utf-8", "surrogateescape"), add_special=True, parse_special=special
+    )
+    # a chat template that writes the start token itself would double it
+    bos = library().api.llama_vocab_bos(model.vocab)
+    return ids[1:] if ids[:2] == [bos, bos] else ids
+
+
+def piece(model: Model, token: int, *, special: bool = False) -> bytes:
+    """The bytes a token stands for; special: show control tokens too."""
+    return library().token_bytes(model.vocab, token, special=special)
+
+
+class StreamDecoder:
+    """Turns a stream of tokens into text; a character split over tokens comes with its last part."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token: int) -> str:
+        """The text that this token completes; may be empty."""
+        return self._utf8.decode(piece(self._model, token))
+
+    def finish(self) -> str:
+        """What is left when no token follows: a replacement character for a torn one."""
+        return self._utf8.decode(b"", final=True)
+
+
+def chat_template(model: Model) -> str | None:
+    """The Jinja template in the model's file, or None for a base model."""
+    return model.metadata("tokenizer.chat_template")
+
+
+def render_chat(model: Model, messages: Sequence[Message], *, template: str | None = None) -> str:
+    """The prompt for these messages, ready for the assistant's answer.
+
+    template: a Jinja template instead of the model's own.
+
+    Raises:
+        ModelError: the model has no template, or it refuses the messages.
+    """
+    source = template or chat_template(model)
+    if source is None:
+        raise ModelError(
+            f"{model.path} has no chat template; use --raw, or give one with --chat-template"
+        )
+    import jinja2
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    api = library().api
+    start, end = (
+        piece(model, token, special=True).decode("utf-8", "replace") if token >= 0 else ""
+        for token in (api.llama_vocab_bos(model.vocab), api.llama_vocab_eos(model.vocab))
+    )
+    try:
+        formatter = Jinja2ChatFormatter(source, eos_token=end, bos_token=start)
+        return str(formatter(messages=list(messages)).prompt)  # type: ignore[arg-type]
+    except (jinja2.TemplateError, ValueError, TypeError, ArithmeticError, LookupError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"the chat template fails: {reason}; try --raw or --chat-template") from error
+
+
+def read_template(value: str) -> str:
+    """A template given as text, or as the path of a file that holds it."""
+    if "{" in value:
+        return value
+    try:
+        with open(value, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SwiftError(f"the chat template {value} cannot be read: {error}") from error
