@@ -3,7 +3,7 @@
 llama.cpp refuses most damaged files politely, but some make it abort (and so end the process of
 whoever loaded it) or loop for ever.  `check` finds those by reading the header, the metadata and
 the tensor table alone, in plain Python: gguf.GGUFReader takes seconds on a large vocabulary.
-The rules are assertions of the pinned llama.cpp; nothing that it can run is refused.
+The rules are assertions of the pinned llama.cpp and the needs of its CPU kernels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ _TYPES: dict[int, tuple[int, int]] = {
     28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17),
     40: (64, 36), 41: (128, 18), 42: (64, 18),
 }  # fmt: skip
-_INTEGERS = frozenset({24, 25, 26, 27, 28})  # integers and F64: no operation takes them as weights
+# Integers, F64, and the blocks of activations: no operation takes them as weights.
+_NO_WEIGHTS = frozenset({9, 15, 24, 25, 26, 27, 28})
+# What is added, scaled with or convolved: the CPU has kernels for F32 alone.
+_ONLY_F32 = re.compile(r"norm(_\d)?\.weight$|\.bias$|\.ssm_(a|d|conv1d\.weight)$|shortconv\.conv\.")
 
 # GGUF value type -> struct format
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
@@ -40,7 +43,7 @@ _MAX_LAYERS = 512
 _MAX_EXPERTS = 1024
 _ROPE_SCALING = ("none", "linear", "yarn", "longrope")
 
-# Architectures whose graphs assert that RoPE turns the whole head, and keys and values are as long.
+# Architectures whose graphs assert that RoPE turns the whole head (and what _EQUAL_KV says).
 _FULL_ROPE = frozenset({
     "apertus", "arcee", "arctic", "baichuan", "chameleon", "codeshell", "cogvlm", "cohere2moe",
     "dbrx", "deci", "deepseek", "dots1", "dream", "ernie4_5", "ernie4_5-moe", "exaone",
@@ -51,6 +54,14 @@ _FULL_ROPE = frozenset({
     "qwen2vl", "qwen3", "qwen3moe", "qwen3vl", "qwen3vlmoe", "rnd1", "seed_oss", "smallthinker",
     "smollm3", "starcoder2", "talkie", "xverse",
 })  # fmt: skip
+# These assert no more than that keys and values are equally long.
+_EQUAL_KV = _FULL_ROPE | {
+    "afmoe", "bailingmoe2", "bert", "bitnet", "bloom", "chatglm", "cohere2", "command-r",
+    "eurobert", "glm4moe", "glm4", "gpt2", "gptneox", "granitehybrid", "jais", "minimax-m2",
+    "modern-bert", "mpt", "nanbeige", "nemotron_h_moe", "nemotron_h", "nemotron", "neo-bert",
+    "openelm", "phi2", "phi3", "qwen", "qwen35", "qwen35moe", "qwen3next", "refact", "stablelm",
+    "starcoder",
+}  # fmt: skip
 # Architectures that may leave out RoPE, so that their number of rotated dimensions means nothing.
 _MAYBE_NO_ROPE = frozenset({
     "gpt2", "gptj", "mpt", "refact", "bloom", "mamba", "mamba2", "jamba", "jina-bert-v2", "t5",
@@ -112,7 +123,9 @@ class _Problem(Exception):
     """What is wrong and what to do, without the file's name."""
 
     def __init__(self, what: str, advice: str = _AGAIN) -> None:
-        super().__init__(f"{what}; {advice}")
+        # Names from a damaged file may hold anything, and be of any length.
+        text = "".join(char if char.isprintable() else "?" for char in what)
+        super().__init__(f"{text if len(text) < 200 else text[:200] + '...'}; {advice}")
 
 
 class _Reader:
@@ -242,7 +255,10 @@ def _read(data: mmap.mmap | bytes) -> Header:
         n_tensors, n_pairs = reader.number("q"), reader.number("q")
         for count, least, what in ((n_tensors, 24, "tensors"), (n_pairs, 13, "metadata keys")):
             if not 0 <= count <= len(data) // least:
-                raise _Problem(f"it claims to hold {count} {what}, more than fit into the file")
+                raise _Problem(
+                    f"it claims to hold {count} {what}, more than fit into its {len(data)} bytes",
+                    "it is damaged or was cut short: download it again",
+                )
         _read_metadata(reader, n_pairs, header)
         _read_tensors(reader, n_tensors, header, len(data))
     except (struct.error, OverflowError):
@@ -301,14 +317,19 @@ def _check_heads(header: Header) -> None:
     key = header.integer("attention.key_length", width // heads[0])
     value = header.integer("attention.value_length", width // heads[0])
     full = header.architecture in _FULL_ROPE
-    if full and key != value:
+    if header.architecture in _EQUAL_KV and key != value:
         raise _Problem(f"its keys are {key} long and its values {value}")
     if header.architecture in _MAYBE_NO_ROPE:
         return
     for suffix in ("", "_swa"):
         length = header.integer(f"attention.key_length{suffix}", key)
         rotated = header.integer(f"rope.dimension_count{suffix}", length)
-        if rotated < 1 or rotated % 2 or rotated > length or (full and rotated != length):
+        if (
+            rotated < 1
+            or rotated % 2
+            or rotated > length
+            or (full and not suffix and rotated != length)
+        ):
             raise _Problem(f"RoPE turns {rotated} of {length} dimensions of a head")
 
 
@@ -323,8 +344,10 @@ def _check_recurrent(header: Header) -> None:
 
 def _check_weights(header: Header) -> None:
     for name, tensor in header.tensors.items():
-        if tensor.type in _INTEGERS and name.endswith((".weight", ".bias")):
-            raise _Problem(f"tensor '{name}' holds integers, not weights")
+        if tensor.type and _ONLY_F32.search(name):
+            raise _Problem(f"tensor '{name}' is not stored as F32, as llama.cpp needs it")
+        if tensor.type in _NO_WEIGHTS and name.endswith(".weight"):
+            raise _Problem(f"tensor '{name}' has the type {tensor.type}, which holds no weights")
 
 
 def _check_tokenizer(header: Header) -> None:
@@ -377,6 +400,8 @@ def _check_splits(header: Header, path: Path) -> None:
 
 
 def _map(path: Path) -> Header:
+    if path.exists() and not path.is_file():
+        raise OSError("not a regular file")  # opening a pipe would wait for ever
     with path.open("rb") as file:
         if file.seek(0, 2) < 24:  # mmap refuses empty files
             file.seek(0)

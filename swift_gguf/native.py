@@ -193,7 +193,7 @@ class Library:
                 )
 
     def _on_log(self, level: int, text: bytes, _: object) -> None:
-        if level in (2, 3):  # GGML_LOG_LEVEL_WARN, _ERROR
+        if level in (3, 4):  # GGML_LOG_LEVEL_WARN, _ERROR
             self._log.append(text.decode("utf-8", "replace").strip())
         if os.environ.get("SWIFT_GGUF_LOG"):
             sys.stderr.write(text.decode("utf-8", "replace"))

@@ -68,8 +68,8 @@ LLAMA_API void swift_gguf_subnetwork_free(struct swift_gguf_subnetwork * subnetw
  *
  * Returns 0, or SWIFT_GGUF_ERROR_ARGUMENT, or SWIFT_GGUF_ERROR_ROLLBACK. */
 LLAMA_API int32_t swift_gguf_set_subnetwork(
-        struct llama_context                * ctx,
-        const struct swift_gguf_subnetwork  * subnetwork);
+        struct llama_context *               ctx,
+        const struct swift_gguf_subnetwork * subnetwork);
 
 /* Why positions decoded in this context cannot be taken back exactly, as one English sentence without
  * a full stop; NULL if they can. Recurrent and hybrid models keep a running state, sliding-window
@@ -99,12 +99,12 @@ struct swift_gguf_cost {
 /* Cost of decoding n_tokens tokens of one sequence, n_outputs of them with logits, when the cache
  * holds n_kv positions. */
 LLAMA_API int32_t swift_gguf_pass_cost(
-        struct llama_context               * ctx,
+        struct llama_context *               ctx,
         const struct swift_gguf_subnetwork * subnetwork, /* NULL: the whole model */
         int32_t                              n_tokens,
         int32_t                              n_outputs,
         int32_t                              n_kv,
-        struct swift_gguf_cost             * cost);
+        struct swift_gguf_cost *             cost);
 
 enum swift_gguf_sublayer_status {
     SWIFT_GGUF_SUBLAYER_OK       = 0, /* can be skipped, and skipping saves work */
@@ -123,7 +123,7 @@ struct swift_gguf_sublayer {
 /* Finds out, from the graphs themselves, which sub-layers can be skipped and what each one saves.
  * attention, ffn: n_layer entries each, n_layer as llama_model_n_layer says. */
 LLAMA_API int32_t swift_gguf_sublayers(
-        struct llama_context       * ctx,
+        struct llama_context *       ctx,
         struct swift_gguf_sublayer * attention,
         struct swift_gguf_sublayer * ffn,
         int32_t                      n_layer);
@@ -137,8 +137,8 @@ LLAMA_API int32_t swift_gguf_sublayers(
 LLAMA_API int32_t swift_gguf_top1(
         struct llama_context * ctx,
         int32_t                i,
-        llama_token          * token,
-        float                * probability);
+        llama_token *          token,
+        float *                probability);
 
 struct swift_gguf_draft_params {
     llama_seq_id seq_id;
@@ -154,13 +154,13 @@ struct swift_gguf_draft_params {
  * tokens, probabilities: room for n_max entries each. Returns the number of draft tokens, or an error
  * code. */
 LLAMA_API int32_t swift_gguf_draft(
-        struct llama_context                 * ctx,
-        const struct swift_gguf_subnetwork   * subnetwork,
+        struct llama_context *                 ctx,
+        const struct swift_gguf_subnetwork *   subnetwork,
         const struct swift_gguf_draft_params * params,
         llama_token                            token,
         llama_pos                              pos,
-        llama_token                          * tokens,
-        float                                * probabilities);
+        llama_token *                          tokens,
+        float *                                probabilities);
 
 #ifdef __cplusplus
 }

@@ -45,7 +45,7 @@ public:
     }
     ~swift_scope() { current = std::move(previous); }
 
-    swift_scope(const swift_scope &) = delete;
+    swift_scope(const swift_scope &)             = delete;
     swift_scope & operator=(const swift_scope &) = delete;
 
 private:

@@ -17,7 +17,7 @@ bool is_view(const ggml_tensor * t) {
         case GGML_OP_VIEW:
         case GGML_OP_PERMUTE:
         case GGML_OP_TRANSPOSE: return true;
-        default:                return false;
+        default: return false;
     }
 }
 
@@ -86,10 +86,16 @@ swift_gguf_cost count(const llama_context & ctx, ggml_cgraph * graph, int64_t n_
 }
 
 // Returns 0 or an error code. graph_reserve may throw (std::bad_alloc, "failed to ...").
-int32_t pass_cost(llama_context & ctx, swift_subnetwork_ptr subnetwork, int32_t n_tokens, int32_t n_outputs, int64_t n_kv, swift_gguf_cost & cost) {
+int32_t pass_cost(
+        llama_context &      ctx,
+        swift_subnetwork_ptr subnetwork,
+        int32_t              n_tokens,
+        int32_t              n_outputs,
+        int64_t              n_kv,
+        swift_gguf_cost &    cost) {
     try {
         const swift_scope scope(ctx, std::move(subnetwork));
-        ggml_cgraph * graph = swift_access::build(ctx, n_tokens, n_outputs);
+        ggml_cgraph *     graph = swift_access::build(ctx, n_tokens, n_outputs);
         if (graph == nullptr) {
             return SWIFT_GGUF_ERROR_GRAPH;
         }
@@ -111,12 +117,12 @@ bool has_ffn(const llama_layer & layer) {
 } // namespace
 
 int32_t swift_gguf_pass_cost(
-        llama_context               * ctx,
+        llama_context *               ctx,
         const swift_gguf_subnetwork * subnetwork,
         int32_t                       n_tokens,
         int32_t                       n_outputs,
         int32_t                       n_kv,
-        swift_gguf_cost             * cost) {
+        swift_gguf_cost *             cost) {
     if (ctx == nullptr || cost == nullptr || llama_get_memory(ctx) == nullptr || n_kv < 0 ||
         n_tokens < 1 || n_tokens > (int32_t) llama_n_ubatch(ctx) || n_outputs < 1 || n_outputs > n_tokens) {
         return SWIFT_GGUF_ERROR_ARGUMENT;
@@ -125,7 +131,7 @@ int32_t swift_gguf_pass_cost(
 }
 
 int32_t swift_gguf_sublayers(
-        llama_context       * ctx,
+        llama_context *       ctx,
         swift_gguf_sublayer * attention,
         swift_gguf_sublayer * ffn,
         int32_t               n_layer) {
@@ -136,7 +142,7 @@ int32_t swift_gguf_sublayers(
     const int64_t n_kv = llama_n_ctx(ctx);
 
     // The whole model, noting which sub-layers go through the shared helpers.
-    auto probe = std::make_shared<swift_subnetwork>();
+    auto probe    = std::make_shared<swift_subnetwork>();
     probe->visits = std::make_shared<swift_visits>();
     probe->visits->attention.assign(n_layer, false);
     probe->visits->ffn.assign(n_layer, false);
@@ -149,12 +155,13 @@ int32_t swift_gguf_sublayers(
     for (int32_t il = 0; il < n_layer; ++il) {
         const llama_layer & layer = llama_get_model(ctx)->layers[il];
         for (const auto kind : { swift_sublayer::attention, swift_sublayer::ffn }) {
-            const bool is_attention = kind == swift_sublayer::attention;
-            swift_gguf_sublayer & out = is_attention ? attention[il] : ffn[il];
-            out = {};
+            const bool            is_attention = kind == swift_sublayer::attention;
+            swift_gguf_sublayer & out          = is_attention ? attention[il] : ffn[il];
+            out                                = {};
 
             if (!(is_attention ? probe->visits->attention : probe->visits->ffn)[il]) {
-                out.status = (is_attention ? has_attention(layer) : has_ffn(layer)) ? SWIFT_GGUF_SUBLAYER_UNSHARED : SWIFT_GGUF_SUBLAYER_ABSENT;
+                const bool exists = is_attention ? has_attention(layer) : has_ffn(layer);
+                out.status        = exists ? SWIFT_GGUF_SUBLAYER_UNSHARED : SWIFT_GGUF_SUBLAYER_ABSENT;
                 continue;
             }
 
@@ -168,7 +175,7 @@ int32_t swift_gguf_sublayers(
                 return error;
             }
             out.weight_bytes = full.weight_bytes - std::min(full.weight_bytes, cost.weight_bytes);
-            out.kv_bytes     = full.kv_bytes     - std::min(full.kv_bytes,     cost.kv_bytes);
+            out.kv_bytes     = full.kv_bytes - std::min(full.kv_bytes, cost.kv_bytes);
             out.n_nodes      = full.n_nodes - cost.n_nodes;
             out.status       = out.weight_bytes + out.kv_bytes > 0 ? SWIFT_GGUF_SUBLAYER_OK : SWIFT_GGUF_SUBLAYER_USELESS;
         }

@@ -39,24 +39,24 @@ static int32_t decode_one(llama_context * ctx, llama_token token, llama_pos pos,
     int8_t         output   = 1;
 
     llama_batch batch = {};
-    batch.n_tokens = 1;
-    batch.token    = &token;
-    batch.pos      = &pos;
-    batch.n_seq_id = &n_seq_id;
-    batch.seq_id   = &seq_ids;
-    batch.logits   = &output;
+    batch.n_tokens    = 1;
+    batch.token       = &token;
+    batch.pos         = &pos;
+    batch.n_seq_id    = &n_seq_id;
+    batch.seq_id      = &seq_ids;
+    batch.logits      = &output;
 
     const int32_t code = llama_decode(ctx, batch);
     return code == 0 ? 0 : SWIFT_GGUF_ERROR_DECODE - std::abs(code);
 }
 
 static int32_t draft_loop(
-        llama_context                 * ctx,
+        llama_context *                 ctx,
         const swift_gguf_draft_params & params,
         llama_token                     token,
         llama_pos                       pos,
-        llama_token                   * tokens,
-        float                         * probabilities) {
+        llama_token *                   tokens,
+        float *                         probabilities) {
     const llama_vocab * vocab = llama_model_get_vocab(llama_get_model(ctx));
 
     for (int32_t n = 0; n < params.n_max; ++n) {
@@ -80,13 +80,13 @@ static int32_t draft_loop(
 }
 
 int32_t swift_gguf_draft(
-        llama_context                 * ctx,
-        const swift_gguf_subnetwork   * subnetwork,
+        llama_context *                 ctx,
+        const swift_gguf_subnetwork *   subnetwork,
         const swift_gguf_draft_params * params,
         llama_token                     token,
         llama_pos                       pos,
-        llama_token                   * tokens,
-        float                         * probabilities) {
+        llama_token *                   tokens,
+        float *                         probabilities) {
     if (ctx == nullptr || subnetwork == nullptr || params == nullptr || tokens == nullptr || probabilities == nullptr ||
         params->n_max < 0 || pos < 0 || params->seq_id < 0 || params->seq_id >= (llama_seq_id) llama_n_seq_max(ctx) ||
         pos + params->n_max > (int64_t) llama_n_ctx_seq(ctx)) {
@@ -96,7 +96,7 @@ int32_t swift_gguf_draft(
         return SWIFT_GGUF_ERROR_ROLLBACK;
     }
     const swift_scope scope(*ctx, subnetwork->value);
-    const int32_t n = draft_loop(ctx, *params, token, pos, tokens, probabilities);
+    const int32_t     n = draft_loop(ctx, *params, token, pos, tokens, probabilities);
 
     // Skipped layers stored nothing for these positions: nobody may build on them.
     if (!llama_memory_seq_rm(llama_get_memory(ctx), params->seq_id, pos, -1)) {

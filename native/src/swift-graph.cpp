@@ -44,10 +44,10 @@ static bool skipped(const llm_graph_context & graph, swift_sublayer kind, int il
 
 ggml_tensor * swift_skip_attention(
         const llm_graph_context & graph,
-        const ggml_tensor       * wo,
-        const ggml_tensor       * q_cur,
-        const ggml_tensor       * v_cur,
-        const ggml_tensor       * v_mla,
+        const ggml_tensor *       wo,
+        const ggml_tensor *       q_cur,
+        const ggml_tensor *       v_cur,
+        const ggml_tensor *       v_mla,
         int                       il) {
     if (!skipped(graph, swift_sublayer::attention, il)) {
         return nullptr;
@@ -55,16 +55,21 @@ ggml_tensor * swift_skip_attention(
     if (wo != nullptr) {
         return zeros(graph, wo->ne[1], graph.n_tokens);
     }
-    const int64_t n_embd_head_v = v_mla != nullptr ? v_mla->ne[1]
-                                : v_cur != nullptr ? v_cur->ne[0]
-                                : graph.hparams.n_embd_head_v(il);
+    int64_t n_embd_head_v = 0;
+    if (v_mla != nullptr) {
+        n_embd_head_v = v_mla->ne[1];
+    } else if (v_cur != nullptr) {
+        n_embd_head_v = v_cur->ne[0];
+    } else {
+        n_embd_head_v = graph.hparams.n_embd_head_v(il);
+    }
     return zeros(graph, n_embd_head_v * q_cur->ne[1], graph.n_tokens);
 }
 
 ggml_tensor * swift_skip_ffn(
         const llm_graph_context & graph,
-        const ggml_tensor       * cur,
-        const ggml_tensor       * down,
+        const ggml_tensor *       cur,
+        const ggml_tensor *       down,
         int                       il) {
     // Without a down projection the width of the result depends on the activation; such an FFN runs.
     // So does one over a stack of streams (ne[2] > 1), whose shape the caller relies on.

@@ -11,16 +11,16 @@ struct llm_graph_context;
 // tensor of zeros, shaped like the real result), or nullptr when the sub-layer is to be built.
 ggml_tensor * swift_skip_attention(
         const llm_graph_context & graph,
-        const ggml_tensor       * wo,     // output projection, or nullptr if the caller applies it later
-        const ggml_tensor       * q_cur,  // [n_embd_head_k, n_head, n_tokens]
-        const ggml_tensor       * v_cur,  // [n_embd_head_v, n_head_kv, n_tokens], or nullptr (KV of another layer)
-        const ggml_tensor       * v_mla,
+        const ggml_tensor *       wo,    // output projection, or nullptr if the caller applies it later
+        const ggml_tensor *       q_cur, // [n_embd_head_k, n_head, n_tokens]
+        const ggml_tensor *       v_cur, // [n_embd_head_v, n_head_kv, n_tokens], or nullptr (KV of another layer)
+        const ggml_tensor *       v_mla,
         int                       il);
 
 ggml_tensor * swift_skip_ffn(
         const llm_graph_context & graph,
-        const ggml_tensor       * cur,   // [n_embd, n_tokens or n_outputs]
-        const ggml_tensor       * down,  // down projection: [n_ff, n_embd] or [n_ff, n_embd, n_expert]
+        const ggml_tensor *       cur,  // [n_embd, n_tokens or n_outputs]
+        const ggml_tensor *       down, // down projection: [n_ff, n_embd] or [n_ff, n_embd, n_expert]
         int                       il);
 
 // Adds every input tensor that the skipped sub-layers left without a user to the graph as a leaf.

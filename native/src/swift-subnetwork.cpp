@@ -19,7 +19,10 @@ const char * swift_gguf_llama_commit(void) {
 }
 
 size_t swift_gguf_struct_size(const char * name) {
-    static const struct { const char * name; size_t size; } sizes[] = {
+    static const struct {
+        const char * name;
+        size_t       size;
+    } sizes[] = {
         { "llama_model_params",          sizeof(llama_model_params)          },
         { "llama_context_params",        sizeof(llama_context_params)        },
         { "llama_batch",                 sizeof(llama_batch)                 },
@@ -50,7 +53,7 @@ swift_gguf_subnetwork * swift_gguf_subnetwork_init(
     value->skip_ffn.assign(n_layer, false);
     for (int32_t il = 0; il < n_layer; ++il) {
         value->skip_attention[il] = skip_attention != nullptr && skip_attention[il] != 0;
-        value->skip_ffn[il]       = skip_ffn       != nullptr && skip_ffn[il]       != 0;
+        value->skip_ffn[il]       = skip_ffn != nullptr && skip_ffn[il] != 0;
     }
     return new swift_gguf_subnetwork { std::move(value) };
 }
@@ -85,8 +88,8 @@ const char * swift_gguf_rollback_refusal(const llama_context * ctx) {
     }
     if (const auto * iswa = dynamic_cast<const llama_kv_cache_iswa *>(memory)) {
         return iswa->get_swa()->get_size() < iswa->get_base()->get_size()
-            ? "the sliding-window cache is smaller than the context: create the context with swa_full = true"
-            : nullptr;
+                ? "the sliding-window cache is smaller than the context: create the context with swa_full = true"
+                : nullptr;
     }
     return "the model's memory type has no exact rollback";
 }
@@ -106,10 +109,10 @@ int32_t swift_gguf_set_batch_invariant(llama_context * ctx, bool enable) {
     if (ctx == nullptr || swift_access::cpu(*ctx) == nullptr) {
         return SWIFT_GGUF_ERROR_ARGUMENT;
     }
-    const ggml_backend_t cpu = swift_access::cpu(*ctx);
+    const ggml_backend_t     cpu = swift_access::cpu(*ctx);
     const ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(cpu));
-    using set_use_ref_t = void (*)(ggml_backend_t, bool);
-    const auto set_use_ref = (set_use_ref_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_cpu_set_use_ref");
+    using set_use_ref_t          = void (*)(ggml_backend_t, bool);
+    const auto set_use_ref       = (set_use_ref_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_cpu_set_use_ref");
     if (set_use_ref == nullptr) {
         return SWIFT_GGUF_ERROR_ARGUMENT;
     }

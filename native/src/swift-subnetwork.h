@@ -8,7 +8,10 @@
 #include <memory>
 #include <vector>
 
-enum class swift_sublayer { attention, ffn };
+enum class swift_sublayer {
+    attention,
+    ffn,
+};
 
 // What the shared graph helpers were asked to build. Filled during a probing graph build only.
 struct swift_visits {
@@ -18,8 +21,8 @@ struct swift_visits {
 
 // Immutable once a context holds it; contexts share it through swift_subnetwork_ptr.
 struct swift_subnetwork {
-    std::vector<bool> skip_attention;  // [n_layer]
-    std::vector<bool> skip_ffn;        // [n_layer]
+    std::vector<bool> skip_attention; // [n_layer]
+    std::vector<bool> skip_ffn;       // [n_layer]
 
     // Not part of the value: where a probing build notes the sub-layers it meets.
     std::shared_ptr<swift_visits> visits;

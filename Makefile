@@ -1,0 +1,45 @@
+# Everything runs in .venv, which scripts/bootstrap.py makes and keeps up to date.
+# A GPU build: make demo CMAKE_ARGS=-DGGML_CUDA=ON (remembered by later runs).
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+MODEL  ?= smollm2-135m
+PROMPT ?= Explain in three sentences why the sky is blue.
+CPP     = native/src/*.cpp native/src/*.h native/include/*.h
+
+.PHONY: help demo build dev test check format bench clean
+
+help: ## list the targets
+	@echo "usage: make TARGET"
+	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-10s %s\n", $$1, $$2 }'
+
+demo: build ## build, fetch a small model (98 MB) and answer a prompt plainly and with drafts
+	@$(BIN)/swift-gguf generate $(MODEL) --compare -n 128 --temp 0 -p "$(PROMPT)"
+
+build: ## .venv with swift-gguf in it; nothing to do takes no time
+	@$(PYTHON) scripts/bootstrap.py --venv $(VENV)
+
+dev: ## the same with the tools for tests and checks
+	@$(PYTHON) scripts/bootstrap.py --dev --venv $(VENV)
+
+test: dev ## all tests; a part: make test ARGS=tests/unit
+	@$(BIN)/pytest $(ARGS)
+
+check: dev ## lint, types, formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: dev ## format Python and C++
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+bench: build ## what the mechanism costs and gains on this machine
+	@$(BIN)/python scripts/bench_mechanism.py $(MODEL) $(ARGS)
+
+clean: ## remove .venv and all that was built; downloads stay in the user's cache
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

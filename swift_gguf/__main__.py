@@ -1,0 +1,5 @@
+"""`python -m swift_gguf`."""
+
+from swift_gguf.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Measurements: of the mechanism (`mechanism`), and against unpatched llama.cpp (`reference`)."""

@@ -1,0 +1,39 @@
+"""The command line as a person meets it: a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "swift_gguf"]
+
+
+@pytest.fixture(scope="session")
+def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`cli("generate", path, ..., stdin="")`: the finished process."""
+
+    def run(
+        *arguments: object, stdin: str = "", **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*COMMAND, *map(str, arguments)],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=os.environ | environment,
+        )
+
+    return run
+
+
+def assert_one_line_failure(done: subprocess.CompletedProcess[str]) -> None:
+    """Exit code 1 and one line on standard error; no traceback, no signal."""
+    assert done.returncode == 1, (done.returncode, done.stderr)
+    assert done.stderr.startswith("swift-gguf: "), done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "Traceback" not in done.stderr

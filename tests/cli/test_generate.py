@@ -1,0 +1,223 @@
+"""`swift-gguf generate` on a generated model."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import COMMAND, assert_one_line_failure
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+QUICK = ("-n", 24, "-c", 256, "--temp", 0, "-ngl", 0)
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Callable[..., Path]) -> Path:
+    return tiny("llama", noop_ffn=(1,))
+
+
+def test_streams_text_and_shows_figures_apart(cli: Cli, model: Path) -> None:
+    done = cli("generate", model, "-p", "hello", "--skip-ffn", 1, *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert "tok/s" not in done.stdout
+    for figure in ("tok/s", "mean acceptance length", "without FFN 1", "(100%)"):
+        assert figure in done.stderr
+
+
+def test_json(cli: Cli, model: Path) -> None:
+    done = cli("generate", model, "-p", "hello", "--json", "--skip-ffn", 1, "--draft-p-min", 0, *QUICK)
+    assert done.stderr == ""
+    report = json.loads(done.stdout)
+    assert set(report) == {"text", "tokens", "stop_reason", "seed", "timings", "speculation"}
+    timings = report["timings"]
+    assert set(timings) == {
+        "prompt_n", "prompt_ms", "predicted_n", "predicted_ms", "predicted_per_second",
+        "draft_n", "draft_n_accepted",
+    }  # fmt: skip
+    assert timings["predicted_n"] == len(report["tokens"]) <= 24
+    assert report["stop_reason"] in ("length", "eos")
+    # FFN 1 adds nothing: every draft token must have been accepted
+    assert timings["draft_n"] == timings["draft_n_accepted"] > 0
+    speculation = report["speculation"]
+    assert speculation["enabled"]
+    source = speculation["sources"]["layer-skip"]
+    assert sum(source["accepted_length_histogram"]) == source["drafts"]
+    assert set(speculation["seconds"]) == {"draft", "verify", "search", "other"}
+
+
+def test_speculation_does_not_change_the_text(cli: Cli, model: Path) -> None:
+    """The same tokens with and without, greedy and sampled, and `--compare` says so."""
+    for sampling in (("--temp", 0), ("--temp", 1.3, "--seed", 11), ("--seed", 4, "--top-k", 3)):
+        arguments = ("-p", "tell me", "--json", "-n", 40, "-c", 256, "-ngl", 0, *sampling)
+        plain, skipped = (
+            json.loads(cli("generate", model, *arguments, *mode).stdout)
+            for mode in (("--speculation", "off"), ("--skip-ffn", "1-2", "--draft-p-min", 0))
+        )
+        assert plain["tokens"] == skipped["tokens"]
+        assert plain["speculation"]["why"] == "switched off"
+        assert plain["timings"]["draft_n"] == 0 < skipped["timings"]["draft_n"]
+    done = cli("generate", model, "-p", "tell me", "--compare", *QUICK)
+    assert "the same text" in done.stderr
+    report = json.loads(cli("generate", model, "-p", "tell me", "--compare", "--json", *QUICK).stdout)
+    assert report["plain"]["same_tokens"]
+
+
+def test_a_seed_is_drawn_and_reported(cli: Cli, model: Path) -> None:
+    arguments = ("generate", model, "-p", "x", "--json", "-n", 20, "-c", 128, "--temp", 1.5)
+    first = json.loads(cli(*arguments).stdout)
+    again = json.loads(cli(*arguments, "--seed", first["seed"]).stdout)
+    other = json.loads(cli(*arguments).stdout)
+    assert again["tokens"] == first["tokens"]
+    assert other["seed"] != first["seed"]
+
+
+def test_where_the_prompt_comes_from(cli: Cli, model: Path, tmp_path: Path) -> None:
+    prompt = "Grüße, 漢字\nand a second line"
+    (tmp_path / "prompt.txt").write_text(prompt)
+    answers = [
+        json.loads(done.stdout)["tokens"]
+        for done in (
+            cli("generate", model, "--json", "-p", prompt, *QUICK),
+            cli("generate", model, "--json", "-f", tmp_path / "prompt.txt", *QUICK),
+            cli("generate", model, "--json", *QUICK, stdin=prompt),
+        )
+    ]
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_template_raw_and_system_prompt(cli: Cli, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}!")
+
+    def prompt_n(*flags: object) -> int:
+        done = cli("generate", model, "--json", "-p", "hi", *flags, *QUICK)
+        return int(json.loads(done.stdout)["timings"]["prompt_n"])
+
+    raw = prompt_n("--raw")
+    assert prompt_n("--chat-template", tmp_path / "mine.jinja") == raw + 1
+    assert prompt_n() > raw + 4
+    assert prompt_n("-sys", "Be brief.") > prompt_n() + 4
+
+
+def test_limits(cli: Cli, model: Path) -> None:
+    report = json.loads(cli("generate", model, "-p", "x", "--json", "-n", 0, "-c", 128).stdout)
+    assert report["tokens"] == []
+    done = cli("generate", model, "-p", "x", "--json", "-c", 64, "--grammar", "root ::= [a-z]+")
+    report = json.loads(done.stdout)
+    assert report["stop_reason"] == "context"
+    assert report["text"].isalpha()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-p", "x" * 2000, "-c", 64), "ctx-size"),
+        (("-p", "x", "--skip-ffn", "9"), "layers 0 to 3"),
+        (("-p", "x", "--skip-ffn", "a-b"), "3,5-9"),
+        (("-p", "x", "--grammar", "root ::="), "grammar"),
+        (("-p", "x", "--chat-template", "{{ nothing.at.all }}"), "chat template"),
+        (("-p", "x", "--chat-template", "{% for %}"), "chat template"),
+        (("-p", "x", "--chat-template", "missing.jinja"), "cannot be read"),
+        (("-f", "missing.txt"), "missing.txt"),
+        (("-p", "", "--raw"), "empty"),
+    ],
+)
+def test_bad_input_is_one_line(
+    cli: Cli, model: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    done = cli("generate", model, "-c", 256, *arguments)
+    assert_one_line_failure(done)
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("generate",), ("generate", "m", "--top-k", "many"), ("nonsense",), ("generate", "m", "--draft-max", "0"),
+     ("generate", "m", "-p", "x", "-f", "y")],
+)  # fmt: skip
+def test_usage_errors_exit_with_2(cli: Cli, arguments: tuple[str, ...]) -> None:
+    done = cli(*arguments)
+    assert done.returncode == 2
+    assert "Usage: swift-gguf" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_debug_shows_the_traceback(cli: Cli) -> None:
+    done = cli("generate", "no-such-model", "-p", "x", "--debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "ModelError" in done.stderr
+
+
+def test_models_without_rollback_run_plainly(cli: Cli, tiny: Callable[..., Path]) -> None:
+    for family in ("mamba", "lfm2"):
+        report = json.loads(cli("generate", tiny(family), "-p", "x", "--json", *QUICK).stdout)
+        assert report["tokens"]
+        assert not report["speculation"]["enabled"]
+        assert "recurrent" in report["speculation"]["why"]
+        done = cli("generate", tiny(family), "-p", "x", "--speculation", "layer-skip", *QUICK)
+        assert_one_line_failure(done)
+        assert "--speculation off" in done.stderr
+
+
+def test_sublayers_that_cannot_be_skipped_are_named(cli: Cli, tiny: Callable[..., Path]) -> None:
+    done = cli("generate", tiny("apertus"), "-p", "x", "--skip-ffn", "1-2", *QUICK)
+    assert_one_line_failure(done)
+    assert "cannot skip FFN 1-2" in done.stderr
+
+
+def test_a_closed_pipe_is_no_error_message(model: Path) -> None:
+    command = " ".join([*COMMAND, "generate", str(model), "-p", "hi", *map(str, QUICK)])
+    done = subprocess.run(f"{command} | head -c 1", shell=True, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+
+
+def test_ctrl_c_ends_the_answer_and_keeps_it(model: Path) -> None:
+    """In a real terminal: text is there as it comes, the figures after the interrupt."""
+    controller, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [*COMMAND, "generate", str(model), "-p", "hi", "-c", "40000", "--temp", "0",
+         "--grammar", "root ::= [a-z ]*"],
+        stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+    )  # fmt: skip
+    os.close(terminal)
+    seen = b""
+    deadline = time.monotonic() + 60
+    while len(seen) < 200 and time.monotonic() < deadline:
+        seen += os.read(controller, 1024)
+    assert process.poll() is None, seen
+    process.send_signal(signal.SIGINT)
+    while True:
+        try:
+            part = os.read(controller, 1024)
+        except OSError:  # Linux: the other end is closed
+            break
+        if not part:
+            break
+        seen += part
+    assert process.wait(timeout=20) == 130
+    assert b"tok/s" in seen
+    assert b"stopped" in seen
+    assert b"Traceback" not in seen
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from swift_gguf.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'numpy', 'llama_cpp', 'rich', 'huggingface_hub', 'gguf'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "generate" in done.stdout

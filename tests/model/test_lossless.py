@@ -1,0 +1,134 @@
+"""Speculation never changes the text, on real models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from swift_gguf import engine
+from swift_gguf.model import Model
+from swift_gguf.sampling import SamplingOptions
+from swift_gguf.subnetwork import SubNetwork
+from tests.conftest import N_GPU_LAYERS
+from tests.model.prompts import PROMPTS
+from tests.model.same_text import GREEDY, chat_tokens, decode, explain, light_skip, seeded
+
+pytestmark = pytest.mark.slow
+
+# On CPUs llama.cpp computes these quantisations alike at every batch width (DESIGN: the contract).
+INVARIANT = N_GPU_LAYERS == 0
+
+
+def assert_same(model: Model, prompts: list[str], sampling: Callable[[int], SamplingOptions]) -> int:
+    """Every prompt's text is plain's; the number of accepted draft tokens, to show it was tried."""
+    subnetwork = light_skip(model)
+    accepted = 0
+    for i, text in enumerate(prompts):
+        prompt = chat_tokens(model, text)
+        plain, _ = decode(model, prompt, sampling=sampling(i))
+        speculative, stats = decode(
+            model, prompt, sampling=sampling(i), subnetwork=subnetwork, draft_max=1 + i % 7
+        )
+        if INVARIANT or plain == speculative:
+            assert speculative == plain, f"prompt {i}: {text}"
+        elif sampling(i).temperature == 0:
+            difference = explain(model, prompt, plain, speculative)
+            assert difference is not None
+            assert difference.is_near_tie, f"prompt {i}: {difference}"
+        accepted += stats.accepted
+    return accepted
+
+
+@pytest.mark.parametrize("quant", [None, "Q8_0"], ids=["Q4_1", "Q8_0"])
+@pytest.mark.parametrize("mode", ["greedy", "sampled"])
+def test_fifty_prompts(
+    real: Callable[..., Path], open_model: Callable[..., Model], quant: str | None, mode: str
+) -> None:
+    model = open_model(real("smollm2-135m", quant), n_ctx=1024)
+    options = (lambda i: GREEDY) if mode == "greedy" else seeded
+    assert assert_same(model, PROMPTS, options) > 100
+
+
+def test_the_control_fails(
+    real: Callable[..., Path], open_model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A verification that accepts everything changes texts: the comparison above can fail."""
+
+    def accept_all(draft: list[int], *, sample: Callable[[int], int], **_: object) -> list[int]:
+        return [*draft, sample(len(draft))]
+
+    monkeypatch.setattr(engine, "verify", accept_all)
+    model = open_model(real("smollm2-135m"), n_ctx=1024)
+    with pytest.raises(AssertionError):
+        assert_same(model, PROMPTS[:5], lambda i: GREEDY)
+
+
+def test_long_context_and_bad_drafts(
+    real: Callable[..., Path], open_model: Callable[..., Model]
+) -> None:
+    """Past 512 cells, where a kernel that splits its sums would differ by batch width."""
+    model = open_model(real("smollm2-135m"), n_ctx=2048)
+    prompt = chat_tokens(model, " ".join(PROMPTS))
+    assert len(prompt) > 512
+    plain, _ = decode(model, prompt, max_tokens=64)
+    for subnetwork in (light_skip(model), SubNetwork.uniform(model.n_layer)):
+        speculative, stats = decode(model, prompt, subnetwork=subnetwork, max_tokens=64)
+        assert stats.drafted > 0
+        if INVARIANT:
+            assert speculative == plain
+        elif difference := explain(model, prompt, plain, speculative):
+            assert difference.is_near_tie
+
+
+def test_sliding_window_past_512(
+    real: Callable[..., Path], open_model: Callable[..., Model]
+) -> None:
+    """Gemma 3: rolled-back positions come back into windows that had moved on."""
+    model = open_model(real("gemma3-270m", "Q8_0"), n_ctx=2048)
+    from swift_gguf.text import encode
+
+    prompt = encode(model, "The list goes on. ".join(PROMPTS))
+    assert len(prompt) > 530
+    plain, _ = decode(model, prompt, max_tokens=96)
+    speculative, stats = decode(model, prompt, subnetwork=light_skip(model), max_tokens=96)
+    assert stats.accepted > 5
+    if INVARIANT:
+        assert speculative == plain
+    elif difference := explain(model, prompt, plain, speculative):
+        assert difference.is_near_tie
+
+
+def test_divergences_of_a_k_quant_are_near_ties(
+    real: Callable[..., Path], open_model: Callable[..., Model], record_property: Callable[..., None]
+) -> None:
+    """Q4_K_M rounds differently at widths 4 and up: count what differs, and explain each."""
+    model = open_model(real("qwen2.5-coder-1.5b"), n_ctx=1024)
+    subnetwork = light_skip(model)
+    diverged = accepted = 0
+    for text in PROMPTS[5:50:6]:
+        prompt = chat_tokens(model, text)
+        plain, _ = decode(model, prompt)
+        speculative, stats = decode(model, prompt, subnetwork=subnetwork)
+        accepted += stats.accepted
+        if difference := explain(model, prompt, plain, speculative):
+            diverged += 1
+            assert difference.is_near_tie, f"{text}: {difference}"
+    record_property("diverged", diverged)
+    print(f"\nQ4_K_M: {diverged} of {len(PROMPTS[5:50:6])} texts diverged, each at a near tie")
+    assert accepted > 50
+
+
+def test_width_three_is_exact_on_a_k_quant(
+    real: Callable[..., Path], open_model: Callable[..., Model]
+) -> None:
+    """Up to three rows llama.cpp's repacked kernels compute a K-quant row by row, like plain."""
+    if not INVARIANT:
+        pytest.skip("a property of the CPU kernels")
+    model = open_model(real("qwen2.5-coder-1.5b"), n_ctx=1024)
+    prompt = chat_tokens(model, PROMPTS[5])
+    plain, _ = decode(model, prompt)
+    speculative, stats = decode(model, prompt, subnetwork=light_skip(model), draft_max=2)
+    assert stats.accepted > 5
+    assert speculative == plain

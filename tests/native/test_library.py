@@ -1,0 +1,136 @@
+"""The library that is loaded: whose it is, what it leaves unchanged, that it leaks nothing."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from swift_gguf import native
+from swift_gguf.drafting import LayerSkip
+from swift_gguf.engine import generate
+from swift_gguf.errors import NativeLibraryError
+from swift_gguf.model import Model, ModelOptions
+from swift_gguf.native import library
+from swift_gguf.sampling import Sampler, SamplingOptions
+from swift_gguf.subnetwork import SubNetwork
+from tests.native.conftest import ROOT
+
+LOAD = "from swift_gguf.native import library; library()"
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | environment
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT)
+
+
+def test_versions() -> None:
+    pin = (ROOT / "native" / "llama_cpp.pin").read_text()
+    assert library().llama_commit in pin
+    assert f"#define SWIFT_GGUF_ABI {native.ABI}\n" in (
+        ROOT / "native" / "include" / "swift_gguf.h"
+    ).read_text()
+
+
+def test_another_abi_is_an_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "ABI", native.ABI + 1)
+    with pytest.raises(ImportError, match=f"has ABI {native.ABI - 1}.*needs {native.ABI}.*reinstall"):
+        native.Library(native.find_library())
+
+
+def test_a_struct_of_another_size_is_an_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Longer(native.Cost):
+        _fields_ = (("more", native.ctypes.c_int64),)
+
+    monkeypatch.setattr(native, "Cost", Longer)
+    with pytest.raises(ImportError, match="disagree about swift_gguf_cost"):
+        native.Library(native.find_library())
+
+
+def test_no_library_is_an_import_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWIFT_GGUF_LIB_DIR", str(tmp_path))
+    with pytest.raises(NativeLibraryError, match="reinstall"):
+        native.find_library()
+
+
+@pytest.mark.slow
+def test_an_unpatched_library_is_an_import_error(reference_lib: Path) -> None:
+    done = run_python(LOAD, SWIFT_GGUF_LIB_DIR=str(reference_lib))
+    assert done.returncode == 1
+    assert "NativeLibraryError" in done.stderr.splitlines()[-1]
+    assert "without swift-gguf's patch" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_llama_cpp_imported_first_with_another_library(reference_lib: Path) -> None:
+    done = run_python("import llama_cpp; " + LOAD, LLAMA_CPP_LIB_PATH=str(reference_lib))
+    assert "import swift_gguf first" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2moe", "phi3", "mamba"])
+def test_unset_is_bit_identical_to_unpatched(
+    family: str, reference_lib: Path, tiny: Callable[..., Path]
+) -> None:
+    from swift_gguf.bench.reference import compare_logits
+
+    assert compare_logits(tiny(family, quant="Q4_0"), native.find_library(), reference_lib) == 0
+
+
+@pytest.mark.slow
+def test_a_real_model_unset_is_bit_identical_to_unpatched(reference_lib: Path) -> None:
+    from swift_gguf.bench.reference import compare_logits
+    from swift_gguf.models import resolve
+
+    assert compare_logits(resolve("smollm2-135m"), native.find_library(), reference_lib) == 0
+
+
+def resident_mb() -> float:
+    gc.collect()
+    return float(psutil.Process().memory_info().rss) / 1e6
+
+
+@pytest.mark.slow
+def test_a_thousand_generations_leak_nothing(tiny: Callable[..., Path]) -> None:
+    with Model(tiny("llama"), ModelOptions(n_ctx=128, n_gpu_layers=0)) as model:
+        subnetwork = SubNetwork(n_layer=model.n_layer, skip_ffn=frozenset([1, 2]))
+
+        def generations(count: int) -> None:
+            for i in range(count):
+                options = SamplingOptions(seed=i, repeat_penalty=1.1, grammar="root ::= [^x]*")
+                with Sampler(model, options) as sampler:
+                    drafter = LayerSkip(model, subnetwork, p_min=0.1)
+                    prompt = [5, 6, 7, i % 100 + 5]
+                    stream = generate(
+                        model, prompt, sampler=sampler, drafter=drafter, max_tokens=8
+                    )
+                    for n, _ in enumerate(stream):
+                        if n == i % 11:
+                            break
+
+        generations(100)
+        before = resident_mb()
+        generations(1000)
+        assert resident_mb() - before < 4
+
+
+@pytest.mark.slow
+def test_loading_and_closing_leaks_nothing(tiny: Callable[..., Path]) -> None:
+    path = tiny("llama")
+
+    def load(count: int) -> None:
+        for _ in range(count):
+            with Model(path, ModelOptions(n_ctx=128, n_gpu_layers=0)) as model:
+                model.set_subnetwork(SubNetwork(n_layer=model.n_layer, skip_ffn=frozenset([1])))
+                model.decode([1, 2, 3])
+
+    load(20)
+    before = resident_mb()
+    load(100)
+    assert resident_mb() - before < 10
