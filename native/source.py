@@ -82,7 +82,7 @@ def fetch_sdist(pin: Pin) -> Path:
         download = ["download", "--no-deps", "--no-cache-dir", "--no-binary", "llama-cpp-python"]
         done = subprocess.run([*pip, *download, "--dest", folder, requirement], capture_output=True, text=True)
         if done.returncode != 0:
-            reason = (done.stderr.strip() or done.stdout.strip() or "pip failed").splitlines()[-1]
+            reason = (done.stderr.strip() or done.stdout.strip() or "pip failed").splitlines()[-1].removeprefix("ERROR: ")
             raise SourceError(
                 f"could not download the source of {requirement} ({reason}); "
                 "check the network connection and try again"

@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import Any, Protocol
 
 from swift_gguf.drafting.source import Draft, Drafter
-from swift_gguf.errors import ContextFullError
+from swift_gguf.errors import ContextFullError, UnsupportedModelError
 from swift_gguf.stats import SourceStats, Stats
 from swift_gguf.verification import verify
 
@@ -63,19 +63,26 @@ def generate(
 
     Whatever the context held is kept as far as it is a prefix of the prompt.  However the generator
     ends (end of generation, a limit, the consumer stopping, an exception), the context then holds
-    exactly what plain decoding would have decoded: the prompt and every yielded token but the last.
+    exactly what plain decoding would have decoded: the prompt and every token sampled but the last
+    (at an end of generation, the end is the last).
 
-    max_tokens: None generates until the end or until the context is full.
+    max_tokens: None generates until the end or until the context is full; 0 does nothing.
     stats: filled while the tokens flow, `stop_reason` at the end.
 
     Raises:
         ContextFullError: the prompt does not fit; nothing is decoded.
+        UnsupportedModelError: a drafter, but a model that cannot take tokens back.
         DecodeError: llama.cpp failed.
     """
     stats = Stats() if stats is None else stats
     stats.stop_reason = "stopped"
+    if drafter and model.rollback_refusal:
+        raise UnsupportedModelError(f"no speculation: {model.rollback_refusal}; use --speculation off")
+    if max_tokens is not None and max_tokens <= 0:
+        stats.stop_reason = "length"
+        return
     _prefill(model, prompt, stats)
-    sampled = 0  # tokens drawn and either yielded or found to end the generation
+    yielded = sampled = 0  # sampled counts an end of generation too
     source, path = TARGET, [sampler.sample(model, 0)]
     try:
         while True:
@@ -84,9 +91,10 @@ def generate(
                 if model.is_eog(token):
                     stats.stop_reason = "eos"
                     return
+                yielded += 1
                 stats.predicted_n += 1
                 yield Token(token, source if i < len(path) - 1 else TARGET)
-                if stats.predicted_n == max_tokens:
+                if yielded == max_tokens:
                     stats.stop_reason = "length"
                     return
             room = model.n_ctx - len(model.tokens)
@@ -95,11 +103,11 @@ def generate(
                 return
             n_max = min(draft_max, room - 1)
             if max_tokens is not None:
-                n_max = min(n_max, max_tokens - stats.predicted_n - 1)
+                n_max = min(n_max, max_tokens - yielded - 1)
             source = drafter.name if drafter else TARGET
             path = _cycle(model, path[-1], sampler, drafter, n_max, stats)
     finally:
-        model.rollback(len(prompt) + max(sampled - 1, 0))
+        _keep(model, len(prompt) + max(sampled - 1, 0))
 
 
 def _prefill(model: Target, prompt: Sequence[int], stats: Stats) -> None:
@@ -115,15 +123,19 @@ def _prefill(model: Target, prompt: Sequence[int], stats: Stats) -> None:
     pairs = zip(model.tokens, prompt, strict=False)
     common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     common = min(common, len(prompt) - 1)
-    if common < len(model.tokens) and model.rollback_refusal:
-        common = 0
-    if common:
-        model.rollback(common)
-    else:
-        model.clear()
+    _keep(model, common)
+    common = len(model.tokens)
     model.decode(prompt[common:], n_outputs=1)
     stats.prompt_n = len(prompt) - common
     stats.prompt_s = perf_counter() - start
+
+
+def _keep(model: Target, n_past: int) -> None:
+    """Keeps the first `n_past` tokens, or none where the model cannot take the others back."""
+    if n_past == 0 or (n_past < len(model.tokens) and model.rollback_refusal):
+        model.clear()
+    else:
+        model.rollback(n_past)
 
 
 def _cycle(
@@ -152,7 +164,7 @@ def _cycle(
     verified = perf_counter()
 
     model.rollback(n_past + len(path))
-    if drafter:
+    if drafter and draft.tokens:
         source = stats.sources.setdefault(drafter.name, SourceStats())
         source.count(drafted=len(draft.tokens), accepted=len(path) - 1)
     stats.cycles += 1

@@ -210,7 +210,10 @@ class Model:
 
         Raises:
             ContextFullError: they do not fit; nothing is decoded.
-            DecodeError: llama.cpp failed; the context is as before.
+            DecodeError: llama.cpp failed.
+
+        Whatever is raised, an interrupt included, the context is as before (or empty, if the model
+        cannot take tokens back).
         """
         if self.n_past + len(tokens) > self.n_ctx:
             raise ContextFullError(
@@ -219,15 +222,22 @@ class Model:
             )
         if not 0 <= n_outputs <= min(len(tokens), self.n_batch):
             raise ValueError(f"{n_outputs} outputs of {len(tokens)} tokens in batches of {self.n_batch}")
-        before = self.n_past
         # outputs must all be in the last batch: earlier rows are overwritten
         body = len(tokens) - n_outputs
         cuts = [*range(0, body, self.n_batch), body] if len(tokens) > self.n_batch else [0]
-        for start, end in zip(cuts, [*cuts[1:], len(tokens)], strict=True):
-            if start < end:
-                self._decode_batch(tokens[start:end], n_outputs if end == len(tokens) else 0, before)
+        before = self.n_past
+        try:
+            for start, end in zip(cuts, [*cuts[1:], len(tokens)], strict=True):
+                if start < end:
+                    self._decode_batch(tokens[start:end], n_outputs if end == len(tokens) else 0)
+        except BaseException:
+            if self.rollback_refusal:
+                self.clear()
+            else:
+                self.rollback(before)
+            raise
 
-    def _decode_batch(self, tokens: Sequence[int], n_outputs: int, before: int) -> None:
+    def _decode_batch(self, tokens: Sequence[int], n_outputs: int) -> None:
         if (invariant := len(tokens) < PREFILL_WIDTH) != self._invariant:
             self._library.set_batch_invariant(self.ctx, invariant)
             self._invariant = invariant
@@ -242,7 +252,6 @@ class Model:
         with self._library.messages() as messages:
             code = self._api.llama_decode(self.ctx, batch)
         if code != 0:
-            self.rollback(before)
             raise DecodeError(f"llama.cpp could not decode (code {code}): {_cause(messages)}")
         self._outputs = range(first, len(tokens))
         self.tokens.extend(tokens)
@@ -265,13 +274,14 @@ class Model:
         Raises:
             UnsupportedModelError: the model cannot (recurrent state); it is as before.
         """
-        if n_past >= self.n_past:
-            return
+        # Always told to llama.cpp: an interrupted decode may have left it more than `tokens` knows.
+        removed = self.tokens[n_past:]
+        del self.tokens[n_past:]
         if not self._api.llama_memory_seq_rm(self._memory, 0, n_past, -1):
+            self.tokens.extend(removed)
             raise UnsupportedModelError(
                 f"cannot take tokens back: {self.rollback_refusal}; use --speculation off"
             )
-        del self.tokens[n_past:]
 
     def clear(self) -> None:
         """Forgets all tokens; always possible."""

@@ -63,9 +63,9 @@ def parse_layers(text: str) -> frozenset[int]:
         try:
             low, high = int(first), int(last if dash else first)
         except ValueError:
-            raise SubnetworkError(f"'{part}' is not a layer; write layers as in 3,5-9") from None
+            raise SubnetworkError(f"{part!r} is not a layer; write layers as in 3,5-9") from None
         if high < low:
-            raise SubnetworkError(f"the range {part} runs backwards; write {high}-{low}")
+            raise SubnetworkError(f"the range {part!r} runs backwards; write {high}-{low}")
         if high > 10_000:  # keeps a slip of the hand from becoming gigabytes
             raise SubnetworkError(f"there is no layer {high}")
         layers.update(range(low, high + 1))

@@ -1,7 +1,7 @@
 """Our libllama, no sub-network set, against the same llama.cpp without our patch.
 
-Two workers, one library each, speak JSON lines over pipes.  Both use `llama_cpp`'s low-level functions
-alone, so nothing but the library differs between them.
+Two workers, one library each, speak JSON lines over pipes.  Both use `llama_cpp`'s low-level
+functions alone, so nothing but the library differs between them.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Worker:
             "PYTHONPATH": os.pathsep.join(paths),
         }
         arguments = [str(model), str(n_threads or 0), str(n_gpu_layers)]
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (until `close`)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "swift_gguf.bench.reference", *arguments],
             stdin=subprocess.PIPE,
@@ -175,8 +175,8 @@ def compare_logits(
 ) -> LogitsComparison:
     """Logits of prefill rows, single tokens and batches of four, by both libraries, bit by bit.
 
-    patched_lib, reference_lib: folders of a libllama with and without our patch.  With the same number
-    of threads llama.cpp is deterministic, so there is no tolerance.
+    patched_lib, reference_lib: folders of a libllama with and without our patch.  With the same
+    number of threads llama.cpp is deterministic, so there is no tolerance.
 
     Raises:
         NativeLibraryError: a folder has no library, or the two are not one of each kind.
@@ -205,7 +205,10 @@ def compare(
     n_gpu_layers: int = -1,
     progress: Callable[[str], None] = lambda _: None,
 ) -> ReferenceReport:
-    """Speeds in turns, the order reversed every round, and the logits.  Raises as `compare_logits`."""
+    """Speeds in turns, the order reversed every round, and the logits.
+
+    Raises as `compare_logits` does.
+    """
     options: dict[str, Any] = {"n_threads": n_threads, "n_gpu_layers": n_gpu_layers}
     with (
         Worker(model, reference_lib, patched=False, **options) as reference,
@@ -217,7 +220,7 @@ def compare(
         for number in range(1, rounds + 1):
             progress(f"round {number} of {rounds}")
             workers = [("reference", reference), ("patched", patched)]
-            for job, n_tokens in (("decode", 1), ("prefill", N_PROMPT)):
+            for job, n_tokens in (("prefill", N_PROMPT), ("decode", 1)):
                 for name, worker in workers if number % 2 else reversed(workers):
                     seconds = statistics.median(worker.ask(job))
                     speeds.setdefault(f"{job}_{name}", []).append(n_tokens / seconds)
@@ -258,12 +261,13 @@ def render(report: ReferenceReport) -> str:
         )
     ]
     logits = report.logits
+    n_same = logits.n_rows - len(logits.different)
     lines = [
         f"{report.model}, {report.n_threads} threads, {report.rounds} rounds; median (quartiles)",
         "",
         table(["", "unpatched tok/s", "patched tok/s", "patched / unpatched"], rows),
         "",
-        f"{logits.n_rows - len(logits.different)} of {logits.n_rows} rows of logits are bit-identical",
+        f"{n_same} of {logits.n_rows} rows of logits are bit-identical",
     ]
     if logits.different:
         lines.append("different: " + "; ".join(logits.different))
@@ -350,10 +354,9 @@ class _Decoder:
 
     def decode(self) -> list[float]:
         """Seconds of each of N_DECODE single tokens after N_PROMPT others."""
-        if not 0 < self._n_past - N_PROMPT < N_CTX - N_PROMPT - N_DECODE:
-            self._restart()
-            self._decode(N_PROMPT, 1)
-            self._timed(1)  # builds the graph
+        if not N_PROMPT <= self._n_past < N_CTX - N_DECODE:
+            self.prefill()
+        self._decode(1, 1)  # builds the graph
         return [self._timed(1) for _ in range(N_DECODE)]
 
     def _timed(self, n_tokens: int) -> float:
