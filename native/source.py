@@ -24,7 +24,7 @@ NATIVE = Path(__file__).resolve().parent
 PIN_FILE = NATIVE / "llama_cpp.pin"
 PATCHES = sorted((NATIVE / "patches").glob("*.patch"))
 
-# The parts of llama.cpp that libllama is built from; models, docs and tools are 80 % of the archive.
+# What libllama is built from; models, docs and tools are 80 % of the archive.
 NEEDED = ("CMakeLists.txt", "LICENSE", "cmake/", "ggml/", "include/", "src/", "vendor/")
 STAMP = ".swift-gguf-source"
 
@@ -44,7 +44,11 @@ class Pin:
 
 def read_pin(path: Path = PIN_FILE) -> Pin:
     lines = (line.partition("#")[0] for line in path.read_text().splitlines())
-    fields = {key.strip(): value.strip() for key, eq, value in (line.partition("=") for line in lines) if eq}
+    fields = {
+        key.strip(): value.strip()
+        for key, eq, value in (line.partition("=") for line in lines)
+        if eq
+    }
     return Pin(
         version=fields["llama-cpp-python"],
         sha256=fields["sdist-sha256"],
@@ -53,7 +57,7 @@ def read_pin(path: Path = PIN_FILE) -> Pin:
 
 
 def cache_dir() -> Path:
-    """The folder that `swift_gguf.models.cache_dir` names too (platformdirs is not at hand here)."""
+    """As `swift_gguf.models.cache_dir` has it; platformdirs is not at hand here."""
     if override := os.environ.get("SWIFT_GGUF_CACHE"):
         return Path(override)
     if sys.platform == "darwin":
@@ -80,9 +84,15 @@ def fetch_sdist(pin: Pin) -> Path:
     with tempfile.TemporaryDirectory(dir=archive.parent) as folder:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
         download = ["download", "--no-deps", "--no-cache-dir", "--no-binary", "llama-cpp-python"]
-        done = subprocess.run([*pip, *download, "--dest", folder, requirement], capture_output=True, text=True)
+        done = subprocess.run(
+            [*pip, *download, "--dest", folder, requirement], capture_output=True, text=True
+        )
         if done.returncode != 0:
-            reason = (done.stderr.strip() or done.stdout.strip() or "pip failed").splitlines()[-1].removeprefix("ERROR: ")
+            reason = (
+                (done.stderr.strip() or done.stdout.strip() or "pip failed")
+                .splitlines()[-1]
+                .removeprefix("ERROR: ")
+            )
             raise SourceError(
                 f"could not download the source of {requirement} ({reason}); "
                 "check the network connection and try again"
@@ -119,7 +129,7 @@ def unpack(archive: Path, dest: Path, version: str) -> None:
 
 
 def run_patch(tree: Path, patch: Path, *options: str) -> bool:
-    # Without the ceiling git would take an enclosing repository (ours) for the root and skip the files.
+    # Without the ceiling git takes an enclosing repository (ours) for the root and skips the files.
     env = os.environ | {"GIT_CEILING_DIRECTORIES": str(tree.resolve().parent)}
     command = ["git", "apply", *options, str(patch)]
     return subprocess.run(command, cwd=tree, env=env, capture_output=True).returncode == 0
@@ -156,7 +166,9 @@ def main() -> int:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--dest", type=Path, help="put the pinned source here")
     where.add_argument("--tree", type=Path, help="patch this checkout of llama.cpp in place")
-    where.add_argument("--fetch-only", action="store_true", help="only download the archive, print its path")
+    where.add_argument(
+        "--fetch-only", action="store_true", help="only download the archive, print its path"
+    )
     parser.add_argument("--no-patch", action="store_true", help="leave the source as it came")
     options = parser.parse_args()
     pin = read_pin()
@@ -166,7 +178,10 @@ def main() -> int:
         elif options.dest:
             provide(options.dest, pin=pin, patched=not options.no_patch)
         elif not (options.tree / "include" / "llama.h").exists():
-            raise SourceError(f"{options.tree} is not a llama.cpp checkout; unset SWIFT_LLAMA_CPP_DIR or correct it")
+            raise SourceError(
+                f"{options.tree} is not a llama.cpp checkout; "
+                "unset SWIFT_LLAMA_CPP_DIR or correct it"
+            )
         elif not options.no_patch:
             apply_patches(options.tree, pin=pin)
     except SourceError as error:

@@ -77,7 +77,9 @@ def generate(
     stats = Stats() if stats is None else stats
     stats.stop_reason = "stopped"
     if drafter and model.rollback_refusal:
-        raise UnsupportedModelError(f"no speculation: {model.rollback_refusal}; use --speculation off")
+        raise UnsupportedModelError(
+            f"no speculation: {model.rollback_refusal}; use --speculation off"
+        )
     if max_tokens is not None and max_tokens <= 0:
         stats.stop_reason = "length"
         return
@@ -158,9 +160,7 @@ def _cycle(
     model.decode([pending, *draft.tokens], n_outputs=len(draft.tokens) + 1)
     decoded = perf_counter()
 
-    path = verify(
-        draft.tokens, sample=lambda row: sampler.sample(model, row), is_eog=model.is_eog
-    )
+    path = verify(draft.tokens, sample=lambda row: sampler.sample(model, row), is_eog=model.is_eog)
     verified = perf_counter()
 
     model.rollback(n_past + len(path))

@@ -18,8 +18,8 @@ from swift_gguf.subnetwork import SubNetwork
 
 DEFAULT_CONTEXT = 4096
 
-# From this width on (ggml_fa_tile_config::Q), CPU flash attention may use its tiled kernel: right for
-# prefill, too wide ever to be a verification.
+# From this width on (ggml_fa_tile_config::Q), CPU flash attention may use its tiled kernel: right
+# for prefill, too wide ever to be a verification.
 PREFILL_WIDTH = 64
 
 
@@ -36,8 +36,8 @@ class ModelOptions:
     n_gpu_layers: int = -1
     """-1: all of them, where there is a GPU."""
     flash_attn: bool | None = None
-    """None: where the backend has it.  Off, verified rows differ from plainly decoded ones by rounding
-    on CPUs, whatever the quantisation."""
+    """None: where the backend has it.  Off, verified rows differ from plainly decoded ones by
+    rounding on CPUs, whatever the quantisation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +221,9 @@ class Model:
                 "use a larger --ctx-size or a shorter prompt"
             )
         if not 0 <= n_outputs <= min(len(tokens), self.n_batch):
-            raise ValueError(f"{n_outputs} outputs of {len(tokens)} tokens in batches of {self.n_batch}")
+            raise ValueError(
+                f"{n_outputs} outputs of {len(tokens)} tokens in batches of {self.n_batch}"
+            )
         # outputs must all be in the last batch: earlier rows are overwritten
         body = len(tokens) - n_outputs
         cuts = [*range(0, body, self.n_batch), body] if len(tokens) > self.n_batch else [0]
@@ -311,8 +313,8 @@ class Model:
     ) -> tuple[list[int], list[float]]:
         """Greedy draft tokens after `token`, which itself is not decoded yet, with probabilities.
 
-        Stops before a token less probable than `p_min`, and after an end of generation.  The context
-        is left as it was.
+        Stops before a token less probable than `p_min`, and after an end of generation.  The
+        context is left as it was.
         """
         handle = self._handle(subnetwork)
         assert handle is not None

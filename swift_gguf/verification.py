@@ -19,8 +19,8 @@ def verify(
 ) -> list[int]:
     """The tokens to emit: the accepted part of the draft, then the target's own next token.
 
-    sample: draws from the target's output row i, where row i follows draft[:i].  It is called once a
-        row, in order, and for no row that is not emitted: samplers have state.
+    sample: draws from the target's output row i, where row i follows draft[:i].  It is called once
+        a row, in order, and for no row that is not emitted: samplers have state.
     is_eog: after an end of generation nothing more is drawn.
     """
     emitted: list[int] = []

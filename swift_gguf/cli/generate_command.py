@@ -32,12 +32,18 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.option("-p", "--prompt", help="The prompt.  [default: standard input]")
 @click.option("-f", "--file", type=click.Path(path_type=Path), help="Read the prompt from a file.")
-@click.option("-n", "--n-predict", default=-1, metavar="N", help="At most N tokens; -1: to the end.")
+@click.option(
+    "-n", "--n-predict", default=-1, metavar="N", help="At most N tokens; -1: to the end."
+)
 @click.option("-sys", "--system-prompt", metavar="TEXT", help="A system message.")
-@click.option("--chat-template", metavar="JINJA", help="A template (text or file) instead of the model's.")
+@click.option(
+    "--chat-template", metavar="JINJA", help="A template (text or file) instead of the model's."
+)
 @click.option("--raw", is_flag=True, help="No chat template: continue the prompt as it stands.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, no stream.")
-@click.option("--compare", is_flag=True, help="Decode the prompt plainly too, and show both speeds.")
+@click.option(
+    "--compare", is_flag=True, help="Decode the prompt plainly too, and show both speeds."
+)
 @speculation_flags
 @sampling_flags
 @model_flags
@@ -47,7 +53,9 @@ def generate(model: str, as_json: bool, compare: bool, **values: Any) -> None:
     from swift_gguf.subnetwork import parse_layers
 
     text = _prompt_text(values)
-    layers = [None if v is None else parse_layers(v) for v in (values["skip_attn"], values["skip_ffn"])]
+    layers = [
+        None if v is None else parse_layers(v) for v in (values["skip_attn"], values["skip_ffn"])
+    ]
     options = sampling_options(values).with_seed()
     with load_model(model, values) as loaded:
         prompt = _prompt_tokens(loaded, text, values)
@@ -67,7 +75,9 @@ def generate(model: str, as_json: bool, compare: bool, **values: Any) -> None:
             loaded.clear()
             plain = job.run(None, show=None)
         if as_json:
-            click.echo(json.dumps(_as_json(answer, speculation, plain, options), ensure_ascii=False))
+            click.echo(
+                json.dumps(_as_json(answer, speculation, plain, options), ensure_ascii=False)
+            )
         else:
             click.echo("\n" + _footer(answer, speculation, plain), err=True)
     if answer.interrupted:
@@ -200,7 +210,11 @@ def _footer(answer: _Answer, speculation: Speculation, plain: _Answer | None) ->
     )
     if plain is not None:
         ratio = stats.tokens_per_second / (plain.stats.tokens_per_second or float("nan"))
-        same = "the same text" if plain.tokens == answer.tokens else "ANOTHER TEXT (see docs: near ties)"
+        same = (
+            "the same text"
+            if plain.tokens == answer.tokens
+            else "ANOTHER TEXT (see docs: near ties)"
+        )
         lines.append(
             f"plain       {plain.stats.tokens_per_second:8.1f} tok/s   {same}; "
             f"speculative is {ratio:.2f}x plain, each measured once"

@@ -25,7 +25,7 @@ def info(model: str, as_json: bool, **values: Any) -> None:
 
 
 def describe(model: Model) -> dict[str, Any]:
-    """Everything `info` shows, as plain values; sizes in bytes, shares of a one-token pass 0 to 1."""
+    """Everything `info` shows; sizes in bytes, shares of a one-token pass from 0 to 1."""
     from swift_gguf.native import library
 
     attention, ffn = model.sublayers
@@ -57,7 +57,9 @@ def describe(model: Model) -> dict[str, Any]:
                 kind: {
                     "status": sublayer.status,
                     "weight_bytes": sublayer.weight_bytes,
-                    "share": sublayer.weight_bytes / cost.weight_bytes if cost.weight_bytes else 0.0,
+                    "share": sublayer.weight_bytes / cost.weight_bytes
+                    if cost.weight_bytes
+                    else 0.0,
                 }
                 for kind, sublayer in (("attention", attention[i]), ("ffn", ffn[i]))
             }
@@ -89,7 +91,11 @@ def _table(report: dict[str, Any]) -> str:
     lines = [f"{name:<14}{value}" for name, value in rows]
     total = report["pass"]["weight_bytes"]
     head = report["pass"]["head_bytes"] / total
-    lines += ["", f"a pass over one token reads {total / 1e6:.0f} MB of weights, the head {head:.1%}:", ""]
+    lines += [
+        "",
+        f"a pass over one token reads {total / 1e6:.0f} MB of weights, the head {head:.1%}:",
+        "",
+    ]
     lines.append("layer  attention      FFN")
     for i, layer in enumerate(report["sublayers"]):
         cells = [
@@ -97,6 +103,8 @@ def _table(report: dict[str, Any]) -> str:
             for part in (layer["attention"], layer["ffn"])
         ]
         lines.append(f"{i:5}  {cells[0]:>9}  {cells[1]:>9}")
-    sums = [sum(layer[kind]["share"] for layer in report["sublayers"]) for kind in ("attention", "ffn")]
+    sums = [
+        sum(layer[kind]["share"] for layer in report["sublayers"]) for kind in ("attention", "ffn")
+    ]
     lines.append(f"  all  {sums[0]:9.1%}  {sums[1]:9.1%}")
     return "\n".join(lines)

@@ -53,8 +53,8 @@ sampling_flags = _all(
 speculation_flags = _all(
     click.option("--speculation", default="auto", show_default=True,
                  type=click.Choice(["auto", "off", "layer-skip"]), help="Where drafts come from."),
-    click.option("--skip-attn", metavar="LAYERS", help="Draft without these attentions, as in 3,5-9."),
-    click.option("--skip-ffn", metavar="LAYERS", help="Draft without these FFNs, as in 4,6."),
+    click.option("--skip-attn", metavar="LAYERS", help="Draft without these attentions: 3,5-9."),
+    click.option("--skip-ffn", metavar="LAYERS", help="Draft without these FFNs: 4,6."),
     click.option("--draft-max", default=8, show_default=True, metavar="N",
                  type=click.IntRange(1, 64), help="Draft at most this many tokens."),
     click.option("--draft-p-min", default=0.8, show_default=True, metavar="P",

@@ -1,7 +1,7 @@
 """The target drafts for itself with some of its sub-layers left out (SWIFT, ICLR 2025).
 
-The draft pass reads the target's own KV cache for everything that is already verified, which is worth
-more than anything else a draft can do; it runs in C (swift_gguf_draft).
+The draft pass reads the target's own KV cache for everything that is already verified, which is
+worth more than anything else a draft can do; it runs in C (swift_gguf_draft).
 """
 
 from __future__ import annotations
@@ -23,6 +23,4 @@ class LayerSkip:
 
     def draft(self, pending: int, *, n_max: int) -> Draft:
         """See `Drafter.draft`."""
-        return Draft(
-            *self._model.draft(self.subnetwork, pending, n_max=n_max, p_min=self.p_min)
-        )
+        return Draft(*self._model.draft(self.subnetwork, pending, n_max=n_max, p_min=self.p_min))

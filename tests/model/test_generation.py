@@ -131,10 +131,14 @@ def test_an_interrupt_inside_a_decode_leaves_the_context_usable(smol: Model) -> 
     smol.decode([1, 2, 3])
     timer = threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGINT))
     timer.start()
-    with pytest.raises(KeyboardInterrupt):
+
+    def decode_until_interrupted() -> None:
         for _ in range(50):
             smol.decode(range(100, 350))
             smol.rollback(3)
+
+    with pytest.raises(KeyboardInterrupt):
+        decode_until_interrupted()
     timer.join()
     assert smol.tokens == [1, 2, 3]
     smol.decode([7])

@@ -21,7 +21,9 @@ pytestmark = pytest.mark.slow
 INVARIANT = N_GPU_LAYERS == 0
 
 
-def assert_same(model: Model, prompts: list[str], sampling: Callable[[int], SamplingOptions]) -> int:
+def assert_same(
+    model: Model, prompts: list[str], sampling: Callable[[int], SamplingOptions]
+) -> int:
     """Every prompt's text is plain's; the number of accepted draft tokens, to show it was tried."""
     subnetwork = light_skip(model)
     accepted = 0
@@ -101,7 +103,9 @@ def test_sliding_window_past_512(
 
 
 def test_divergences_of_a_k_quant_are_near_ties(
-    real: Callable[..., Path], open_model: Callable[..., Model], record_property: Callable[..., None]
+    real: Callable[..., Path],
+    open_model: Callable[..., Model],
+    record_property: Callable[..., None],
 ) -> None:
     """Q4_K_M rounds differently at widths 4 and up: count what differs, and explain each."""
     model = open_model(real("qwen2.5-coder-1.5b"), n_ctx=1024)

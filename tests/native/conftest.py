@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def reference_lib() -> Path:
-    """The folder of an unpatched libllama, built from the pinned source (minutes, the first time)."""
+    """The folder of an unpatched libllama, built from the pinned source: minutes, once."""
     if given := os.environ.get("SWIFT_GGUF_REFERENCE_LIB"):
         return Path(given)
     build = ROOT / "build" / "reference"

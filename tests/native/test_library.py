@@ -27,20 +27,25 @@ LOAD = "from swift_gguf.native import library; library()"
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = os.environ | environment
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT
+    )
 
 
 def test_versions() -> None:
     pin = (ROOT / "native" / "llama_cpp.pin").read_text()
     assert library().llama_commit in pin
-    assert f"#define SWIFT_GGUF_ABI {native.ABI}\n" in (
-        ROOT / "native" / "include" / "swift_gguf.h"
-    ).read_text()
+    assert (
+        f"#define SWIFT_GGUF_ABI {native.ABI}\n"
+        in (ROOT / "native" / "include" / "swift_gguf.h").read_text()
+    )
 
 
 def test_another_abi_is_an_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "ABI", native.ABI + 1)
-    with pytest.raises(ImportError, match=f"has ABI {native.ABI - 1}.*needs {native.ABI}.*reinstall"):
+    with pytest.raises(
+        ImportError, match=f"has ABI {native.ABI - 1}.*needs {native.ABI}.*reinstall"
+    ):
         native.Library(native.find_library())
 
 
@@ -107,9 +112,7 @@ def test_a_thousand_generations_leak_nothing(tiny: Callable[..., Path]) -> None:
                 with Sampler(model, options) as sampler:
                     drafter = LayerSkip(model, subnetwork, p_min=0.1)
                     prompt = [5, 6, 7, i % 100 + 5]
-                    stream = generate(
-                        model, prompt, sampler=sampler, drafter=drafter, max_tokens=8
-                    )
+                    stream = generate(model, prompt, sampler=sampler, drafter=drafter, max_tokens=8)
                     for n, _ in enumerate(stream):
                         if n == i % 11:
                             break

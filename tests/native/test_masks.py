@@ -29,7 +29,12 @@ def random_subnetworks(n_layer: int, count: int, seed: int) -> list[SubNetwork]:
         return frozenset(i for i in range(n_layer) if rng.random() < 0.5)
 
     every = frozenset(range(n_layer))
-    extremes = [(frozenset(), frozenset()), (every, every), (every, frozenset()), (frozenset(), every)]
+    extremes = [
+        (frozenset(), frozenset()),
+        (every, every),
+        (every, frozenset()),
+        (frozenset(), every),
+    ]
     chosen = extremes + [(some(), some()) for _ in range(count)]
     return [SubNetwork(n_layer=n_layer, skip_attn=a, skip_ffn=f) for a, f in chosen]
 
@@ -90,7 +95,9 @@ def test_what_is_reported_skippable_is_skipped(
             assert (saved > 0) == skipped
 
 
-def test_costs_add_up_to_the_tensors(tiny: Callable[..., Path], open_model: Callable[..., Model]) -> None:
+def test_costs_add_up_to_the_tensors(
+    tiny: Callable[..., Path], open_model: Callable[..., Model]
+) -> None:
     """A pass of an untied F32 model reads every weight once, but of the embedding only one row."""
     model = open_model(tiny("llama"))
     embedding = 4 * 64 * model.n_vocab

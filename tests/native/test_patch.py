@@ -12,7 +12,7 @@ import pytest
 from tests.native.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "native"))
-import source  # noqa: E402 - native/ is not a package
+import source
 
 # What the patch may touch; native/README.md explains each.
 LISTED = {
