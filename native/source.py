@@ -80,32 +80,33 @@ def fetch_sdist(pin: Pin) -> Path:
         return archive
 
     archive.parent.mkdir(parents=True, exist_ok=True)
-    requirement = f"llama-cpp-python=={pin.version}"
     with tempfile.TemporaryDirectory(dir=archive.parent) as folder:
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-        download = ["download", "--no-deps", "--no-cache-dir", "--no-binary", "llama-cpp-python"]
-        done = subprocess.run(
-            [*pip, *download, "--dest", folder, requirement], capture_output=True, text=True
-        )
-        if done.returncode != 0:
-            reason = (
-                (done.stderr.strip() or done.stdout.strip() or "pip failed")
-                .splitlines()[-1]
-                .removeprefix("ERROR: ")
-            )
-            raise SourceError(
-                f"could not download the source of {requirement} ({reason}); "
-                "check the network connection and try again"
-            )
-        fetched = next(Path(folder).glob("*.tar.gz"))
+        fetched = download_sdist(pin.version, Path(folder))
         actual = sha256_of(fetched)
         if actual != pin.sha256:
             raise SourceError(
-                f"the source of {requirement} has sha256 {actual}, but {PIN_FILE.name} expects "
-                f"{pin.sha256}; do not build it, and check where pip downloads from"
+                f"the source of llama-cpp-python=={pin.version} has sha256 {actual}, but "
+                f"{PIN_FILE.name} expects {pin.sha256}; do not build it, and check where pip "
+                "downloads from"
             )
         os.replace(fetched, archive)
     return archive
+
+
+def download_sdist(version: str, folder: Path) -> Path:
+    """A release's source distribution, as pip finds it."""
+    requirement = f"llama-cpp-python=={version}"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    download = ["download", "--no-deps", "--no-cache-dir", "--no-binary", "llama-cpp-python"]
+    command = [*pip, *download, "--dest", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        reason = (done.stderr.strip() or done.stdout.strip() or "pip failed").splitlines()[-1]
+        raise SourceError(
+            f"could not download the source of {requirement} ({reason.removeprefix('ERROR: ')}); "
+            "check the network connection and try again"
+        )
+    return next(folder.glob("*.tar.gz"))
 
 
 def unpack(archive: Path, dest: Path, version: str) -> None:

@@ -151,8 +151,12 @@ def is_ready(venv, state, key, dev):
         and (state.get("dev") or not dev)
         # a checkout of the user's own may have changed: only its build knows
         and not os.environ.get("SWIFT_LLAMA_CPP_DIR")
-        and any(venv.glob("lib/python3*/site-packages/swift_gguf/lib/*llama.*"))
+        and has_library(venv)
     )
+
+
+def has_library(venv):
+    return any(venv.glob("lib/python3*/site-packages/swift_gguf/lib/*llama.*"))
 
 
 # -- the steps -------------------------------------------------------------------------------------
@@ -253,7 +257,7 @@ class Bootstrap:
                 self.pip_install(archive, CMAKE_ARGS=BINDINGS_ARGS)
                 self.save(bindings=pin())
         dev = dev or self.state.get("dev", False)
-        built = self.state.get("key") == key
+        built = self.state.get("key") == key and has_library(self.venv)
         step = "library built", "building the library", ", minutes the first time"
         if built and not os.environ.get("SWIFT_LLAMA_CPP_DIR"):
             step = "development tools added", "installing the development tools"

@@ -6,12 +6,14 @@ set -euo pipefail
 usage() {
     cat <<'USAGE'
 usage: scripts/gpu_check.sh [--cpu] [--shape 7b|1b|tiny] [--type q4_0|q8_0] [--rounds N] [--lib DIR]
+                            [--no-tests]
 
   --cpu      the same on the CPU, with a tiny model: tries the script itself
   --shape    of the synthetic model (default: 7b, with --cpu: tiny)
   --type     of its weights (default: q4_0)
   --rounds   of measurement (default: 7, with --cpu: 2)
   --lib      a library that is built already, instead of building it
+  --no-tests measure only
 
 PYTHON names the interpreter (default: python3); it needs the packages of pyproject.toml. Nothing is
 downloaded if the llama.cpp source is in the cache (python native/source.py --fetch-only).
@@ -23,10 +25,11 @@ die() {
     exit 1
 }
 
-cpu=0 shape= type=q4_0 rounds= lib=
+cpu=0 run_tests=1 shape= type=q4_0 rounds= lib=
 while [ $# -gt 0 ]; do
     case $1 in
         --cpu) cpu=1 ;;
+        --no-tests) run_tests=0 ;;
         -h | --help) usage; exit 0 ;;
         --shape | --type | --rounds | --lib)
             [ $# -ge 2 ] || die "$1 needs a value"
@@ -112,7 +115,7 @@ else
     echo "== no demo model in the cache: tests/model is left out (scripts/fetch_demo_models.py)"
 fi
 failed=0
-if [ ${#tests[@]} -gt 0 ]; then
+if [ $run_tests = 1 ] && [ ${#tests[@]} -gt 0 ]; then
     echo "== pytest ${tests[*]}"
     # 0 keeps a machine's GPU out of --cpu
     SWIFT_GGUF_TEST_NGL=$([ $cpu = 1 ] && echo 0 || echo -1) "$python" -m pytest -q "${tests[@]}" || failed=$?

@@ -39,5 +39,9 @@ class SubnetworkError(SwiftError, ValueError):
     """A sub-network names layers the model does not have or sub-layers that cannot be skipped."""
 
 
+class SamplingError(SwiftError, ValueError):
+    """Sampling options that make no sense."""
+
+
 class GrammarError(SwiftError, ValueError):
     """A grammar does not parse."""

@@ -7,12 +7,13 @@ plain decoding.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from swift_gguf.errors import GrammarError
+from swift_gguf.errors import GrammarError, SamplingError
 from swift_gguf.native import library
 
 if TYPE_CHECKING:
@@ -38,6 +39,14 @@ class SamplingOptions:
     """None: a fresh random seed."""
     grammar: str | None = None
     """GBNF, root rule ``root``."""
+
+    def __post_init__(self) -> None:
+        numbers = (self.temperature, self.top_p, self.min_p, self.repeat_penalty)
+        penalties = (self.presence_penalty, self.frequency_penalty)
+        if not all(map(math.isfinite, numbers + penalties)):
+            raise SamplingError("sampling options must be finite numbers")
+        if self.repeat_penalty <= 0:
+            raise SamplingError("the repeat penalty must be above 0; 1 switches it off")
 
     @property
     def has_penalties(self) -> bool:
@@ -83,6 +92,7 @@ class Sampler:
         if options.has_penalties:
             last_n = options.repeat_last_n if options.repeat_last_n >= 0 else model.n_ctx
             penalties = api.llama_sampler_init_penalties(
+                model.n_vocab,
                 last_n,
                 options.repeat_penalty,
                 options.frequency_penalty,

@@ -128,6 +128,8 @@ def test_limits(cli: Cli, model: Path) -> None:
         (("-p", "x", "--skip-ffn", "9"), "layers 0 to 3"),
         (("-p", "x", "--skip-ffn", "a-b"), "3,5-9"),
         (("-p", "x", "--grammar", "root ::="), "grammar"),
+        (("-p", "x", "--repeat-penalty", "0"), "above 0"),
+        (("-p", "x", "--temp", "nan"), "finite"),
         (("-p", "x", "--chat-template", "{{ nothing.at.all }}"), "chat template"),
         (("-p", "x", "--chat-template", "{% for %}"), "chat template"),
         (("-p", "x", "--chat-template", "missing.jinja"), "cannot be read"),
