@@ -153,6 +153,7 @@ def measure(
         )
     if min(rounds, context, repeats) < 1:
         raise ValueError("rounds, context and repeats start at 1")
+    where = machine()
     bench = _Bench(model, context, repeats)
     skipping = subnetworks(model)
     try:
@@ -173,7 +174,7 @@ def measure(
         model.set_subnetwork(None)
         model.clear()
     return Report(
-        machine=machine(),
+        machine=where,
         subject=subject(model),
         context=context,
         rounds=rounds,

@@ -244,6 +244,19 @@ def compare(
     )
 
 
+def verdict(ratio: Spread, tolerance: float) -> str:
+    """Whether a ratio is 1 within the tolerance: ``yes``, ``no``, or ``too noisy to say``.
+
+    Both quartiles decide: yes if both are inside the limits, no if both are outside on one side.
+    """
+    low, high = 1 - tolerance, 1 + tolerance
+    if low <= ratio.q1 and ratio.q3 <= high:
+        return "yes"
+    if ratio.q3 < low or ratio.q1 > high:
+        return "no"
+    return "too noisy to say"
+
+
 def render(report: ReferenceReport) -> str:
     """The report as plain text: median (quartiles)."""
     rows = [

@@ -127,7 +127,7 @@ def _sections(report: Report) -> Iterator[str]:
         f"{subject.name}: {subject.description}, {subject.n_bytes / 1e6:.0f} MB, "
         f"{subject.n_layer} layers\n"
         f"on {subject.device}; CPU {machine.cpu}, {machine.cores} cores, "
-        f"{subject.n_threads} threads, {machine.system}\n"
+        f"{subject.n_threads} threads, {machine.system}, load before {machine.load:.1f}\n"
         f"llama.cpp {subject.llama_commit[:9]}; context {report.context}, "
         f"{report.rounds} rounds of {report.repeats} passes; ms, median (quartiles)"
     )

@@ -66,15 +66,22 @@ class Machine:
     cores: int
     """That this process may use."""
     system: str
+    load: float
+    """Average number of running processes in the minute before; 0 where unknown."""
 
 
 def machine() -> Machine:
-    """This machine."""
+    """This machine; to be called before a measurement, which is a load itself."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
-    return Machine(cpu=_cpu_name(), cores=cores, system=f"{platform.system()} {platform.machine()}")
+    return Machine(
+        cpu=_cpu_name(),
+        cores=cores,
+        system=f"{platform.system()} {platform.machine()}",
+        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
+    )
 
 
 def _cpu_name() -> str:

@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
-from swift_gguf.bench.reference import LogitsComparison, ReferenceReport
+from swift_gguf.bench.reference import LogitsComparison, ReferenceReport, verdict
 from swift_gguf.bench.reference import render as render_reference
 from swift_gguf.bench.report import (
     DraftTime,
@@ -34,7 +34,7 @@ def spread(median: float) -> Spread:
 
 def report(**changes: object) -> Report:
     values: dict[str, object] = {
-        "machine": Machine(cpu="Some CPU", cores=2, system="Linux x86_64"),
+        "machine": Machine(cpu="Some CPU", cores=2, system="Linux x86_64", load=0.1),
         "subject": Subject(
             name="model.gguf",
             description="llama 7B Q4_0",
@@ -164,6 +164,19 @@ def test_a_part_lost_in_the_noise_has_no_rate() -> None:
 )
 def test_logits_comparison(comparison: LogitsComparison, identical: bool) -> None:
     assert comparison.identical is identical
+
+
+@pytest.mark.parametrize(
+    ("ratios", "expected"),
+    [
+        ([0.995, 1.0, 1.005], "yes"),
+        ([0.90, 0.95, 0.97], "no"),
+        ([1.05, 1.06, 1.07], "no"),
+        ([0.90, 1.0, 1.10], "too noisy to say"),
+    ],
+)
+def test_verdict_of_a_ratio(ratios: list[float], expected: str) -> None:
+    assert verdict(Spread.of(ratios), 0.01) == expected
 
 
 def test_reference_report_is_rendered() -> None:
