@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 MODEL  ?= smollm2-135m
+SKIP   ?= --skip-ffn 3,9,15,21 --skip-attn 4
 PROMPT ?= Explain in three sentences why the sky is blue.
 CPP     = native/src/*.cpp native/src/*.h native/include/*.h
 
@@ -15,7 +16,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-10s %s\n", $$1, $$2 }'
 
 demo: build ## build, fetch a small model (98 MB) and answer a prompt plainly and with drafts
-	@$(BIN)/swift-gguf generate $(MODEL) --compare -n 128 --temp 0 -p "$(PROMPT)"
+	@$(BIN)/swift-gguf generate $(MODEL) --compare -n 128 --temp 0 $(SKIP) -p "$(PROMPT)"
 
 build: ## .venv with swift-gguf in it; nothing to do takes no time
 	@$(PYTHON) scripts/bootstrap.py --venv $(VENV)

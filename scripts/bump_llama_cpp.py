@@ -12,6 +12,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -267,6 +268,7 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="keep the new pin even on failure")
     parser.add_argument("--no-test", action="store_true", help="neither rebuild nor test")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the old pin comes back
     try:
         bump(options.version, commit=options.commit, keep=options.keep, test=not options.no_test)
     except (BumpError, SourceError, OSError) as error:

@@ -31,7 +31,12 @@ def assert_same(
         prompt = chat_tokens(model, text)
         plain, _ = decode(model, prompt, sampling=sampling(i))
         speculative, stats = decode(
-            model, prompt, sampling=sampling(i), subnetwork=subnetwork, draft_max=1 + i % 7
+            model,
+            prompt,
+            sampling=sampling(i),
+            subnetwork=subnetwork,
+            draft_max=1 + i % 7,
+            p_min=0.5 if i % 5 else 0.0,  # mostly confident drafts, some that are mostly wrong
         )
         if INVARIANT or plain == speculative:
             assert speculative == plain, f"prompt {i}: {text}"
@@ -72,7 +77,7 @@ def test_long_context_and_bad_drafts(
 ) -> None:
     """Past 512 cells, where a kernel that splits its sums would differ by batch width."""
     model = open_model(real("smollm2-135m"), n_ctx=2048)
-    prompt = chat_tokens(model, " ".join(PROMPTS))
+    prompt = chat_tokens(model, " ".join(PROMPTS * 2))
     assert len(prompt) > 512
     plain, _ = decode(model, prompt, max_tokens=64)
     for subnetwork in (light_skip(model), SubNetwork.uniform(model.n_layer)):
