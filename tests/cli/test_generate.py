@@ -127,7 +127,7 @@ def test_limits(cli: Cli, model: Path) -> None:
         (("-p", "x" * 2000, "-c", 64), "ctx-size"),
         (("-p", "x", "--skip-ffn", "9"), "layers 0 to 3"),
         (("-p", "x", "--skip-ffn", "a-b"), "3,5-9"),
-        (("-p", "x", "--grammar", "root ::="), "grammar"),
+        (("-p", "x", "--grammar", "root ::= ["), "grammar"),
         (("-p", "x", "--repeat-penalty", "0"), "above 0"),
         (("-p", "x", "--temp", "nan"), "finite"),
         (("-p", "x", "--chat-template", "{{ nothing.at.all }}"), "chat template"),
