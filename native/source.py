@@ -59,7 +59,7 @@ def read_pin(path: Path = PIN_FILE) -> Pin:
 def cache_dir() -> Path:
     """As `swift_gguf.models.cache_dir` has it; platformdirs is not at hand here."""
     if override := os.environ.get("SWIFT_GGUF_CACHE"):
-        return Path(override)
+        return Path(override).expanduser()
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "swift-gguf"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swift-gguf"

@@ -166,8 +166,11 @@ def _cycle(
     model.rollback(n_past + len(path))
     if drafter and draft.tokens:
         source = stats.sources.setdefault(drafter.name, SourceStats())
-        source.count(drafted=len(draft.tokens), accepted=len(path) - 1)
+        # the path ends at the first difference, and may end with an accepted end of generation
+        agreed = sum(a == b for a, b in zip(path, draft.tokens, strict=False))
+        source.count(drafted=len(draft.tokens), accepted=agreed)
     stats.cycles += 1
+    stats.cycle_n += len(path)
     stats.draft_s += drafted - start
     stats.verify_s += decoded - drafted
     stats.sample_s += verified - decoded

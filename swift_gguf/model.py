@@ -14,12 +14,12 @@ from typing import Any
 from swift_gguf.errors import ContextFullError, DecodeError, ModelError, UnsupportedModelError
 from swift_gguf.gguf_check import check
 from swift_gguf.native import SUBLAYER_STATUS, Cost, SubnetworkHandle, library
-from swift_gguf.subnetwork import SubNetwork
+from swift_gguf.subnetwork import SubNetwork, parse_layers
 
 DEFAULT_CONTEXT = 4096
 
-# From this width on (ggml_fa_tile_config::Q), CPU flash attention may use its tiled kernel: right
-# for prefill, too wide ever to be a verification.
+# From this width on (ggml_fa_tile_config::Q), CPU flash attention has a tiled kernel: right for
+# prefill; never used where several rows are asked for, as in a verification.
 PREFILL_WIDTH = 64
 
 
@@ -86,7 +86,7 @@ class Model:
         params = api.llama_model_default_params()
         params.n_gpu_layers = options.n_gpu_layers
         with self._library.messages() as messages:
-            self._model = api.llama_model_load_from_file(str(self.path).encode(), params)
+            self._model = api.llama_model_load_from_file(os.fsencode(self.path), params)
         if not self._model:
             raise ModelError(f"{self.path} cannot be loaded: {_cause(messages)}")
         self.vocab = api.llama_model_get_vocab(self._model)
@@ -98,7 +98,7 @@ class Model:
         self._n_threads = options.n_threads or default_threads()
         params = api.llama_context_default_params()
         params.n_ctx = options.n_ctx or api.llama_model_n_ctx_train(self._model)
-        params.n_batch = params.n_ubatch = min(options.n_batch, params.n_ctx)
+        params.n_batch = params.n_ubatch = options.n_batch
         params.n_seq_max = 1
         params.n_threads = params.n_threads_batch = self._n_threads
         params.flash_attn_type = -1 if options.flash_attn is None else int(options.flash_attn)
@@ -240,7 +240,8 @@ class Model:
             raise
 
     def _decode_batch(self, tokens: Sequence[int], n_outputs: int) -> None:
-        if (invariant := len(tokens) < PREFILL_WIDTH) != self._invariant:
+        invariant = n_outputs > 1 or len(tokens) < PREFILL_WIDTH
+        if invariant != self._invariant:
             self._library.set_batch_invariant(self.ctx, invariant)
             self._invariant = invariant
         batch, first = self._batch, len(tokens) - n_outputs
@@ -358,8 +359,17 @@ def default_threads() -> int:
                 return int(done.stdout)
     if hasattr(os, "sched_getaffinity"):
         cores = set()
-        for cpu in os.sched_getaffinity(0):
+        for cpu in os.sched_getaffinity(0) & (_performance_cpus() or os.sched_getaffinity(0)):
             siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
             cores.add(siblings.read_text() if siblings.exists() else str(cpu))
         return max(1, len(cores))
     return max(1, (os.cpu_count() or 2) // 2)
+
+
+def _performance_cpus() -> set[int]:
+    """Linux' list of performance cores on processors with two kinds; empty on others."""
+    try:
+        text = Path("/sys/devices/cpu_core/cpus").read_text()
+    except OSError:
+        return set()
+    return set(parse_layers(text.strip()))

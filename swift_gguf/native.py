@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -79,6 +80,7 @@ _ERRORS = {
     -1: "an argument is out of range",
     -2: "the context cannot be rolled back",
     -3: "llama.cpp could not build the graph",
+    -4: "the logits are not finite; the model's weights are damaged",
 }
 
 _MASK = ctypes.POINTER(ctypes.c_uint8)
@@ -189,8 +191,9 @@ class Library:
         for name, struct in structs.items():
             native = self._swift.swift_gguf_struct_size(name.encode())
             if native != ctypes.sizeof(struct):
+                bindings = version("llama-cpp-python")
                 raise NativeLibraryError(
-                    f"the library in {self.folder} and llama-cpp-python {self.api.__version__} "
+                    f"the library in {self.folder} and llama-cpp-python {bindings} "
                     f"disagree about {name} ({native} and {ctypes.sizeof(struct)} bytes); "
                     + REINSTALL
                 )

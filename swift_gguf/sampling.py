@@ -58,8 +58,9 @@ class SamplingOptions:
 
     def with_seed(self) -> SamplingOptions:
         """The same options with the seed drawn, so that a run can be repeated."""
-        seed = random.getrandbits(32) if self.seed is None else self.seed & 0xFFFFFFFF
-        return replace(self, seed=seed)
+        seed = random.getrandbits(32) if self.seed is None else self.seed
+        # llama.cpp takes 0xFFFFFFFF (LLAMA_DEFAULT_SEED) for "draw one"
+        return replace(self, seed=seed % 0xFFFFFFFF)
 
 
 class Sampler:
@@ -91,6 +92,7 @@ class Sampler:
             parts.append(self._grammar(model, options.grammar))
         if options.has_penalties:
             last_n = options.repeat_last_n if options.repeat_last_n >= 0 else model.n_ctx
+            last_n = min(last_n, model.n_ctx)  # llama.cpp allocates as many places
             penalties = api.llama_sampler_init_penalties(
                 model.n_vocab,
                 last_n,

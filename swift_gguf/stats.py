@@ -43,6 +43,8 @@ class Stats:
     predicted_n: int = 0
     cycles: int = 0
     """Target passes after the prompt."""
+    cycle_n: int = 0
+    """Tokens these passes gave, an end of generation included."""
     draft_s: float = 0.0
     verify_s: float = 0.0
     sample_s: float = 0.0
@@ -69,7 +71,7 @@ class Stats:
     @property
     def mean_acceptance_length(self) -> float:
         """Tokens a target pass yields, its own included; plain decoding has 1."""
-        return 1 + self.accepted / self.cycles if self.cycles else 1.0
+        return self.cycle_n / self.cycles if self.cycles else 1.0
 
     @property
     def overhead_s(self) -> float:

@@ -94,4 +94,6 @@ def read_template(value: str) -> str:
         with open(value, encoding="utf-8") as file:
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise SwiftError(f"the chat template {value} cannot be read: {error}") from error
+        raise SwiftError(
+            f"the chat template {value!r} is neither Jinja text nor a file that can be read"
+        ) from error

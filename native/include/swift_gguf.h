@@ -26,6 +26,7 @@ extern "C" {
 #define SWIFT_GGUF_ERROR_ARGUMENT (-1) /* a null pointer, an index or a length out of range */
 #define SWIFT_GGUF_ERROR_ROLLBACK (-2) /* the context cannot be rolled back, see swift_gguf_rollback_refusal */
 #define SWIFT_GGUF_ERROR_GRAPH    (-3) /* llama.cpp could not build the graph */
+#define SWIFT_GGUF_ERROR_LOGITS   (-4) /* the logits are not finite: damaged weights */
 #define SWIFT_GGUF_ERROR_DECODE   (-100)
 
 /*

@@ -53,7 +53,11 @@ uint64_t kv_bytes_read(const ggml_tensor * kv, int64_t n_kv) {
 }
 
 swift_gguf_cost count(const llama_context & ctx, ggml_cgraph * graph, int64_t n_kv) {
-    const ggml_tensor * logits = swift_access::logits(ctx);
+    // some models scale, cap or bias what the output projection gives
+    const ggml_tensor * head = swift_access::logits(ctx);
+    while (head != nullptr && head->op != GGML_OP_MUL_MAT) {
+        head = head->src[0];
+    }
 
     swift_gguf_cost cost = {};
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
@@ -73,7 +77,7 @@ swift_gguf_cost count(const llama_context & ctx, ggml_cgraph * graph, int64_t n_
             if (is_weight(root(src))) {
                 const uint64_t bytes = weight_bytes_read(node, src);
                 cost.weight_bytes += bytes;
-                if (node == logits) {
+                if (node == head) {
                     cost.head_bytes += bytes;
                 }
             } else if (!is_store) {
@@ -134,7 +138,7 @@ int32_t swift_gguf_sublayers(
         llama_context *       ctx,
         swift_gguf_sublayer * attention,
         swift_gguf_sublayer * ffn,
-        int32_t               n_layer) {
+        int32_t               n_layer) try {
     if (ctx == nullptr || attention == nullptr || ffn == nullptr || llama_get_memory(ctx) == nullptr ||
         n_layer != llama_model_n_layer(llama_get_model(ctx))) {
         return SWIFT_GGUF_ERROR_ARGUMENT;
@@ -181,4 +185,6 @@ int32_t swift_gguf_sublayers(
         }
     }
     return 0;
+} catch (...) { // std::bad_alloc
+    return SWIFT_GGUF_ERROR_GRAPH;
 }

@@ -18,7 +18,11 @@ int32_t swift_gguf_top1(llama_context * ctx, int32_t i, llama_token * token, flo
     for (int32_t k = 1; k < n_vocab; ++k) {
         max = std::max(max, logits[k]);
     }
-    *token = (llama_token) (std::find(logits, logits + n_vocab, max) - logits);
+    const float * best = std::find(logits, logits + n_vocab, max);
+    if (best == logits + n_vocab || !std::isfinite(max)) {
+        return SWIFT_GGUF_ERROR_LOGITS;
+    }
+    *token = (llama_token) (best - logits);
 
     // Logits more than 24 below the maximum add under 4e-11 each: not worth an exponential.
     float sum = 0.0f;
@@ -89,17 +93,26 @@ int32_t swift_gguf_draft(
         float *                         probabilities) {
     if (ctx == nullptr || subnetwork == nullptr || params == nullptr || tokens == nullptr || probabilities == nullptr ||
         params->n_max < 0 || pos < 0 || params->seq_id < 0 || params->seq_id >= (llama_seq_id) llama_n_seq_max(ctx) ||
-        pos + params->n_max > (int64_t) llama_n_ctx_seq(ctx)) {
+        (int64_t) pos + params->n_max > llama_n_ctx_seq(ctx)) {
         return SWIFT_GGUF_ERROR_ARGUMENT;
     }
     if (swift_gguf_rollback_refusal(ctx) != nullptr) {
         return SWIFT_GGUF_ERROR_ROLLBACK;
     }
+    const llama_memory_t memory = llama_get_memory(ctx);
+    if (llama_memory_seq_pos_max(memory, params->seq_id) != pos - 1) {
+        return SWIFT_GGUF_ERROR_ARGUMENT; // removing the draft would remove what was there before
+    }
+
     const swift_scope scope(*ctx, subnetwork->value);
-    const int32_t     n = draft_loop(ctx, *params, token, pos, tokens, probabilities);
+    int32_t           n = SWIFT_GGUF_ERROR_GRAPH;
+    try {
+        n = draft_loop(ctx, *params, token, pos, tokens, probabilities);
+    } catch (...) { // llama_decode lets exceptions of the graph build and of allocations through
+    }
 
     // Skipped layers stored nothing for these positions: nobody may build on them.
-    if (!llama_memory_seq_rm(llama_get_memory(ctx), params->seq_id, pos, -1)) {
+    if (!llama_memory_seq_rm(memory, params->seq_id, pos, -1)) {
         return SWIFT_GGUF_ERROR_ROLLBACK;
     }
     return n;

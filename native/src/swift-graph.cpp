@@ -11,7 +11,12 @@ static ggml_tensor * zeros(const llm_graph_context & graph, int64_t ne0, int64_t
     ggml_context * ctx = graph.ctx0;
 
     if (graph.swift_zero == nullptr) {
-        graph.swift_zero = ggml_scale(ctx, graph.res->t_inp_embd, 0.0f);
+        // models with extra embedding channels ("deepstack") hand on a strided view of the input
+        ggml_tensor * embd = graph.res->t_inp_embd;
+        if (!ggml_is_contiguous(embd)) {
+            embd = ggml_cont(ctx, embd);
+        }
+        graph.swift_zero = ggml_scale(ctx, embd, 0.0f);
         ggml_set_name(graph.swift_zero, "swift_zero");
     }
     ggml_tensor * zero = graph.swift_zero;

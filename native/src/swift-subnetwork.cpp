@@ -44,7 +44,7 @@ size_t swift_gguf_struct_size(const char * name) {
 swift_gguf_subnetwork * swift_gguf_subnetwork_init(
         const uint8_t * skip_attention,
         const uint8_t * skip_ffn,
-        int32_t         n_layer) {
+        int32_t         n_layer) try {
     if (n_layer < 0 || n_layer > LLAMA_MAX_LAYERS) {
         return nullptr;
     }
@@ -56,6 +56,8 @@ swift_gguf_subnetwork * swift_gguf_subnetwork_init(
         value->skip_ffn[il]       = skip_ffn != nullptr && skip_ffn[il] != 0;
     }
     return new swift_gguf_subnetwork { std::move(value) };
+} catch (...) { // std::bad_alloc
+    return nullptr;
 }
 
 void swift_gguf_subnetwork_free(swift_gguf_subnetwork * subnetwork) {

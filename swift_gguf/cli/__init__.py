@@ -62,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # accepted anywhere on the line: people add it to the end of a command that failed
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
     try:
         sys.exit(root.main(arguments, prog_name="swift-gguf", standalone_mode=False))
     except click.UsageError as error:
@@ -74,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # the reader went away (`| head`); Python would complain again while it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (SwiftError, click.ClickException, OSError, MemoryError) as error:
+    except (SwiftError, click.ClickException, OSError, MemoryError, UnicodeError) as error:
         if debug:
             raise
         click.echo(f"swift-gguf: {_line(error)}", err=True)

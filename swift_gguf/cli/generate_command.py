@@ -70,17 +70,19 @@ def generate(model: str, as_json: bool, compare: bool, **values: Any) -> None:
         answer = job.run(speculation.drafter, show=None if as_json else _show)
         if not as_json:
             click.echo()
-        plain = None
-        if compare and not answer.interrupted:
+        plain, interrupted = None, answer.interrupted
+        if compare and speculation.drafter and not interrupted:
             loaded.clear()
             plain = job.run(None, show=None)
+            if plain.interrupted:
+                plain, interrupted = None, True
         if as_json:
             click.echo(
                 json.dumps(_as_json(answer, speculation, plain, options), ensure_ascii=False)
             )
         else:
             click.echo("\n" + _footer(answer, speculation, plain), err=True)
-    if answer.interrupted:
+    if interrupted:
         raise KeyboardInterrupt
 
 
@@ -144,11 +146,15 @@ def _prompt_text(values: dict[str, Any]) -> str:
         raise click.UsageError("give -p or -f, not both")
     if prompt is not None:
         return prompt
+    # a text file ends with a line break that is no part of the prompt; llama-cli drops it too
     if values["file"] is not None:
-        return read_text(values["file"])
-    if sys.stdin.isatty():
+        return read_text(values["file"]).removesuffix("\n")
+    if sys.stdin is None or sys.stdin.isatty():
         raise click.UsageError("no prompt; give -p TEXT, -f FILE, or pipe it in")
-    return sys.stdin.read()
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise click.ClickException("standard input is not UTF-8 text") from error
 
 
 def _prompt_tokens(model: Model, text: str, values: dict[str, Any]) -> list[int]:
@@ -209,15 +215,12 @@ def _footer(answer: _Answer, speculation: Speculation, plain: _Answer | None) ->
         f"({stats.acceptance_rate:.0%}), mean acceptance length {stats.mean_acceptance_length:.2f}"
     )
     if plain is not None:
-        ratio = stats.tokens_per_second / (plain.stats.tokens_per_second or float("nan"))
-        same = (
-            "the same text"
-            if plain.tokens == answer.tokens
-            else "ANOTHER TEXT (see docs: near ties)"
-        )
-        lines.append(
-            f"plain       {plain.stats.tokens_per_second:8.1f} tok/s   {same}; "
-            f"speculative is {ratio:.2f}x plain, each measured once"
-        )
+        same = plain.tokens == answer.tokens
+        verdict = "the same text" if same else "ANOTHER TEXT (a near tie? see the README)"
+        line = f"plain       {plain.stats.tokens_per_second:8.1f} tok/s   {verdict}"
+        if plain.stats.tokens_per_second:
+            ratio = stats.tokens_per_second / plain.stats.tokens_per_second
+            line += f"; speculative is {ratio:.2f}x plain, each measured once"
+        lines.append(line)
     lines.append(f"draft: {speculation.drafter.name}, {speculation.why}")
     return "\n".join(lines)

@@ -27,7 +27,7 @@ def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
 model_flags = _all(
     click.option("-c", "--ctx-size", default=4096, show_default=True, metavar="N",
                  type=click.IntRange(0), help="Context in tokens; 0: the model's own."),
-    click.option("-t", "--threads", type=click.IntRange(1), metavar="N",
+    click.option("-t", "--threads", type=click.IntRange(1, 512), metavar="N",
                  help="Threads  [default: one a physical core]"),
     click.option("-ngl", "--n-gpu-layers", default=-1, metavar="N",
                  help="Layers on the GPU; -1: all, 0: none.  [default: -1]"),

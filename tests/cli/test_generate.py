@@ -132,7 +132,7 @@ def test_limits(cli: Cli, model: Path) -> None:
         (("-p", "x", "--temp", "nan"), "finite"),
         (("-p", "x", "--chat-template", "{{ nothing.at.all }}"), "chat template"),
         (("-p", "x", "--chat-template", "{% for %}"), "chat template"),
-        (("-p", "x", "--chat-template", "missing.jinja"), "cannot be read"),
+        (("-p", "x", "--chat-template", "missing.jinja"), "neither Jinja text nor a file"),
         (("-f", "missing.txt"), "missing.txt"),
         (("-p", "", "--raw"), "empty"),
     ],
@@ -184,6 +184,26 @@ def test_sublayers_that_cannot_be_skipped_are_named(cli: Cli, tiny: Callable[...
     done = cli("generate", tiny("apertus"), "-p", "x", "--skip-ffn", "1-2", *QUICK)
     assert_one_line_failure(done)
     assert "cannot skip FFN 1-2" in done.stderr
+
+
+def test_a_small_context_holds_a_full_draft(cli: Cli, model: Path) -> None:
+    done = cli(
+        "generate", model, "-p", "x", "-c", 8, "-n", 30, "--draft-p-min", 0, "--draft-max", 64
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_standard_input_that_is_no_text(model: Path) -> None:
+    command = [*COMMAND, "generate", str(model), *map(str, QUICK)]
+    done = subprocess.run(command, input=b"caf\xe9 \xff", capture_output=True)
+    assert done.returncode == 1
+    assert done.stderr == b"swift-gguf: standard input is not UTF-8 text\n"
+
+
+def test_a_terminal_that_cannot_show_a_character(cli: Cli, model: Path) -> None:
+    done = cli("generate", model, "-p", "x", *QUICK, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
 
 
 def test_a_closed_pipe_is_no_error_message(model: Path) -> None:

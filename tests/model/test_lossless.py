@@ -17,7 +17,7 @@ from tests.model.same_text import GREEDY, chat_tokens, decode, explain, light_sk
 
 pytestmark = pytest.mark.slow
 
-# On CPUs llama.cpp computes these quantisations alike at every batch width (DESIGN: the contract).
+# On CPUs llama.cpp computes these quantisations alike at every batch width.
 INVARIANT = N_GPU_LAYERS == 0
 
 
@@ -87,6 +87,19 @@ def test_long_context_and_bad_drafts(
             assert speculative == plain
         elif difference := explain(model, prompt, plain, speculative):
             assert difference.is_near_tie
+
+
+def test_the_widest_draft(real: Callable[..., Path], open_model: Callable[..., Model]) -> None:
+    """A verification of 65 rows, where flash attention would take its tiled kernel."""
+    if not INVARIANT:
+        pytest.skip("a property of the CPU kernels")
+    model = open_model(real("smollm2-135m"), n_ctx=1024)
+    prompt = chat_tokens(model, PROMPTS[0])
+    plain, _ = decode(model, prompt, max_tokens=80)
+    attention = SubNetwork(n_layer=model.n_layer, skip_attn=frozenset([4]))
+    speculative, stats = decode(model, prompt, subnetwork=attention, max_tokens=80, draft_max=64)
+    assert stats.drafted > 64
+    assert speculative == plain
 
 
 def test_sliding_window_past_512(

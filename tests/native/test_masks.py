@@ -17,7 +17,12 @@ from swift_gguf.native import library
 from swift_gguf.sampling import Sampler, SamplingOptions
 from swift_gguf.stats import Stats
 from swift_gguf.subnetwork import SubNetwork
-from tests.fixtures.tiny_gguf import FAMILIES, FFN_WITHOUT_HELPER, NO_ROLLBACK_FAMILIES
+from tests.fixtures.tiny_gguf import (
+    FAMILIES,
+    FFN_WITHOUT_HELPER,
+    NO_ROLLBACK_FAMILIES,
+    write_tiny,
+)
 
 PROMPT = list(range(5, 25))
 
@@ -115,6 +120,17 @@ def test_costs_add_up_to_the_tensors(
     assert left.kv_bytes == 0
 
 
+def test_the_head_is_found_behind_a_softcap(
+    tiny: Callable[..., Path], open_model: Callable[..., Model], tmp_path: Path
+) -> None:
+    """Gemma-like models scale and cap what the output projection gives."""
+    plain = open_model(tiny("gemma3")).pass_cost(n_kv=0)
+    capped = write_tiny(tmp_path / "capped.gguf", "gemma3", softcap=30.0)
+    cost = open_model(capped).pass_cost(n_kv=0)
+    assert cost.head_bytes == plain.head_bytes > 0
+    assert cost.n_nodes > plain.n_nodes
+
+
 def test_experts_count_as_far_as_they_run(
     tiny: Callable[..., Path], open_model: Callable[..., Model]
 ) -> None:
@@ -194,6 +210,10 @@ def test_bad_arguments_are_errors_not_crashes(
     subnetwork = SubNetwork(n_layer=model.n_layer)
     with pytest.raises(DecodeError):
         model.draft(subnetwork, 7, n_max=model.n_ctx, p_min=0.0)  # past the end of the context
+    handle = library().subnetwork(subnetwork.attn_mask, subnetwork.ffn_mask)
+    for pos in (0, len(PROMPT) - 1, len(PROMPT) + 1, 2**31 - 2):  # would remove or miss positions
+        with pytest.raises(DecodeError, match="out of range"):
+            library().draft(model.ctx, handle, 7, pos, n_max=3, p_min=0.0)
     with pytest.raises(DecodeError):
         model.draft(subnetwork, model.n_vocab + 5, n_max=2, p_min=0.0)  # no such token
     with pytest.raises(DecodeError):

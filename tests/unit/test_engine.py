@@ -154,7 +154,9 @@ def assert_same_as_plain(
         assert sum(lengths.values()) == source.drafts
         assert sum(n * count for n, count in lengths.items()) == source.accepted
     if whole:
-        assert stats.accepted == labels.count("scripted")
+        # an end of generation may be accepted, but is not yielded
+        ends = stats.stop_reason == "eos"
+        assert stats.accepted - labels.count("scripted") in (0, int(ends))
         drawn = stats.predicted_n + (stats.stop_reason == "eos")
         assert drawn == pytest.approx(1 + stats.cycles * stats.mean_acceptance_length)
 

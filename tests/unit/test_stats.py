@@ -63,7 +63,8 @@ def test_a_generation_adds_up(
         cycle_s=sum(seconds),
         sources={"one": source(first), "two": source(second)},
     )
-    stats.predicted_n = 1 + stats.cycles + stats.accepted
+    stats.cycle_n = stats.cycles + stats.accepted
+    stats.predicted_n = 1 + stats.cycle_n
     both = first + second
     assert stats.drafted == sum(drafted for drafted, _ in both)
     assert stats.accepted == sum(accepted for _, accepted in both)
