@@ -30,7 +30,7 @@ class ModelOptions:
     n_ctx: int = DEFAULT_CONTEXT
     """Context size in tokens; 0: as long as the model was trained for."""
     n_batch: int = 512
-    """Tokens decoded at once during prefill."""
+    """Tokens decoded at once during prefill; a draft and its verification must fit, too."""
     n_threads: int | None = None
     """None: one a physical core, performance cores only where there are two kinds."""
     n_gpu_layers: int = -1
@@ -97,7 +97,8 @@ class Model:
 
         self._n_threads = options.n_threads or default_threads()
         params = api.llama_context_default_params()
-        params.n_ctx = options.n_ctx or api.llama_model_n_ctx_train(self._model)
+        n_ctx = options.n_ctx or api.llama_model_n_ctx_train(self._model)
+        params.n_ctx = -(-n_ctx // 256) * 256  # as llama.cpp pads it, but before it limits n_batch
         params.n_batch = params.n_ubatch = options.n_batch
         params.n_seq_max = 1
         params.n_threads = params.n_threads_batch = self._n_threads

@@ -8,8 +8,11 @@ plain decoding.
 from __future__ import annotations
 
 import math
+import os
 import random
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -115,10 +118,10 @@ class Sampler:
         ]
 
     def _grammar(self, model: Model, grammar: str) -> Any:
-        with library().messages() as messages:
+        with _captured_stderr() as lines:
             part = self._api.llama_sampler_init_grammar(model.vocab, grammar.encode(), b"root")
         if not part:
-            detail = next(iter(messages), "it does not parse")
+            detail = next((line for line in lines if line.strip()), "it does not parse")
             raise GrammarError(f"the grammar is not valid GBNF with a rule named root: {detail}")
         return part
 
@@ -142,3 +145,27 @@ class Sampler:
     def __del__(self) -> None:
         if getattr(self, "_chain", None):
             self.close()
+
+
+@contextmanager
+def _captured_stderr() -> Iterator[list[str]]:
+    """Lines that native code writes straight to standard error inside the block.
+
+    llama.cpp's grammar parser prints its errors instead of logging them.  The descriptor is the
+    process's own, so this must stay around short calls.
+    """
+    lines: list[str] = []
+    try:
+        saved = os.dup(2)
+    except OSError:  # closed: nothing can be written there anyway
+        yield lines
+        return
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lines
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            file.seek(0)
+            lines.extend(file.read().decode("utf-8", "replace").splitlines())

@@ -93,7 +93,7 @@ def test_options_have_an_effect(smol: Model) -> None:
 def test_a_bad_grammar_is_one_clear_error(smol: Model) -> None:
     with pytest.raises(GrammarError, match="root"):
         Sampler(smol, SamplingOptions(grammar="rootless ::= [a-z]"))
-    with pytest.raises(GrammarError):
+    with pytest.raises(GrammarError, match="unexpected end"):
         Sampler(smol, SamplingOptions(grammar="root ::= ["))
 
 
