@@ -163,6 +163,7 @@ class Library:
         self._swift = self.api._lib
         self._check_versions()
         self._log: deque[str] = deque(maxlen=50)
+        self._interrupted = False
         self._callback = self.api.llama_log_callback(self._on_log)
         self.api.llama_log_set(self._callback, ctypes.c_void_p(0))
         self.api.llama_backend_init()
@@ -199,16 +200,25 @@ class Library:
                 )
 
     def _on_log(self, level: int, text: bytes, _: object) -> None:
-        if level in (3, 4):  # GGML_LOG_LEVEL_WARN, _ERROR
-            self._log.append(text.decode("utf-8", "replace").strip())
-        if os.environ.get("SWIFT_GGUF_LOG"):
-            sys.stderr.write(text.decode("utf-8", "replace"))
+        try:
+            if level in (3, 4):  # GGML_LOG_LEVEL_WARN, _ERROR
+                self._log.append(text.decode("utf-8", "replace").strip())
+            if os.environ.get("SWIFT_GGUF_LOG"):
+                sys.stderr.write(text.decode("utf-8", "replace"))
+        except KeyboardInterrupt:
+            self._interrupted = True  # ctypes drops what a callback raises
 
     @contextmanager
     def messages(self) -> Iterator[deque[str]]:
-        """Warnings and errors that llama.cpp logs inside the block, oldest first."""
+        """Warnings and errors that llama.cpp logs inside the block, oldest first.
+
+        A Ctrl-C that arrives while llama.cpp logs is raised at the end of the block.
+        """
         self._log.clear()
         yield self._log
+        if self._interrupted:
+            self._interrupted = False
+            raise KeyboardInterrupt
 
     @property
     def llama_commit(self) -> str:

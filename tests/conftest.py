@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,10 @@ import pytest
 
 from swift_gguf.model import Model, ModelOptions
 from tests.fixtures.tiny_gguf import write_tiny
+
+# A shell without job control starts background jobs with Ctrl-C ignored, and children inherit that:
+# tests that interrupt would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 N_GPU_LAYERS = int(os.environ.get("SWIFT_GGUF_TEST_NGL", "0"))
 """Layers that tests put on the GPU; 0: tests run on the CPU wherever they are, -1: everything."""
