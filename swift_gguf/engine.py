@@ -85,7 +85,8 @@ def generate(
         return
     _prefill(model, prompt, stats)
     yielded = sampled = 0  # sampled counts an end of generation too
-    source, path = TARGET, [sampler.sample(model, 0)]
+    source = drafter.name if drafter else TARGET
+    path = [sampler.sample(model, 0)]  # its last token is always the target's own
     try:
         while True:
             for i, token in enumerate(path):
@@ -106,7 +107,6 @@ def generate(
             n_max = min(draft_max, room - 1)
             if max_tokens is not None:
                 n_max = min(n_max, max_tokens - yielded - 1)
-            source = drafter.name if drafter else TARGET
             path = _cycle(model, path[-1], sampler, drafter, n_max, stats)
     finally:
         _keep(model, len(prompt) + max(sampled - 1, 0))
