@@ -9,15 +9,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from time import perf_counter
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from swift_gguf.drafting.source import Draft, Drafter
+from swift_gguf.drafting.source import Drafter
+from swift_gguf.drafting.tree import Tree
 from swift_gguf.errors import ContextFullError, UnsupportedModelError
 from swift_gguf.stats import SourceStats, Stats
-from swift_gguf.verification import verify
+from swift_gguf.verification import Verdict, verify
+
+if TYPE_CHECKING:
+    from swift_gguf.speculative_sampling import Distribution
 
 TARGET = "target"
-NO_DRAFT = Draft([], [])
+NO_DRAFT = Tree()
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,12 @@ class Target(Protocol):
     @property
     def tokens(self) -> list[int]: ...
     @property
+    def room(self) -> int: ...
+    @property
     def rollback_refusal(self) -> str | None: ...
     def decode(self, tokens: Sequence[int], *, n_outputs: int) -> None: ...
+    def decode_tree(self, tokens: Sequence[int], parents: Sequence[int]) -> None: ...
+    def keep(self, path: Sequence[int]) -> None: ...
     def rollback(self, n_past: int) -> None: ...
     def clear(self) -> None: ...
     def is_eog(self, token: int) -> bool: ...
@@ -49,12 +57,30 @@ class SamplesRows(Protocol):
     def sample(self, model: Any, row: int) -> int: ...
 
 
+@runtime_checkable
+class ChoosesRows(SamplesRows, Protocol):
+    """A sampler that judges drawn drafts; `SpeculativeSampler` is one."""
+
+    def choose(
+        self, model: Any, row: int, children: Sequence[int], q: Distribution | None
+    ) -> int: ...
+
+
+class Search(Protocol):
+    """Looks for better drafts while the text is generated; must leave the context as it is."""
+
+    def step(self, cycle_s: float) -> None:
+        """Called after every cycle, with the seconds it took."""
+        ...
+
+
 def generate(
     model: Target,
     prompt: Sequence[int],
     *,
     sampler: SamplesRows,
     drafter: Drafter | None = None,
+    search: Search | None = None,
     draft_max: int = 8,
     max_tokens: int | None = None,
     stats: Stats | None = None,
@@ -104,10 +130,18 @@ def generate(
             if room == 0:
                 stats.stop_reason = "context"
                 return
-            n_max = min(draft_max, room - 1)
+            n_max = min(draft_max, room - 1, model.room - 1)
             if max_tokens is not None:
                 n_max = min(n_max, max_tokens - yielded - 1)
+            start = perf_counter()
             path = _cycle(model, path[-1], sampler, drafter, n_max, stats)
+            if search:
+                cycle_s = perf_counter() - start
+                start = perf_counter()
+                search.step(cycle_s)
+                searched = perf_counter() - start
+                stats.search_s += searched
+                stats.cycle_s += searched
     finally:
         _keep(model, len(prompt) + max(sampled - 1, 0))
 
@@ -153,26 +187,39 @@ def _cycle(
     Afterwards the context holds `pending` and all of these but the last.
     """
     start = perf_counter()
-    draft = drafter.draft(pending, n_max=n_max) if drafter and n_max > 0 else NO_DRAFT
+    tree = drafter.draft(pending, n_max=n_max) if drafter and n_max > 0 else NO_DRAFT
     drafted = perf_counter()
 
-    n_past = len(model.tokens)
-    model.decode([pending, *draft.tokens], n_outputs=len(draft.tokens) + 1)
+    model.decode_tree([pending, *tree.tokens], [-1, *(parent + 1 for parent in tree.parents)])
     decoded = perf_counter()
 
-    path = verify(draft.tokens, sample=lambda row: sampler.sample(model, row), is_eog=model.is_eog)
+    verdict = verify(
+        tree, choose=lambda node: _choose(model, sampler, tree, node), is_eog=model.is_eog
+    )
     verified = perf_counter()
 
-    model.rollback(n_past + len(path))
-    if drafter and draft.tokens:
-        source = stats.sources.setdefault(drafter.name, SourceStats())
-        # the path ends at the first difference, and may end with an accepted end of generation
-        agreed = sum(a == b for a, b in zip(path, draft.tokens, strict=False))
-        source.count(drafted=len(draft.tokens), accepted=agreed)
+    model.keep([0, *(node + 1 for node in verdict.kept)])
+    if drafter and len(tree):
+        _report(drafter, tree, verdict, stats)
     stats.cycles += 1
-    stats.cycle_n += len(path)
+    stats.cycle_n += len(verdict.tokens)
     stats.draft_s += drafted - start
     stats.verify_s += decoded - drafted
     stats.sample_s += verified - decoded
     stats.cycle_s += perf_counter() - start
-    return path
+    return verdict.tokens
+
+
+def _choose(model: Target, sampler: SamplesRows, tree: Tree, node: int) -> int:
+    """The target's next token after a node; row 0 follows the pending token."""
+    proposal = tree.proposals.get(node)
+    if proposal is not None and isinstance(sampler, ChoosesRows):
+        children = [tree.tokens[child] for child in tree.children(node)]
+        return sampler.choose(model, node + 1, children, proposal)
+    return sampler.sample(model, node + 1)
+
+
+def _report(drafter: Drafter, tree: Tree, verdict: Verdict, stats: Stats) -> None:
+    source = stats.sources.setdefault(drafter.name, SourceStats())
+    source.count(drafted=len(tree), accepted=len(verdict.accepted))
+    drafter.observe(tree, verdict.accepted)

@@ -31,6 +31,10 @@ class DecodeError(SwiftError):
     """llama.cpp could not evaluate a batch."""
 
 
+class StoppedError(DecodeError):
+    """A pass was stopped because something more urgent came up; nothing of it is left."""
+
+
 class UnsupportedModelError(SwiftError):
     """The model runs, but cannot be used for what was asked (rolled back, drafted with, ...)."""
 
@@ -45,3 +49,7 @@ class SamplingError(SwiftError, ValueError):
 
 class GrammarError(SwiftError, ValueError):
     """A grammar does not parse."""
+
+
+class SuiteError(SwiftError, ValueError):
+    """A file of prompts is not one."""

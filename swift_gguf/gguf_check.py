@@ -97,6 +97,7 @@ class Header:
     types: dict[str, int] = dataclasses.field(default_factory=dict)
     tensors: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     tokens: list[bytes] = dataclasses.field(default_factory=list)
+    length: int = 0  # bytes, without the padding before the weights
 
     @property
     def architecture(self) -> str:
@@ -261,6 +262,7 @@ def _read(data: mmap.mmap | bytes) -> Header:
                 )
         _read_metadata(reader, n_pairs, header)
         _read_tensors(reader, n_tensors, header, len(data))
+        header.length = reader.at
     except (struct.error, OverflowError):
         raise _Problem(
             "the file ends in the middle of its header", "it was cut short: download it again"

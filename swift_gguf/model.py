@@ -5,15 +5,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from swift_gguf.errors import ContextFullError, DecodeError, ModelError, UnsupportedModelError
+from swift_gguf.cells import N_SEQUENCES, TRUNK, Cells
+from swift_gguf.errors import (
+    ContextFullError,
+    DecodeError,
+    ModelError,
+    StoppedError,
+    UnsupportedModelError,
+)
 from swift_gguf.gguf_check import check
-from swift_gguf.native import SUBLAYER_STATUS, Cost, SubnetworkHandle, library
+from swift_gguf.native import SUBLAYER_STATUS, Cost, StopFlag, SubnetworkHandle, library
 from swift_gguf.subnetwork import SubNetwork, parse_layers
 
 DEFAULT_CONTEXT = 4096
@@ -100,7 +108,11 @@ class Model:
         n_ctx = options.n_ctx or api.llama_model_n_ctx_train(self._model)
         params.n_ctx = -(-n_ctx // 256) * 256  # as llama.cpp pads it, but before it limits n_batch
         params.n_batch = params.n_ubatch = options.n_batch
-        params.n_seq_max = 1
+        has_state = api.llama_model_is_recurrent(self._model) or api.llama_model_is_hybrid(
+            self._model
+        )
+        n_sequences = 1 if has_state else N_SEQUENCES  # each sequence would have a state of its own
+        params.n_seq_max, params.kv_unified = n_sequences, True
         params.n_threads = params.n_threads_batch = self._n_threads
         params.flash_attn_type = -1 if options.flash_attn is None else int(options.flash_attn)
         params.no_perf = True
@@ -119,8 +131,11 @@ class Model:
             )
         self.n_ctx: int = api.llama_n_ctx(self.ctx)
         self.n_batch: int = api.llama_n_batch(self.ctx)
-        self._batch = api.llama_batch_init(self.n_batch, 0, 1)
+        self._batch = api.llama_batch_init(self.n_batch, 0, n_sequences)
         self._invariant = False
+        self.cells = Cells(api, self._memory, capacity=self.n_ctx, n_sequences=n_sequences)
+        self.stop = StopFlag()
+        self._library.set_stop_flag(self.ctx, self.stop)
 
     def close(self) -> None:
         """Frees everything; safe to call twice."""
@@ -206,33 +221,95 @@ class Model:
         """How many tokens the context holds."""
         return len(self.tokens)
 
-    def decode(self, tokens: Sequence[int], *, n_outputs: int = 1) -> None:
+    @property
+    def room(self) -> int:
+        """How many tokens of a tree can be decoded without any being decoded again."""
+        return self.cells.free
+
+    def decode(
+        self, tokens: Sequence[int], *, n_outputs: int = 1, subnetwork: SubNetwork | None = None
+    ) -> None:
         """Appends tokens to the context; the last `n_outputs` of them get logits (rows 0, 1, ...).
+
+        subnetwork: what the pass runs; None: the whole model.  What is decoded under a sub-network
+            must be rolled back before the whole model goes on.
 
         Raises:
             ContextFullError: they do not fit; nothing is decoded.
             DecodeError: llama.cpp failed.
+            StoppedError: the stop flag is up.
 
         Whatever is raised, an interrupt included, the context is as before (or empty, if the model
         cannot take tokens back).
         """
-        if self.n_past + len(tokens) > self.n_ctx:
-            raise ContextFullError(
-                f"{self.n_past + len(tokens)} tokens do not fit the context of {self.n_ctx}; "
-                "use a larger --ctx-size or a shorter prompt"
-            )
         if not 0 <= n_outputs <= min(len(tokens), self.n_batch):
             raise ValueError(
                 f"{n_outputs} outputs of {len(tokens)} tokens in batches of {self.n_batch}"
             )
-        # outputs must all be in the last batch: earlier rows are overwritten
-        body = len(tokens) - n_outputs
-        cuts = [*range(0, body, self.n_batch), body] if len(tokens) > self.n_batch else [0]
-        before = self.n_past
-        try:
+        with self._undo_on_error():
+            self._make_room(len(tokens))
+            # outputs must all be in the last batch: earlier rows are overwritten
+            body = len(tokens) - n_outputs
+            cuts = [*range(0, body, self.n_batch), body] if len(tokens) > self.n_batch else [0]
             for start, end in zip(cuts, [*cuts[1:], len(tokens)], strict=True):
                 if start < end:
-                    self._decode_batch(tokens[start:end], n_outputs if end == len(tokens) else 0)
+                    n_rows = n_outputs if end == len(tokens) else 0
+                    self._append(tokens[start:end], n_rows, subnetwork)
+
+    def decode_tree(
+        self, tokens: Sequence[int], parents: Sequence[int], *, subnetwork: SubNetwork | None = None
+    ) -> None:
+        """Decodes nodes of a tree that grows from the end of the context; all of them get logits.
+
+        Nodes are numbered from 0 on, over all calls since the last `keep` or `rollback`.  The
+        context's own tokens stay as they are until `keep`.
+
+        parents: of each, the number of a node before it (of this call, too), or -1: the context's
+            end.
+
+        Raises: as `decode`; the tree is gone then.
+        """
+        with self._undo_on_error():
+            if not self.cells.nodes:
+                self._make_room(len(tokens))
+            nodes = self.cells.place(tokens, parents)
+            self._decode_batch(
+                tokens,
+                [node.pos for node in nodes],
+                [node.sequences for node in nodes],
+                n_outputs=len(tokens),
+                subnetwork=subnetwork,
+            )
+
+    def keep(self, path: Sequence[int]) -> None:
+        """The nodes on `path`, from the context's end on, become text; the others are gone."""
+        self.tokens.extend(self.cells.keep(path))
+
+    def redecode(
+        self, start: int, n: int, *, subnetwork: SubNetwork | None = None, own_past: bool = False
+    ) -> None:
+        """Decodes n tokens of the context once more, from position `start` on, with logits for all,
+        and leaves the context as it is.
+
+        own_past: each sees what this pass made of those before it in the window, not the context's.
+        """
+        with self._undo_on_error():
+            self._make_room(n, window=True)
+            branches = self.cells.window(start, 1 if own_past else n)
+            self._decode_batch(
+                self.tokens[start : start + n],
+                range(start, start + n),
+                [branches[:1]] * n if own_past else [[branch] for branch in branches],
+                n_outputs=n,
+                subnetwork=subnetwork,
+            )
+        self.cells.close_window()
+
+    @contextmanager
+    def _undo_on_error(self) -> Iterator[None]:
+        before = self.n_past
+        try:
+            yield
         except BaseException:
             if self.rollback_refusal:
                 self.clear()
@@ -240,56 +317,94 @@ class Model:
                 self.rollback(before)
             raise
 
-    def _decode_batch(self, tokens: Sequence[int], n_outputs: int) -> None:
+    def _make_room(self, n: int, *, window: bool = False) -> None:
+        """Cells for `n` tokens, if need be by decoding again what is behind parked cells.
+
+        Raises:
+            ContextFullError: there are none.
+        """
+        if n <= self.cells.free:
+            return
+        if n > self.cells.free + self.cells.n_parked or window:
+            raise ContextFullError(
+                f"{self.n_past + n} tokens do not fit the context of {self.n_ctx}; "
+                "use a larger --ctx-size or a shorter prompt"
+            )
+        again = self.tokens[self.cells.first_parked :]
+        self.rollback(self.n_past - len(again))
+        for start in range(0, len(again), self.n_batch):
+            # rows of logits that nobody reads: kernels that round as for single tokens
+            self._append(again[start : start + self.n_batch], 2, None)
+
+    def _append(self, tokens: Sequence[int], n_outputs: int, subnetwork: SubNetwork | None) -> None:
+        positions = range(self.n_past, self.n_past + len(tokens))
+        n_outputs = min(n_outputs, len(tokens))
+        self._decode_batch(
+            tokens, positions, [[TRUNK]] * len(tokens), n_outputs=n_outputs, subnetwork=subnetwork
+        )
+        self.tokens.extend(tokens)
+        self.cells.n_trunk += len(tokens)
+
+    def _decode_batch(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        sequences: Sequence[Sequence[int]],
+        *,
+        n_outputs: int,
+        subnetwork: SubNetwork | None,
+    ) -> None:
         invariant = n_outputs > 1 or len(tokens) < PREFILL_WIDTH
         if invariant != self._invariant:
             self._library.set_batch_invariant(self.ctx, invariant)
             self._invariant = invariant
+        self._library.set_subnetwork(self.ctx, self._handle(subnetwork))
         batch, first = self._batch, len(tokens) - n_outputs
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
             batch.token[i] = token
-            batch.pos[i] = self.n_past + i
-            batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = 0
+            batch.pos[i] = positions[i]
+            batch.n_seq_id[i] = len(sequences[i])
+            for k, sequence in enumerate(sequences[i]):
+                batch.seq_id[i][k] = sequence
             batch.logits[i] = i >= first
         with self._library.messages() as messages:
             code = self._api.llama_decode(self.ctx, batch)
+        if code == 2:
+            raise StoppedError("the pass was stopped")
         if code != 0:
             raise DecodeError(f"llama.cpp could not decode (code {code}): {_cause(messages)}")
         self._outputs = range(first, len(tokens))
-        self.tokens.extend(tokens)
 
     def output_index(self, row: int) -> int:
         """Row of the last decode's outputs -> index llama.cpp knows it by."""
         return self._outputs[row]
 
-    def top1(self, row: int) -> tuple[int, float]:
-        """The most likely token of an output row and its probability at temperature 1."""
-        return self._library.top1(self.ctx, self._outputs[row])
+    def top(self, row: int, k: int = 1) -> tuple[list[int], list[float]]:
+        """The k likeliest tokens of an output row and their probabilities at temperature 1."""
+        return self._library.top(self.ctx, self._outputs[row], k)
 
     def logits(self, row: int) -> Any:
         """A copy of an output row's logits, float32 [n_vocab]."""
         return self._library.logits(self.ctx, self._outputs[row], self.n_vocab)
 
     def rollback(self, n_past: int) -> None:
-        """Forgets all tokens from position `n_past` on, exactly.
+        """Forgets all tokens from position `n_past` on, exactly, and any tree.
 
         Raises:
             UnsupportedModelError: the model cannot (recurrent state); it is as before.
         """
-        # Always told to llama.cpp: an interrupted decode may have left it more than `tokens` knows.
-        removed = self.tokens[n_past:]
-        del self.tokens[n_past:]
-        if not self._api.llama_memory_seq_rm(self._memory, 0, n_past, -1):
-            self.tokens.extend(removed)
+        try:
+            self.cells.rollback(n_past)
+        except UnsupportedModelError as error:
             raise UnsupportedModelError(
                 f"cannot take tokens back: {self.rollback_refusal}; use --speculation off"
-            )
+            ) from error
+        del self.tokens[n_past:]
 
     def clear(self) -> None:
         """Forgets all tokens; always possible."""
-        self._api.llama_memory_clear(self._memory, False)
+        self.cells.clear()
         self.tokens.clear()
 
     # -- sub-networks ------------------------------------------------------------------------------
@@ -302,25 +417,6 @@ class Model:
                 subnetwork.attn_mask, subnetwork.ffn_mask
             )
         return self._handles[subnetwork]
-
-    def set_subnetwork(self, subnetwork: SubNetwork | None) -> None:
-        """The next passes run this sub-network; None: the whole model.
-
-        What is decoded under a sub-network must be rolled back before the whole model goes on.
-        """
-        self._library.set_subnetwork(self.ctx, self._handle(subnetwork))
-
-    def draft(
-        self, subnetwork: SubNetwork, token: int, *, n_max: int, p_min: float
-    ) -> tuple[list[int], list[float]]:
-        """Greedy draft tokens after `token`, which itself is not decoded yet, with probabilities.
-
-        Stops before a token less probable than `p_min`, and after an end of generation.  The
-        context is left as it was.
-        """
-        handle = self._handle(subnetwork)
-        assert handle is not None
-        return self._library.draft(self.ctx, handle, token, self.n_past, n_max=n_max, p_min=p_min)
 
     def pass_cost(
         self,

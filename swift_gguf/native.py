@@ -22,7 +22,7 @@ from typing import Any
 
 from swift_gguf.errors import DecodeError, NativeLibraryError, SwiftError, UnsupportedModelError
 
-ABI = 1
+ABI = 2
 """SWIFT_GGUF_ABI of native/include/swift_gguf.h that this module is written for."""
 
 REINSTALL = "reinstall swift-gguf (pip install --force-reinstall swift-gguf, or make)"
@@ -101,11 +101,15 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         ctypes.c_int32,
         [ctypes.c_void_p, *[ctypes.POINTER(SublayerStruct)] * 2, ctypes.c_int32],
     ),
-    "swift_gguf_top1": (
+    "swift_gguf_set_stop_flag": (
+        ctypes.c_int32,
+        [ctypes.c_void_p, ctypes.POINTER(ctypes.c_int32)],
+    ),
+    "swift_gguf_top": (
         ctypes.c_int32,
         [
             ctypes.c_void_p,
-            ctypes.c_int32,
+            *[ctypes.c_int32] * 2,
             ctypes.POINTER(ctypes.c_int32),
             ctypes.POINTER(ctypes.c_float),
         ],
@@ -149,6 +153,19 @@ class SubnetworkHandle:
     def __del__(self) -> None:
         if pointer := getattr(self, "pointer", None):
             self._free(pointer)
+
+
+class StopFlag:
+    """Stops passes of a context while it is up; any thread may raise it."""
+
+    def __init__(self) -> None:
+        self.value = ctypes.c_int32(0)
+
+    def raise_(self) -> None:
+        self.value.value = 1
+
+    def lower(self) -> None:
+        self.value.value = 0
 
 
 class Library:
@@ -292,11 +309,16 @@ class Library:
         )
         return list(attention), list(ffn)
 
-    def top1(self, ctx: Any, row: int) -> tuple[int, float]:
-        """The most likely token of an output row and its probability at temperature 1."""
-        token, probability = ctypes.c_int32(), ctypes.c_float()
-        _check(self._swift.swift_gguf_top1(ctx, row, token, probability), "read the logits")
-        return token.value, probability.value
+    def set_stop_flag(self, ctx: Any, flag: StopFlag) -> None:
+        """Passes of the context stop early while the flag is up."""
+        _check(self._swift.swift_gguf_set_stop_flag(ctx, flag.value), "watch the stop flag")
+
+    def top(self, ctx: Any, row: int, k: int) -> tuple[list[int], list[float]]:
+        """The k most likely tokens of an output row and their probabilities at temperature 1."""
+        tokens, probabilities = (ctypes.c_int32 * k)(), (ctypes.c_float * k)()
+        n = self._swift.swift_gguf_top(ctx, row, k, tokens, probabilities)
+        _check(n, "read the logits")
+        return tokens[:n], probabilities[:n]
 
     def draft(
         self, ctx: Any, handle: SubnetworkHandle, token: int, pos: int, *, n_max: int, p_min: float
@@ -318,6 +340,23 @@ class Library:
         if not pointer:
             raise DecodeError(f"output row {row} has no logits; ask for it when decoding")
         return np.ctypeslib.as_array(pointer, (n_vocab,)).copy()
+
+    def candidates(self, chain: Any, logits: Any) -> tuple[Any, Any]:
+        """What a sampler chain leaves of a row of logits, float32 [n_vocab].
+
+        Returns token ids, int32 [n], in no order, and their logits as changed, float32 [n].
+        """
+        import numpy as np
+
+        data = np.zeros(len(logits), np.dtype(self.api.llama_token_data))
+        data["id"] = np.arange(len(logits))
+        data["logit"] = logits
+        pointer = data.ctypes.data_as(self.api.llama_token_data_p)
+        array = self.api.llama_token_data_array(pointer, len(data), -1, False)
+        self.api.llama_sampler_apply(chain, ctypes.byref(array))
+        # a sampler may have put its own buffer in the place of ours
+        left = np.ctypeslib.as_array(array.data, (array.size,))
+        return left["id"].copy(), left["logit"].copy()
 
     # -- text buffers that llama.cpp fills ---------------------------------------------------------
 

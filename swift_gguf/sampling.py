@@ -2,7 +2,8 @@
 
 The chain is the contract: speculative decoding samples the target with the user's own chain at
 every position, in order, so its state (random numbers, penalties, grammar) moves exactly as in
-plain decoding.
+plain decoding (`Sampler`).  Opt-in, drafts are drawn as well and only the law of the text is the
+same (`SpeculativeSampler`).
 """
 
 from __future__ import annotations
@@ -11,16 +12,21 @@ import math
 import os
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
 
 from swift_gguf.errors import GrammarError, SamplingError
 from swift_gguf.native import library
+from swift_gguf.speculative_sampling import Distribution, choose, draw_children
 
 if TYPE_CHECKING:
     from swift_gguf.model import Model
+
+_C = TypeVar("_C", bound="_Chain")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +72,39 @@ class SamplingOptions:
         return replace(self, seed=seed % 0xFFFFFFFF)
 
 
-class Sampler:
+class _Chain:
+    """Owns one of llama.cpp's sampler chains and the parts it is made of."""
+
+    def __init__(self, parts: Iterable[Any]) -> None:
+        self._api = library().api
+        self._chain = self._api.llama_sampler_chain_init(
+            self._api.llama_sampler_chain_default_params()
+        )
+        try:
+            for part in parts:
+                self._api.llama_sampler_chain_add(self._chain, part)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Frees the chain; safe to call twice."""
+        if chain := self._chain:
+            self._chain = None
+            self._api.llama_sampler_free(chain)
+
+    def __enter__(self: _C) -> _C:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_chain", None):
+            self.close()
+
+
+class Sampler(_Chain):
     """One answer's sampler chain: grammar, penalties, top-k, top-p, min-p, temperature, draw.
 
     Raises:
@@ -77,74 +115,165 @@ class Sampler:
         self, model: Model, options: SamplingOptions, *, prompt: Sequence[int] = ()
     ) -> None:
         self.options = options.with_seed()
-        self._api = library().api
-        self._chain = self._api.llama_sampler_chain_init(
-            self._api.llama_sampler_chain_default_params()
-        )
-        try:
-            for part in self._parts(model, self.options, prompt):
-                self._api.llama_sampler_chain_add(self._chain, part)
-        except BaseException:
-            self.close()
-            raise
-
-    def _parts(self, model: Model, options: SamplingOptions, prompt: Sequence[int]) -> list[Any]:
-        api = self._api
-        parts = []
-        if options.grammar is not None:
-            parts.append(self._grammar(model, options.grammar))
-        if options.has_penalties:
-            last_n = options.repeat_last_n if options.repeat_last_n >= 0 else model.n_ctx
-            last_n = min(last_n, model.n_ctx)  # llama.cpp allocates as many places
-            penalties = api.llama_sampler_init_penalties(
-                model.n_vocab,
-                last_n,
-                options.repeat_penalty,
-                options.frequency_penalty,
-                options.presence_penalty,
-            )
-            for token in prompt[-last_n:] if last_n else ():
-                api.llama_sampler_accept(penalties, token)
-            parts.append(penalties)
-        if options.temperature <= 0:
-            return [*parts, api.llama_sampler_init_greedy()]
-        return [
-            *parts,
-            api.llama_sampler_init_top_k(options.top_k),
-            api.llama_sampler_init_top_p(options.top_p, 1),
-            api.llama_sampler_init_min_p(options.min_p, 1),
-            api.llama_sampler_init_temp(options.temperature),
-            api.llama_sampler_init_dist(options.seed),
-        ]
-
-    def _grammar(self, model: Model, grammar: str) -> Any:
-        with _captured_stderr() as lines:
-            part = self._api.llama_sampler_init_grammar(model.vocab, grammar.encode(), b"root")
-        if not part:
-            detail = next((line for line in lines if line.strip()), "it does not parse")
-            raise GrammarError(f"the grammar is not valid GBNF with a rule named root: {detail}")
-        return part
+        super().__init__(_sampling_parts(model, self.options, prompt))
 
     def sample(self, model: Model, row: int) -> int:
         """Draws a token from output row `row` of the model's last decode, and accepts it."""
         token: int = self._api.llama_sampler_sample(self._chain, model.ctx, model.output_index(row))
         return token
 
+
+class Processor(_Chain):
+    """A sampler's chain without its draw: the distribution the draw would be made from."""
+
+    @classmethod
+    def build(
+        cls, model: Model, options: SamplingOptions, *, prompt: Sequence[int] = ()
+    ) -> Processor:
+        """Of the chain that `Sampler(model, options, prompt=prompt)` has.
+
+        Raises:
+            GrammarError: the grammar does not parse.
+        """
+        return cls(_processing_parts(model, options, prompt))
+
+    def distribution(self, model: Model, row: int) -> Distribution:
+        """What the next token follows, given output row `row` of the model's last decode.
+
+        All on the most likely token where the temperature is 0.  Leaves the state as it is.
+
+        Raises:
+            SamplingError: no token is left, or the logits are not finite.
+        """
+        return Distribution.softmax(*library().candidates(self._chain, model.logits(row)))
+
+    def accept(self, token: int) -> None:
+        """Advances penalties and grammar by a token, which the grammar must allow here."""
+        self._api.llama_sampler_accept(self._chain, token)
+
+    def fork(self) -> Processor:
+        """A processor that goes on from the present state on its own."""
+        api, chain = self._api, self._chain
+        return Processor(
+            api.llama_sampler_clone(api.llama_sampler_chain_get(chain, i))
+            for i in range(api.llama_sampler_chain_n(chain))
+        )
+
+
+class SpeculativeSampler:
+    """One answer's drafts and verdicts by the rule of `swift_gguf.speculative_sampling`.
+
+    The same seed, model and calls give the same tokens, but not those of `Sampler`: only the law is
+    the same.
+
+    Raises:
+        GrammarError: the grammar does not parse.
+    """
+
+    def __init__(
+        self, model: Model, options: SamplingOptions, *, prompt: Sequence[int] = ()
+    ) -> None:
+        self.options = options.with_seed()
+        self._rng = np.random.default_rng(self.options.seed)
+        self._processor = Processor.build(model, self.options, prompt=prompt)
+
+    def sample(self, model: Model, row: int) -> int:
+        """Draws a token from output row `row` of the model's last decode, and accepts it."""
+        return self.choose(model, row, (), None)
+
+    def proposal(self, model: Model, row: int, path: Sequence[int]) -> Distribution:
+        """What the children of a draft node are to be drawn from; leaves the state as it is.
+
+        row: output row of the draft pass on the node.
+        path: the draft tokens that lead to the node, itself included, each drawn from a proposal.
+        """
+        with self._processor.fork() as processor:
+            for token in path:
+                processor.accept(token)
+            return processor.distribution(model, row)
+
+    def draw(self, q: Distribution, k: int) -> list[int]:
+        """At most k children of a draft node, distinct, from its proposal."""
+        return draw_children(q, k, self._rng)
+
+    def choose(
+        self, model: Model, row: int, children: Sequence[int], q: Distribution | None
+    ) -> int:
+        """The target's next token at a node, accepted: one of its children or another one.
+
+        row: output row of the target's pass on the node.
+        children, q: all that were drawn for the node, in their order, and its proposal; empty and
+            None if nothing was.
+        """
+        token = choose(self._processor.distribution(model, row), q, children, self._rng)
+        self._processor.accept(token)
+        return token
+
     def close(self) -> None:
         """Frees the chain; safe to call twice."""
-        if chain := self._chain:
-            self._chain = None
-            self._api.llama_sampler_free(chain)
+        self._processor.close()
 
-    def __enter__(self) -> Sampler:
+    def __enter__(self) -> SpeculativeSampler:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if getattr(self, "_chain", None):
-            self.close()
+
+def _sampling_parts(model: Model, options: SamplingOptions, prompt: Sequence[int]) -> Iterator[Any]:
+    api = library().api
+    yield from _filters(model, options, prompt)
+    if options.temperature <= 0:
+        yield api.llama_sampler_init_greedy()
+    else:
+        yield api.llama_sampler_init_temp(options.temperature)
+        yield api.llama_sampler_init_dist(options.seed)
+
+
+def _processing_parts(
+    model: Model, options: SamplingOptions, prompt: Sequence[int]
+) -> Iterator[Any]:
+    yield from _filters(model, options, prompt)
+    # at 0, llama.cpp leaves the token that its greedy sampler takes and excludes all others
+    yield library().api.llama_sampler_init_temp(max(options.temperature, 0.0))
+
+
+def _filters(model: Model, options: SamplingOptions, prompt: Sequence[int]) -> Iterator[Any]:
+    """The parts of a chain that come before its temperature."""
+    api = library().api
+    if options.grammar is not None:
+        yield _grammar(model, options.grammar)
+    if options.has_penalties:
+        yield _penalties(model, options, prompt)
+    if options.temperature > 0:
+        yield api.llama_sampler_init_top_k(options.top_k)
+        yield api.llama_sampler_init_top_p(options.top_p, 1)
+        yield api.llama_sampler_init_min_p(options.min_p, 1)
+
+
+def _grammar(model: Model, grammar: str) -> Any:
+    with _captured_stderr() as lines:
+        part = library().api.llama_sampler_init_grammar(model.vocab, grammar.encode(), b"root")
+    if not part:
+        detail = next((line for line in lines if line.strip()), "it does not parse")
+        raise GrammarError(f"the grammar is not valid GBNF with a rule named root: {detail}")
+    return part
+
+
+def _penalties(model: Model, options: SamplingOptions, prompt: Sequence[int]) -> Any:
+    api = library().api
+    last_n = options.repeat_last_n if options.repeat_last_n >= 0 else model.n_ctx
+    last_n = min(last_n, model.n_ctx)  # llama.cpp allocates as many places
+    penalties = api.llama_sampler_init_penalties(
+        model.n_vocab,
+        last_n,
+        options.repeat_penalty,
+        options.frequency_penalty,
+        options.presence_penalty,
+    )
+    for token in prompt[-last_n:] if last_n else ():
+        api.llama_sampler_accept(penalties, token)
+    return penalties
 
 
 @contextmanager

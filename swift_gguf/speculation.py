@@ -1,13 +1,26 @@
-"""From what the user asked for to a drafter, or to the reason why there is none."""
+"""From what the user asked for to a drafter and a search, or to the reason why there is none."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from swift_gguf.drafting import Drafter, LayerSkip
+from swift_gguf.drafting.layer_skip import LayerSkip
+from swift_gguf.drafting.policy import Adaptive, Calibration, Threshold
+from swift_gguf.drafting.tree import Shape, Tree, caterpillar
 from swift_gguf.errors import SubnetworkError, UnsupportedModelError
+from swift_gguf.learning import Learning, SearchOptions, space_of
 from swift_gguf.model import Model, Sublayer
+from swift_gguf.profile import Store
+from swift_gguf.search.drivers import IdleSearch, OnTheFly
+from swift_gguf.search.optimizer import Search
+from swift_gguf.search.paper import PaperOptions
+from swift_gguf.search.window import Windows
 from swift_gguf.subnetwork import SubNetwork, format_layers
+
+if TYPE_CHECKING:
+    from swift_gguf.sampling import SpeculativeSampler
 
 _WHY_NOT = {
     "absent": "the model has none there",
@@ -15,62 +28,198 @@ _WHY_NOT = {
     "useless": "that would save nothing",
 }
 
+TREES = {
+    "chain": Shape(n_nodes=0),
+    "caterpillar": Shape(n_nodes=0, branching=caterpillar, only_first_extends=True),
+    "best-first": Shape(n_nodes=0, branching=lambda top: 4),
+}
+"""Shapes of drafts by name; how many nodes they get is the engine's to say."""
+
+JOINT_MIN = 0.05
+"""With a fixed threshold, a tree's tokens beside the likeliest one must be this likely."""
+
+WINDOW = 16
+"""Positions scored between two cycles: the shortest pass that is cheap by the position."""
+IDLE_WINDOW = 32
+IDLE_HEAD_MS = 40.0
+"""A pass stops between two operations; the head is the longest, and must not take longer."""
+
 
 @dataclass(frozen=True, kw_only=True)
+class SpeculationOptions:
+    """What the user asked for."""
+
+    mode: str = "auto"
+    """``off``; ``layer-skip``; ``auto``: layer-skip, unless the model does not allow it or is known
+    to be faster without."""
+    skip_attn: frozenset[int] | None = None
+    skip_ffn: frozenset[int] | None = None
+    """A sub-network of the user's own; both None: the profile's, and what the search finds."""
+    search: str = "auto"
+    """``auto``; ``paper``: SWIFT's, to compare with; ``off``."""
+    paper: PaperOptions = field(default_factory=PaperOptions)
+    draft_max: int = 8
+    p_min: float | None = None
+    """Stop drafting below this probability; None: where a token costs more than it promises."""
+    tree: str = "chain"
+    """One of `TREES`."""
+
+    @property
+    def is_by_hand(self) -> bool:
+        return self.skip_attn is not None or self.skip_ffn is not None
+
+
 class Speculation:
-    """A drafter and the reason for it, or None and the reason why not."""
-
-    drafter: Drafter | None
-    why: str
-
-
-def choose(
-    model: Model,
-    *,
-    mode: str = "auto",
-    skip_attn: frozenset[int] | None = None,
-    skip_ffn: frozenset[int] | None = None,
-    p_min: float = 0.8,
-) -> Speculation:
-    """What drafts for this model.
-
-    mode: ``off``, ``layer-skip``, or ``auto`` (layer-skip wherever the model allows it).
-    skip_attn, skip_ffn: a sub-network of the user's own; both None: the uniform start.
+    """What drafts for a model, why, and the search that goes on beside it.
 
     Raises:
         UnsupportedModelError: layer-skip is asked for by name, and the model cannot be rolled back.
         SubnetworkError: a named sub-layer does not exist or cannot be skipped.
     """
-    if mode == "off":
-        return Speculation(drafter=None, why="switched off")
-    if refusal := model.rollback_refusal:
-        if mode == "layer-skip" or skip_attn or skip_ffn:
-            raise UnsupportedModelError(f"no speculation: {refusal}; use --speculation off")
-        return Speculation(drafter=None, why=refusal)
 
-    attention, ffn = model.sublayers
-    if skip_attn is None and skip_ffn is None:
-        start = SubNetwork.uniform(model.n_layer)
-        subnetwork = SubNetwork(
-            n_layer=model.n_layer,
-            skip_attn=frozenset(i for i in start.skip_attn if attention[i].status == "ok"),
-            skip_ffn=frozenset(i for i in start.skip_ffn if ffn[i].status == "ok"),
+    def __init__(
+        self,
+        model: Model,
+        options: SpeculationOptions | None = None,
+        *,
+        store: Store | None = None,
+    ) -> None:
+        self.options = options or SpeculationOptions()
+        self.drafter: LayerSkip | None = None
+        self.learning: Learning | None = None
+        self._model = model
+        self._calibration = Calibration()
+        self._windows = Windows(model, n=WINDOW)
+        self._on_the_fly: OnTheFly | None = None
+        self.why = self._set_up(store)
+
+    def _set_up(self, store: Store | None) -> str:
+        """Returns the reason for what drafts, or for why nothing does."""
+        model, options = self._model, self.options
+        if options.mode == "off":
+            return "switched off"
+        if refusal := model.rollback_refusal:
+            if options.mode == "layer-skip" or options.is_by_hand:
+                raise UnsupportedModelError(f"no speculation: {refusal}; use --speculation off")
+            return refusal
+        space = space_of(model)
+        if options.is_by_hand:
+            subnetwork, why = _by_hand(model, options), "as given"
+        elif space is not None:
+            subnetwork, why = space.uniform(), "uniform start"
+        if space is None or not (subnetwork.skip_attn or subnetwork.skip_ffn):
+            return "nothing to skip: a draft would cost a full pass"
+
+        if not (options.is_by_hand and options.p_min is not None):
+            self.learning = learning = Learning(
+                model,
+                space,
+                store=store,
+                options=SearchOptions(
+                    paper=options.paper if options.search == "paper" else None,
+                    draft_max=options.draft_max,
+                    p_min=options.p_min,
+                ),
+            )
+            if not options.is_by_hand:
+                speedup = learning.predicted_speedup
+                if options.mode == "auto" and speedup is not None and speedup < 1:
+                    return f"plain decoding is faster here: drafts would give {speedup:.2f}x"
+                subnetwork = learning.best
+                why = "from the profile" if learning.known else why
+                self._start_search(learning)
+        self.drafter = LayerSkip(model, subnetwork, shape=TREES[options.tree])
+        self.drafter.watch(self._observe)
+        self._refresh()
+        return f"{why}: {subnetwork}"
+
+    def _start_search(self, learning: Learning) -> None:
+        paper = self.options.paper if self.options.search == "paper" else None
+        if self.options.search == "off":
+            return
+        if paper:
+            self._windows = Windows(self._model, n=paper.context_window, steps=1, own_past=True)
+        self._on_the_fly = OnTheFly(
+            learning.searcher,
+            self._windows,
+            cost_s=learning.costs.verify_ms(WINDOW) / 1e3,
+            share=None if paper else 0.05,
+            interval=paper.opt_interval if paper else 1,
+            on_step=self._refresh,
+            meter=learning.meter,
         )
-        why = "uniform start"
-    else:
-        subnetwork = SubNetwork(
-            n_layer=model.n_layer,
-            skip_attn=skip_attn or frozenset(),
-            skip_ffn=skip_ffn or frozenset(),
+
+    def begin(self, prompt_n: int, *, sampler: SpeculativeSampler | None = None) -> OnTheFly | None:
+        """For every generation: the search to run beside it, for `engine.generate`.
+
+        prompt_n: where the generated text will begin.
+        sampler: draws the drafts, too, if given; for speculative sampling.
+        """
+        if self.drafter:
+            self.drafter.sampler = sampler
+            self._refresh()
+        if self._on_the_fly:
+            self._windows.first = prompt_n
+        return self._on_the_fly
+
+    def idle_search(self) -> IdleSearch | None:
+        """A search on the model's live context for the time in which nobody uses the model.
+
+        The caller uses the model inside `IdleSearch.paused` only, and closes it before the model.
+        """
+        if not self._on_the_fly or self.learning is None:
+            return None
+        chunk = max(1, min(IDLE_WINDOW, int(IDLE_HEAD_MS / max(self.learning.costs.head_ms, 1e-3))))
+        windows = Windows(self._model, n=IDLE_WINDOW, chunk=chunk)
+        windows.first = self._windows.first
+        return IdleSearch(
+            self._model,
+            self.learning.searcher,
+            windows,
+            on_step=self._refresh,
+            meter=self.learning.meter,
         )
-        _refuse_unskippable("attention", subnetwork.skip_attn, attention)
-        _refuse_unskippable("FFN", subnetwork.skip_ffn, ffn)
-        why = "as given"
-    if not subnetwork.skip_attn and not subnetwork.skip_ffn:
-        return Speculation(drafter=None, why="nothing to skip: a draft would cost a full pass")
-    return Speculation(
-        drafter=LayerSkip(model, subnetwork, p_min=p_min), why=f"{why}: {subnetwork}"
+
+    def _observe(self, tree: Tree, accepted: Sequence[int]) -> None:
+        self._calibration.observe(tree, accepted)
+        if self.learning and isinstance(self.learning.searcher, Search):
+            self.learning.searcher.observe(len(accepted), len(tree))
+
+    def _refresh(self) -> None:
+        """Drafts with what the search holds best, at the costs of the present context."""
+        if self.drafter is None:
+            return
+        options = self.options
+        if self.learning and not options.is_by_hand:
+            self.drafter.subnetwork = self.learning.best
+        if options.p_min is not None:
+            joint_min = 1.0 if options.tree == "chain" else JOINT_MIN
+            self.drafter.policy = Threshold(options.p_min, joint_min=joint_min)
+        elif self.learning:
+            costs = self.learning.here
+            plain = costs.verify_ms(1)
+            self.drafter.policy = Adaptive(
+                self._calibration,
+                draft_share=costs.draft_ms(self.drafter.subnetwork) / plain,
+                verify_share=(costs.verify_ms(5) - plain) / 4 / plain,
+            )
+
+    def save(self) -> None:
+        """Keeps what was learned."""
+        if self.learning and not self.options.is_by_hand:
+            self.learning.save()
+
+
+def _by_hand(model: Model, options: SpeculationOptions) -> SubNetwork:
+    subnetwork = SubNetwork(
+        n_layer=model.n_layer,
+        skip_attn=options.skip_attn or frozenset(),
+        skip_ffn=options.skip_ffn or frozenset(),
     )
+    attention, ffn = model.sublayers
+    _refuse_unskippable("attention", subnetwork.skip_attn, attention)
+    _refuse_unskippable("FFN", subnetwork.skip_ffn, ffn)
+    return subnetwork
 
 
 def _refuse_unskippable(kind: str, layers: frozenset[int], sublayers: list[Sublayer]) -> None:

@@ -1,9 +1,10 @@
 """Which draft tokens the target agrees with: pure functions.
 
-The rule keeps any sampler exact.  Let x_1 .. x_k be the draft and s_i the token the user's own
-sampler draws from the target's distribution after x_1 .. x_{i-1}.  Go on while s_i = x_i:
+The rule keeps any sampler exact.  Let s_0 be the token the user's own sampler draws from the
+target's distribution after the pending token, s_1 after s_0, and so on.  Go on while s_i is a
+drafted child:
 
-    accepted = the longest prefix with s_i = x_i,   bonus = s_{accepted + 1}
+    x_0 = root,   x_{i+1} = the child of x_i that is s_i,   bonus = the first s_i that is no child
 
 Every s_i that is emitted was drawn by the sampler, in order, from the distribution plain decoding
 would have shown it, so with the same seed the text is the same.
@@ -11,22 +12,44 @@ would have shown it, so with the same seed the text is the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from swift_gguf.drafting.tree import ROOT, Tree
 
 
-def verify(
-    draft: Sequence[int], *, sample: Callable[[int], int], is_eog: Callable[[int], bool]
-) -> list[int]:
-    """The tokens to emit: the accepted part of the draft, then the target's own next token.
+@dataclass(frozen=True)
+class Verdict:
+    """What comes of a tree."""
 
-    sample: draws from the target's output row i, where row i follows draft[:i].  It is called once
-        a row, in order, and for no row that is not emitted: samplers have state.
-    is_eog: after an end of generation nothing more is drawn.
+    tokens: list[int]
+    """To be emitted: the accepted path, then the target's own next token (the bonus), which is
+    missing where the path ends with an end of generation."""
+    accepted: list[int]
+    """The accepted nodes, from the root on."""
+
+    @property
+    def kept(self) -> list[int]:
+        """The accepted nodes that more text comes after: all but an end of generation."""
+        return self.accepted[: len(self.tokens) - 1]
+
+
+def verify(tree: Tree, *, choose: Callable[[int], int], is_eog: Callable[[int], bool]) -> Verdict:
+    """Follows the target's choices down the tree.
+
+    choose: the target's next token after a node (ROOT: after the pending token).  It is called once
+        a node, in order, and for no node that is not on the path: samplers have state.
+    is_eog: after an end of generation nothing more is chosen.
     """
-    emitted: list[int] = []
-    for row in range(len(draft) + 1):
-        token = sample(row)
-        emitted.append(token)
-        if row == len(draft) or token != draft[row] or is_eog(token):
-            break
-    return emitted
+    tokens: list[int] = []
+    accepted: list[int] = []
+    node = ROOT
+    while True:
+        token = choose(node)
+        tokens.append(token)
+        child = tree.child(node, token)
+        if child is not None:
+            accepted.append(child)
+        if child is None or is_eog(token):
+            return Verdict(tokens, accepted)
+        node = child

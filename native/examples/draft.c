@@ -165,7 +165,7 @@ static bool decode(struct session * s) {
 
 static bool argmax(struct session * s, int32_t row, llama_token * token) {
     float probability;
-    return swift_gguf_top1(s->ctx, row, token, &probability) == 0 || fail("row %d has no logits", (int) row);
+    return swift_gguf_top(s->ctx, row, 1, token, &probability) == 1 || fail("row %d has no logits", (int) row);
 }
 
 static void print_token(const struct session * s, llama_token token) {

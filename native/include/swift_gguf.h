@@ -19,7 +19,7 @@
 extern "C" {
 #endif
 
-#define SWIFT_GGUF_ABI 1
+#define SWIFT_GGUF_ABI 2
 
 /* Error codes of the functions that return int32_t. llama_decode's own codes are passed through
  * offset by SWIFT_GGUF_ERROR_DECODE: -100 - code. */
@@ -84,6 +84,12 @@ LLAMA_API const char * swift_gguf_rollback_refusal(const struct llama_context * 
  * backend has no such switch. */
 LLAMA_API int32_t swift_gguf_set_batch_invariant(struct llama_context * ctx, bool enable);
 
+/* Passes of the context stop early, within one operation, once *flag is not zero: llama_decode then
+ * returns 2 and its tokens are not in the memory. For backends that can stop (the CPU); others finish
+ * their pass. The flag is the caller's, may be written by any thread and must outlive the context or be
+ * replaced; NULL: never stop. Returns 0, or SWIFT_GGUF_ERROR_ARGUMENT. */
+LLAMA_API int32_t swift_gguf_set_stop_flag(struct llama_context * ctx, const int32_t * flag);
+
 /*
  * Cost: what a pass reads, counted on the graph that llama.cpp would run. Neither function computes
  * anything; both make the next llama_decode rebuild its graph (about a millisecond).
@@ -133,13 +139,17 @@ LLAMA_API int32_t swift_gguf_sublayers(
  * Drafting.
  */
 
-/* The most likely token of output row i (as llama_get_logits_ith counts: index into the batch, or -1
- * for the last row) and its probability under softmax at temperature 1. */
-LLAMA_API int32_t swift_gguf_top1(
+/* The k most likely tokens of output row i (as llama_get_logits_ith counts: index into the batch, or -1
+ * for the last row), likeliest first, and their probabilities under softmax at temperature 1.
+ *
+ * tokens, probabilities: room for k entries each. Returns how many there are (fewer than k only where
+ * the vocabulary is smaller), or an error code. */
+LLAMA_API int32_t swift_gguf_top(
         struct llama_context * ctx,
         int32_t                i,
-        llama_token *          token,
-        float *                probability);
+        int32_t                k,
+        llama_token *          tokens,
+        float *                probabilities);
 
 struct swift_gguf_draft_params {
     llama_seq_id seq_id;

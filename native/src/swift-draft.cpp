@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
-int32_t swift_gguf_top1(llama_context * ctx, int32_t i, llama_token * token, float * probability) {
-    if (ctx == nullptr || token == nullptr || probability == nullptr) {
+int32_t swift_gguf_top(llama_context * ctx, int32_t i, int32_t k, llama_token * tokens, float * probabilities) {
+    if (ctx == nullptr || k < 1 || tokens == nullptr || probabilities == nullptr) {
         return SWIFT_GGUF_ERROR_ARGUMENT;
     }
     const float * logits = llama_get_logits_ith(ctx, i);
@@ -12,28 +12,43 @@ int32_t swift_gguf_top1(llama_context * ctx, int32_t i, llama_token * token, flo
         return SWIFT_GGUF_ERROR_ARGUMENT;
     }
     const int32_t n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx)));
+    k                     = std::min(k, n_vocab);
 
-    // std::max_element is one dependent chain; the maximum first, then its index, vectorises.
+    // std::max_element is one dependent chain; the maximum alone vectorises.
     float max = logits[0];
-    for (int32_t k = 1; k < n_vocab; ++k) {
-        max = std::max(max, logits[k]);
+    for (int32_t t = 1; t < n_vocab; ++t) {
+        max = std::max(max, logits[t]);
     }
-    const float * best = std::find(logits, logits + n_vocab, max);
-    if (best == logits + n_vocab || !std::isfinite(max)) {
+    if (!std::isfinite(max)) {
         return SWIFT_GGUF_ERROR_LOGITS;
     }
-    *token = (llama_token) (best - logits);
 
     // Logits more than 24 below the maximum add under 4e-11 each: not worth an exponential.
     float sum = 0.0f;
-    for (int32_t k = 0; k < n_vocab; ++k) {
-        const float x = logits[k] - max;
+    for (int32_t t = 0; t < n_vocab; ++t) {
+        const float x = logits[t] - max;
         if (x > -24.0f) {
             sum += std::exp(x);
         }
     }
-    *probability = 1.0f / sum;
-    return 0;
+
+    // Insertion into a short sorted list, rarely needed once the list is good. Of equal logits the lower
+    // id comes first, as llama.cpp's greedy sampler has it.
+    int32_t n = 0;
+    for (int32_t t = 0; t < n_vocab; ++t) {
+        if (n == k && !(logits[t] > logits[tokens[n - 1]])) {
+            continue;
+        }
+        int32_t place = n < k ? n++ : n - 1;
+        for (; place > 0 && logits[t] > logits[tokens[place - 1]]; --place) {
+            tokens[place] = tokens[place - 1];
+        }
+        tokens[place] = t;
+    }
+    for (int32_t place = 0; place < n; ++place) {
+        probabilities[place] = std::exp(logits[tokens[place]] - max) / sum;
+    }
+    return n;
 }
 
 // Decodes one token with logits. Returns 0 or an error code.
@@ -68,8 +83,8 @@ static int32_t draft_loop(
             return error;
         }
         float probability = 0.0f;
-        if (const int32_t error = swift_gguf_top1(ctx, -1, &token, &probability)) {
-            return error;
+        if (const int32_t found = swift_gguf_top(ctx, -1, 1, &token, &probability); found < 0) {
+            return found;
         }
         if (probability < params.p_min) {
             return n;

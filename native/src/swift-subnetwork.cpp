@@ -121,3 +121,12 @@ int32_t swift_gguf_set_batch_invariant(llama_context * ctx, bool enable) {
     set_use_ref(cpu, enable);
     return 0;
 }
+
+int32_t swift_gguf_set_stop_flag(llama_context * ctx, const int32_t * flag) {
+    if (ctx == nullptr) {
+        return SWIFT_GGUF_ERROR_ARGUMENT;
+    }
+    const auto stopped = [](void * data) { return *static_cast<const volatile int32_t *>(data) != 0; };
+    llama_set_abort_callback(ctx, flag != nullptr ? (ggml_abort_callback) stopped : nullptr, const_cast<int32_t *>(flag));
+    return 0;
+}

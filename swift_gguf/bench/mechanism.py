@@ -23,13 +23,14 @@ from swift_gguf.bench.report import (
     SwitchTime,
 )
 from swift_gguf.bench.spread import Spread, machine
-from swift_gguf.drafting import Drafter
+from swift_gguf.drafting import Drafter, LayerSkip
+from swift_gguf.drafting.policy import Threshold
 from swift_gguf.engine import generate
 from swift_gguf.errors import UnsupportedModelError
+from swift_gguf.learning import space_of
 from swift_gguf.model import Model
 from swift_gguf.native import Cost, library
 from swift_gguf.sampling import Sampler, SamplingOptions
-from swift_gguf.speculation import choose
 from swift_gguf.stats import Stats
 from swift_gguf.subnetwork import SubNetwork
 from swift_gguf.text import encode
@@ -99,17 +100,15 @@ class _Bench:
         self._ids = [7919 * i % model.n_vocab for i in range(context + max(WIDTHS))]
 
     def restart(self) -> None:
-        self.model.set_subnetwork(None)
         self.model.clear()
         self.model.decode(self._ids[: self.context])
 
     def once(self, case: _Case) -> float:
         """Seconds of one pass."""
         model = self.model
-        model.set_subnetwork(case.subnetwork)
         tokens = self._ids[self.context : self.context + case.width]
         start = perf_counter()
-        model.decode(tokens, n_outputs=case.rows)
+        model.decode(tokens, n_outputs=case.rows, subnetwork=case.subnetwork)
         self._synchronize(model.ctx)  # a GPU is still at work when decode returns
         seconds = perf_counter() - start
         model.rollback(self.context)
@@ -171,7 +170,6 @@ def measure(
         progress("engine")
         engine = _engine(model, runs=min(rounds, ENGINE_RUNS))
     finally:
-        model.set_subnetwork(None)
         model.clear()
     return Report(
         machine=where,
@@ -400,8 +398,9 @@ def _run(model: Model, prompt: Sequence[int], drafter: Drafter | None) -> _Run:
 
 
 def _engine(model: Model, *, runs: int) -> tuple[EngineTime, ...]:
-    layer_skip = choose(model, mode="layer-skip").drafter
-    drafters = {"plain": None} | ({"layer-skip": layer_skip} if layer_skip else {})
+    drafters: dict[str, Drafter | None] = {"plain": None}
+    if space := space_of(model):
+        drafters["layer-skip"] = LayerSkip(model, space.uniform(), policy=Threshold(0.8))
     prompt = encode(model, PROMPT)
     times = []
     for mode, drafter in drafters.items():

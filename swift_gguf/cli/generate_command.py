@@ -17,11 +17,12 @@ from swift_gguf.cli.options import (
     read_text,
     sampling_flags,
     sampling_options,
+    search_flags,
     speculation_flags,
+    speculation_options,
 )
 
 if TYPE_CHECKING:
-    from swift_gguf.drafting import Drafter
     from swift_gguf.model import Model
     from swift_gguf.sampling import SamplingOptions
     from swift_gguf.speculation import Speculation
@@ -45,29 +46,26 @@ if TYPE_CHECKING:
     "--compare", is_flag=True, help="Decode the prompt plainly too, and show both speeds."
 )
 @speculation_flags
+@search_flags
 @sampling_flags
 @model_flags
 def generate(model: str, as_json: bool, compare: bool, **values: Any) -> None:
     """Answer one prompt, streaming to the terminal; figures go to standard error."""
-    from swift_gguf.speculation import choose
-    from swift_gguf.subnetwork import parse_layers
+    from swift_gguf.speculation import Speculation
 
     text = _prompt_text(values)
-    layers = [
-        None if v is None else parse_layers(v) for v in (values["skip_attn"], values["skip_ffn"])
-    ]
+    speculation_wanted = speculation_options(values)
     options = sampling_options(values).with_seed()
     with load_model(model, values) as loaded:
         prompt = _prompt_tokens(loaded, text, values)
-        speculation = choose(
-            loaded,
-            mode=values["speculation"],
-            skip_attn=layers[0],
-            skip_ffn=layers[1],
-            p_min=values["draft_p_min"],
+        speculation = Speculation(loaded, speculation_wanted)
+        job = _Job(loaded, prompt, options, values["n_predict"])
+        answer = job.run(
+            speculation,
+            show=None if as_json else _show,
+            draws=values["speculative_sampling"],
         )
-        job = _Job(loaded, prompt, options, values["draft_max"], values["n_predict"])
-        answer = job.run(speculation.drafter, show=None if as_json else _show)
+        speculation.save()
         if not as_json:
             click.echo()
         plain, interrupted = None, answer.interrupted
@@ -96,17 +94,23 @@ class _Answer:
 
 @dataclass
 class _Job:
-    """One prompt, to be answered with one drafter or another."""
+    """One prompt, to be answered with speculation or without."""
 
     model: Model
     prompt: list[int]
     options: SamplingOptions
-    draft_max: int
     n_predict: int
 
-    def run(self, drafter: Drafter | None, *, show: Callable[[str], None] | None) -> _Answer:
+    def run(
+        self,
+        speculation: Speculation | None,
+        *,
+        show: Callable[[str], None] | None,
+        draws: bool = False,
+    ) -> _Answer:
+        """draws: speculative sampling."""
         from swift_gguf.engine import generate as generate_tokens
-        from swift_gguf.sampling import Sampler
+        from swift_gguf.sampling import Sampler, SpeculativeSampler
         from swift_gguf.stats import Stats
         from swift_gguf.text import StreamDecoder
 
@@ -116,13 +120,17 @@ class _Job:
             return answer
         decoder = StreamDecoder(self.model)
         show = show or (lambda _: None)
-        with Sampler(self.model, self.options, prompt=self.prompt) as sampler:
+        kind = SpeculativeSampler if draws else Sampler
+        with kind(self.model, self.options, prompt=self.prompt) as sampler:
+            drawing = sampler if isinstance(sampler, SpeculativeSampler) else None
+            search = speculation.begin(len(self.prompt), sampler=drawing) if speculation else None
             stream = generate_tokens(
                 self.model,
                 self.prompt,
                 sampler=sampler,
-                drafter=drafter,
-                draft_max=self.draft_max,
+                drafter=speculation.drafter if speculation else None,
+                search=search,
+                draft_max=speculation.options.draft_max if speculation else 1,
                 max_tokens=self.n_predict if self.n_predict > 0 else None,
                 stats=answer.stats,
             )
@@ -222,5 +230,10 @@ def _footer(answer: _Answer, speculation: Speculation, plain: _Answer | None) ->
             ratio = stats.tokens_per_second / plain.stats.tokens_per_second
             line += f"; speculative is {ratio:.2f}x plain, each measured once"
         lines.append(line)
+    drafted_with = speculation.drafter.subnetwork
     lines.append(f"draft: {speculation.drafter.name}, {speculation.why}")
+    if str(drafted_with) not in speculation.why:
+        lines.append(f"the search found a better one: {drafted_with}")
+    if stats.search_s:
+        lines.append(f"search: {stats.search_s:.2f} s of {stats.cycle_s:.2f} s")
     return "\n".join(lines)

@@ -11,6 +11,8 @@ import click
 if TYPE_CHECKING:
     from swift_gguf.model import Model, ModelOptions
     from swift_gguf.sampling import SamplingOptions
+    from swift_gguf.search.paper import PaperOptions
+    from swift_gguf.speculation import SpeculationOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -56,10 +58,68 @@ speculation_flags = _all(
     click.option("--skip-attn", metavar="LAYERS", help="Draft without these attentions: 3,5-9."),
     click.option("--skip-ffn", metavar="LAYERS", help="Draft without these FFNs: 4,6."),
     click.option("--draft-max", default=8, show_default=True, metavar="N",
-                 type=click.IntRange(1, 64), help="Draft at most this many tokens."),
-    click.option("--draft-p-min", default=0.8, show_default=True, metavar="P",
-                 type=click.FloatRange(0, 1), help="Stop drafting below this probability."),
+                 type=click.IntRange(1, 45), help="Draft at most this many tokens."),
+    click.option("--draft-p-min", metavar="P", type=click.FloatRange(0, 1),
+                 help="Stop drafting below this probability.  [default: by measured acceptance]"),
+    click.option("--draft-tree", default="chain", show_default=True,
+                 type=click.Choice(["chain", "caterpillar", "best-first"]),
+                 help="Shape of a draft."),
+    click.option("--speculative-sampling", is_flag=True,
+                 help="Draw drafts and accept by min(1, p/q): the same distribution of texts, "
+                 "another text for a seed."),
 )  # fmt: skip
+
+search_flags = _all(
+    click.option("--search", default="auto", show_default=True,
+                 type=click.Choice(["auto", "paper", "off"]),
+                 help="How to look for what to skip; paper: as SWIFT does, see the next flags."),
+    click.option("--skip-ratio", default=0.45, show_default=True,
+                 type=click.FloatRange(0, 1, min_open=True, max_open=True)),
+    click.option("--context-window", default=32, show_default=True, type=click.IntRange(1, 45)),
+    click.option("--opt-interval", default=1, show_default=True, type=click.IntRange(1)),
+    click.option("--bayes/--no-bayes", default=True, show_default=True),
+    click.option("--bayes-interval", default=25, show_default=True, type=click.IntRange(1)),
+    click.option("--max-opt-iter", default=1000, show_default=True, type=click.IntRange(1)),
+    click.option("--max-tolerance-iter", default=300, show_default=True, type=click.IntRange(1)),
+    click.option("--max-score", default=0.95, show_default=True, type=click.FloatRange(0, 1)),
+)  # fmt: skip
+
+
+def speculation_options(values: dict[str, Any]) -> SpeculationOptions:
+    """`SpeculationOptions` from the values of `speculation_flags` and `search_flags`."""
+    from swift_gguf.speculation import SpeculationOptions
+    from swift_gguf.subnetwork import parse_layers
+
+    skip_attn, skip_ffn = (
+        None if values[name] is None else parse_layers(values[name])
+        for name in ("skip_attn", "skip_ffn")
+    )
+    return SpeculationOptions(
+        mode=values["speculation"],
+        skip_attn=skip_attn,
+        skip_ffn=skip_ffn,
+        search=values["search"],
+        paper=paper_options(values),
+        draft_max=values["draft_max"],
+        p_min=values["draft_p_min"],
+        tree=values["draft_tree"],
+    )
+
+
+def paper_options(values: dict[str, Any]) -> PaperOptions:
+    """`PaperOptions` from the values of `search_flags`, which have SWIFT's own names."""
+    from swift_gguf.search.paper import PaperOptions
+
+    return PaperOptions(
+        skip_ratio=values["skip_ratio"],
+        context_window=values["context_window"],
+        opt_interval=values["opt_interval"],
+        bayes=values["bayes"],
+        bayes_interval=values["bayes_interval"],
+        max_steps=values["max_opt_iter"],
+        max_tolerance=values["max_tolerance_iter"],
+        max_score=values["max_score"],
+    )
 
 
 def model_options(values: dict[str, Any]) -> ModelOptions:

@@ -1,6 +1,7 @@
 """Sources of draft tokens, one file a source."""
 
 from swift_gguf.drafting.layer_skip import LayerSkip
-from swift_gguf.drafting.source import Draft, Drafter
+from swift_gguf.drafting.source import Drafter
+from swift_gguf.drafting.tree import Tree
 
-__all__ = ["Draft", "Drafter", "LayerSkip"]
+__all__ = ["Drafter", "LayerSkip", "Tree"]

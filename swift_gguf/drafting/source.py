@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Protocol
 
-
-@dataclass(frozen=True)
-class Draft:
-    """A chain of draft tokens with the drafter's own probability of each."""
-
-    tokens: list[int]
-    probabilities: list[float]
+from swift_gguf.drafting.tree import Tree
 
 
 class Drafter(Protocol):
@@ -20,9 +14,13 @@ class Drafter(Protocol):
     @property
     def name(self) -> str: ...
 
-    def draft(self, pending: int, *, n_max: int) -> Draft:
+    def draft(self, pending: int, *, n_max: int) -> Tree:
         """At most `n_max` tokens after `pending`, the token that is sampled but not decoded yet.
 
         Leaves the target's context as it was.
         """
+        ...
+
+    def observe(self, tree: Tree, accepted: Sequence[int]) -> None:
+        """What became of the draft: the target chose the `accepted` nodes, from the root on."""
         ...

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from swift_gguf.drafting import LayerSkip
+from swift_gguf.drafting.policy import Threshold
 from swift_gguf.engine import generate
 from swift_gguf.model import Model
 from swift_gguf.sampling import Sampler, SamplingOptions
@@ -43,7 +44,9 @@ def decode(
     """The tokens and the statistics of one generation from an empty context."""
     model.clear()
     stats = Stats()
-    drafter = LayerSkip(model, subnetwork, p_min=p_min) if subnetwork else None
+    drafter = (
+        LayerSkip(model, subnetwork, policy=Threshold(p_min)) if subnetwork else None
+    )
     with Sampler(model, sampling, prompt=prompt) as sampler:
         tokens = generate(
             model,

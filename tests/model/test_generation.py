@@ -102,7 +102,7 @@ def test_a_consumer_that_stops_leaves_plain_state(smol: Model, stop_after: int) 
     """After an early stop the context is plain's, to the bit."""
     prompt = chat_tokens(smol, "Count from one to twenty.")
     logits = []
-    for drafter in (None, LayerSkip(smol, light_skip(smol), p_min=0.0)):
+    for drafter in (None, LayerSkip(smol, light_skip(smol))):
         smol.clear()
         with Sampler(smol, GREEDY) as sampler:
             stream = generate(smol, prompt, sampler=sampler, drafter=drafter, draft_max=6)

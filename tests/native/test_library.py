@@ -14,6 +14,7 @@ import pytest
 
 from swift_gguf import native
 from swift_gguf.drafting import LayerSkip
+from swift_gguf.drafting.policy import Threshold
 from swift_gguf.engine import generate
 from swift_gguf.errors import NativeLibraryError
 from swift_gguf.model import Model, ModelOptions
@@ -110,7 +111,7 @@ def test_a_thousand_generations_leak_nothing(tiny: Callable[..., Path]) -> None:
             for i in range(count):
                 options = SamplingOptions(seed=i, repeat_penalty=1.1, grammar="root ::= [^x]*")
                 with Sampler(model, options) as sampler:
-                    drafter = LayerSkip(model, subnetwork, p_min=0.1)
+                    drafter = LayerSkip(model, subnetwork, policy=Threshold(0.1))
                     prompt = [5, 6, 7, i % 100 + 5]
                     stream = generate(model, prompt, sampler=sampler, drafter=drafter, max_tokens=8)
                     for n, _ in enumerate(stream):
@@ -130,8 +131,8 @@ def test_loading_and_closing_leaks_nothing(tiny: Callable[..., Path]) -> None:
     def load(count: int) -> None:
         for _ in range(count):
             with Model(path, ModelOptions(n_ctx=128, n_gpu_layers=0)) as model:
-                model.set_subnetwork(SubNetwork(n_layer=model.n_layer, skip_ffn=frozenset([1])))
-                model.decode([1, 2, 3])
+                skipping = SubNetwork(n_layer=model.n_layer, skip_ffn=frozenset([1]))
+                model.decode([1, 2, 3], subnetwork=skipping)
 
     load(20)
     before = resident_mb()

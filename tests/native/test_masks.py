@@ -27,6 +27,14 @@ from tests.fixtures.tiny_gguf import (
 PROMPT = list(range(5, 25))
 
 
+def draft(
+    model: Model, subnetwork: SubNetwork, token: int, *, n_max: int, p_min: float = 0.0
+) -> tuple[list[int], list[float]]:
+    """swift_gguf_draft, the drafting loop for C programs."""
+    handle = library().subnetwork(subnetwork.attn_mask, subnetwork.ffn_mask)
+    return library().draft(model.ctx, handle, token, model.n_past, n_max=n_max, p_min=p_min)
+
+
 def random_subnetworks(n_layer: int, count: int, seed: int) -> list[SubNetwork]:
     rng = random.Random(seed)
 
@@ -54,13 +62,11 @@ def test_every_mask_runs_and_leaves_no_trace(
     model.decode(PROMPT)
     before = model.logits(0)
     for i, subnetwork in enumerate(random_subnetworks(model.n_layer, 30, seed=len(family))):
-        model.set_subnetwork(subnetwork)
         width = 1 + i % 5
-        model.decode(PROMPT[:width], n_outputs=1 + i % width)
+        model.decode(PROMPT[:width], n_outputs=1 + i % width, subnetwork=subnetwork)
         assert np.isfinite(model.logits(0)).all()
-        model.set_subnetwork(None)
         model.rollback(len(PROMPT))
-        tokens, probabilities = model.draft(subnetwork, 7, n_max=4, p_min=0.0)
+        tokens, probabilities = draft(model, subnetwork, 7, n_max=4)
         assert len(tokens) == len(probabilities) > 0
         assert all(0 < p <= 1 for p in probabilities)
         assert model.pass_cost(subnetwork, n_tokens=width).n_nodes > 0
@@ -89,9 +95,7 @@ def test_what_is_reported_skippable_is_skipped(
         for kind, sublayer in (("skip_attn", attention[layer]), ("skip_ffn", ffn[layer])):
             subnetwork = SubNetwork(n_layer=model.n_layer, **{kind: frozenset([layer])})
             model.rollback(len(PROMPT) - 1)
-            model.set_subnetwork(subnetwork)
-            model.decode(PROMPT[-1:])
-            model.set_subnetwork(None)
+            model.decode(PROMPT[-1:], subnetwork=subnetwork)
             skipped = not np.array_equal(model.logits(0), whole)
             unshared = kind == "skip_ffn" and family in FFN_WITHOUT_HELPER
             assert skipped == (sublayer.status == "ok") == (not unshared)
@@ -153,7 +157,7 @@ def test_planted_no_ops_are_accepted_always(
         )
         stats = Stats()
         with Sampler(model, SamplingOptions(temperature=0)) as sampler:
-            drafter = LayerSkip(model, subnetwork, p_min=0.0)
+            drafter = LayerSkip(model, subnetwork)
             tokens = list(
                 generate(
                     model, PROMPT, sampler=sampler, drafter=drafter, max_tokens=60, stats=stats
@@ -172,9 +176,9 @@ def test_models_without_rollback_are_refused(
     assert model.rollback_refusal
     subnetwork = SubNetwork(n_layer=model.n_layer, skip_ffn=frozenset([1]))
     with pytest.raises(UnsupportedModelError, match="speculation off"):
-        model.set_subnetwork(subnetwork)
+        model.decode([5], subnetwork=subnetwork)
     with pytest.raises(UnsupportedModelError):
-        model.draft(subnetwork, 5, n_max=2, p_min=0.0)
+        draft(model, subnetwork, 5, n_max=2)
     # and plain decoding works
     with Sampler(model, SamplingOptions(temperature=0)) as sampler:
         assert len(list(generate(model, PROMPT, sampler=sampler, max_tokens=10))) > 0
@@ -184,22 +188,25 @@ def test_draft_stops(tiny: Callable[..., Path], open_model: Callable[..., Model]
     model = open_model(tiny("llama"))
     model.decode(PROMPT)
     subnetwork = SubNetwork(n_layer=model.n_layer)
-    tokens, probabilities = model.draft(subnetwork, 7, n_max=12, p_min=0.0)
+    tokens, probabilities = draft(model, subnetwork, 7, n_max=12)
     assert len(tokens) == 12 or model.is_eog(tokens[-1])
     threshold = sorted(probabilities)[len(probabilities) // 2]
     first_below = next((i for i, p in enumerate(probabilities) if p < threshold), len(tokens))
-    fewer, _ = model.draft(subnetwork, 7, n_max=12, p_min=threshold)
+    fewer, _ = draft(model, subnetwork, 7, n_max=12, p_min=threshold)
     assert fewer == tokens[:first_below]
-    assert model.draft(subnetwork, 7, n_max=0, p_min=0.0) == ([], [])
+    assert draft(model, subnetwork, 7, n_max=0) == ([], [])
     assert model.n_past == len(PROMPT)
     # the whole model as its own drafter says what the whole model says
     model.decode([7])
-    token, probability = model.top1(0)
-    assert token == tokens[0]
-    assert probability == pytest.approx(probabilities[0], rel=1e-5)
+    likeliest, known = model.top(0, 5)
+    assert likeliest[0] == tokens[0]
+    assert known[0] == pytest.approx(probabilities[0], rel=1e-5)
     logits = model.logits(0).astype(np.float64)
     exact = np.exp(logits - logits.max())
-    assert probability == pytest.approx(exact.max() / exact.sum(), rel=1e-4)
+    exact /= exact.sum()
+    assert likeliest == list(np.argsort(-exact, kind="stable")[:5])
+    assert known == pytest.approx(list(exact[likeliest]), rel=1e-4)
+    assert len(model.top(0, model.n_vocab + 10)[0]) == model.n_vocab
 
 
 def test_bad_arguments_are_errors_not_crashes(
@@ -209,13 +216,13 @@ def test_bad_arguments_are_errors_not_crashes(
     model.decode(PROMPT)
     subnetwork = SubNetwork(n_layer=model.n_layer)
     with pytest.raises(DecodeError):
-        model.draft(subnetwork, 7, n_max=model.n_ctx, p_min=0.0)  # past the end of the context
+        draft(model, subnetwork, 7, n_max=model.n_ctx)  # past the end of the context
     handle = library().subnetwork(subnetwork.attn_mask, subnetwork.ffn_mask)
     for pos in (0, len(PROMPT) - 1, len(PROMPT) + 1, 2**31 - 2):  # would remove or miss positions
         with pytest.raises(DecodeError, match="out of range"):
             library().draft(model.ctx, handle, 7, pos, n_max=3, p_min=0.0)
     with pytest.raises(DecodeError):
-        model.draft(subnetwork, model.n_vocab + 5, n_max=2, p_min=0.0)  # no such token
+        draft(model, subnetwork, model.n_vocab + 5, n_max=2)  # no such token
     with pytest.raises(DecodeError):
         model.pass_cost(n_tokens=0)
     with pytest.raises(DecodeError):
@@ -235,9 +242,7 @@ def test_a_shorter_mask_skips_nothing_beyond_it(
 ) -> None:
     model = open_model(tiny("llama"))
     model.decode(PROMPT)
-    model.set_subnetwork(SubNetwork(n_layer=2, skip_ffn=frozenset([1])))
-    model.decode([3])
-    model.set_subnetwork(None)
+    model.decode([3], subnetwork=SubNetwork(n_layer=2, skip_ffn=frozenset([1])))
     assert np.isfinite(model.logits(0)).all()
 
 
@@ -252,7 +257,7 @@ def test_draft_survives_a_failing_decode(
     every = frozenset(range(model.n_layer))
     nothing = SubNetwork(n_layer=model.n_layer, skip_attn=every, skip_ffn=every)
     with pytest.raises(DecodeError):
-        model.draft(nothing, -5, n_max=2, p_min=0.0)
+        draft(model, nothing, -5, n_max=2)
     model.rollback(len(PROMPT) - 1)
     model.decode(PROMPT[-1:])
     np.testing.assert_array_equal(model.logits(0), whole)

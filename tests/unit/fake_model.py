@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from swift_gguf.drafting.source import Draft
+from swift_gguf.drafting.tree import Tree
 from swift_gguf.errors import DecodeError, UnsupportedModelError
 
 _MASK = (1 << 64) - 1
@@ -76,35 +76,71 @@ class FakeModel:
         self.decodes: list[tuple[int, int]] = []
         """Of each decode that succeeded: tokens, outputs."""
         self._states = [State()]
+        self._nodes: list[tuple[int, int, State]] = []  # the tree: token, parent, state
         self._outputs: list[State] = []
 
     # -- what the engine needs ---------------------------------------------------------------------
 
-    def decode(self, tokens: Sequence[int], *, n_outputs: int) -> None:
-        if len(self.tokens) != self.state.length:
-            raise ContractViolationError("somebody changed `tokens`")
+    @property
+    def room(self) -> int:
+        return self.n_ctx - len(self.tokens) - len(self._nodes)
+
+    def decode(self, tokens: Sequence[int], *, n_outputs: int = 1) -> None:
+        self._check(tokens)
         if not 1 <= n_outputs <= len(tokens):
             raise ContractViolationError(f"{n_outputs} outputs of {len(tokens)} tokens")
-        if len(self.tokens) + len(tokens) > self.n_ctx:
+        if self._nodes:
+            raise ContractViolationError("a tree is in the way")
+        self._count(tokens, n_outputs)
+        for token in tokens:
+            self._states.append(self.state.after(token))
+        self.tokens.extend(tokens)
+        self._outputs = self._states[-n_outputs:]
+
+    def decode_tree(self, tokens: Sequence[int], parents: Sequence[int]) -> None:
+        self._check(tokens)
+        self._count(tokens, len(tokens))
+        first = len(self._nodes)
+        for token, parent in zip(tokens, parents, strict=True):
+            if not -1 <= parent < len(self._nodes):
+                raise ContractViolationError(f"node {parent} is not there yet")
+            before = self._nodes[parent][2] if parent >= 0 else self.state
+            self._nodes.append((token, parent, before.after(token)))
+        self._outputs = [state for _, _, state in self._nodes[first:]]
+
+    def keep(self, path: Sequence[int]) -> None:
+        parent = -1
+        for node in path:
+            token, expected, state = self._nodes[node]
+            if parent != expected:
+                raise ContractViolationError(f"{path} is no path of the tree")
+            self.tokens.append(token)
+            self._states.append(state)
+            parent = node
+        self._nodes.clear()
+
+    def _check(self, tokens: Sequence[int]) -> None:
+        if len(self.tokens) != self.state.length:
+            raise ContractViolationError("somebody changed `tokens`")
+        if len(tokens) > self.room:
             raise ContractViolationError(
                 f"{len(self.tokens)} + {len(tokens)} tokens > {self.n_ctx}"
             )
-        if not all(0 <= token < self.n_vocab for token in tokens):
+        if not tokens or not all(0 <= token < self.n_vocab for token in tokens):
             raise ContractViolationError(f"{tokens} are not all in the vocabulary")
+
+    def _count(self, tokens: Sequence[int], n_outputs: int) -> None:
         self.n_decodes += 1
         if self.n_decodes > _ENOUGH:
             raise ContractViolationError("the generation does not get on")
         if self.n_decodes == self.fail_at:
             raise DecodeError("a failure made for a test")
-        for token in tokens:
-            self._states.append(self.state.after(token))
-        self.tokens.extend(tokens)
-        self._outputs = self._states[-n_outputs:]
         self.decodes.append((len(tokens), n_outputs))
 
     def rollback(self, n_past: int) -> None:
         if n_past < 0:
             raise ContractViolationError(f"a rollback to position {n_past}")
+        self._nodes.clear()
         if n_past >= len(self.tokens):
             return
         if self.rollback_refusal:
@@ -115,6 +151,7 @@ class FakeModel:
     def clear(self) -> None:
         self.n_clears += 1
         self.tokens.clear()
+        self._nodes.clear()
         del self._states[1:]
 
     def is_eog(self, token: int) -> bool:
@@ -131,7 +168,9 @@ class FakeModel:
         if not 0 <= row < len(self._outputs):
             raise ContractViolationError(f"row {row} has no logits")
         state = self._outputs[row]
-        if state.length >= len(self._states) or self._states[state.length] != state:
+        if state not in [node[2] for node in self._nodes] and (
+            state.length >= len(self._states) or self._states[state.length] != state
+        ):
             raise ContractViolationError(f"row {row} was rolled back")
         return state
 
@@ -213,12 +252,13 @@ class ScriptedDrafter:
         fail_at: int | None = None,
     ) -> None:
         self.calls: list[DraftCall] = []
+        self.accepted: list[int] = []
         self.fail_at = fail_at
         self._model = model
         self._sampler = sampler
         self._script = script
 
-    def draft(self, pending: int, *, n_max: int) -> Draft:
+    def draft(self, pending: int, *, n_max: int) -> Tree:
         assert n_max >= 1, "nothing to draft, yet asked"
         model = self._model
         context = list(model.tokens)
@@ -234,7 +274,11 @@ class ScriptedDrafter:
         model.spoil_outputs()
         self.calls.append(DraftCall(context, pending, n_max, tokens))
         assert model.tokens == context
-        return Draft(list(tokens), [1.0] * len(tokens))
+        return Tree.chain(tokens)
+
+    def observe(self, tree: Tree, accepted: Sequence[int]) -> None:
+        assert self.calls[-1].tokens == tree.tokens
+        self.accepted.append(len(accepted))
 
     def _right(self, right: int) -> int:
         return right
@@ -245,6 +289,61 @@ class ScriptedDrafter:
 
     def _end(self, right: int) -> int:
         return right if self._model.is_eog(right) else 0
+
+
+class TreeDrafter:
+    """Always drafts the tree of the given shape, right as far as one of its nodes.
+
+    parents: the shape, as in `Tree`.
+    right: the last node of the path that the target will choose; -1: all nodes are wrong.
+    """
+
+    name = "tree"
+
+    def __init__(
+        self, model: FakeModel, sampler: GreedySampler, parents: Sequence[int], right: int
+    ) -> None:
+        self._model, self._sampler = model, sampler
+        self._parents = list(parents)
+        self._right = set()
+        while right >= 0:
+            self._right.add(right)
+            right = self._parents[right]
+        self.accepted: list[int] = []
+
+    def draft(self, pending: int, *, n_max: int) -> Tree:
+        root = self._model.state.after(pending)
+        tree, states = Tree(), list[State]()
+        for node, parent in enumerate(self._parents[:n_max]):
+            state = states[parent] if parent >= 0 else root
+            right = self._sampler.peek(self._model, state, state.length - root.length)
+            taken = {tree.tokens[child] for child in tree.children(parent)} | {right}
+            wrong = next(t for t in range(2, self._model.n_vocab) if t not in taken)
+            token = right if node in self._right else wrong
+            states.append(state.after(token))
+            tree.tokens.append(token)
+            tree.parents.append(parent)
+            tree.probabilities.append(1.0)
+        self._model.spoil_outputs()
+        return tree
+
+    def observe(self, tree: Tree, accepted: Sequence[int]) -> None:
+        self.accepted.append(len(accepted))
+
+
+def shapes(n_nodes: int) -> Iterator[list[int]]:
+    """Every ordered tree of `n_nodes` nodes below the root, as lists of parents."""
+    if n_nodes == 0:
+        yield []
+        return
+    for parents in shapes(n_nodes - 1):
+        # in depth-first order the next node hangs below the last one or one of its ancestors
+        node = n_nodes - 2
+        while True:
+            yield [*parents, node]
+            if node == -1:
+                break
+            node = parents[node]
 
 
 def decode_plainly(

@@ -9,9 +9,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swift_gguf.verification import verify
+from swift_gguf.drafting.tree import Tree
+from swift_gguf.verification import Verdict, verify
+from tests.unit.fake_model import shapes
 
 EOG = 0
+
+
+def is_eog(token: int) -> bool:
+    return token == EOG
+
+
+def verify_chain(draft: Sequence[int], answers: Sequence[int]) -> tuple[Verdict, Rows]:
+    """Node i of a chain is followed by row i + 1."""
+    rows = Rows(answers)
+    return verify(Tree.chain(draft), choose=lambda node: rows(node + 1), is_eog=is_eog), rows
 
 
 class Rows:
@@ -38,10 +50,13 @@ def by_formula(draft: Sequence[int], answers: Sequence[int]) -> list[int]:
 
 
 def check(draft: Sequence[int], answers: Sequence[int]) -> None:
-    sample = Rows(answers)
-    emitted = verify(draft, sample=sample, is_eog=lambda token: token == EOG)
+    verdict, rows = verify_chain(draft, answers)
+    emitted = verdict.tokens
     assert emitted == by_formula(draft, answers)
-    assert sample.asked == len(emitted), "a row drawn but not emitted"
+    assert rows.asked == len(emitted), "a row drawn but not emitted"
+    agreed = sum(a == b for a, b in zip(emitted, draft, strict=False))
+    assert verdict.accepted == list(range(agreed))
+    assert verdict.kept == list(range(len(emitted) - 1))
     assert 1 <= len(emitted) <= len(draft) + 1
     assert EOG not in emitted[:-1]
 
@@ -79,10 +94,24 @@ def test_long_drafts(data: st.DataObject) -> None:
 )
 def test_examples(draft: list[int], answers: list[int], emitted: list[int]) -> None:
     before = list(draft)
-    assert verify(draft, sample=Rows(answers), is_eog=lambda token: token == EOG) == emitted
+    assert verify_chain(draft, answers)[0].tokens == emitted
     assert draft == before
 
 
 def test_a_samplers_error_passes_through() -> None:
     with pytest.raises(IndexError):
-        verify([1, 2], sample=Rows([1]), is_eog=lambda token: token == EOG)
+        verify_chain([1, 2], [1])
+
+
+@pytest.mark.parametrize("n", range(1, 7))
+def test_trees_follow_the_targets_choices(n: int) -> None:
+    """Of every tree and every node, the target's path to that node is accepted, and no more."""
+    for parents in shapes(n):
+        # siblings differ; a token says where it is
+        tree = Tree([node + 1 for node in range(n)], parents, [1.0] * n)
+        for last in range(-1, n):
+            path = [token - 1 for token in tree.path(last)]
+            choices = dict(zip([-1, *path], [*(node + 1 for node in path), 99], strict=True))
+            verdict = verify(tree, choose=choices.__getitem__, is_eog=is_eog)
+            assert verdict.accepted == verdict.kept == path
+            assert verdict.tokens == [*tree.path(last), 99]

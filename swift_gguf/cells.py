@@ -1,0 +1,212 @@
+"""Who holds which cells of llama.cpp's KV cache.
+
+A cell is one position's keys and values, and belongs to any number of sequences.  The text so far
+is the *trunk*.  A tree grows from its end; each of its branches is a sequence that shares the
+trunk's cells, so nothing is ever copied.  Attention sums over cells in their order, and sums of floats
+depend on it: for a text decoded through trees to be bit-identical to one decoded plainly, the
+trunk's cells must stay in the order of its positions.  Where an accepted branch leaves gaps before
+its cells, they are therefore *parked*, held by a sequence that nobody reads, not freed: llama.cpp
+would fill them next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from swift_gguf.errors import UnsupportedModelError
+
+TRUNK = 0
+PARKED = 1
+FIRST_BRANCH = 2
+N_SEQUENCES = 48
+"""Trunk, parked cells and branches: room for a scoring window of 32 positions, each a sequence."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A token of the tree, and the cell it has or will have."""
+
+    token: int
+    parent: int
+    pos: int
+    sequences: list[int]
+    """The first one is its own; the others are branches below it that it was decoded with."""
+
+
+class Cells:
+    """The cells of one context with one text, of `capacity` cells and `n_sequences` sequences."""
+
+    def __init__(self, api: Any, memory: Any, *, capacity: int, n_sequences: int) -> None:
+        self._api, self._memory = api, memory
+        self.capacity = capacity
+        self.n_sequences = n_sequences
+        self.n_trunk = 0
+        self.nodes: list[Node] = []
+        self._parked: list[tuple[int, list[int]]] = []  # trunk length before, positions of cells
+        self._shared = [0] * n_sequences  # how much of the trunk each branch holds
+        self._branches: set[int] = set()  # in use by the tree
+
+    @property
+    def free(self) -> int:
+        """Cells that nobody holds."""
+        return self.capacity - self.n_trunk - self.n_parked - len(self.nodes)
+
+    @property
+    def n_parked(self) -> int:
+        return sum(len(positions) for _, positions in self._parked)
+
+    @property
+    def first_parked(self) -> int:
+        """Decoding the trunk again from this position on would need no parked cell."""
+        return min((base for base, _ in self._parked), default=self.n_trunk)
+
+    # -- the tree ----------------------------------------------------------------------------------
+
+    def place(self, tokens: Sequence[int], parents: Sequence[int]) -> list[Node]:
+        """Adds nodes that are about to be decoded in one batch, in this order.
+
+        parents: of each, the number of a node before it (of this batch, too), or -1: the trunk's
+            end.
+        """
+        first = len(self.nodes)
+        for token, parent in zip(tokens, parents, strict=True):
+            has_child = any(node.parent == parent for node in self.nodes)
+            pos = self.nodes[parent].pos + 1 if parent >= 0 else self.n_trunk
+            own = self.nodes[parent].sequences[0] if parent >= 0 else TRUNK
+            self.nodes.append(Node(token, parent, pos, [own]))
+            if has_child:
+                self.nodes[-1].sequences[0] = self._branch(parent, first)
+        return self.nodes[first:]
+
+    def _branch(self, parent: int, first: int) -> int:
+        """A sequence that holds the trunk and the path to `parent`; nodes from `first` on will be
+        decoded with it, the ones before are there already."""
+        branch = self._new_branch()
+        self._branches.add(branch)
+        self._share(branch, self.n_trunk)
+        while parent >= first:
+            self.nodes[parent].sequences.append(branch)
+            parent = self.nodes[parent].parent
+        if parent >= 0:
+            end = self.nodes[parent].pos + 1
+            self._copy(self.nodes[parent].sequences[0], branch, self.n_trunk, end)
+        return branch
+
+    def _new_branch(self) -> int:
+        for branch in range(FIRST_BRANCH, self.n_sequences):
+            if branch not in self._branches:
+                return branch
+        raise ValueError(f"a tree of more than {self.n_sequences - FIRST_BRANCH} branches")
+
+    def keep(self, path: Sequence[int]) -> list[int]:
+        """The nodes on `path`, from the trunk's end on, become trunk; the others are dropped.
+
+        Returns their tokens.
+        """
+        base = self.n_trunk
+        if path:
+            last = path[-1]
+            gaps = [i for i in range(last) if i not in set(path)]
+            for i in gaps:
+                node = self.nodes[i]
+                self._copy(node.sequences[0], PARKED, node.pos, node.pos + 1)
+            if gaps:
+                self._parked.append((base, [self.nodes[i].pos for i in gaps]))
+            own, end = self.nodes[last].sequences[0], self.nodes[last].pos + 1
+            if own == TRUNK and len(path) < len(self.nodes):
+                self._remove(TRUNK, end)
+            elif own != TRUNK:
+                self._remove(TRUNK, base)
+                self._copy(own, TRUNK, base, end)
+        else:
+            self._remove(TRUNK, base)
+        tokens = [self.nodes[i].token for i in path]
+        self._drop_branches(base)
+        self.n_trunk = base + len(path)
+        return tokens
+
+    def _drop_branches(self, base: int) -> None:
+        for branch in self._branches:
+            self._remove(branch, base)
+        self._branches.clear()
+        self.nodes.clear()
+
+    # -- windows -----------------------------------------------------------------------------------
+
+    def window(self, start: int, n: int) -> list[int]:
+        """Sequences for trunk positions start, ..., start + n - 1 to be decoded once more, each
+        seeing the trunk before it and none of the others.  Free them with `close_window`."""
+        branches = list(range(FIRST_BRANCH, FIRST_BRANCH + n))
+        if branches[-1] >= self.n_sequences or self.nodes:
+            raise ValueError(f"no window of {n} positions")
+        for i, branch in enumerate(branches):
+            self._share(branch, start + i)
+            self._branches.add(branch)
+        return branches
+
+    def close_window(self) -> None:
+        """Forgets what was decoded in the window's sequences."""
+        for branch in self._branches:
+            self._remove(branch, self._shared[branch])
+        self._branches.clear()
+
+    # -- the trunk ---------------------------------------------------------------------------------
+
+    def rollback(self, n_past: int) -> None:
+        """The trunk ends at `n_past`; the tree is gone.
+
+        Raises:
+            UnsupportedModelError: the cache cannot; it is as before.
+        """
+        # Always told to llama.cpp: an interrupted decode may have left it more than we know.
+        if not self._remove(TRUNK, n_past):
+            raise UnsupportedModelError("the cache cannot take tokens back")
+        for branch in range(FIRST_BRANCH, self.n_sequences):
+            if branch in self._branches or self._shared[branch] > n_past:
+                self._remove(branch, min(self._shared[branch], n_past))
+                self._shared[branch] = min(self._shared[branch], n_past)
+        self._branches.clear()
+        self.nodes.clear()
+        self.n_trunk = min(self.n_trunk, n_past)
+        self._unpark(n_past)
+
+    def _unpark(self, n_past: int) -> None:
+        """Frees parked cells that no trunk cell comes after any more."""
+        stay = [gap for gap in self._parked if gap[0] < n_past]
+        if len(stay) == len(self._parked):
+            return
+        # a later gap may have a cell at a lower position than an earlier one: such stay parked, too
+        end = max((pos + 1 for _, positions in stay for pos in positions), default=0)
+        end = max(end, n_past) if stay else 0
+        for base, positions in self._parked[len(stay) :]:
+            if left := [pos for pos in positions if pos < end]:
+                stay.append((base, left))
+        self._parked = stay
+        self._remove(PARKED, end)
+
+    def clear(self) -> None:
+        """Nothing is held any more; always possible."""
+        self._api.llama_memory_clear(self._memory, False)
+        self.n_trunk = 0
+        self.nodes.clear()
+        self._branches.clear()
+        self._parked.clear()
+        self._shared = [0] * self.n_sequences
+
+    # -- llama.cpp ---------------------------------------------------------------------------------
+
+    def _share(self, branch: int, n: int) -> None:
+        """The branch holds exactly the trunk's first `n` cells."""
+        if self._shared[branch] > n:
+            self._remove(branch, n)
+        elif self._shared[branch] < n:
+            self._copy(TRUNK, branch, self._shared[branch], n)
+        self._shared[branch] = n
+
+    def _copy(self, source: int, target: int, start: int, end: int) -> None:
+        self._api.llama_memory_seq_cp(self._memory, source, target, start, end)
+
+    def _remove(self, sequence: int, start: int) -> bool:
+        return bool(self._api.llama_memory_seq_rm(self._memory, sequence, start, -1))

@@ -1,0 +1,177 @@
+"""`swift-gguf tune`."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import click
+
+from swift_gguf.cli.options import load_model, model_flags, paper_options, search_flags
+
+if TYPE_CHECKING:
+    from swift_gguf.learning import Learning
+    from swift_gguf.model import Model
+    from swift_gguf.search.offline import Progress
+
+DEFAULT_MINUTES = 3.0
+
+
+@click.command()
+@click.argument("model")
+@click.option("--suite", type=click.Path(path_type=Path), metavar="FILE",
+              help="Prompts as JSON lines with `turns`; default: some built in.")  # fmt: skip
+@click.option("--minutes", default=DEFAULT_MINUTES, show_default=True, metavar="M",
+              type=click.FloatRange(0, min_open=True))  # fmt: skip
+@click.option("--draft-max", default=8, show_default=True, metavar="N",
+              type=click.IntRange(1, 45), help="Longest draft considered.")  # fmt: skip
+@click.option("--reset", is_flag=True, help="Forget what was learned of the model, and stop.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@search_flags
+@model_flags
+def tune(model: str, reset: bool, as_json: bool, **values: Any) -> None:
+    """Find what a model's drafts can leave out, and remember it.
+
+    Ctrl-C stops early and keeps the best found so far.
+    """
+    if reset:
+        _reset(model)
+        return
+    if values["search"] == "off":
+        raise click.UsageError("--search off leaves nothing to do; use auto or paper")
+    with load_model(model, values) as loaded:
+        report = _tune(loaded, values)
+    click.echo(json.dumps(report) if as_json else _lines(report))
+
+
+def _reset(reference: str) -> None:
+    from swift_gguf.models import resolve
+    from swift_gguf.profile import Store, fingerprint
+
+    found = Store().forget(fingerprint(resolve(reference)))
+    click.echo("forgotten" if found else "nothing was known of this model")
+
+
+def _tune(model: Model, values: dict[str, Any]) -> dict[str, Any]:
+    from swift_gguf.errors import UnsupportedModelError
+    from swift_gguf.learning import Learning, SearchOptions, space_of
+    from swift_gguf.search.offline import tune as tune_offline
+
+    if refusal := model.rollback_refusal:
+        raise UnsupportedModelError(f"nothing to tune: {refusal}")
+    space = space_of(model)
+    if space is None:
+        raise UnsupportedModelError("nothing to tune: no sub-layer of this model can be skipped")
+    prompts = _prompts(model, values["suite"])
+    options = SearchOptions(
+        paper=paper_options(values) if values["search"] == "paper" else None,
+        draft_max=values["draft_max"],
+    )
+    learning = Learning(model, space, options=options)
+    learning.measure_costs(rounds=3)
+    interrupted = False
+    with _display(learning, 60 * values["minutes"]) as show:
+        try:
+            tune_offline(
+                model,
+                learning.searcher,
+                prompts,
+                seconds=60 * values["minutes"],
+                report=show,
+                meter=learning.meter,
+            )
+        except KeyboardInterrupt:
+            interrupted = True
+    learning.save()
+    return _report(learning, interrupted=interrupted)
+
+
+def _prompts(model: Model, suite: Path | None) -> list[list[int]]:
+    """The first turns of a suite, shuffled, as chat prompts."""
+    from swift_gguf.suite import BUILT_IN, read_suite
+    from swift_gguf.text import encode, render_chat
+
+    texts = [row.turns[0] for row in read_suite(suite)] if suite else list(BUILT_IN)
+    random.Random(0).shuffle(texts)  # suites go category by category, a short tuning must not
+    has_template = model.metadata("tokenizer.chat_template") is not None
+
+    def tokens(text: str) -> list[int]:
+        if has_template:
+            text = render_chat(model, [{"role": "user", "content": text}])
+        return encode(model, text)
+
+    return [tokens(text) for text in texts]
+
+
+class _Show(Protocol):
+    def __call__(self, progress: Progress, /) -> None: ...
+
+
+@contextmanager
+def _display(learning: Learning, seconds: float) -> Iterator[_Show]:
+    """A progress bar with the best so far; on a pipe nothing."""
+    if not sys.stderr.isatty():
+        yield lambda progress: None
+        return
+    from rich import progress as rich
+    from rich.console import Console
+
+    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), rich.TimeRemainingColumn())
+    with rich.Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
+        task = bar.add_task("tuning", total=seconds)
+
+        def show(progress: Progress) -> None:
+            bar.update(
+                task,
+                completed=min(progress.seconds, seconds),
+                description=f"{progress.steps} tried  {_best(learning)}",
+            )
+
+        yield show
+
+
+def _best(learning: Learning) -> str:
+    speedup = learning.predicted_speedup
+    return f"best {speedup:.2f}x" if speedup is not None else "looking"
+
+
+def _report(learning: Learning, *, interrupted: bool) -> dict[str, Any]:
+    best = learning.best
+    return {
+        "interrupted": interrupted,
+        "search_s": learning.meter.seconds,
+        "evaluations": learning.meter.steps,
+        "best": {
+            "skip_attn": sorted(best.skip_attn),
+            "skip_ffn": sorted(best.skip_ffn),
+            "text": str(best),
+            "pass_share": learning.costs.draft_ms(best) / learning.costs.verify_ms(1),
+            "predicted_speedup": learning.predicted_speedup,
+            "agreement": next(
+                (k.agreement for k in learning.found() if k.subnetwork == best), None
+            ),
+        },
+    }
+
+
+def _lines(report: dict[str, Any]) -> str:
+    best = report["best"]
+    lines = [
+        f"{report['evaluations']} drafts scored in {report['search_s']:.0f} s"
+        + (", interrupted" if report["interrupted"] else ""),
+        f"best: {best['text']}",
+    ]
+    if best["agreement"] is None:
+        return "\n".join([*lines, "too little was scored to say what it brings"])
+    speedup = best["predicted_speedup"]
+    verdict = "" if speedup >= 1 else ": plain decoding is faster here, and will be used"
+    lines.append(
+        f"right at {best['agreement']:.0%} of positions for {best['pass_share']:.0%} of a pass; "
+        f"predicted {speedup:.2f}x plain{verdict}"
+    )
+    return "\n".join(lines)

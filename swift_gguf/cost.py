@@ -1,0 +1,329 @@
+"""What passes cost on this machine, in milliseconds: what planner and search count in.
+
+Cost curves are not even monotone (repacked matrices are multiplied in groups of rows, the head is
+often not batched at all), so nothing is derived from sizes that a pass of that size can tell.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain, pairwise
+from time import perf_counter
+from typing import Any
+
+from swift_gguf.errors import ContextFullError, SubnetworkError, UnsupportedModelError
+from swift_gguf.model import Model, Sublayer
+from swift_gguf.native import library
+from swift_gguf.subnetwork import SubNetwork
+
+WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Times of passes at one length of context, all in milliseconds.
+
+    Raises:
+        ValueError: a time is negative or not finite, or the lengths make no sense.
+    """
+
+    pass_ms: tuple[tuple[int, float], ...]
+    """(width, ms) of full passes with logits for every row; widths ascend from 1."""
+    attention_ms: tuple[float, ...]
+    """[n_layer], of each attention in a one-token pass; 0 where it cannot be skipped."""
+    ffn_ms: tuple[float, ...]
+    """[n_layer], likewise."""
+    kv_ms: tuple[float, ...]
+    """[n_layer], of which each attention takes for every token the context holds."""
+    head_ms: float
+    """The logits of one row in a one-token pass."""
+    n_kv: int
+    """Tokens the context held."""
+
+    def __post_init__(self) -> None:
+        widths = [width for width, _ in self.pass_ms]
+        if widths[:1] != [1] or any(a >= b for a, b in pairwise(widths)):
+            raise ValueError(f"the widths {widths} do not ascend from 1")
+        layers = (self.attention_ms, self.ffn_ms, self.kv_ms)
+        if not self.ffn_ms or len({len(kind) for kind in layers}) != 1:
+            raise ValueError("times of different numbers of layers, or of none")
+        times = [ms for _, ms in self.pass_ms]
+        if not all(0 <= ms < math.inf for ms in chain(times, *layers)):
+            raise ValueError("a time is negative or not finite")
+        if not (min(times) > 0 and 0 <= self.head_ms < math.inf and self.n_kv >= 0):
+            raise ValueError("a pass that takes no time, or a negative number")
+
+    @property
+    def n_layer(self) -> int:
+        return len(self.ffn_ms)
+
+    def draft_ms(self, subnetwork: SubNetwork) -> float:
+        """A one-token pass under this sub-network.
+
+        Raises:
+            SubnetworkError: it belongs to a model with another number of layers.
+        """
+        if subnetwork.n_layer != self.n_layer:
+            raise SubnetworkError(
+                f"a sub-network of {subnetwork.n_layer} layers has no cost in a model of "
+                f"{self.n_layer}; use one made for this model"
+            )
+        saved = math.fsum(  # the same sum in any order: sets have none
+            [self.attention_ms[layer] for layer in subnetwork.skip_attn]
+            + [self.ffn_ms[layer] for layer in subnetwork.skip_ffn]
+        )
+        return max(0.0, self.pass_ms[0][1] - saved)
+
+    def verify_ms(self, width: int) -> float:
+        """A full pass of `width` tokens with logits for every row.
+
+        Between measured widths on a straight line; beyond the last one as from the last but one to
+        it, but never less.
+        """
+        if width < 1:
+            raise ValueError(f"a pass of {width} tokens")
+        # With a single measured width, each further token costs as much as the first.
+        points = [(0, 0.0), *self.pass_ms]
+        right = min(bisect_left(points, (width, 0.0)), len(points) - 1)
+        (low, low_ms), (high, high_ms) = points[right - 1 : right + 1]
+        slope = (high_ms - low_ms) / (high - low)
+        return high_ms + (width - high) * (max(0.0, slope) if width > high else slope)
+
+    def at(self, n_kv: int) -> Costs:
+        """The costs at another length of context: attention reads more or less of the cache.
+
+        Analytic, by bytes: every row of a pass is taken to read it by itself, as on a CPU.
+        """
+        more = n_kv - self.n_kv
+        growth = more * math.fsum(self.kv_ms)
+        least = self.pass_ms[0][1] / 10  # far shorter contexts are an extrapolation
+        return replace(
+            self,
+            pass_ms=tuple((w, max(least, ms + w * growth)) for w, ms in self.pass_ms),
+            attention_ms=tuple(
+                max(0.0, ms + more * slope)
+                for ms, slope in zip(self.attention_ms, self.kv_ms, strict=True)
+            ),
+            n_kv=n_kv,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types, for `from_dict`."""
+        return asdict(self) | {
+            "pass_ms": [list(point) for point in self.pass_ms],
+            "attention_ms": list(self.attention_ms),
+            "ffn_ms": list(self.ffn_ms),
+            "kv_ms": list(self.kv_ms),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Costs:
+        """The inverse of `as_dict`.
+
+        Raises:
+            ValueError: the values are of another kind, incomplete or impossible.
+        """
+        names = {field.name for field in fields(cls)}
+        if not isinstance(values, Mapping) or set(values) != names:
+            raise ValueError(f"costs need {', '.join(sorted(names))}")
+        points = [_list(point) for point in _list(values["pass_ms"])]
+        if any(len(point) != 2 for point in points):
+            raise ValueError("pass_ms holds pairs of width and milliseconds")
+        return cls(
+            pass_ms=tuple((_whole(width), _real(ms)) for width, ms in points),
+            attention_ms=tuple(_real(ms) for ms in _list(values["attention_ms"])),
+            ffn_ms=tuple(_real(ms) for ms in _list(values["ffn_ms"])),
+            kv_ms=tuple(_real(ms) for ms in _list(values["kv_ms"])),
+            head_ms=_real(values["head_ms"]),
+            n_kv=_whole(values["n_kv"]),
+        )
+
+
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{value!r:.40} is not a list")
+    return value
+
+
+def _whole(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or abs(value) >= 1 << 53:
+        raise ValueError(f"{str(value)[:40]!r} is not a whole number")
+    return value
+
+
+def _real(value: object) -> float:
+    return value if isinstance(value, float) else float(_whole(value))
+
+
+class CostsHere:
+    """The costs at the length that a model's context has just now; cheap to ask."""
+
+    STEP = 256  # tokens; llama.cpp pads what attention reads to as many
+
+    def __init__(self, model: Model, costs: Costs) -> None:
+        self._model, self._costs = model, costs
+        self._at = costs
+
+    def _now(self) -> Costs:
+        n_kv = -(-self._model.n_past // self.STEP) * self.STEP
+        if self._at.n_kv != n_kv:
+            self._at = self._costs.at(n_kv)
+        return self._at
+
+    def draft_ms(self, subnetwork: SubNetwork) -> float:
+        """See `Costs.draft_ms`."""
+        return self._now().draft_ms(subnetwork)
+
+    def verify_ms(self, width: int) -> float:
+        """See `Costs.verify_ms`."""
+        return self._now().verify_ms(width)
+
+
+def machine_key(model: Model) -> str:
+    """What the costs of a model depend on, beside itself: backend and threads."""
+    gpus = [device.name for device in library().devices() if device.is_gpu]
+    backend = gpus[0] if gpus and model.options.n_gpu_layers != 0 else "cpu"
+    return f"{backend}-{model.n_threads}t"
+
+
+# -- measuring -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Case:
+    width: int = 1
+    subnetwork: SubNetwork | None = None
+
+
+def measure(
+    model: Model,
+    *,
+    widths: Sequence[int] = WIDTHS,
+    rounds: int = 3,
+    clock: Callable[[], float] = perf_counter,
+) -> Costs:
+    """Times real passes at the end of the present context and takes each of them back.
+
+    The context and `model.tokens` stay as they are, whatever is raised; the logits of the last
+    decode are lost, and a tree that is not kept yet.
+
+    widths: those that do not fit the context or a batch are left out; 1 is always measured.
+    clock: seconds.
+
+    Raises:
+        ContextFullError: not even one token fits.
+        UnsupportedModelError: the model cannot take tokens back.
+        ValueError: the context is empty; there are no rounds, or widths below 1.
+    """
+    if refusal := model.rollback_refusal:
+        raise UnsupportedModelError(
+            f"cannot measure what passes cost: {refusal}; use --speculation off"
+        )
+    if model.n_past < 1 or rounds < 1 or min(widths, default=1) < 1:
+        raise ValueError("measure with tokens in the context, in at least one round, from width 1")
+    room = min(model.room, model.n_batch)
+    if room < 1:
+        raise ContextFullError(
+            f"no room to measure in a full context of {model.n_ctx} tokens; "
+            "use a larger --ctx-size or a shorter prompt"
+        )
+    attention, ffn = model.sublayers
+    without_attn = _without(model, attention=attention)
+    without_ffn = _without(model, ffn=ffn)
+    without_both = _without(model, attention=attention, ffn=ffn)
+    full = _Case()
+    wide = [_Case(width) for width in sorted({1, *widths}) if width <= room]
+    ms = _times(model, [*wide, without_attn, without_ffn, without_both], rounds, clock)
+
+    saved = max(0.0, ms[full] - ms[without_both])
+    # The mean over both orders of leaving the kinds out (a Shapley value), so that they add up to
+    # what leaving out both saves.  Noise may make either negative.
+    alone = (ms[full] - ms[without_attn] + ms[without_ffn] - ms[without_both]) / 2
+    attention_ms = min(max(0.0, alone), saved)
+    # Of the rest, the head has its share in the bytes: to time a pass without logits would leave a
+    # GPU running, and where sub-layers cannot be skipped they are in the rest, too.
+    rest = model.pass_cost(without_both.subnetwork)
+    rest_bytes = rest.weight_bytes + rest.kv_bytes
+    attention_per_layer = _spread(attention_ms, attention, model)
+    return Costs(
+        pass_ms=tuple((case.width, ms[case]) for case in wide),
+        attention_ms=attention_per_layer,
+        ffn_ms=_spread(saved - attention_ms, ffn, model),
+        kv_ms=tuple(
+            layer_ms * _kv_bytes_per_token(sublayer, model) / (_bytes(sublayer, model) or 1.0)
+            for layer_ms, sublayer in zip(attention_per_layer, attention, strict=True)
+        ),
+        head_ms=(ms[full] - saved) * rest.head_bytes / rest_bytes if rest_bytes else 0.0,
+        n_kv=model.n_past,
+    )
+
+
+def _without(
+    model: Model, *, attention: Sequence[Sublayer] = (), ffn: Sequence[Sublayer] = ()
+) -> _Case:
+    """A one-token pass without those of the sub-layers that can be skipped."""
+    skip_attn, skip_ffn = (
+        frozenset(i for i, sublayer in enumerate(kind) if sublayer.status == "ok")
+        for kind in (attention, ffn)
+    )
+    if not skip_attn and not skip_ffn:
+        return _Case()
+    return _Case(
+        subnetwork=SubNetwork(n_layer=model.n_layer, skip_attn=skip_attn, skip_ffn=skip_ffn)
+    )
+
+
+def _times(
+    model: Model, cases: Sequence[_Case], rounds: int, clock: Callable[[], float]
+) -> dict[_Case, float]:
+    """Milliseconds of each case: the fastest of the rounds.
+
+    All cases are in every round, so that a slow spell hits all alike.  Disturbances only ever add,
+    on a busy machine to two rounds of three: a median would remember them for many runs to come.
+    """
+    fastest = dict.fromkeys(cases, math.inf)
+    for _ in range(rounds):
+        for case, seconds in fastest.items():
+            if case.width == 1:
+                # Plain decoding and drafts repeat one graph; a verification follows a draft and
+                # pays for the change.
+                _run(model, case)
+            start = clock()
+            _run(model, case)
+            fastest[case] = min(seconds, clock() - start)
+    return {case: 1e3 * seconds for case, seconds in fastest.items()}
+
+
+def _run(model: Model, case: _Case) -> None:
+    n_past = model.n_past
+    # A mixture of experts reads more for different tokens: take those of the text itself.
+    tokens = (model.tokens[-case.width :] * case.width)[-case.width :]
+    try:
+        model.decode(tokens, n_outputs=case.width, subnetwork=case.subnetwork)
+        model.top(0)  # waits for a GPU, which is still at work when decode returns
+    finally:
+        model.rollback(n_past)
+
+
+def _spread(total_ms: float, sublayers: Sequence[Sublayer], model: Model) -> tuple[float, ...]:
+    """[n_layer]: the time of a kind by the bytes that each skippable sub-layer reads.
+
+    To time each by itself would take long, and the difference would drown in the noise.
+    """
+    n_bytes = [
+        _bytes(sublayer, model) if sublayer.status == "ok" else 0.0 for sublayer in sublayers
+    ]
+    all_bytes = sum(n_bytes) or 1.0
+    return tuple(total_ms * part / all_bytes for part in n_bytes)
+
+
+def _kv_bytes_per_token(sublayer: Sublayer, model: Model) -> float:
+    return sublayer.kv_bytes / model.n_ctx
+
+
+def _bytes(sublayer: Sublayer, model: Model) -> float:
+    """What a one-token pass at the present length of context reads of a sub-layer."""
+    return sublayer.weight_bytes + _kv_bytes_per_token(sublayer, model) * model.n_past

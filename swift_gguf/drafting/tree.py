@@ -1,0 +1,184 @@
+"""Trees of draft tokens, and how they grow.  A chain is a tree whose nodes have one child."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from swift_gguf.speculative_sampling import Distribution
+
+ROOT = -1
+"""The parent of the first draft tokens: the pending token, sampled but not decoded yet."""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Draft tokens; node i is `tokens[i]` after the path to `parents[i]`, which is ROOT or < i."""
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    probabilities: list[float] = field(default_factory=list)
+    """The drafter's own probability of each token, given its path."""
+    proposals: Mapping[int, Distribution] = field(default_factory=dict)
+    """Sampled drafts only: what the children of a node were drawn from, in their order."""
+
+    @classmethod
+    def chain(cls, tokens: Sequence[int], probabilities: Sequence[float] | None = None) -> Tree:
+        """Each token after the one before."""
+        known = probabilities if probabilities is not None else [1.0] * len(tokens)
+        return cls(list(tokens), list(range(-1, len(tokens) - 1)), list(known))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def children(self, node: int) -> list[int]:
+        """Nodes whose parent is `node`, in the order they were drafted."""
+        return [child for child, parent in enumerate(self.parents) if parent == node]
+
+    def child(self, node: int, token: int) -> int | None:
+        """The child of `node` that is `token`."""
+        return next((child for child in self.children(node) if self.tokens[child] == token), None)
+
+    def path(self, node: int) -> list[int]:
+        """The tokens from below the root to `node`; none for the root itself."""
+        tokens: list[int] = []
+        while node != ROOT:
+            tokens.append(self.tokens[node])
+            node = self.parents[node]
+        return tokens[::-1]
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A token a drafter proposes after a node, with its probability there."""
+
+    token: int
+    probability: float
+
+
+class Policy(Protocol):
+    """What is worth its time.
+
+    probability: of the token after its path, by the draft; joint: the product over the path, by
+    which nodes are compared.
+    """
+
+    def joint(self, joint: float, probability: float) -> float:
+        """The joint probability of a token after a path of joint probability `joint`."""
+        ...
+
+    def includes(self, probability: float, joint: float) -> bool:
+        """Is the token worth a place in the verification?"""
+        ...
+
+    def extends(self, probability: float, joint: float) -> bool:
+        """Is it worth a draft pass to see what comes after it?"""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """How large a tree may become."""
+
+    n_nodes: int
+    """Draft tokens at most."""
+    branching: Callable[[float], int] = lambda top: 1
+    """Children of a node at most, by the draft's top probability there."""
+    only_first_extends: bool = False
+    """Only the likeliest child is extended: SWIFT's caterpillar (§4.2)."""
+
+
+def caterpillar(top: float) -> int:
+    """How many candidates SWIFT verifies beside each other, by the draft's top probability."""
+    return 3 if top > 0.95 else 5 if top > 0.8 else 8 if top > 0.5 else 10
+
+
+def grow(
+    expand: Callable[[Tree, int], Sequence[Offer]],
+    policy: Policy,
+    shape: Shape,
+    *,
+    is_eog: Callable[[int], bool],
+) -> Tree:
+    """The likeliest tree of at most `shape.n_nodes` nodes, best first by joint probability.
+
+    expand: runs the draft on a node (ROOT first) and returns the likeliest tokens after it,
+        likeliest first.  Each call costs a draft pass.
+    """
+    tree = Tree()
+    serial = count()  # of two equals the older one first
+    offers: list[tuple[float, int, int, Offer, bool]] = []
+
+    def extend(node: int, joint: float) -> None:
+        found = expand(tree, node)
+        kept = found[: shape.branching(found[0].probability)] if found else ()
+        for rank, offer in enumerate(kept):
+            value = policy.joint(joint, offer.probability)
+            may_extend = rank == 0 or not shape.only_first_extends
+            heapq.heappush(offers, (-value, next(serial), node, offer, may_extend))
+
+    if shape.n_nodes > 0:
+        extend(ROOT, 1.0)
+    while offers and len(tree) < shape.n_nodes:
+        value, _, parent, offer, may_extend = heapq.heappop(offers)
+        if not policy.includes(offer.probability, -value):
+            continue
+        node = _add(tree, parent, offer)
+        if (
+            may_extend
+            and len(tree) < shape.n_nodes
+            and not is_eog(offer.token)
+            and policy.extends(offer.probability, -value)
+        ):
+            extend(node, -value)
+    return tree
+
+
+def grow_sampled(
+    draw: Callable[[Tree, int, Callable[[float], int]], tuple[Sequence[Offer], Distribution]],
+    policy: Policy,
+    shape: Shape,
+    *,
+    is_eog: Callable[[int], bool],
+) -> Tree:
+    """A tree whose tokens are drawn from the draft, for speculative sampling.
+
+    Which tokens are in it may not depend on what was drawn, or the rule is no longer exact: how
+    many children a node gets is decided by the draft's top probability before the draw, and all
+    that are drawn stay, in their order.  Where the tree grows on may depend on everything.
+
+    draw: runs the draft on a node and draws its children; the callable it is given says how many,
+        by the top probability.
+    """
+    proposals: dict[int, Distribution] = {}
+    tree = Tree(proposals=proposals)
+    serial = count()
+    leaves: list[tuple[float, int, int]] = [(-1.0, next(serial), ROOT)]
+
+    def width(top: float) -> int:
+        if not policy.includes(top, policy.joint(joint, top)):
+            return 0
+        return min(shape.branching(top), shape.n_nodes - len(tree))
+
+    while leaves and len(tree) < shape.n_nodes:
+        value, _, leaf = heapq.heappop(leaves)
+        joint = -value
+        drawn, proposals[leaf] = draw(tree, leaf, width)
+        for rank, offer in enumerate(drawn):
+            node = _add(tree, leaf, offer)
+            below = policy.joint(joint, offer.probability)
+            may_extend = rank == 0 or not shape.only_first_extends
+            if may_extend and not is_eog(offer.token) and policy.extends(offer.probability, below):
+                heapq.heappush(leaves, (-below, next(serial), node))
+    return tree
+
+
+def _add(tree: Tree, parent: int, offer: Offer) -> int:
+    tree.tokens.append(offer.token)
+    tree.parents.append(parent)
+    tree.probabilities.append(offer.probability)
+    return len(tree) - 1

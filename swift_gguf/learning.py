@@ -1,0 +1,142 @@
+"""What is learned of a model while it is used, and kept between runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from swift_gguf.cost import WIDTHS, Costs, CostsHere, machine_key, measure
+from swift_gguf.model import Model
+from swift_gguf.profile import Known, Profile, Store, fingerprint
+from swift_gguf.search.drivers import Meter
+from swift_gguf.search.optimizer import Search, Searcher
+from swift_gguf.search.paper import PaperOptions, PaperSearch
+from swift_gguf.search.space import Space
+from swift_gguf.subnetwork import SubNetwork
+
+MIN_POSITIONS = 64
+"""What was seen on fewer is luck, and not worth remembering."""
+
+QUICK_WIDTHS = tuple(width for width in WIDTHS if width <= 8)
+WARM_UP_TOKENS = 32
+
+
+def space_of(model: Model) -> Space | None:
+    """The sub-layers of a model that a draft may leave out; None if there are none."""
+    attn, ffn = (
+        [i for i, sublayer in enumerate(kind) if sublayer.status == "ok"]
+        for kind in model.sublayers
+    )
+    inner = set(range(1, model.n_layer - 1))
+    if not inner & {*attn, *ffn}:
+        return None
+    return Space(model.n_layer, attn, ffn)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """How to look for sub-networks."""
+
+    paper: PaperOptions | None = None
+    """SWIFT's own search, to compare with; None: ours."""
+    draft_max: int = 8
+    p_min: float | None = None
+    """A fixed threshold under which drafts stop; None: the search finds the best."""
+
+
+class Learning:
+    """The profile of a model, the costs of its passes here, and a search that goes on from there.
+
+    The first time a model meets a machine, costs are measured; that takes some dozen passes at the
+    end of the present context, which stays as it is.
+
+    Raises:
+        UnsupportedModelError: the model cannot take tokens back.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        space: Space,
+        *,
+        store: Store | None = None,
+        options: SearchOptions | None = None,
+    ) -> None:
+        options = options or SearchOptions()
+        self.store = store or Store()
+        self.meter = Meter()
+        self._model = model
+        self._fingerprint = fingerprint(model.path)
+        self._saved = Meter()
+        profile = self.store.load(self._fingerprint)
+        if profile is not None and profile.n_layer != model.n_layer:
+            profile = None
+        self.known: Sequence[Known] = profile.known if profile else ()
+        """What earlier runs found, best first."""
+        stored = profile.costs.get(machine_key(model)) if profile else None
+        self.costs = Costs.from_dict(stored) if stored else self.measure_costs(QUICK_WIDTHS)
+        self.here = CostsHere(model, self.costs)
+        self.searcher: Searcher
+        if options.paper:
+            self.searcher = PaperSearch(space, options.paper)
+        else:
+            self.searcher = Search(
+                space,
+                self.here,
+                known=[known.subnetwork for known in self.known],
+                draft_max=options.draft_max,
+                p_min=options.p_min,
+                seed=profile.evaluations if profile else 0,
+            )
+
+    def measure_costs(self, widths: Sequence[int] = WIDTHS, *, rounds: int = 2) -> Costs:
+        """Measures what passes cost; in an empty context, on some tokens that are taken back."""
+        model = self._model
+        is_empty = model.n_past == 0
+        if is_empty:
+            n_tokens = max(1, min(WARM_UP_TOKENS, model.n_ctx // 2))
+            model.decode([7919 * i % model.n_vocab for i in range(n_tokens)])
+        try:
+            self.costs = measure(model, widths=widths, rounds=rounds)
+            self.here = CostsHere(model, self.costs)
+            return self.costs
+        finally:
+            if is_empty:
+                model.clear()
+
+    @property
+    def best(self) -> SubNetwork:
+        """The sub-network to draft with."""
+        return self.searcher.best
+
+    @property
+    def predicted_speedup(self) -> float | None:
+        """Against plain decoding, of the best sub-network; None while too little is known."""
+        return next((k.speedup for k in self.found() if k.subnetwork == self.best), None)
+
+    def found(self) -> list[Known]:
+        """What is worth remembering: what this run has measured, else what earlier runs had."""
+        found = {known.subnetwork: known for known in self.known}
+        if isinstance(self.searcher, Search):
+            for item in self.searcher.knowledge():
+                if item.positions >= MIN_POSITIONS:
+                    found[item.subnetwork] = Known(
+                        subnetwork=item.subnetwork,
+                        positions=item.positions,
+                        agreement=item.agreement,
+                        speedup=item.rate.speedup,
+                    )
+        return list(found.values())
+
+    def save(self) -> None:
+        """Adds what was learned since the last time to the profile."""
+        learned = Profile(
+            fingerprint=self._fingerprint,
+            model=self._model.metadata("general.name") or self._model.path.stem,
+            n_layer=self._model.n_layer,
+            costs={machine_key(self._model): self.costs.as_dict()},
+            search_s=self.meter.seconds - self._saved.seconds,
+            evaluations=self.meter.steps - self._saved.steps,
+        )
+        self.store.add(learned.with_known(self.found()))
+        self._saved = Meter(self.meter.seconds, self.meter.steps)

@@ -1,0 +1,337 @@
+"""What we remember of a model between runs: good sub-networks, and what passes cost here.
+
+A file of JSON for each model, shared by all processes that run it.  Nothing here ever stops a
+generation: what cannot be read or written is said in a warning, and learned again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from swift_gguf import gguf_check
+from swift_gguf.cost import Costs
+from swift_gguf.models import cache_dir
+from swift_gguf.subnetwork import SubNetwork, format_layers, parse_layers
+
+VERSION = 1
+MAX_KNOWN = 8
+LOCK_SECONDS = 2.0
+
+_log = logging.getLogger("swift_gguf")
+
+
+def fingerprint(path: Path) -> str:
+    """32 hex digits that tell one model from another: of the GGUF's header and its size.
+
+    The weights are not read.  Models that differ in nothing but their weights share a profile; that
+    may cost speed, never text.  Of a split GGUF the first part counts.
+
+    Raises:
+        ModelError: this is no sound GGUF file.
+    """
+    length = gguf_check.read(path).length
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(length))
+        digest.update(file.seek(0, os.SEEK_END).to_bytes(8, "little"))
+    return digest.hexdigest()[:32]
+
+
+# -- values ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """A sub-network that was tried.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    subnetwork: SubNetwork
+    positions: int
+    """Scored positions behind the numbers."""
+    agreement: float
+    """Share of the positions where its draft was right."""
+    speedup: float
+    """Predicted tokens a second, divided by those of plain decoding."""
+
+    def __post_init__(self) -> None:
+        _require_whole(self.positions)
+        _require_real(self.agreement, most=1.0)
+        _require_real(self.speedup)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What is known of a model, or what a process has learned of it and not yet stored.
+
+    Raises:
+        ValueError: something in it cannot be.
+    """
+
+    fingerprint: str
+    model: str
+    """A name for people."""
+    n_layer: int
+    known: tuple[Known, ...] = ()
+    """Different sub-networks, best first, at most `MAX_KNOWN`."""
+    costs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """`Costs.as_dict` by where they were measured: backend, threads, length of context."""
+    search_s: float = 0.0
+    """Time spent on search."""
+    evaluations: int = 0
+    """Sub-networks scored, repetitions included."""
+
+    def __post_init__(self) -> None:
+        _require_fingerprint(self.fingerprint)
+        if not isinstance(self.model, str):
+            raise ValueError("the model's name is not a text")
+        _require_whole(self.n_layer)
+        _require_real(self.search_s)
+        _require_whole(self.evaluations)
+        subnetworks = {known.subnetwork for known in self.known}
+        if len(subnetworks) != len(self.known) or len(self.known) > MAX_KNOWN:
+            raise ValueError("a sub-network is there twice, or there are too many")
+        if list(self.known) != sorted(self.known, key=_rank):
+            raise ValueError("the best sub-network is not the first")
+        layers = {subnetwork.n_layer for subnetwork in subnetworks}
+        layers |= {Costs.from_dict(costs).n_layer for costs in self.costs.values()}
+        if not layers <= {self.n_layer}:
+            raise ValueError(f"something belongs to a model without {self.n_layer} layers")
+
+    def with_known(self, known: Iterable[Known]) -> Profile:
+        """The same with these sub-networks, the best of them if they are too many."""
+        best = {item.subnetwork: item for item in known}
+        return replace(self, known=tuple(sorted(best.values(), key=_rank)[:MAX_KNOWN]))
+
+    def merged(self, learned: Profile) -> Profile:
+        """This profile and what was learned since: totals add up.
+
+        Of two scores of one sub-network that with more positions stays; of two measurements of
+        costs, the newer.
+
+        Raises:
+            ValueError: they are of different models.
+        """
+        if (self.fingerprint, self.n_layer) != (learned.fingerprint, learned.n_layer):
+            raise ValueError(f"{learned.model} is another model than {self.model}")
+        best: dict[SubNetwork, Known] = {}
+        for known in sorted([*self.known, *learned.known], key=lambda k: (k.positions, k.speedup)):
+            best[known.subnetwork] = known
+        return Profile(
+            fingerprint=self.fingerprint,
+            model=learned.model,
+            n_layer=self.n_layer,
+            costs={**self.costs, **learned.costs},
+            search_s=self.search_s + learned.search_s,
+            evaluations=self.evaluations + learned.evaluations,
+        ).with_known(best.values())
+
+
+def _rank(known: Known) -> tuple[float, int, str]:
+    """The order of `Profile.known`; the last two only settle ties."""
+    return -known.speedup, -known.positions, str(known.subnetwork)
+
+
+def _require_whole(value: object) -> None:
+    # beyond 2^53, other readers of JSON would round
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 53:
+        raise ValueError(f"{str(value)[:40]!r} is not a number of something")
+
+
+def _require_real(value: object, *, most: float = 1e18) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= most:
+        raise ValueError(f"{str(value)[:40]!r} is not a number from 0 to {most:g}")
+
+
+def _require_fingerprint(text: object) -> None:
+    """A fingerprint becomes the name of a file."""
+    if not isinstance(text, str) or len(text) != 32 or not set(text) <= set("0123456789abcdef"):
+        raise ValueError(f"{text!r:.60} is not a fingerprint")
+
+
+# -- JSON ------------------------------------------------------------------------------------------
+
+
+class _UnusableError(Exception):
+    """A file that is not a profile for us, and what to call it instead."""
+
+    def __init__(self, suffix: str, why: str) -> None:
+        super().__init__(why)
+        self.suffix = suffix
+
+
+def _to_json(profile: Profile) -> str:
+    known = [
+        {
+            "skip_attn": format_layers(item.subnetwork.skip_attn),
+            "skip_ffn": format_layers(item.subnetwork.skip_ffn),
+            "positions": item.positions,
+            "agreement": item.agreement,
+            "speedup": item.speedup,
+        }
+        for item in profile.known
+    ]
+    values = {
+        "version": VERSION,
+        "fingerprint": profile.fingerprint,
+        "model": profile.model,
+        "n_layer": profile.n_layer,
+        "known": known,
+        "costs": profile.costs,
+        "search_s": profile.search_s,
+        "evaluations": profile.evaluations,
+    }
+    return json.dumps(values, indent=1, allow_nan=False) + "\n"
+
+
+def _from_json(content: bytes) -> Profile:
+    try:
+        values = json.loads(content)
+        version = values.pop("version")
+        if isinstance(version, int) and VERSION < version < 1_000_000:
+            raise _UnusableError(f"newer-{version}", "it was written by a newer swift-gguf")
+        if version != VERSION or isinstance(version, bool):
+            raise ValueError("it has no version")
+        n_layer = values["n_layer"]
+        _require_whole(n_layer)
+        known = tuple(_known(item, n_layer) for item in values.pop("known"))
+        return Profile(known=known, **values)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise _UnusableError("damaged", f"it is damaged ({error!s:.80})") from None
+
+
+def _known(item: dict[str, Any], n_layer: int) -> Known:
+    return Known(
+        subnetwork=SubNetwork(
+            n_layer=n_layer,
+            skip_attn=parse_layers(item.pop("skip_attn")),
+            skip_ffn=parse_layers(item.pop("skip_ffn")),
+        ),
+        **item,
+    )
+
+
+# -- the folder ------------------------------------------------------------------------------------
+
+
+class Store:
+    """Profiles in a folder, by default in the user's cache.  Safe to share between processes.
+
+    Of `load`, `add` and `forget`, none raises for what it finds there.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or cache_dir() / "profiles"
+
+    def load(self, fingerprint: str) -> Profile | None:
+        """What is known of a model, if anything is."""
+        path = self._path(fingerprint)
+        with _forgiving(path, "read"):
+            try:
+                return _read(path)  # without the lock: the file is only ever replaced as a whole
+            except _UnusableError:
+                with _locked(path):
+                    return _read_or_set_aside(path)
+        return None
+
+    def add(self, learned: Profile) -> Profile | None:
+        """Adds what this process learned since it last did; what is known now, if it was stored.
+
+        learned: `search_s` and `evaluations` are increments, and stored totals grow by them.
+        """
+        path = self._path(learned.fingerprint)
+        with _forgiving(path, "written"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with _locked(path):
+                stored = _read_or_set_aside(path)
+                if stored and stored.n_layer != learned.n_layer:
+                    _set_aside(path, "damaged", f"it is of a model with {stored.n_layer} layers")
+                    stored = None
+                profile = stored.merged(learned) if stored else learned
+                _replace(path, _to_json(profile))
+                return profile
+        return None
+
+    def forget(self, fingerprint: str) -> bool:
+        """Removes what is known of a model; was there anything?"""
+        path = self._path(fingerprint)
+        with _forgiving(path, "removed"):
+            if self.folder.exists():
+                with _locked(path):
+                    path.with_suffix(".tmp").unlink(missing_ok=True)
+                    found = path.exists()
+                    path.unlink(missing_ok=True)
+                    return found
+        return False
+
+    def _path(self, fingerprint: str) -> Path:
+        _require_fingerprint(fingerprint)
+        return self.folder / f"{fingerprint}.json"
+
+
+@contextmanager
+def _forgiving(path: Path, what: str) -> Iterator[None]:
+    """Makes a warning of an operating system's error, a lock that is not to be had included."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        _log.warning("the profile %s cannot be %s (%s); going on without", path, what, reason)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keeps other writers out.  The system lets go of the lock when its process is killed."""
+    import filelock
+
+    lock = filelock.FileLock(path.with_suffix(".lock"))
+    with lock.acquire(timeout=LOCK_SECONDS, poll_interval=0.01):
+        yield
+
+
+def _read(path: Path) -> Profile | None:
+    try:
+        profile = _from_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    if profile.fingerprint != path.stem:
+        raise _UnusableError("damaged", "it is of another model")
+    return profile
+
+
+def _read_or_set_aside(path: Path) -> Profile | None:
+    """Under the lock."""
+    try:
+        return _read(path)
+    except _UnusableError as error:
+        _set_aside(path, error.suffix, str(error))
+        return None
+
+
+def _set_aside(path: Path, suffix: str, why: str) -> None:
+    """Under the lock.  Earlier files set aside are kept, too: they may be all that is left."""
+    target, number = path.with_name(f"{path.name}.{suffix}"), 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{path.name}.{suffix}.{number}")
+    path.rename(target)
+    _log.warning("the profile %s is set aside as %s: %s", path, target.name, why)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Under the lock, so that one name will do: what a killed process left is written over."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,100 @@
+"""Tuning on purpose: texts of the model's own are the windows, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+from swift_gguf.engine import generate
+from swift_gguf.errors import ContextFullError
+from swift_gguf.model import Model
+from swift_gguf.sampling import Sampler, SamplingOptions
+from swift_gguf.search.drivers import Meter
+from swift_gguf.search.optimizer import Searcher
+from swift_gguf.search.window import TextWindow
+
+ANSWER_TOKENS = 96
+WINDOW = 32
+STEPS = 12
+"""A window serves for so many steps before the next: the incumbent, four challengers, the rest new
+candidates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a tuning has come."""
+
+    seconds: float
+    steps: int
+    texts: int
+    done: bool
+    """The search expects no more of further steps."""
+
+
+def tune(
+    model: Model,
+    searcher: Searcher,
+    prompts: Sequence[Sequence[int]],
+    *,
+    seconds: float,
+    report: Callable[[Progress], None] = lambda progress: None,
+    meter: Meter | None = None,
+    answer_tokens: int = ANSWER_TOKENS,
+) -> Progress:
+    """Searches on the model's greedy answers to prompts, again from the first after the last.
+
+    May be interrupted at any time: what the searcher holds then is the best so far.
+
+    prompts: token ids; those that do not fit the context with an answer are left out.
+    seconds: time after which no further step is begun, the answers' included.
+
+    Raises:
+        ContextFullError: no prompt fits.
+    """
+    meter = meter or Meter()
+    fitting = [p for p in prompts if 0 < len(p) <= model.n_ctx - answer_tokens - WINDOW]
+    if not fitting:
+        raise ContextFullError(
+            f"no prompt fits the context of {model.n_ctx} with an answer of {answer_tokens} "
+            "tokens; use a larger --ctx-size"
+        )
+    start = perf_counter()
+    texts = 0
+
+    def progress() -> Progress:
+        return Progress(
+            seconds=perf_counter() - start, steps=meter.steps, texts=texts, done=searcher.done
+        )
+
+    while progress().seconds < seconds and not searcher.done:
+        prompt = fitting[texts % len(fitting)]
+        _answer(model, prompt, answer_tokens)
+        texts += 1
+        for window in _windows(model, len(prompt)):
+            for _ in range(STEPS):
+                if progress().seconds >= seconds or searcher.done:
+                    return progress()
+                began = perf_counter()
+                searcher.step(window)
+                meter.seconds += perf_counter() - began
+                meter.steps += 1
+                report(progress())
+    return progress()
+
+
+def _answer(model: Model, prompt: Sequence[int], n: int) -> None:
+    with Sampler(model, SamplingOptions(temperature=0)) as sampler:
+        for _ in generate(model, prompt, sampler=sampler, max_tokens=n):
+            pass
+
+
+def _windows(model: Model, prompt_n: int) -> Iterator[TextWindow]:
+    """Of the answer, in windows of equal length; none if it is next to nothing."""
+    length = model.n_past - prompt_n  # positions whose next token the target chose
+    n_windows = max(1, round(length / WINDOW))
+    size = min(WINDOW, length // n_windows)
+    if size < 4:
+        return
+    for i in range(n_windows):
+        yield TextWindow(model, prompt_n - 1 + i * size, size)

@@ -1,0 +1,351 @@
+"""The search for the fastest sub-network: one expensive pass a step, never worse by noise.
+
+The same code serves the search on the fly, in idle time and offline; they differ in who calls
+`step`, how often, and with which windows.  SWIFT's own search (`paper.PaperSearch`) scores a
+candidate once, on 32 positions, and keeps the best score ever seen.  Among many candidates that is
+the luckiest one (the winner's curse), and it can never be corrected.  Here a candidate that looks
+good becomes a *challenger*, and must then beat the incumbent on further windows, position by
+position; what it was discovered on does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Protocol
+
+import numpy as np
+
+from swift_gguf.search.drift import DriftWatch
+from swift_gguf.search.harm import Evidence, Scored
+from swift_gguf.search.objective import Comparison, Costs, Objective, Outcome, Rate, Window
+from swift_gguf.search.proposals import (
+    Bayesian,
+    HarmModel,
+    LocalMove,
+    Proposer,
+    RandomSubset,
+    check_bayes_opt,
+)
+from swift_gguf.search.space import Space
+from swift_gguf.subnetwork import SubNetwork
+
+PROPOSERS: Mapping[str, Proposer] = {
+    "random": RandomSubset(0.45),
+    "local": LocalMove(),
+    "model": HarmModel(),
+    "bayesian": Bayesian(0.45),
+}
+DEFAULT_WEIGHTS: Mapping[str, float] = {"local": 0.5, "model": 0.5}
+
+MAX_WINDOWS = 16  # whose outcomes a record keeps
+MAX_RECORDS = 1000
+MAX_CHALLENGERS = 4
+MAX_PORTFOLIO = 4
+# A sub-network that was dropped may be proposed again until it was scored on as many windows.
+SECOND_CHANCES = 3
+# A challenger is promoted when, after this many positions, it is this many standard errors above
+# the incumbent; dropped when it is below, or after this many windows.  It is looked at after every
+# window, and the error of few positions is itself uncertain: hence more than the usual two.
+MIN_POSITIONS = 96
+PROMOTE_Z = 2.5
+MAX_TRIALS = 8
+# What evidence is worth after the text has changed.
+AGED = 0.25
+
+
+class Searcher(Protocol):
+    """What drives a search: `Search`, or `paper.PaperSearch`."""
+
+    @property
+    def best(self) -> SubNetwork: ...
+    @property
+    def done(self) -> bool: ...
+    def step(self, window: Window) -> None:
+        """Exactly one `window.score`, none if done.  If that raises, nothing has happened."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knowledge:
+    """What a profile remembers of a sub-network."""
+
+    subnetwork: SubNetwork
+    positions: int
+    agreement: float
+    rate: Rate
+
+
+@dataclass
+class _Record:
+    """All that was seen of a sub-network; outcomes of the latest windows only."""
+
+    subnetwork: SubNetwork
+    outcomes: dict[Hashable, Outcome] = field(default_factory=dict)
+    positions: float = 0.0
+    agreements: float = 0.0
+    value: float = 0.0  # the rate over the outcomes that are kept
+
+    def add(self, key: Hashable, outcome: Outcome) -> None:
+        self.outcomes[key] = outcome
+        self.positions += len(outcome)
+        self.agreements += float(outcome.agrees.sum())
+        if len(self.outcomes) > MAX_WINDOWS:
+            del self.outcomes[next(iter(self.outcomes))]
+
+    def age(self) -> None:
+        self.outcomes.clear()
+        self.positions *= AGED
+        self.agreements *= AGED
+
+
+class Search:
+    """Finds the sub-network that drafts fastest.
+
+    known: what a profile remembers, best first: incumbent and first challengers.  Without any the
+        search starts with the best of some even patterns.
+    draft_max, p_min: see `Objective`.
+    weights: how often each of `PROPOSERS` is asked, by name.
+    patience: the search is done when this many proposals in a row brought no certain gain.
+    tolerance: the share of the rate by which a new incumbent must certainly be faster for that.
+
+    A window should serve for several steps: the first measures the incumbent again, the next ones
+    the challengers (at most 4), and only then come new proposals.  Deterministic given the seed,
+    the windows and the outcomes.
+
+    Raises:
+        ValueError: no or unknown proposers.
+        SwiftError: a package is missing that one of them needs.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        costs: Costs,
+        *,
+        known: Sequence[SubNetwork] = (),
+        draft_max: int = 8,
+        p_min: float | None = None,
+        weights: Mapping[str, float] = DEFAULT_WEIGHTS,
+        patience: int = 200,
+        tolerance: float = 0.005,
+        seed: int = 0,
+    ) -> None:
+        if not weights or not weights.keys() <= PROPOSERS.keys() or min(weights.values()) <= 0:
+            raise ValueError(f"weights must be above 0, of {', '.join(PROPOSERS)}; got {weights}")
+        if "bayesian" in weights:
+            check_bayes_opt()
+        self.space = space
+        self.objective = Objective(costs=costs, draft_max=draft_max, p_min=p_min)
+        self.patience = patience
+        self.tolerance = tolerance
+        self.seed = seed
+        self._weights = dict(weights)
+        # a profile may be of a build that could skip more
+        self._known = [subnetwork for subnetwork in known if subnetwork in space]
+        self._starts = [] if self._known else _structured_starts(space)
+        self._incumbent = (self._known or self._starts)[0]
+        self._records: dict[SubNetwork, _Record] = {}
+        # challenger -> the windows it was discovered on, which prove nothing
+        self._challengers: dict[SubNetwork, frozenset[Hashable]] = {}
+        self._challenge_with(self._known)
+        self._former: list[SubNetwork] = []  # incumbents on earlier texts, the latest first
+        self._steps = 0
+        self._fruitless = 0
+        self._drift = DriftWatch()
+
+    # -- what it found -----------------------------------------------------------------------------
+
+    @property
+    def best(self) -> SubNetwork:
+        """The incumbent."""
+        return self._incumbent
+
+    @property
+    def done(self) -> bool:
+        """Whether a further step is unlikely to bring anything; `reopen` starts again."""
+        # challengers found on a window that is used for long get as much time again for another one
+        return self._fruitless >= self.patience * (2 if self._challengers else 1)
+
+    @property
+    def portfolio(self) -> list[SubNetwork]:
+        """At most 4: the incumbent, the best of earlier texts, then what else was known."""
+        candidates = dict.fromkeys([self._incumbent, *self._former, *self._known])
+        return list(candidates)[:MAX_PORTFOLIO]
+
+    def knowledge(self) -> list[Knowledge]:
+        """For the profile: the portfolio, as far as it was measured on the present text."""
+        measured = [s for s in self.portfolio if self._record(s).outcomes]
+        rates = [self.rate(subnetwork) for subnetwork in measured]
+        return [
+            Knowledge(subnetwork=s, positions=rate.positions, agreement=rate.agreement, rate=rate)
+            for s, rate in zip(measured, rates, strict=True)
+        ]
+
+    def rate(self, subnetwork: SubNetwork) -> Rate:
+        """What was measured of a sub-network on the latest windows it was scored on.
+
+        Raises:
+            KeyError: it was not scored.
+        """
+        return self.objective.rate(subnetwork, list(self._records[subnetwork].outcomes.values()))
+
+    # -- the search --------------------------------------------------------------------------------
+
+    def step(self, window: Window) -> None:
+        """One candidate on one window; see `Searcher.step`."""
+        if self.done:
+            return
+        candidate = self._next(window.key)
+        if candidate is None:  # a tiny space, and all of it is known
+            self._challengers.clear()
+            self._fruitless = self.patience
+            return
+        outcome = window.score(candidate)
+        self._steps += 1
+        record = self._records.setdefault(candidate, _Record(candidate))
+        record.add(window.key, outcome)
+        record.value = self.rate(candidate).tokens_per_s
+        self._judge(candidate, window.key)
+        self._forget()
+
+    def observe(self, accepted: int, drafted: int) -> None:
+        """Live acceptance of the incumbent, draft by draft; reopens the search when it falls."""
+        if self._drift.observe(accepted, drafted):
+            self.reopen()
+
+    def reopen(self) -> None:
+        """The text is another: what was learned counts less, and what was good is tried again."""
+        self._former = list(dict.fromkeys([self._incumbent, *self._former]))[:MAX_PORTFOLIO]
+        for record in self._records.values():
+            record.age()
+        self._challenge_with(self.portfolio)
+        self._fruitless = 0
+        self._drift = DriftWatch()
+
+    def _challenge_with(self, subnetworks: Sequence[SubNetwork]) -> None:
+        others = [s for s in dict.fromkeys(subnetworks) if s != self._incumbent]
+        self._challengers = dict.fromkeys(others[:MAX_CHALLENGERS], frozenset())
+
+    # -- what to score -----------------------------------------------------------------------------
+
+    def _next(self, key: Hashable) -> SubNetwork | None:
+        """Changes nothing: scoring may yet fail."""
+        if self._starts:
+            return self._starts[0]
+        for subnetwork in (self._incumbent, *self._challengers):
+            if key not in self._record(subnetwork).outcomes:
+                return subnetwork
+        return self._propose(key)
+
+    def _propose(self, key: Hashable) -> SubNetwork | None:
+        rng = np.random.default_rng((self.seed, self._steps))
+        evidence = self._evidence()
+        names = list(self._weights)
+        shares = np.array([self._weights[name] for name in names])
+        for name in rng.choice(names, 8, p=shares / shares.sum()):
+            candidate = PROPOSERS[str(name)].propose(evidence, rng)
+            if candidate is not None and self._is_worth_scoring(candidate, key):
+                return candidate
+        for _ in range(32):  # everything the sources can think of is known
+            candidate = self.space.random(rng, int(rng.integers(1, self.space.size + 1)))
+            if self._is_worth_scoring(candidate, key):
+                return candidate
+        return None
+
+    def _is_worth_scoring(self, candidate: SubNetwork, key: Hashable) -> bool:
+        outcomes = self._record(candidate).outcomes
+        whole = not candidate.skip_attn and not candidate.skip_ffn
+        return not whole and key not in outcomes and len(outcomes) < SECOND_CHANCES
+
+    def _evidence(self) -> Evidence:
+        return Evidence(
+            space=self.space,
+            costs=self.objective.costs,
+            incumbent=self._incumbent,
+            scored=[
+                Scored(
+                    subnetwork=record.subnetwork,
+                    positions=record.positions,
+                    agreements=record.agreements,
+                    value=record.value,
+                )
+                for record in self._records.values()
+            ],
+            draft_max=self.objective.draft_max,
+        )
+
+    # -- what it means -----------------------------------------------------------------------------
+
+    def _judge(self, candidate: SubNetwork, key: Hashable) -> None:
+        if self._starts:
+            del self._starts[0]
+            self._settle(candidate)
+        elif candidate in self._challengers:
+            self._try(candidate)
+        elif candidate != self._incumbent:
+            self._fruitless += 1
+            self._consider(candidate)
+
+    def _settle(self, start: SubNetwork) -> None:
+        """The best start becomes the incumbent: they differ by more than luck."""
+        if self._records[start].value > self._records[self._incumbent].value:
+            self._incumbent = start
+
+    def _consider(self, candidate: SubNetwork) -> None:
+        """Makes a candidate that looks better than the incumbent a challenger, if there is room."""
+        if self._compare(candidate).difference <= 0:
+            return
+        seen = frozenset(self._record(candidate).outcomes)
+        self._challengers[candidate] = seen
+        if len(self._challengers) > MAX_CHALLENGERS:
+            del self._challengers[min(self._challengers, key=self._promise)]
+
+    def _try(self, challenger: SubNetwork) -> None:
+        """Promotes a challenger, drops it, or leaves it for another window."""
+        discovery = self._challengers[challenger]
+        trial = self._compare(challenger, without=discovery)
+        n_trials = len(self._record(challenger).outcomes.keys() - discovery)
+        enough = trial.positions >= MIN_POSITIONS
+        if enough and trial.difference > PROMOTE_Z * trial.standard_error:
+            del self._challengers[challenger]
+            certain = trial.difference - PROMOTE_Z * trial.standard_error
+            if certain > self.tolerance * self._records[self._incumbent].value:
+                self._fruitless = 0
+            self._incumbent = challenger
+            self._drift = DriftWatch()
+        elif (enough and trial.difference <= 0) or n_trials >= MAX_TRIALS:
+            del self._challengers[challenger]
+
+    def _promise(self, challenger: SubNetwork) -> float:
+        comparison = self._compare(challenger)
+        return comparison.difference / max(comparison.standard_error, 1e-9)
+
+    def _compare(
+        self, candidate: SubNetwork, *, without: frozenset[Hashable] = frozenset()
+    ) -> Comparison:
+        """Candidate against incumbent, on the windows both were scored on."""
+        first, second = self._record(candidate).outcomes, self._record(self._incumbent).outcomes
+        pairs = [(first[key], second[key]) for key in first if key in second and key not in without]
+        if not pairs:
+            return Comparison(difference=0.0, standard_error=np.inf, positions=0)
+        return self.objective.compare(candidate, self._incumbent, pairs)
+
+    def _record(self, subnetwork: SubNetwork) -> _Record:
+        return self._records.get(subnetwork) or _Record(subnetwork)
+
+    def _forget(self) -> None:
+        """Bounds the memory: the oldest records go, but for those in use."""
+        excess = len(self._records) - MAX_RECORDS
+        if excess > 0:
+            used = set(chain(self.portfolio, self._challengers))
+            for subnetwork in [s for s in self._records if s not in used][:excess]:
+                del self._records[subnetwork]
+
+
+def _structured_starts(space: Space) -> list[SubNetwork]:
+    """Even patterns from mild to bold: somewhere to begin, and what the kinds cost in agreement."""
+    patterns = [(0, 4), (2, 0), (0, 2), (2, 4), (0, 3), (1, 0)]
+    starts = [space.every(attn=attn, ffn=ffn) for attn, ffn in patterns] + [space.uniform()]
+    return [start for start in dict.fromkeys(starts) if start.skip_attn or start.skip_ffn]

@@ -1,0 +1,161 @@
+"""Where candidates come from."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from swift_gguf.errors import SwiftError
+from swift_gguf.search.harm import Evidence
+from swift_gguf.search.space import Space
+from swift_gguf.subnetwork import SubNetwork
+
+LOG_WASTE = (np.log(0.5), np.log(1.2))  # between what a harm's random factor is drawn
+
+
+class Proposer(Protocol):
+    """A source of candidates.  Without state: all it knows is the evidence."""
+
+    def propose(self, evidence: Evidence, rng: np.random.Generator) -> SubNetwork | None:
+        """A candidate, scored before or not; None where the source has nothing to offer."""
+        ...
+
+
+@dataclass(frozen=True)
+class RandomSubset:
+    """SWIFT's main source: a share of all sub-layers, uniformly (§4.1)."""
+
+    skip_ratio: float
+
+    def propose(self, evidence: Evidence, rng: np.random.Generator) -> SubNetwork | None:
+        """See `Proposer.propose`."""
+        return evidence.space.random(rng, int(evidence.space.size * self.skip_ratio))
+
+
+class LocalMove:
+    """The incumbent with one or two sub-layers added, dropped or swapped.
+
+    What is skipped more often is what seems to do little harm for the time it saves.
+    """
+
+    def propose(self, evidence: Evidence, rng: np.random.Generator) -> SubNetwork | None:
+        """See `Proposer.propose`."""
+        space = evidence.space
+        price = evidence.harms.mean / evidence.savings_ms
+        skip = space.mask(evidence.incumbent)
+        add, drop = ((True, False), (False, True), (True, True))[rng.integers(3)]
+        for _ in range(rng.integers(1, 3)):
+            cheap = np.flatnonzero(~skip)
+            dear = np.flatnonzero(skip)
+            if add and len(cheap):
+                skip[_ranked_choice(cheap, price[cheap], rng)] = True
+            if drop and len(dear):
+                skip[_ranked_choice(dear, -price[dear], rng)] = False
+        return space.subnetwork(skip)
+
+
+class HarmModel:
+    """A Thompson sample of the harms, and the best set under it.
+
+    Sub-layers are left out in the order of harm per millisecond saved, as many as make drafting
+    with the resulting agreement a fastest:
+
+        max over d of (1 + a + .. + a^d) / (d draft + verify(d + 1))
+
+    Drafts that stop when unsure waste less than that, by an unknown measure: the harms are scaled
+    down by a random factor, which also spreads the sizes tried.
+    """
+
+    def propose(self, evidence: Evidence, rng: np.random.Generator) -> SubNetwork | None:
+        """See `Proposer.propose`."""
+        space, costs = evidence.space, evidence.costs
+        harms = evidence.harms.sample(rng)
+        # ties (harms of 0) go to the larger saving
+        savings = evidence.savings_ms
+        order = np.lexsort((-savings, harms / savings))
+        lengths = np.arange(1, evidence.draft_max + 1)
+        verify = np.array([costs.verify_ms(int(n) + 1) for n in lengths])
+        waste = np.exp(rng.uniform(*LOG_WASTE))
+        skip, best, best_rate = np.zeros(space.size, dtype=bool), None, 0.0
+        for sublayer in order:
+            skip[sublayer] = True
+            candidate = space.subnetwork(skip)
+            agreement = np.exp(-waste * harms[skip].sum())
+            tokens = 1 + np.cumsum(agreement**lengths)
+            rate = float((tokens / (lengths * costs.draft_ms(candidate) + verify)).max())
+            if rate > best_rate:
+                best, best_rate = candidate, rate
+        return best
+
+
+@dataclass(frozen=True)
+class Bayesian:
+    """SWIFT's second source: what a Gaussian process over all that was scored suggests (§4.1)."""
+
+    skip_ratio: float
+
+    def propose(self, evidence: Evidence, rng: np.random.Generator) -> SubNetwork | None:
+        """See `Proposer.propose`."""
+        values = [(item.subnetwork, item.value) for item in evidence.scored]
+        space = evidence.space
+        return gaussian_process(space, values, int(space.size * self.skip_ratio), rng)
+
+
+def check_bayes_opt() -> None:
+    """To be called before a search begins, so that it does not fail on the way.
+
+    Raises:
+        SwiftError: the package that `gaussian_process` needs is not installed.
+    """
+    if find_spec("bayes_opt") is None:
+        raise SwiftError(
+            "Bayesian optimisation needs the bayesian-optimization package; "
+            "pip install 'swift-gguf[search]'"
+        )
+
+
+def gaussian_process(
+    space: Space,
+    scored: Sequence[tuple[SubNetwork, float]],
+    n_skip: int,
+    rng: np.random.Generator,
+) -> SubNetwork:
+    """The `n_skip` sub-layers to skip that maximise the upper confidence bound (kappa 2.5).
+
+    The process (Matérn 5/2) is over [0, 1]^size; of its best point the largest coordinates are
+    taken.  Its time grows with the cube of what was scored: half a second at some hundreds.
+    Needs what `check_bayes_opt` checks.
+    """
+    from bayes_opt import BayesianOptimization
+    from bayes_opt.acquisition import UpperConfidenceBound
+
+    optimizer = BayesianOptimization(
+        f=None,  # targets are registered, not called for
+        pbounds={f"{i:04d}": (0.0, 1.0) for i in range(space.size)},
+        acquisition_function=UpperConfidenceBound(kappa=2.5),
+        random_state=int(rng.integers(2**31)),
+        verbose=0,
+    )
+    values: dict[SubNetwork, list[float]] = {}
+    for subnetwork, value in scored:
+        values.setdefault(subnetwork, []).append(value)
+    for subnetwork, repeated in values.items():  # it knows no noise: a point has one value
+        optimizer.register(space.mask(subnetwork).astype(float), float(np.mean(repeated)))
+    with warnings.catch_warnings():  # scikit-learn's, on kernels at the bounds of their scale
+        warnings.simplefilter("ignore")
+        point = np.array(list(optimizer.suggest().values()))
+    skip = np.zeros(space.size, dtype=bool)
+    skip[np.argsort(-point)[:n_skip]] = True
+    return space.subnetwork(skip)
+
+
+def _ranked_choice(items: NDArray[Any], keys: NDArray[Any], rng: np.random.Generator) -> int:
+    """One of `items`, the smaller its key the likelier, by the harmonic weights of the ranks."""
+    weights = 1.0 / (1.0 + np.argsort(np.argsort(keys)))
+    return int(rng.choice(items, p=weights / weights.sum()))

@@ -1,0 +1,197 @@
+"""Trees in the KV cache: every node sees its own path, and kept paths are as if decoded plainly."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from swift_gguf.errors import ContextFullError, StoppedError
+from swift_gguf.model import Model
+from swift_gguf.subnetwork import SubNetwork
+from tests.unit.fake_model import shapes
+
+PROMPT = list(range(5, 25))
+INVARIANT = "Q8_0"  # kernels that round the same at every width
+
+
+def plain_logits(model: Model, tokens: Sequence[int]) -> np.ndarray:
+    """After each token, decoded one by one; the model is left empty."""
+    model.clear()
+    rows = []
+    for token in tokens:
+        model.decode([token])
+        rows.append(model.logits(0))
+    model.clear()
+    return np.array(rows)
+
+
+@pytest.fixture
+def two(tiny: Callable[..., Path], open_model: Callable[..., Model]) -> Callable[..., list[Model]]:
+    """The same model twice: one for trees, one for plain decoding."""
+
+    def open_two(family: str, **options: object) -> list[Model]:
+        path = tiny(family, quant=INVARIANT)
+        return [open_model(path, **options) for _ in range(2)]
+
+    return open_two
+
+
+def start(model: Model, tokens: Sequence[int]) -> None:
+    for token in tokens:
+        model.decode([token])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_every_node_sees_its_path(family: str, two: Callable[..., list[Model]]) -> None:
+    """All trees of up to 5 nodes, decoded in one pass and node by node: bit for bit."""
+    model, plain = two(family)
+    start(model, PROMPT)
+    start(plain, PROMPT)
+    rng = random.Random(1)
+    for n in range(1, 6):
+        for parents in shapes(n):
+            tokens = [rng.randrange(5, model.n_vocab) for _ in range(n)]
+            expected = []
+            for node in range(n):
+                path: list[int] = []
+                while node >= 0:
+                    path.append(tokens[node])
+                    node = parents[node]
+                for token in reversed(path):
+                    plain.decode([token])
+                expected.append(plain.logits(0))
+                plain.rollback(len(PROMPT))
+            model.decode_tree(tokens, parents)
+            for row, logits in enumerate(expected):
+                np.testing.assert_array_equal(model.logits(row), logits)
+            model.rollback(len(PROMPT))
+            for node in range(n):
+                model.decode_tree([tokens[node]], [parents[node]])
+                np.testing.assert_array_equal(model.logits(0), expected[node])
+            model.rollback(len(PROMPT))
+    assert model.tokens == PROMPT
+    assert model.room == model.n_ctx - len(PROMPT)
+
+
+def random_tree(rng: random.Random, model: Model) -> tuple[list[int], list[int]]:
+    n = rng.randint(1, 9)
+    parents = [-1, *(rng.randint(0, node - 1) for node in range(1, n))]
+    return [rng.randrange(5, model.n_vocab) for _ in range(n)], parents
+
+
+def some_path(rng: random.Random, parents: Sequence[int]) -> list[int]:
+    node, path = rng.randrange(len(parents)), []
+    while node >= 0:
+        path.append(node)
+        node = parents[node]
+    return path[::-1]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_text_of_trees_is_a_text(family: str, seed: int, two: Callable[..., list[Model]]) -> None:
+    """Random trees, drafts, paths and rollbacks until the context is full, as decoded plainly."""
+    model, plain = two(family)
+    skipping = SubNetwork(n_layer=model.n_layer, skip_ffn=frozenset([1]), skip_attn=frozenset([1]))
+    rng = random.Random(seed)
+    start(model, PROMPT)
+    start(plain, PROMPT)
+    compared = 0
+    while model.n_past < model.n_ctx:
+        if rng.random() < 0.5 and model.room > 10:  # a draft leaves no trace
+            tokens, parents = random_tree(rng, model)
+            for token, parent in zip(tokens, parents, strict=True):
+                model.decode_tree([token], [parent], subnetwork=skipping)
+            model.rollback(model.n_past)
+        if rng.random() < 0.1:
+            keep = rng.randint(max(1, model.n_past - 12), model.n_past)
+            model.rollback(keep)
+            plain.rollback(keep)
+        tokens, parents = random_tree(rng, model)
+        if len(tokens) > max(model.room, 1):
+            tokens, parents = tokens[:1], parents[:1]
+        model.decode_tree(tokens, parents)
+        path = some_path(rng, parents)
+        last = model.logits(path[-1])
+        model.keep(path)
+        for node in path:
+            plain.decode([tokens[node]])
+        assert model.tokens == plain.tokens
+        np.testing.assert_array_equal(last, plain.logits(0))
+        compared += 1
+    assert compared > 40
+    with pytest.raises(ContextFullError):
+        model.decode_tree([7], [-1])
+
+
+def test_gaps_are_parked_and_taken_back(two: Callable[..., list[Model]]) -> None:
+    model, _ = two("llama")
+    start(model, PROMPT)
+    model.decode_tree([5, 6, 7, 8], [-1, 0, 0, 0])
+    model.keep([0, 3])  # two cells lie before the last one
+    assert model.cells.n_parked == 2
+    assert model.room == model.n_ctx - len(PROMPT) - 4
+    model.rollback(len(PROMPT) + 1)
+    assert model.cells.n_parked == 2  # still before nothing, but freeing them would need a look
+    model.rollback(len(PROMPT))
+    assert model.cells.n_parked == 0
+    assert model.room == model.n_ctx - len(PROMPT)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_window_on_the_targets_past_is_the_text_again(
+    family: str, two: Callable[..., list[Model]]
+) -> None:
+    model, plain = two(family)
+    text = [*PROMPT, *range(40, 70)]
+    expected = plain_logits(plain, text)
+    start(model, text)
+    for begin, n, own_past in [(10, 32, False), (0, 8, False), (18, 30, True), (25, 1, False)]:
+        model.redecode(begin, n, own_past=own_past)
+        rows = np.array([model.logits(row) for row in range(n)])
+        np.testing.assert_array_equal(rows, expected[begin : begin + n])
+    # under a sub-network, each position stands alone: as a draft of one token after its past
+    skipping = SubNetwork(n_layer=model.n_layer, skip_ffn=frozenset([1]), skip_attn=frozenset([2]))
+    model.redecode(20, 16, subnetwork=skipping)
+    rows = np.array([model.logits(row) for row in range(16)])
+    model.redecode(20, 16, subnetwork=skipping, own_past=True)
+    other = np.array([model.logits(row) for row in range(16)])
+    np.testing.assert_array_equal(rows[0], other[0])
+    assert not np.array_equal(rows[1:], other[1:])
+    for i in (0, 7, 15):
+        plain.clear()
+        start(plain, text[: 20 + i])
+        plain.decode([text[20 + i]], subnetwork=skipping)
+        np.testing.assert_array_equal(plain.logits(0), rows[i])
+    assert model.tokens == text
+    assert model.room == model.n_ctx - len(text)
+    model.decode([99])
+    plain.clear()
+    start(plain, [*text, 99])
+    np.testing.assert_array_equal(model.logits(0), plain.logits(0))
+
+
+def test_a_stopped_pass_leaves_nothing(two: Callable[..., list[Model]]) -> None:
+    model, plain = two("llama")
+    text = [*PROMPT, *range(40, 60)]
+    start(model, text)
+    model.stop.raise_()
+    for attempt in (
+        lambda: model.redecode(8, 16),
+        lambda: model.redecode(8, 16, own_past=True),
+        lambda: model.decode_tree([5, 6, 7], [-1, 0, 0]),
+        lambda: model.decode([5, 6]),
+    ):
+        with pytest.raises(StoppedError):
+            attempt()
+        assert model.tokens == text
+        assert model.room == model.n_ctx - len(text)
+    model.stop.lower()
+    start(plain, text)
+    for m in (model, plain):
+        m.decode([99])
+    np.testing.assert_array_equal(model.logits(0), plain.logits(0))

@@ -1,0 +1,402 @@
+"""Costs: what is measured is what was planted, and nothing of the context changes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swift_gguf.cost import Costs, measure
+from swift_gguf.errors import (
+    ContextFullError,
+    DecodeError,
+    SubnetworkError,
+    UnsupportedModelError,
+)
+from swift_gguf.model import Model, Sublayer
+from swift_gguf.subnetwork import SubNetwork
+
+WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
+# ms of full passes; not monotone, as on real machines
+PASS_MS = {1: 95.0, 2: 146.0, 3: 178.0, 4: 154.0, 6: 260.0, 8: 277.0, 12: 320.0, 16: 359.0}
+TEXT = [7, 11, 13, 17]
+
+
+def sublayer(weight_bytes: int, kv_bytes: int = 0, status: str = "ok") -> Sublayer:
+    return Sublayer(status=status, weight_bytes=weight_bytes, kv_bytes=kv_bytes, n_nodes=1)
+
+
+class TimedModel:
+    """A model whose passes take planted times, on a clock that nothing else moves.
+
+    attention_ms, ffn_ms: [n_layer], saved by leaving a sub-layer out of a one-token pass.
+    interaction_ms: saved on top where both kinds are left out.
+    slow_passes: by number, ms that a pass takes longer.
+    """
+
+    rollback_refusal: str | None = None
+    n_batch = 64
+
+    def __init__(
+        self,
+        *,
+        attention_ms: Sequence[float] = (2.0, 2.0, 4.0),
+        ffn_ms: Sequence[float] = (10.0, 20.0, 30.0),
+        unskippable: Sequence[int] = (),
+        interaction_ms: float = 0.0,
+        n_ctx: int = 256,
+        slow_passes: dict[int, float] | None = None,
+        fail_at: int | None = None,
+        fail_with: Callable[[], BaseException] = KeyboardInterrupt,
+    ) -> None:
+        self.attention_ms, self.ffn_ms = attention_ms, ffn_ms
+        self.interaction_ms, self.n_ctx = interaction_ms, n_ctx
+        self.slow_passes = slow_passes or {}
+        self.fail_at, self.fail_with = fail_at, fail_with
+        self.n_layer = len(ffn_ms)
+        self.tokens = list(TEXT)
+        self.now_s = 0.0
+        self.passes: list[tuple[int, SubNetwork | None]] = []
+        self.inputs: list[list[int]] = []
+        self.sublayers = tuple(
+            [
+                sublayer(int(1e6 * ms), status="unshared" if i in unskippable else "ok")
+                for i, ms in enumerate(kind)
+            ]
+            for kind in (attention_ms, ffn_ms)
+        )
+
+    def clock(self) -> float:
+        return self.now_s
+
+    @property
+    def n_past(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def room(self) -> int:
+        return self.n_ctx - self.n_past
+
+    def decode(
+        self, tokens: Sequence[int], *, n_outputs: int, subnetwork: SubNetwork | None = None
+    ) -> None:
+        assert len(tokens) <= min(self.room, self.n_batch)
+        assert n_outputs == len(tokens)
+        self.inputs.append(list(tokens))
+        self.tokens.extend(tokens)
+        self.passes.append((len(tokens), subnetwork))
+        ms = PASS_MS[len(tokens)] + self.slow_passes.get(len(self.passes), 0.0)
+        if subnetwork:
+            for kind, skipped, times in zip(
+                self.sublayers,
+                (subnetwork.skip_attn, subnetwork.skip_ffn),
+                (self.attention_ms, self.ffn_ms),
+                strict=True,
+            ):
+                assert all(kind[layer].status == "ok" for layer in skipped)
+                ms -= sum(times[layer] for layer in skipped)
+            if subnetwork.skip_attn and subnetwork.skip_ffn:
+                ms -= self.interaction_ms
+        self.now_s += ms / 1e3
+        if len(self.passes) == self.fail_at:
+            raise self.fail_with()
+
+    def top(self, row: int, k: int = 1) -> tuple[list[int], list[float]]:
+        assert row == 0
+        return [1] * k, [0.5] * k
+
+    def rollback(self, n_past: int) -> None:
+        del self.tokens[n_past:]
+
+    def pass_cost(self, subnetwork: SubNetwork | None = None) -> SimpleNamespace:
+        return SimpleNamespace(weight_bytes=70, kv_bytes=10, head_bytes=60)
+
+
+def measured(model: TimedModel, **options: Any) -> Costs:
+    return measure(cast(Model, model), clock=model.clock, **options)
+
+
+# -- measuring -------------------------------------------------------------------------------------
+
+
+def test_measured_is_what_was_planted() -> None:
+    model = TimedModel()
+    costs = measured(model)
+    assert dict(costs.pass_ms) == pytest.approx(PASS_MS)
+    assert costs.attention_ms == pytest.approx((2, 2, 4))
+    assert costs.ffn_ms == pytest.approx((10, 20, 30))
+    assert costs.head_ms == pytest.approx((95 - 8 - 60) * 60 / 80)
+    assert costs.kv_ms == (0, 0, 0)  # these attentions read no cache
+    assert costs.n_kv == len(TEXT)
+
+
+def test_a_draft_costs_what_its_pass_takes() -> None:
+    model = TimedModel()
+    subnetwork = SubNetwork(n_layer=3, skip_attn=frozenset({1}), skip_ffn=frozenset({0, 2}))
+    assert measured(model).draft_ms(subnetwork) == pytest.approx(95 - 2 - 10 - 30)
+
+
+def test_kinds_add_up_to_what_leaving_out_both_saves() -> None:
+    costs = measured(TimedModel(interaction_ms=6.0))
+    assert sum(costs.attention_ms) == pytest.approx(8 + 3)
+    assert sum(costs.ffn_ms) == pytest.approx(60 + 3)
+    layers = frozenset(range(3))
+    everything = SubNetwork(n_layer=3, skip_attn=layers, skip_ffn=layers)
+    assert costs.draft_ms(everything) == pytest.approx(95 - 74)
+
+
+def test_nothing_is_saved_where_nothing_can_be_skipped() -> None:
+    costs = measured(TimedModel(unskippable=[1]))
+    assert costs.attention_ms == pytest.approx((2, 0, 4))
+    assert costs.ffn_ms == pytest.approx((10, 0, 30))
+    costs = measured(TimedModel(unskippable=[0, 1, 2]))
+    assert costs.attention_ms == costs.ffn_ms == (0, 0, 0)
+    assert dict(costs.pass_ms) == pytest.approx(PASS_MS)
+
+
+def test_a_kind_that_cannot_be_skipped_leaves_the_other_alone() -> None:
+    model = TimedModel()
+    attention, ffn = model.sublayers
+    model.sublayers = (attention, [replace(layer, status="absent") for layer in ffn])
+    costs = measured(model)
+    assert costs.attention_ms == pytest.approx((2, 2, 4))
+    assert costs.ffn_ms == (0, 0, 0)
+
+
+def test_the_cache_a_layer_reads_counts_as_far_as_it_is_full() -> None:
+    model = TimedModel(attention_ms=(5.0, 5.0), ffn_ms=(1.0, 1.0), n_ctx=64)
+    model.sublayers = ([sublayer(100), sublayer(100, kv_bytes=3200)], model.sublayers[1])
+    # 4 of 64 tokens: 200 bytes more
+    assert measured(model).attention_ms == pytest.approx((10 / 4, 10 * 3 / 4))
+
+
+def test_noise_makes_no_negative_times() -> None:
+    # leaving out attention seems to cost time
+    costs = measured(TimedModel(attention_ms=(-3.0, -3.0), ffn_ms=(10.0, 20.0), n_ctx=64))
+    assert costs.attention_ms == (0, 0)
+    assert sum(costs.ffn_ms) == pytest.approx(24)
+    # leaving out everything seems to cost time
+    costs = measured(TimedModel(attention_ms=(1.0,), ffn_ms=(1.0,), interaction_ms=-9.0))
+    assert costs.attention_ms == costs.ffn_ms == (0,)
+    assert costs.head_ms == pytest.approx(95 * 60 / 80)
+
+
+def test_a_slow_spell_does_not_count() -> None:
+    calm = measured(TimedModel())
+    n_passes = 8 + 4 + 3  # widths; passes of one token are run twice
+    slow = dict.fromkeys(range(n_passes // 2, n_passes // 2 + 2 * n_passes), 500.0)
+    costs = measured(TimedModel(slow_passes=slow))
+    assert dict(costs.pass_ms) == pytest.approx(dict(calm.pass_ms))
+    assert costs.draft_ms(SubNetwork.uniform(3)) == pytest.approx(
+        calm.draft_ms(SubNetwork.uniform(3))
+    )
+
+
+def test_the_pass_that_builds_the_graph_is_not_plain_decoding() -> None:
+    class Switching(TimedModel):
+        def decode(self, tokens: Sequence[int], **options: Any) -> None:
+            super().decode(tokens, **options)
+            if len(self.passes) < 2 or self.passes[-1] != self.passes[-2]:
+                self.now_s += 1.0
+
+    costs = measured(Switching())
+    assert costs.verify_ms(1) == pytest.approx(95)
+    assert costs.verify_ms(4) == pytest.approx(1154)  # a verification does follow something else
+    assert costs.ffn_ms == pytest.approx((10, 20, 30))
+
+
+def test_the_inputs_are_text() -> None:
+    model = TimedModel()
+    measured(model, rounds=1)
+    assert {tuple(tokens) for tokens in model.inputs} == {
+        tuple((TEXT * width)[-width:]) for width in WIDTHS
+    }
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, lambda: DecodeError("made for a test")])
+def test_the_context_is_as_before_whatever_happens(error: Callable[[], BaseException]) -> None:
+    model = TimedModel()
+    measured(model, rounds=1)
+    assert model.tokens == TEXT
+    for number in range(1, len(model.passes) + 1):
+        model = TimedModel(fail_at=number, fail_with=error)
+        with pytest.raises((KeyboardInterrupt, DecodeError)):
+            measured(model, rounds=1)
+        assert model.tokens == TEXT
+        assert len(model.passes) == number
+
+
+def test_widths_that_do_not_fit_are_left_out() -> None:
+    def widths(model: TimedModel, **options: Any) -> list[int]:
+        return [width for width, _ in measured(model, **options).pass_ms]
+
+    assert widths(TimedModel(n_ctx=len(TEXT) + 5)) == [1, 2, 3, 4]
+    assert widths(TimedModel(n_ctx=len(TEXT) + 1)) == [1]
+    assert widths(TimedModel(), widths=(8, 4, 4)) == [1, 4, 8]
+    model = TimedModel()
+    model.n_batch = 3
+    assert widths(model) == [1, 2, 3]
+
+
+def test_refusals() -> None:
+    with pytest.raises(ContextFullError, match="--ctx-size"):
+        measured(TimedModel(n_ctx=len(TEXT)))
+    for options in ({"rounds": 0}, {"widths": (0, 1)}):
+        with pytest.raises(ValueError):
+            measured(TimedModel(), **options)
+    empty = TimedModel()
+    empty.tokens.clear()
+    with pytest.raises(ValueError, match="tokens in the context"):
+        measured(empty)
+    recurrent = TimedModel()
+    recurrent.rollback_refusal = "its state cannot be cut back"
+    with pytest.raises(UnsupportedModelError, match="cut back"):
+        measured(recurrent)
+    assert recurrent.passes == []
+
+
+# -- the value -------------------------------------------------------------------------------------
+
+MS = st.floats(0, 1e6)
+PASS = st.floats(1e-3, 1e6)
+PASSES = st.dictionaries(st.integers(2, 200), PASS, max_size=9).flatmap(
+    lambda wide: PASS.map(lambda ms: ((1, ms), *sorted(wide.items())))
+)
+
+
+@st.composite
+def costs(draw: st.DrawFn) -> Costs:
+    n_layer = draw(st.integers(1, 6))
+    times = st.lists(MS, min_size=n_layer, max_size=n_layer).map(tuple)
+    return Costs(
+        pass_ms=draw(PASSES),
+        attention_ms=draw(times),
+        ffn_ms=draw(times),
+        kv_ms=draw(times),
+        head_ms=draw(MS),
+        n_kv=draw(st.integers(0, 1 << 20)),
+    )
+
+
+@given(costs())
+def test_round_trip(value: Costs) -> None:
+    assert Costs.from_dict(json.loads(json.dumps(value.as_dict(), allow_nan=False))) == value
+
+
+@given(costs(), st.integers(1, 300))
+def test_passes_between_and_beyond_the_measured_widths(value: Costs, width: int) -> None:
+    points = dict(value.pass_ms)
+    ms = value.verify_ms(width)
+    below = [w for w in points if w <= width]
+    above = [w for w in points if w >= width]
+    if above:
+        low, high = points[below[-1]], points[above[0]]
+        slack = 1e-9 * max(low, high)
+        assert min(low, high) - slack <= ms <= max(low, high) + slack
+    else:
+        assert ms >= points[below[-1]]
+        assert value.verify_ms(width + 1) >= ms
+
+
+@given(costs(), st.data())
+def test_skipping_more_never_costs_more(value: Costs, data: st.DataObject) -> None:
+    layers = st.frozensets(st.integers(0, value.n_layer - 1))
+    attn, ffn, more = (data.draw(layers) for _ in range(3))
+    n_layer = value.n_layer
+    less = value.draft_ms(SubNetwork(n_layer=n_layer, skip_attn=attn | more, skip_ffn=ffn | more))
+    full = value.draft_ms(SubNetwork(n_layer=n_layer))
+    assert 0 <= less <= value.draft_ms(SubNetwork(n_layer=n_layer, skip_attn=attn, skip_ffn=ffn))
+    assert full == value.pass_ms[0][1]
+
+
+SOME = Costs(
+    pass_ms=((1, 10.0), (2, 16.0), (4, 14.0)),
+    attention_ms=(1.0, 0.0),
+    ffn_ms=(3.0, 4.0),
+    kv_ms=(0.25, 0.0),
+    head_ms=1.5,
+    n_kv=4,
+)
+
+
+def test_a_longer_context_costs_its_attention() -> None:
+    longer = SOME.at(8)
+    assert longer.attention_ms == (2.0, 0.0)
+    assert longer.pass_ms == ((1, 11.0), (2, 18.0), (4, 18.0))  # every row reads the cache
+    assert (longer.ffn_ms, longer.n_kv) == (SOME.ffn_ms, 8)
+    without = SubNetwork(n_layer=2, skip_attn=frozenset({0}))
+    assert longer.draft_ms(without) == SOME.draft_ms(without)
+    assert longer.at(4) == SOME
+    assert min(ms for _, ms in SOME.at(0).pass_ms) > 0
+
+
+def test_lines_between_the_widths() -> None:
+    assert [SOME.verify_ms(width) for width in (1, 2, 3, 4)] == pytest.approx([10, 16, 15, 14])
+    assert SOME.verify_ms(100) == 14  # never less than the last measured
+    rising = replace(SOME, pass_ms=((1, 10.0), (2, 12.0), (4, 18.0)))
+    assert rising.verify_ms(10) == pytest.approx(36)
+    alone = replace(SOME, pass_ms=((1, 10.0),))
+    assert [alone.verify_ms(width) for width in (1, 3)] == pytest.approx([10, 30])
+    with pytest.raises(ValueError):
+        SOME.verify_ms(0)
+
+
+def test_a_sub_network_of_another_model_has_no_cost() -> None:
+    with pytest.raises(SubnetworkError, match="3 layers"):
+        SOME.draft_ms(SubNetwork(n_layer=3))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pass_ms": []},
+        {"pass_ms": [[2, 10.0]]},
+        {"pass_ms": [[1, 10.0], [1, 12.0]]},
+        {"pass_ms": [[1, 10.0], [4, 12.0], [2, 11.0]]},
+        {"pass_ms": [[1, 0.0]]},
+        {"pass_ms": [[1, math.nan]]},
+        {"pass_ms": [[1.0, 10.0]]},
+        {"pass_ms": [[1, 10.0, 3]]},
+        {"pass_ms": [1, 10.0]},
+        {"pass_ms": {"1": 10.0}},
+        {"attention_ms": [1.0]},
+        {"attention_ms": [1.0, -0.5]},
+        {"attention_ms": [1.0, math.inf]},
+        {"attention_ms": [], "ffn_ms": []},
+        {"ffn_ms": [1.0, math.nan]},
+        {"ffn_ms": [1.0, True]},
+        {"ffn_ms": [1.0, "2"]},
+        {"ffn_ms": 3.0},
+        {"head_ms": -1.0},
+        {"head_ms": None},
+        {"head_ms": 10**400},
+        {"n_kv": -1},
+        {"n_kv": 1.5},
+        {"unknown": 1},
+    ],
+)
+def test_malformed_costs_are_refused(change: dict[str, Any]) -> None:
+    assert Costs.from_dict(SOME.as_dict()) == SOME
+    with pytest.raises(ValueError):
+        Costs.from_dict(SOME.as_dict() | change)
+
+
+@pytest.mark.parametrize("name", SOME.as_dict())
+def test_incomplete_costs_are_refused(name: str) -> None:
+    values = SOME.as_dict()
+    del values[name]
+    with pytest.raises(ValueError):
+        Costs.from_dict(values)
+
+
+@pytest.mark.parametrize("values", [None, [], "pass_ms", 3])
+def test_something_else_is_refused(values: Any) -> None:
+    with pytest.raises(ValueError):
+        Costs.from_dict(values)
