@@ -224,13 +224,14 @@ def _known(item: dict[str, Any], n_layer: int) -> Known:
 
 
 class Store:
-    """Profiles in a folder, by default in the user's cache.  Safe to share between processes.
+    """Profiles in a folder: SWIFT_GGUF_PROFILES, or in the user's cache.  Safe to share between processes.
 
     Of `load`, `add` and `forget`, none raises for what it finds there.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder or cache_dir() / "profiles"
+        override = os.environ.get("SWIFT_GGUF_PROFILES")
+        self.folder = folder or (Path(override) if override else cache_dir() / "profiles")
 
     def load(self, fingerprint: str) -> Profile | None:
         """What is known of a model, if anything is."""

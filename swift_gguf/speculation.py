@@ -16,6 +16,7 @@ from swift_gguf.profile import Store
 from swift_gguf.search.drivers import IdleSearch, OnTheFly
 from swift_gguf.search.optimizer import Search
 from swift_gguf.search.paper import PaperOptions
+from swift_gguf.search.space import Space
 from swift_gguf.search.window import Windows
 from swift_gguf.subnetwork import SubNetwork, format_layers
 
@@ -50,8 +51,8 @@ class SpeculationOptions:
     """What the user asked for."""
 
     mode: str = "auto"
-    """``off``; ``layer-skip``; ``auto``: layer-skip, unless the model does not allow it or is known
-    to be faster without."""
+    """``off``; ``layer-skip``; ``auto``: layer-skip where the model allows it, and while what was
+    scored promises to be faster than plain decoding."""
     skip_attn: frozenset[int] | None = None
     skip_ffn: frozenset[int] | None = None
     """A sub-network of the user's own; both None: the profile's, and what the search finds."""
@@ -91,10 +92,27 @@ class Speculation:
         self._calibration = Calibration()
         self._windows = Windows(model, n=WINDOW)
         self._on_the_fly: OnTheFly | None = None
-        self.why = self._set_up(store)
+        self._why = self._set_up(store)
+
+    @property
+    def enabled(self) -> bool:
+        """Are drafts made just now?"""
+        return self.drafter is not None and not self.drafter.resting
+
+    @property
+    def why(self) -> str:
+        """The reason for what drafts, or for why nothing does."""
+        if self.drafter is None:
+            return self._why
+        if not self.drafter.resting:
+            return f"{self._why}: {self.drafter.subnetwork}"
+        speedup = self.learning and self.learning.predicted_speedup
+        if speedup is None:
+            return "drafts wait until the search knows what they bring; `swift-gguf tune` is faster"
+        return f"plain decoding is faster here: drafts would give {speedup:.2f}x"
 
     def _set_up(self, store: Store | None) -> str:
-        """Returns the reason for what drafts, or for why nothing does."""
+        """Returns where the sub-network comes from, or why nothing drafts."""
         model, options = self._model, self.options
         if options.mode == "off":
             return "switched off"
@@ -103,35 +121,35 @@ class Speculation:
                 raise UnsupportedModelError(f"no speculation: {refusal}; use --speculation off")
             return refusal
         space = space_of(model)
-        if options.is_by_hand:
-            subnetwork, why = _by_hand(model, options), "as given"
-        elif space is not None:
-            subnetwork, why = space.uniform(), "uniform start"
-        if space is None or not (subnetwork.skip_attn or subnetwork.skip_ffn):
+        if space is None:
             return "nothing to skip: a draft would cost a full pass"
-
-        if not (options.is_by_hand and options.p_min is not None):
-            self.learning = learning = Learning(
-                model,
-                space,
-                store=store,
-                options=SearchOptions(
-                    paper=options.paper if options.search == "paper" else None,
-                    draft_max=options.draft_max,
-                    p_min=options.p_min,
-                ),
-            )
-            if not options.is_by_hand:
-                speedup = learning.predicted_speedup
-                if options.mode == "auto" and speedup is not None and speedup < 1:
-                    return f"plain decoding is faster here: drafts would give {speedup:.2f}x"
-                subnetwork = learning.best
-                why = "from the profile" if learning.known else why
-                self._start_search(learning)
+        why, subnetwork = "as given", SubNetwork(n_layer=model.n_layer)
+        if options.is_by_hand:
+            subnetwork = _by_hand(model, options)
+            if not (subnetwork.skip_attn or subnetwork.skip_ffn):
+                return "nothing to skip: a draft would cost a full pass"
+        if not options.is_by_hand or options.p_min is None:
+            self.learning = self._learn(space, store)
+        if self.learning and not options.is_by_hand:
+            why = "found by search" if self.learning.known else "a first guess"
+            self._start_search(self.learning)
         self.drafter = LayerSkip(model, subnetwork, shape=TREES[options.tree])
         self.drafter.watch(self._observe)
         self._refresh()
-        return f"{why}: {subnetwork}"
+        return why
+
+    def _learn(self, space: Space, store: Store | None) -> Learning:
+        options = self.options
+        return Learning(
+            self._model,
+            space,
+            store=store,
+            options=SearchOptions(
+                paper=options.paper if options.search == "paper" else None,
+                draft_max=options.draft_max,
+                p_min=options.p_min,
+            ),
+        )
 
     def _start_search(self, learning: Learning) -> None:
         paper = self.options.paper if self.options.search == "paper" else None
@@ -192,6 +210,8 @@ class Speculation:
         options = self.options
         if self.learning and not options.is_by_hand:
             self.drafter.subnetwork = self.learning.best
+            speedup = self.learning.predicted_speedup
+            self.drafter.resting = options.mode == "auto" and (speedup is None or speedup < 1)
         if options.p_min is not None:
             joint_min = 1.0 if options.tree == "chain" else JOINT_MIN
             self.drafter.policy = Threshold(options.p_min, joint_min=joint_min)
@@ -206,7 +226,7 @@ class Speculation:
 
     def save(self) -> None:
         """Keeps what was learned."""
-        if self.learning and not self.options.is_by_hand:
+        if self.learning:
             self.learning.save()
 
 

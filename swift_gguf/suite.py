@@ -57,13 +57,13 @@ def read_suite(path: Path) -> list[Row]:
 def _row(path: Path, number: int, line: str) -> Row:
     try:
         values = json.loads(line)
-        turns = tuple(values["turns"])
-        if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+        turns = values["turns"]
+        if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
             raise ValueError
         return Row(
             category=str(values.get("category", "")),
             question_id=str(values.get("question_id", number)),
-            turns=turns,
+            turns=tuple(turns),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise SuiteError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from tests.fixtures.tiny_gguf import write_tiny
 # A shell without job control starts background jobs with Ctrl-C ignored, and children inherit that:
 # tests that interrupt would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What tests learn of their models is nobody's profile.
+os.environ["SWIFT_GGUF_PROFILES"] = tempfile.mkdtemp(prefix="swift-gguf-profiles-")
 
 N_GPU_LAYERS = int(os.environ.get("SWIFT_GGUF_TEST_NGL", "0"))
 """Layers that tests put on the GPU; 0: tests run on the CPU wherever they are, -1: everything."""

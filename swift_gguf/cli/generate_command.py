@@ -195,7 +195,7 @@ def _as_json(
         "seed": options.seed,
         "timings": answer.stats.timings(),
         "speculation": {
-            "enabled": speculation.drafter is not None,
+            "enabled": speculation.enabled,
             "why": speculation.why,
             **answer.stats.speculation(),
         },
@@ -214,7 +214,7 @@ def _footer(answer: _Answer, speculation: Speculation, plain: _Answer | None) ->
         f"prompt {stats.prompt_n} tokens in {stats.prompt_s:.2f} s, "
         f"answer {stats.predicted_n} tokens ({stats.stop_reason})"
     ]
-    if speculation.drafter is None:
+    if not stats.sources:
         lines.append(f"{stats.tokens_per_second:.1f} tok/s, plain decoding: {speculation.why}")
         return "\n".join(lines)
     lines.append(
@@ -230,10 +230,7 @@ def _footer(answer: _Answer, speculation: Speculation, plain: _Answer | None) ->
             ratio = stats.tokens_per_second / plain.stats.tokens_per_second
             line += f"; speculative is {ratio:.2f}x plain, each measured once"
         lines.append(line)
-    drafted_with = speculation.drafter.subnetwork
-    lines.append(f"draft: {speculation.drafter.name}, {speculation.why}")
-    if str(drafted_with) not in speculation.why:
-        lines.append(f"the search found a better one: {drafted_with}")
+    lines.append(f"draft: {', '.join(stats.sources)}, {speculation.why}")
     if stats.search_s:
         lines.append(f"search: {stats.search_s:.2f} s of {stats.cycle_s:.2f} s")
     return "\n".join(lines)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from swift_gguf.cli.options import load_model, model_flags
+from swift_gguf.subnetwork import format_layers
 
 if TYPE_CHECKING:
     from swift_gguf.model import Model
@@ -65,6 +66,31 @@ def describe(model: Model) -> dict[str, Any]:
             }
             for i in range(model.n_layer)
         ],
+        "learned": _learned(model),
+    }
+
+
+def _learned(model: Model) -> dict[str, Any] | None:
+    """What the profile holds, best first; None if nothing was learned yet."""
+    from swift_gguf.profile import Store, fingerprint
+
+    profile = Store().load(fingerprint(model.path))
+    if profile is None:
+        return None
+    return {
+        "search_s": profile.search_s,
+        "evaluations": profile.evaluations,
+        "subnetworks": [
+            {
+                "skip_attn": format_layers(known.subnetwork.skip_attn),
+                "skip_ffn": format_layers(known.subnetwork.skip_ffn),
+                "agreement": known.agreement,
+                "positions": known.positions,
+                "predicted_speedup": known.speedup,
+            }
+            for known in profile.known
+        ],
+        "costs": dict(profile.costs),
     }
 
 
@@ -107,4 +133,22 @@ def _table(report: dict[str, Any]) -> str:
         sum(layer[kind]["share"] for layer in report["sublayers"]) for kind in ("attention", "ffn")
     ]
     lines.append(f"  all  {sums[0]:9.1%}  {sums[1]:9.1%}")
+    lines += ["", *_learned_lines(report["learned"])]
     return "\n".join(lines)
+
+
+def _learned_lines(learned: dict[str, Any] | None) -> list[str]:
+    if learned is None:
+        return ["nothing learned yet: `swift-gguf tune` finds what drafts can leave out"]
+    head = (
+        f"learned from {learned['evaluations']} drafts scored in {learned['search_s']:.0f} s "
+        "(`swift-gguf tune --reset` forgets it)"
+    )
+    if not learned["subnetworks"]:
+        return [head, "no draft was scored often enough yet to be remembered"]
+    rows = [
+        f"{item['predicted_speedup']:8.2f}x  {item['agreement']:5.0%} of {item['positions']:4}  "
+        f"attention {item['skip_attn'] or '-'}; FFN {item['skip_ffn'] or '-'}"
+        for item in learned["subnetworks"]
+    ]
+    return [head, "predicted   agreement      left out", *rows]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from swift_gguf.search.offline import Progress
 
 DEFAULT_MINUTES = 3.0
+SAVE_EVERY = 50  # steps
 
 
 @click.command()
@@ -74,15 +75,22 @@ def _tune(model: Model, values: dict[str, Any]) -> dict[str, Any]:
     )
     learning = Learning(model, space, options=options)
     learning.measure_costs(rounds=3)
+    learning.save()
     interrupted = False
     with _display(learning, 60 * values["minutes"]) as show:
+
+        def report(progress: Progress) -> None:
+            show(progress)
+            if progress.steps % SAVE_EVERY == 0:  # a machine that is switched off loses little
+                learning.save()
+
         try:
             tune_offline(
                 model,
                 learning.searcher,
                 prompts,
                 seconds=60 * values["minutes"],
-                report=show,
+                report=report,
                 meter=learning.meter,
             )
         except KeyboardInterrupt:

@@ -29,7 +29,7 @@ class LayerSkip:
     policy: when to stop.
     shape: branching; its number of nodes is the engine's to say.
     sampler: draws the draft tokens, for speculative sampling; None: the likeliest ones.
-    subnetwork: may be set between drafts.
+    subnetwork, policy, sampler, resting: may be set between drafts.
     """
 
     name = "layer-skip"
@@ -47,11 +47,15 @@ class LayerSkip:
         self.policy: Policy = policy or Threshold(0.0)
         self.shape = shape
         self.sampler = sampler
+        self.resting = False
+        """Drafts nothing, at no cost."""
         self._model = model
         self._observers: list[Callable[[Tree, Sequence[int]], None]] = []
 
     def draft(self, pending: int, *, n_max: int) -> Tree:
         """See `Drafter.draft`."""
+        if self.resting:
+            return Tree()
         model = self._model
         n_past = model.n_past
         shape = replace(self.shape, n_nodes=n_max)

@@ -43,9 +43,11 @@ class Calibration:
     is where the whole path before it was accepted.
     """
 
-    def __init__(self, *, prior: float = 4.0, memory: float = 400.0) -> None:
-        """prior: how many tokens' worth of belief in the draft's own probability each band starts
-        with; memory: tokens after which evidence has faded to 1/e."""
+    def __init__(self, *, prior: float = 2.0, memory: float = 400.0) -> None:
+        """prior: with how many accepted tokens each band begins.  Optimism: a band that is never
+        tried would never be known, and a draft's own probability says little of it (a sub-network
+        that differs in nothing is always right, however unsure).
+        memory: tokens after which evidence has faded to 1/e."""
         self._prior = prior
         self._fade = 1.0 - 1.0 / memory
         self._accepted = [0.0] * len(BANDS)
@@ -54,8 +56,7 @@ class Calibration:
     def acceptance(self, probability: float) -> float:
         """The share of such tokens that are accepted, between 0 and 1."""
         band = _band(probability)
-        believed = self._prior * min(probability, 1.0)
-        return (self._accepted[band] + believed) / (self._judged[band] + self._prior)
+        return (self._accepted[band] + self._prior) / (self._judged[band] + self._prior)
 
     def observe(self, tree: Tree, accepted: Sequence[int]) -> None:
         """Learns from one verification."""

@@ -37,6 +37,8 @@ PROPOSERS: Mapping[str, Proposer] = {
     "model": HarmModel(),
     "bayesian": Bayesian(0.45),
 }
+# On synthetic models (tests/unit/search_model.py) the harm model is quick to find the region and
+# local moves go on where it does not add up; random subsets never beat the even patterns.
 DEFAULT_WEIGHTS: Mapping[str, float] = {"local": 0.5, "model": 0.5}
 
 MAX_WINDOWS = 16  # whose outcomes a record keeps
@@ -207,7 +209,7 @@ class Search:
         record = self._records.setdefault(candidate, _Record(candidate))
         record.add(window.key, outcome)
         record.value = self.rate(candidate).tokens_per_s
-        self._judge(candidate, window.key)
+        self._judge(candidate)
         self._forget()
 
     def observe(self, accepted: int, drafted: int) -> None:
@@ -278,7 +280,7 @@ class Search:
 
     # -- what it means -----------------------------------------------------------------------------
 
-    def _judge(self, candidate: SubNetwork, key: Hashable) -> None:
+    def _judge(self, candidate: SubNetwork) -> None:
         if self._starts:
             del self._starts[0]
             self._settle(candidate)

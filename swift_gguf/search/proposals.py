@@ -51,12 +51,11 @@ class LocalMove:
         skip = space.mask(evidence.incumbent)
         add, drop = ((True, False), (False, True), (True, True))[rng.integers(3)]
         for _ in range(rng.integers(1, 3)):
-            cheap = np.flatnonzero(~skip)
-            dear = np.flatnonzero(skip)
-            if add and len(cheap):
-                skip[_ranked_choice(cheap, price[cheap], rng)] = True
-            if drop and len(dear):
-                skip[_ranked_choice(dear, -price[dear], rng)] = False
+            kept, skipped = np.flatnonzero(~skip), np.flatnonzero(skip)
+            if add and len(kept):
+                skip[_ranked_choice(kept, price[kept], rng)] = True
+            if drop and len(skipped):
+                skip[_ranked_choice(skipped, -price[skipped], rng)] = False
         return space.subnetwork(skip)
 
 

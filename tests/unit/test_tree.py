@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -258,19 +258,21 @@ def test_a_caterpillar_grows_at_its_head_only() -> None:
 
 @dataclass
 class FakeDraws(FakeDraft):
-    """Draws by number of rank from the made-up distributions, and notes what it did."""
+    """Draws from the made-up distributions, and notes what it did."""
 
     drawn: dict[int, list[int]] = field(default_factory=dict)
     widths: dict[int, int] = field(default_factory=dict)
     sizes: list[int] = field(default_factory=list)
+    """Of the tree, when it was asked."""
     luck: int = 0
 
     def q(self, path: Sequence[int]) -> Distribution:
         p = np.array(self.p(path))
         return Distribution(np.arange(self.n_vocab, dtype=np.int32), p / p.sum())
 
-    def draw(self, tree: Tree, node: int, width: object) -> tuple[list[Offer], Distribution]:
-        assert callable(width)
+    def draw(
+        self, tree: Tree, node: int, width: Callable[[float], int]
+    ) -> tuple[list[Offer], Distribution]:
         q = self.q(tree.path(node))
         self.asked.append(node)
         self.sizes.append(len(tree))

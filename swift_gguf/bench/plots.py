@@ -1,0 +1,103 @@
+"""Figures of the benchmarks, as PNG files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from swift_gguf.bench.search_report import Report as SearchReport
+from swift_gguf.errors import SwiftError
+
+if TYPE_CHECKING:
+    from swift_gguf.bench.drafting import Report as DraftingReport
+
+DPI = 150
+
+
+def require_matplotlib() -> None:
+    """To be called before a long measurement.
+
+    Raises:
+        SwiftError: it is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise SwiftError("a plot needs matplotlib; pip install matplotlib") from None
+    matplotlib.use("Agg")  # a file needs no display
+
+
+def _panels(n: int) -> tuple[Any, list[Any]]:
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.0 * n, 4.5), dpi=DPI, layout="constrained")
+    axes = figure.subplots(1, n, squeeze=False)[0]
+    for panel in axes:
+        panel.grid(alpha=0.3)
+    return figure, list(axes)
+
+
+def plot_search(report: SearchReport, path: Path) -> None:
+    """Two panels: agreement by cost, and predicted speedup by search time."""
+    figure, (front, curve) = _panels(2)
+    searched = set(report.runs)
+    groups = {method: [points[-1].best] for method, points in report.runs.items() if points}
+    groups["ours, by cost"] = [s for n, s in report.named.items() if n.startswith("ours, cost")]
+    groups["even patterns"] = [
+        s for n, s in report.named.items() if n not in searched and s not in groups["ours, by cost"]
+    ]
+    for number, (name, subnetworks) in enumerate(groups.items()):
+        scores = [report.scores[s] for s in subnetworks if s in report.scores]
+        if not scores:
+            continue
+        agreement = [score.agreement for score in scores]
+        front.errorbar(
+            [score.pass_share for score in scores],
+            agreement,
+            yerr=[
+                [max(0.0, score.agreement - score.low) for score in scores],
+                [max(0.0, score.high - score.agreement) for score in scores],
+            ],
+            fmt="o",
+            color=f"C{number}",
+            capsize=2,
+            label=name,
+        )
+    front.set(xlabel="draft pass / full pass, time", ylabel="agreement on held-out text")
+    for number, (method, points) in enumerate(report.runs.items()):
+        known = [point for point in points if point.best in report.scores]
+        curve.step(
+            [point.seconds for point in known],
+            [report.scores[point.best].speedup for point in known],
+            where="post",
+            color=f"C{number}",
+            label=method,
+        )
+    curve.axhline(1.0, color="grey", linewidth=1)
+    curve.set(xlabel="seconds of search", ylabel="predicted speedup on held-out text")
+    for panel in (front, curve):
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize="small")
+    figure.savefig(path)
+
+
+def plot_drafting(report: DraftingReport, path: Path) -> None:
+    """Speed against plain decoding by mode: median and quartiles over prompts."""
+    figure, (panel,) = _panels(1)
+    rows = [summary for summary in report.summaries() if summary.ratio]
+    for number, summary in enumerate(reversed(rows)):
+        ratio = summary.ratio
+        assert ratio is not None
+        panel.errorbar(
+            [ratio.median],
+            [number],
+            xerr=[[ratio.median - ratio.q1], [ratio.q3 - ratio.median]],
+            fmt="o",
+            color="C0",
+            capsize=3,
+        )
+    panel.axvline(1.0, color="grey", linewidth=1)
+    panel.set_yticks(range(len(rows)), [summary.mode for summary in reversed(rows)])
+    panel.set(xlabel="tokens a second / plain decoding's, by prompt: median, quartiles")
+    figure.savefig(path)

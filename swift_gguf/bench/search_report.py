@@ -1,0 +1,276 @@
+"""The report of `swift_gguf.bench.search_quality`: values, statistics, JSON, and tables to read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from swift_gguf.bench.markdown import markdown
+from swift_gguf.bench.report import Subject
+from swift_gguf.bench.spread import Machine
+from swift_gguf.cost import Costs
+from swift_gguf.search.objective import Objective, Outcome
+from swift_gguf.subnetwork import SubNetwork, format_layers
+
+BLOCK = 32
+"""Positions that an interval takes for dependent."""
+
+_T = TypeVar("_T")
+
+
+# -- values ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to compare, and for how long."""
+
+    tokens: int = 128
+    """Of an answer, at most."""
+    seconds: float = 120.0
+    """Search time of each method."""
+    ratios: tuple[float, ...] = (0.15, 0.3, 0.45)
+    """The paper's r, the share of sub-layers to skip: a method each."""
+    checkpoints: int = 20
+    """About how often a method's best is noted; each text comes equally often."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What a method held best after some time."""
+
+    seconds: float
+    steps: int
+    best: SubNetwork
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A sub-network on the held-out texts, the target's cache for the past."""
+
+    pass_share: float
+    """Time of a draft pass, of a full pass's."""
+    agreement: float
+    low: float
+    high: float
+    """95 % interval of the agreement, for more text of the same kinds."""
+    speedup: float
+    """Predicted, at the draft length and threshold that suit these texts best."""
+    draft_max: int
+    p_min: float
+    positions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What two estimators say of a sub-network, and what became of real drafts."""
+
+    pass_share: float
+    own_past: float
+    """Matchness in windows of 32 (SWIFT, §4.1)."""
+    target_past: float
+    live_first: float
+    """Share of the first tokens of drafts that were accepted."""
+    live_judged: float
+    """Share of all tokens that were judged: behind a rejected one none is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """A document, without its tokens."""
+
+    category: str
+    question_id: str
+    prompt_n: int
+    answer_n: int
+    held_out: bool
+
+
+@dataclass(kw_only=True)
+class Report:
+    """Filled while the measurement runs, so that an interrupted one keeps what is there."""
+
+    options: Options
+    machine: Machine | None = None
+    subject: Subject | None = None
+    texts: list[Text] = field(default_factory=list)
+    costs: Costs | None = None
+    runs: dict[str, list[Checkpoint]] = field(default_factory=dict)
+    """By method."""
+    named: dict[str, SubNetwork] = field(default_factory=dict)
+    """The sub-networks of the table, by what to call them."""
+    scores: dict[SubNetwork, Score] = field(default_factory=dict)
+    estimates: dict[SubNetwork, Estimate] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "options": asdict(self.options),
+            "machine": asdict(self.machine) if self.machine else None,
+            "subject": asdict(self.subject) if self.subject else None,
+            "texts": [asdict(text) for text in self.texts],
+            "costs": self.costs.as_dict() if self.costs else None,
+            "runs": {
+                method: [
+                    {"seconds": point.seconds, "steps": point.steps, **_layers(point.best)}
+                    for point in points
+                ]
+                for method, points in self.runs.items()
+            },
+            "named": {name: _layers(subnetwork) for name, subnetwork in self.named.items()},
+            "scores": [_layers(s) | asdict(score) for s, score in self.scores.items()],
+            "estimates": [_layers(s) | asdict(value) for s, value in self.estimates.items()],
+        }
+
+
+def _layers(subnetwork: SubNetwork) -> dict[str, str]:
+    return {
+        "skip_attn": format_layers(subnetwork.skip_attn),
+        "skip_ffn": format_layers(subnetwork.skip_ffn),
+    }
+
+
+# -- statistics ------------------------------------------------------------------------------------
+
+
+def pass_share(costs: Costs, subnetwork: SubNetwork) -> float:
+    """Time of a draft pass, of a full pass's."""
+    return costs.draft_ms(subnetwork) / costs.verify_ms(1)
+
+
+def score(subnetwork: SubNetwork, outcomes: Sequence[Outcome], costs: Costs) -> Score:
+    """Of outcomes on whole texts."""
+    rate = Objective(costs=costs).rate(subnetwork, outcomes)
+    low, high = interval(np.concatenate([outcome.agrees for outcome in outcomes]))
+    return Score(
+        pass_share=pass_share(costs, subnetwork),
+        agreement=rate.agreement,
+        low=low,
+        high=high,
+        speedup=rate.speedup,
+        draft_max=rate.draft_max,
+        p_min=rate.p_min,
+        positions=rate.positions,
+    )
+
+
+def interval(agrees: NDArray[np.bool_], *, draws: int = 2000) -> tuple[float, float]:
+    """95 % of a share of dependent positions: circular block bootstrap (Politis & Romano 1992)."""
+    n, block = len(agrees), min(BLOCK, len(agrees))
+    sums = np.cumsum(np.concatenate([[0], agrees, agrees[: block - 1]]))
+    shares = (sums[block:] - sums[:-block]) / block  # of the block from each position on
+    starts = np.random.default_rng(0).integers(n, size=(draws, -(-n // block)))
+    low, high = np.quantile(shares[starts].mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def varied(values: Mapping[_T, float], n: int) -> list[_T]:
+    """At most n of the keys, their values as evenly over the whole range as there are any."""
+    if not values:
+        return []
+    left = dict(values)
+    targets = np.linspace(min(values.values()), max(values.values()), min(n, len(values)))
+    chosen = []
+    for target in targets:
+        nearest = min(left, key=lambda key: abs(left[key] - target))
+        chosen.append(nearest)
+        del left[nearest]
+    return chosen
+
+
+def mean_error(estimates: Sequence[Estimate], estimator: str, live: str) -> float:
+    """Mean absolute error of a field of `Estimate` against another one."""
+    errors = [abs(getattr(item, estimator) - getattr(item, live)) for item in estimates]
+    return sum(errors) / len(errors)
+
+
+# -- to read ---------------------------------------------------------------------------------------
+
+
+def render(report: Report) -> str:
+    """Markdown; sections that an interrupted measurement has nothing for are left out."""
+    return "\n\n".join(_sections(report))
+
+
+def _sections(report: Report) -> Iterator[str]:
+    subject, where, texts = report.subject, report.machine, report.texts
+    if subject and where:
+        held_out = sum(text.held_out for text in texts)
+        yield (
+            f"{subject.name}, {subject.description}, {subject.n_threads} threads on "
+            f"{subject.device} ({where.cpu}, load before {where.load:.1f}); "
+            f"{len(texts) - held_out} texts searched on, {held_out} held out; "
+            f"{report.options.seconds:g} s of search for each method"
+        )
+    if report.scores:
+        yield "### Sub-networks on held-out text"
+        yield markdown(
+            ["found by", "left out", "cost left", "agreement (95 %)", "predicted speedup"],
+            (_front(name, s, report.scores[s]) for name, s in report.named.items()),
+        )
+        yield "### Held-out quality by search time: predicted speedup, agreement"
+        yield markdown(["seconds", *report.runs], _curves(report))
+    if report.estimates:
+        yield "### Estimators against real drafts"
+        yield markdown(
+            [
+                "left out",
+                "cost left",
+                "own past (paper)",
+                "target's past",
+                "accepted, first tokens",
+                "accepted, all judged",
+            ],
+            (_estimate(s, estimate) for s, estimate in report.estimates.items()),
+        )
+        yield markdown(["mean absolute error", "first tokens", "all judged"], _errors(report))
+
+
+def _front(name: str, subnetwork: SubNetwork, score: Score) -> list[str]:
+    agreement = f"{score.agreement:.3f} ({score.low:.3f}-{score.high:.3f})"
+    return [
+        name,
+        _left_out(subnetwork),
+        f"{score.pass_share:.2f}",
+        agreement,
+        f"{score.speedup:.3f}",
+    ]
+
+
+def _curves(report: Report) -> Iterator[list[str]]:
+    for points in zip(*report.runs.values(), strict=False):  # interrupted, one may be longer
+        scores = [report.scores[point.best] for point in points]
+        yield [
+            f"{points[0].seconds:.0f}",
+            *(f"{score.speedup:.3f}, {score.agreement:.2f}" for score in scores),
+        ]
+
+
+def _estimate(subnetwork: SubNetwork, estimate: Estimate) -> list[str]:
+    shares = (
+        estimate.own_past,
+        estimate.target_past,
+        estimate.live_first,
+        estimate.live_judged,
+    )
+    return [
+        _left_out(subnetwork),
+        f"{estimate.pass_share:.2f}",
+        *(f"{share:.3f}" for share in shares),
+    ]
+
+
+def _errors(report: Report) -> Iterator[list[str]]:
+    estimates = list(report.estimates.values())
+    for name, estimator in (("own past (paper)", "own_past"), ("target's past", "target_past")):
+        errors = (mean_error(estimates, estimator, f"live_{live}") for live in ("first", "judged"))
+        yield [name, *(f"{error:.3f}" for error in errors)]
+
+
+def _left_out(subnetwork: SubNetwork) -> str:
+    return str(subnetwork).removeprefix("without ")

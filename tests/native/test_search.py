@@ -1,0 +1,536 @@
+"""Search, idle time, profiles and drawn drafts on real, generated models."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from swift_gguf import learning, sampling
+from swift_gguf.drafting import LayerSkip
+from swift_gguf.drafting.policy import Threshold
+from swift_gguf.drafting.tree import Shape
+from swift_gguf.engine import SamplesRows, generate
+from swift_gguf.errors import DecodeError, SubnetworkError, UnsupportedModelError
+from swift_gguf.learning import space_of
+from swift_gguf.model import Model
+from swift_gguf.profile import Store, fingerprint
+from swift_gguf.sampling import Sampler, SamplingOptions, SpeculativeSampler
+from swift_gguf.search.drivers import IdleSearch, OnTheFly
+from swift_gguf.search.objective import Outcome, Window
+from swift_gguf.search.optimizer import Search
+from swift_gguf.search.space import Space
+from swift_gguf.search.window import TextWindow, Windows
+from swift_gguf.speculation import TREES, Speculation, SpeculationOptions
+from swift_gguf.stats import Stats
+from swift_gguf.subnetwork import SubNetwork
+
+PROMPT = list(range(5, 25))
+GREEDY = SamplingOptions(temperature=0.0)
+INVARIANT = "Q8_0"  # kernels that round the same at every width
+N_LAYER = 8
+NOOP_ATTN, NOOP_FFN = (2, 5), (1, 3, 6)
+
+Opener = Callable[..., Model]
+Tiny = Callable[..., Path]
+
+
+@dataclass(frozen=True)
+class FixedCosts:
+    """In milliseconds; the same on every machine, so that a search is, too."""
+
+    n_layer: int = N_LAYER
+
+    def draft_ms(self, subnetwork: SubNetwork) -> float:
+        skipped = len(subnetwork.skip_attn) + len(subnetwork.skip_ffn)
+        return 1.0 - 0.9 * skipped / (2 * self.n_layer)
+
+    def verify_ms(self, width: int) -> float:
+        return 1.0 + 0.1 * (width - 1)
+
+
+def with_no_ops(tiny: Tiny, **options: Any) -> Path:
+    return tiny(
+        "llama", n_layer=N_LAYER, quant=INVARIANT, noop_attn=NOOP_ATTN, noop_ffn=NOOP_FFN, **options
+    )
+
+
+def without_no_ops(tiny: Tiny) -> Path:
+    return tiny("llama", n_layer=N_LAYER, quant=INVARIANT)
+
+
+def run(model: Model, prompt: Sequence[int], n: int, **options: Any) -> list[int]:
+    """Greedy, unless another sampler is given."""
+    with Sampler(model, GREEDY) as greedy:
+        sampler: SamplesRows = options.pop("sampler", greedy)
+        tokens = generate(model, prompt, sampler=sampler, max_tokens=n, **options)
+        return [token.id for token in tokens]
+
+
+def space(model: Model) -> Space:
+    found = space_of(model)
+    assert found is not None
+    return found
+
+
+# -- the search ------------------------------------------------------------------------------------
+
+
+def search_own_text(model: Model, steps: int, *, seed: int = 0) -> Search:
+    """On consecutive windows of what the model writes by itself."""
+    prompt = list(PROMPT)
+    while model.n_past < 480:  # a text may end
+        prompt += [*run(model, prompt, 480 - model.n_past), 7 + len(prompt) % 50]
+    search = Search(space(model), FixedCosts(), seed=seed)
+    starts = range(len(PROMPT), model.n_past - 33, 32)
+    for i in range(steps):
+        search.step(TextWindow(model, starts[i // 10 % len(starts)], 32))
+        if search.done:
+            break
+    return search
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_planted_no_ops_are_found_and_their_drafts_accepted(
+    tiny: Tiny, open_model: Opener, seed: int
+) -> None:
+    model = open_model(with_no_ops(tiny), n_ctx=512)
+    search = search_own_text(model, 250, seed=seed)
+    assert search.best == SubNetwork(
+        n_layer=N_LAYER, skip_attn=frozenset(NOOP_ATTN), skip_ffn=frozenset(NOOP_FFN)
+    )
+    assert search.rate(search.best).agreement == 1.0
+    stats, prompt = Stats(), [9, *PROMPT]
+    drafted = run(model, prompt, 100, drafter=LayerSkip(model, search.best), stats=stats)
+    assert stats.acceptance_rate == 1.0
+    assert stats.drafted > 50
+    assert drafted == run(model, prompt, 100)
+
+
+def test_where_nothing_may_be_skipped_the_search_does_no_harm(
+    tiny: Tiny, open_model: Opener
+) -> None:
+    path = without_no_ops(tiny)
+    model, plain = open_model(path, n_ctx=512), open_model(path, n_ctx=512)
+    search = Search(space(model), FixedCosts())
+    drafter = LayerSkip(model, search.best, policy=Threshold(0.5))
+
+    def adopt() -> None:
+        drafter.subnetwork = search.best
+
+    windows = Windows(model, n=16)
+    windows.first = len(PROMPT)
+    driver = OnTheFly(search, windows, cost_s=0.0, share=1.0, on_step=adopt)
+    stats = Stats()
+    tokens = run(model, PROMPT, 300, drafter=drafter, search=driver, stats=stats)
+    assert tokens == run(plain, PROMPT, 300)
+    assert model.tokens == plain.tokens
+    assert driver.meter.steps > 50
+    assert stats.search_s >= driver.meter.seconds > 0
+    rate = search.rate(search.best)
+    assert rate.positions >= 16
+    assert 0 < rate.agreement <= 1
+
+
+# -- idle time -------------------------------------------------------------------------------------
+
+
+def requests(rng: random.Random, n: int) -> Iterator[tuple[float, bool, list[int], int]]:
+    """Seconds of silence, whether it goes on with the text, what is said, how much is answered."""
+    for i in range(n):
+        said = [rng.randrange(5, 200) for _ in range(rng.randint(2, 12))]
+        yield rng.uniform(0.0, 0.25), i > 0 and rng.random() < 0.6, said, rng.randint(5, 15)
+
+
+def test_texts_are_the_same_while_a_search_uses_the_idle_time(
+    tiny: Tiny, open_model: Opener, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = without_no_ops(tiny)
+    model, undisturbed = open_model(path, n_ctx=512), open_model(path, n_ctx=512)
+    windows = Windows(model, n=32, chunk=8)
+    waits: list[float] = []
+    steps: list[int] = []
+    search = Search(space(model), FixedCosts(), patience=10**6)
+    with IdleSearch(model, search, windows) as idle:
+        text: list[int] = []
+        for silence, goes_on, said, n in requests(random.Random(3), 25):
+            time.sleep(silence)
+            start = time.perf_counter()
+            with idle.paused():
+                waits.append(time.perf_counter() - start)
+                steps.append(idle.meter.steps)
+                prompt = [*text, *said] if goes_on and len(text) < 400 else said
+                windows.first = len(prompt)
+                drafter = LayerSkip(model, search.best, policy=Threshold(0.3))
+                answer = run(model, prompt, n, drafter=drafter)
+                assert idle.meter.steps == steps[-1], "it goes on while the model is in use"
+            text = [*prompt, *answer]
+            assert answer == run(undisturbed, prompt, n)
+    with capsys.disabled():
+        ms = [1e3 * wait for wait in sorted(waits)]
+        print(f" [wait: median {ms[len(ms) // 2]:.2f} ms, max {ms[-1]:.2f} ms]", end="")
+    assert max(waits) <= 0.25
+    assert idle.meter.steps > 20
+    assert len(set(steps)) > 10  # in many of the silences, not in a single long one
+    assert not model.stop.is_up if hasattr(model.stop, "is_up") else True
+
+
+def test_an_idle_error_surfaces_at_close_and_the_text_goes_on(
+    tiny: Tiny, open_model: Opener
+) -> None:
+    class Broken:
+        best = SubNetwork(n_layer=N_LAYER)
+        done = False
+
+        def step(self, window: Window) -> None:
+            raise DecodeError("the search is broken")
+
+    path = without_no_ops(tiny)
+    model, plain = open_model(path), open_model(path)
+    expected = run(plain, PROMPT, 40)
+    idle = IdleSearch(model, Broken(), Windows(model, n=16))
+    with idle.paused():
+        first = run(model, PROMPT, 20)
+    time.sleep(0.05)
+    with idle.paused():
+        assert [*first, *run(model, [*PROMPT, *first], 20)] == expected
+    with pytest.raises(DecodeError, match="the search is broken"):
+        idle.close()
+    idle.close()  # told once
+    assert idle.meter.steps == 0
+
+
+def test_an_idle_search_rests_after_its_time_and_wakes_with_the_next_text(
+    tiny: Tiny, open_model: Opener
+) -> None:
+    model = open_model(without_no_ops(tiny))
+    search = Search(space(model), FixedCosts(), patience=10**6)
+    with IdleSearch(model, search, Windows(model, n=16), limit_s=0.05) as idle:
+        made = []
+        for _ in range(2):
+            with idle.paused():
+                run(model, PROMPT, 40)
+            time.sleep(0.4)
+            made.append(idle.meter.steps)
+            time.sleep(0.2)
+            assert idle.meter.steps == made[-1] > 0
+    assert made[1] > made[0]
+
+
+# -- profiles and speculation ----------------------------------------------------------------------
+
+
+def converse(model: Model, speculation: Speculation, n: int = 300) -> list[int]:
+    search = speculation.begin(len(PROMPT))
+    return run(model, PROMPT, n, drafter=speculation.drafter, search=search)
+
+
+def learn(model: Model, store: Store, *, steps: int = 60) -> Speculation:
+    """A first run: text, then a search on it as in idle time."""
+    speculation = Speculation(model, SpeculationOptions(mode="layer-skip"), store=store)
+    converse(model, speculation)
+    assert speculation.learning is not None
+    windows = Windows(model, n=32)
+    windows.first = len(PROMPT)
+    for _ in range(steps):
+        window = windows()
+        assert window is not None
+        speculation.learning.searcher.step(window)
+        speculation.learning.meter.steps += 1
+        speculation.learning.meter.seconds += 0.01
+        run(model, [*model.tokens, 9], 1)  # the text goes on
+        if model.n_past > 470:
+            converse(model, speculation)
+    return speculation
+
+
+def test_what_one_run_learned_the_next_begins_with(
+    tiny: Tiny, open_model: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, store = with_no_ops(tiny), Store(tmp_path)
+    model = open_model(path, n_ctx=512)
+    first = learn(model, store)
+    assert first.why.startswith("uniform start")
+    assert first.learning is not None
+    first.save()
+    stored = store.load(fingerprint(path))
+    assert stored is not None
+    assert stored.evaluations == first.learning.meter.steps
+    assert stored.search_s == pytest.approx(first.learning.meter.seconds)
+    assert stored.known
+
+    first.save()  # nothing has happened since
+    assert store.load(fingerprint(path)) == stored
+
+    measured: list[Any] = []
+    monkeypatch.setattr(learning, "measure", lambda *args, **kwargs: measured.append(args))
+    again = Speculation(
+        open_model(path, n_ctx=512), SpeculationOptions(mode="layer-skip"), store=Store(tmp_path)
+    )
+    assert again.learning is not None
+    assert measured == [], "costs are known"
+    assert again.learning.costs == first.learning.costs
+    assert again.learning.best == stored.known[0].subnetwork
+    assert again.drafter is not None
+    assert again.drafter.subnetwork == again.learning.best
+    assert again.why.startswith("from the profile")
+    again.save()  # it has only read
+    assert store.load(fingerprint(path)) == stored
+
+
+def test_the_best_of_a_run_is_the_best_in_the_profile(
+    tiny: Tiny, open_model: Opener, tmp_path: Path
+) -> None:
+    path, store = with_no_ops(tiny), Store(tmp_path)
+    speculation = learn(open_model(path, n_ctx=512), store, steps=150)
+    assert speculation.learning is not None
+    speculation.save()
+    stored = store.load(fingerprint(path))
+    assert stored is not None
+    by_speed = sorted(speculation.learning.found(), key=lambda known: -known.speedup)
+    assert [known.subnetwork for known in stored.known] == [known.subnetwork for known in by_speed]
+    assert speculation.learning.best in {known.subnetwork for known in stored.known}
+
+
+def speculate(model: Model, folder: Path, **options: Any) -> Speculation:
+    return Speculation(model, SpeculationOptions(**options), store=Store(folder))
+
+
+def test_switched_off_nothing_is_touched(tiny: Tiny, open_model: Opener, tmp_path: Path) -> None:
+    model = open_model(without_no_ops(tiny))
+    speculation = speculate(model, tmp_path, mode="off")
+    assert (speculation.drafter, speculation.learning) == (None, None)
+    assert speculation.why == "switched off"
+    assert speculation.begin(len(PROMPT)) is None
+    assert speculation.idle_search() is None
+    speculation.save()
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_model_that_cannot_roll_back(tiny: Tiny, open_model: Opener, tmp_path: Path) -> None:
+    model = open_model(tiny("mamba"))
+    for options in ({"mode": "layer-skip"}, {"skip_ffn": frozenset([1])}):
+        with pytest.raises(UnsupportedModelError, match="--speculation off"):
+            speculate(model, tmp_path, **options)
+    speculation = speculate(model, tmp_path)
+    assert (speculation.drafter, speculation.learning) == (None, None)
+    assert speculation.why == model.rollback_refusal
+    assert len(run(model, PROMPT, 10, drafter=speculation.drafter)) == 10
+
+
+def test_a_sub_network_by_hand_is_kept(tiny: Tiny, open_model: Opener, tmp_path: Path) -> None:
+    model = open_model(with_no_ops(tiny), n_ctx=512)
+    mine = SubNetwork(n_layer=N_LAYER, skip_attn=frozenset(NOOP_ATTN), skip_ffn=frozenset(NOOP_FFN))
+    options = {"skip_attn": mine.skip_attn, "skip_ffn": mine.skip_ffn}
+    for more in ({}, {"p_min": 0.5}):
+        speculation = speculate(model, tmp_path, **options, **more)
+        assert speculation.drafter is not None
+        assert speculation.why == f"as given: {mine}"
+        assert speculation.begin(len(PROMPT)) is None  # nothing to search
+        stats = Stats()
+        run(model, PROMPT, 60, drafter=speculation.drafter, stats=stats)
+        assert speculation.drafter.subnetwork == mine
+        assert stats.acceptance_rate == 1.0 or not stats.drafted
+        speculation.save()
+        assert not list(tmp_path.glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "words"),
+    [
+        ("llama", {"skip_ffn": frozenset([2, 77])}, "layer 77 does not exist"),
+        ("apertus", {"skip_ffn": frozenset([1, 2])}, "cannot skip FFN 1-2: this architecture"),
+    ],
+)
+def test_layers_that_cannot_be_skipped_are_named(
+    family: str,
+    options: dict[str, Any],
+    words: str,
+    tiny: Tiny,
+    open_model: Opener,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(SubnetworkError, match=words) as caught:
+        speculate(open_model(tiny(family)), tmp_path, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("search", ["auto", "paper", "off"])
+def test_every_search_and_tree_gives_the_same_text(
+    tree: str, search: str, tiny: Tiny, open_model: Opener, tmp_path: Path
+) -> None:
+    path = without_no_ops(tiny)
+    model, plain = open_model(path), open_model(path)
+    speculation = speculate(model, tmp_path, mode="layer-skip", search=search, tree=tree, p_min=0.2)
+    stats = Stats()
+    beside = speculation.begin(len(PROMPT))
+    assert (beside is None) == (search == "off")
+    tokens = run(
+        model, PROMPT, 120, drafter=speculation.drafter, search=beside, stats=stats
+    )
+    assert tokens == run(plain, PROMPT, 120)
+    assert stats.drafted > 0
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="a window that the context has no more room for ends the generation",
+)
+def test_a_search_does_not_end_a_text_before_the_context_does(
+    tiny: Tiny, open_model: Opener
+) -> None:
+    path = without_no_ops(tiny)
+    model, plain = open_model(path), open_model(path)
+    windows = Windows(model, n=16)
+    windows.first = len(PROMPT)
+    driver = OnTheFly(Search(space(model), FixedCosts()), windows, cost_s=0.0, share=1e3)
+    stats = Stats()
+    assert run(model, PROMPT, 1000, search=driver, stats=stats) == run(plain, PROMPT, 1000)
+    assert stats.stop_reason == "context"
+
+
+# -- drawn drafts ----------------------------------------------------------------------------------
+
+SKIPPING = SubNetwork(n_layer=4, skip_attn=frozenset([1]), skip_ffn=frozenset([2]))
+DRAWN = SamplingOptions(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+
+
+def drawn(
+    model: Model,
+    options: SamplingOptions,
+    n: int,
+    *,
+    shape: Shape = TREES["chain"],
+    stats: Stats | None = None,
+) -> list[int]:
+    with SpeculativeSampler(model, options, prompt=PROMPT) as sampler:
+        drafter = LayerSkip(model, SKIPPING, shape=shape, sampler=sampler)
+        return run(model, PROMPT, n, sampler=sampler, drafter=drafter, stats=stats)
+
+
+@pytest.mark.parametrize("shape", TREES.values(), ids=TREES)
+def test_a_seed_determines_a_drawn_text(shape: Shape, tiny: Tiny, open_model: Opener) -> None:
+    model = open_model(tiny("llama"))
+    for options in (
+        replace(DRAWN, temperature=0.7),
+        SamplingOptions(repeat_penalty=1.2),
+        SamplingOptions(temperature=1.5, grammar="root ::= [a-z]+"),
+    ):
+        texts, drafts = [], 0
+        for seed in (1, 1, 2):
+            stats = Stats()
+            texts.append(drawn(model, replace(options, seed=seed), 60, shape=shape, stats=stats))
+            drafts += stats.accepted
+            assert len(texts[-1]) == 60 or stats.stop_reason == "eos"
+        assert texts[0] == texts[1] != texts[2]
+        assert drafts > 0
+
+
+@pytest.mark.parametrize("shape", TREES.values(), ids=TREES)
+def test_at_temperature_0_drawn_text_is_greedy_text(
+    shape: Shape, tiny: Tiny, open_model: Opener
+) -> None:
+    model, plain = (open_model(tiny("llama", quant=INVARIANT)) for _ in range(2))
+    assert drawn(model, GREEDY, 80, shape=shape) == run(plain, PROMPT, 80)
+    assert model.tokens == plain.tokens
+
+
+def test_a_drawn_text_ends_with_the_context(tiny: Tiny, open_model: Opener) -> None:
+    model = open_model(tiny("llama"))
+    for seed in range(20):
+        stats = Stats()
+        drawn(model, replace(DRAWN, seed=seed), 1000, shape=TREES["best-first"], stats=stats)
+        if stats.stop_reason == "context":
+            assert model.n_past == model.n_ctx
+            return
+    pytest.fail("every text ended by itself")
+
+
+# -- the law of drawn text -------------------------------------------------------------------------
+
+N_TEXTS = 2500
+LENGTH = 5
+"""So that the second and third token come from a draft of three, or from after it."""
+
+
+class Law:
+    """Exact probabilities of a model's texts, from its own logits, in numpy."""
+
+    def __init__(self, model: Model, temperature: float) -> None:
+        self._model, self._temperature = model, temperature
+
+    def after(self, text: Sequence[int]) -> NDArray[np.float64]:
+        model = self._model
+        tokens = [*PROMPT, *text]
+        model.clear()
+        model.decode(tokens)
+        logits = model.logits(0).astype(np.float64) / self._temperature
+        weights = np.exp(logits - logits.max())
+        return np.asarray(weights / weights.sum())
+
+    def texts(self, n: int, at_least: float) -> dict[tuple[int, ...], float]:
+        """All texts of n tokens that are at least so likely; none with an end of generation."""
+        found: dict[tuple[int, ...], float] = {(): 1.0}
+        for _ in range(n):
+            found = {
+                (*text, token): p * q
+                for text, p in found.items()
+                for token, q in enumerate(self.after(text))
+                if p * q >= at_least and not self._model.is_eog(token)
+            }
+        return found
+
+
+def surprise(texts: Sequence[Sequence[int]], law: dict[tuple[int, ...], float]) -> float:
+    """Pearson's statistic in standard deviations from its mean; what is not in `law` is one cell."""
+    counts = Counter(tuple(text) if tuple(text) in law else None for text in texts)
+    expected: dict[tuple[int, ...] | None, float] = {k: len(texts) * p for k, p in law.items()}
+    expected[None] = len(texts) * (1 - sum(law.values()))
+    assert min(expected.values()) >= 5
+    statistic = sum((counts[cell] - mean) ** 2 / mean for cell, mean in expected.items())
+    freedom = len(expected) - 1
+    assert freedom >= 10, "too few to tell"
+    return (statistic - freedom) / math.sqrt(2 * freedom)
+
+
+def take_the_first_child(
+    p: sampling.Distribution, q: sampling.Distribution | None, children: Sequence[int], rng: Any
+) -> int:
+    return children[0] if children else true_choose(p, q, children, rng)
+
+
+true_choose = sampling.choose
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tree", ["chain", "best-first"])
+def test_drawn_texts_follow_the_target_s_law(
+    tree: str, tiny: Tiny, open_model: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The joint law of the first three tokens; the control accepts whatever was drafted first."""
+    model = open_model(tiny("llama"))
+    law = Law(model, DRAWN.temperature).texts(3, 5 / N_TEXTS)
+
+    def sample(n: int) -> tuple[float, float]:
+        texts, stats = [], Stats()
+        for seed in range(n):
+            options = replace(DRAWN, seed=seed)
+            texts.append(drawn(model, options, LENGTH, shape=TREES[tree], stats=stats)[:3])
+        return surprise(texts, law), stats.acceptance_rate
+
+    true, acceptance = sample(N_TEXTS)
+    assert 0.1 < acceptance < 0.95
+    monkeypatch.setattr(sampling, "choose", take_the_first_child)
+    forced, _ = sample(N_TEXTS)
+    assert true < 4
+    assert forced > 12

@@ -1,0 +1,63 @@
+"""Suites of prompts: what is read, and what is said of what cannot be."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swift_gguf.errors import SuiteError
+from swift_gguf.suite import BUILT_IN, Row, read_suite
+
+
+def write(folder: Path, *rows: object) -> Path:
+    path = folder / "suite.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def test_rows(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        {"category": "math", "question_id": 3, "turns": ["1 + 1?", "and 2 + 2?"], "more": 1},
+        {"turns": ["é"]},
+    )
+    assert read_suite(path) == [
+        Row(category="math", question_id="3", turns=("1 + 1?", "and 2 + 2?")),
+        Row(category="", question_id="2", turns=("é",)),
+    ]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [[], "text", 3, None, {}, {"turns": []}, {"turns": "text"}, {"turns": [1]}, {"turns": [" "]}],
+)
+def test_other_lines_are_named(row: object, tmp_path: Path) -> None:
+    path = write(tmp_path, {"turns": ["x"]}, row)
+    with pytest.raises(SuiteError, match="line 2"):
+        read_suite(path)
+
+
+def test_no_file_and_no_prompts(tmp_path: Path) -> None:
+    with pytest.raises(SuiteError, match="No such file"):
+        read_suite(tmp_path / "none.jsonl")
+    with pytest.raises(SuiteError, match="holds no prompts"):
+        read_suite(write(tmp_path))
+
+
+@given(content=st.binary(max_size=60))
+def test_any_bytes_are_a_suite_or_an_error(
+    content: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.write_bytes(content)
+    with suppress(SuiteError):
+        assert all(row.turns for row in read_suite(path))
+
+
+def test_built_in_prompts_differ() -> None:
+    assert len(set(BUILT_IN)) == len(BUILT_IN) >= 10
