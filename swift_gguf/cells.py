@@ -22,6 +22,7 @@ PARKED = 1
 FIRST_BRANCH = 2
 N_SEQUENCES = 48
 """Trunk, parked cells and branches: room for a scoring window of 32 positions, each a sequence."""
+MAX_BRANCHES = N_SEQUENCES - FIRST_BRANCH
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,7 @@ class Learning:
                         positions=item.positions,
                         agreement=item.agreement,
                         speedup=item.rate.speedup,
+                        value=item.rate.value * self.here.verify_ms(1) / 1e3,
                     )
         return list(found.values())
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +20,8 @@ from swift_gguf.errors import (
 )
 from swift_gguf.gguf_check import check
 from swift_gguf.native import SUBLAYER_STATUS, Cost, StopFlag, SubnetworkHandle, library
-from swift_gguf.subnetwork import SubNetwork, parse_layers
+from swift_gguf.subnetwork import SubNetwork
+from swift_gguf.threads import default_threads
 
 DEFAULT_CONTEXT = 4096
 
@@ -441,32 +440,3 @@ def _cause(messages: Sequence[str]) -> str:
     """The most telling of llama.cpp's messages: the first is the cause, the rest its echo."""
     lines = [line.strip(" .") for line in messages if line.strip(" .")]
     return lines[0].split("\n")[0] if lines else "llama.cpp gives no reason"
-
-
-def default_threads() -> int:
-    """Physical cores this process may use, performance cores only where there are two kinds.
-
-    Decoding is bound by memory: a second hardware thread a core gains nothing, and one slow core
-    holds all others up at every operation.
-    """
-    if sys.platform == "darwin":
-        for key in ("hw.perflevel0.physicalcpu", "hw.physicalcpu"):
-            done = subprocess.run(["sysctl", "-n", key], capture_output=True, text=True)
-            if done.stdout.strip().isdigit():
-                return int(done.stdout)
-    if hasattr(os, "sched_getaffinity"):
-        cores = set()
-        for cpu in os.sched_getaffinity(0) & (_performance_cpus() or os.sched_getaffinity(0)):
-            siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-            cores.add(siblings.read_text() if siblings.exists() else str(cpu))
-        return max(1, len(cores))
-    return max(1, (os.cpu_count() or 2) // 2)
-
-
-def _performance_cpus() -> set[int]:
-    """Linux' list of performance cores on processors with two kinds; empty on others."""
-    try:
-        text = Path("/sys/devices/cpu_core/cpus").read_text()
-    except OSError:
-        return set()
-    return set(parse_layers(text.strip()))

@@ -62,11 +62,14 @@ class Known:
     """Share of the positions where its draft was right."""
     speedup: float
     """Predicted tokens a second, divided by those of plain decoding."""
+    value: float
+    """What the search maximises (`objective.Rate.value`), divided by plain decoding's speed."""
 
     def __post_init__(self) -> None:
         _require_whole(self.positions)
         _require_real(self.agreement, most=1.0)
         _require_real(self.speedup)
+        _require_real(self.value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +127,7 @@ class Profile:
         if (self.fingerprint, self.n_layer) != (learned.fingerprint, learned.n_layer):
             raise ValueError(f"{learned.model} is another model than {self.model}")
         best: dict[SubNetwork, Known] = {}
-        for known in sorted([*self.known, *learned.known], key=lambda k: (k.positions, k.speedup)):
+        for known in sorted([*self.known, *learned.known], key=lambda k: (k.positions, k.value)):
             best[known.subnetwork] = known
         return Profile(
             fingerprint=self.fingerprint,
@@ -138,7 +141,7 @@ class Profile:
 
 def _rank(known: Known) -> tuple[float, int, str]:
     """The order of `Profile.known`; the last two only settle ties."""
-    return -known.speedup, -known.positions, str(known.subnetwork)
+    return -known.value, -known.positions, str(known.subnetwork)
 
 
 def _require_whole(value: object) -> None:
@@ -177,6 +180,7 @@ def _to_json(profile: Profile) -> str:
             "positions": item.positions,
             "agreement": item.agreement,
             "speedup": item.speedup,
+            "value": item.value,
         }
         for item in profile.known
     ]

@@ -1,4 +1,4 @@
-"""What a search costs on the first answers of a model that nothing is known of."""
+"""What a search on the fly costs on the first answers of a model that nothing is known of."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import Any
 
 from swift_gguf.bench.corpus import Progress, Prompt, decode
+from swift_gguf.bench.output import layers
 from swift_gguf.errors import UnsupportedModelError
 from swift_gguf.model import Model
 from swift_gguf.profile import Store
@@ -19,7 +20,7 @@ from swift_gguf.subnetwork import SubNetwork
 
 @dataclass(frozen=True, kw_only=True)
 class ColdAnswer:
-    """One of the first answers with an empty profile."""
+    """One of the first answers."""
 
     prompt_s: float
     cycle_s: float
@@ -34,11 +35,11 @@ class ColdAnswer:
 
 @dataclass(kw_only=True)
 class Cold:
-    """A search on the fly, from nothing."""
+    """Filled while the answers come; times are seconds."""
 
-    measuring_s: float
-    """Costs of passes, once a model and machine."""
-    best: SubNetwork
+    measuring_s: float = 0.0
+    """What passes cost, once for a model and a machine."""
+    best: SubNetwork | None = None
     answers: list[ColdAnswer] = field(default_factory=list)
 
     @property
@@ -47,8 +48,13 @@ class Cold:
 
     @property
     def total_s(self) -> float:
-        """From the first prompt to the last token, and measuring before that."""
+        """Measuring, then from the first prompt to the last token."""
         return self.measuring_s + sum(answer.prompt_s + answer.cycle_s for answer in self.answers)
+
+    @property
+    def share(self) -> float:
+        """Of all time, what measuring and search took: measured, spread over nothing else."""
+        return (self.measuring_s + self.search_s) / self.total_s if self.answers else 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -56,39 +62,49 @@ class Cold:
             "measuring_s": self.measuring_s,
             "search_s": self.search_s,
             "total_s": self.total_s,
-            "best": layers(self.best),
+            "share": self.share,
+            "best": layers(self.best) if self.best else None,
             "answers": [asdict(answer) for answer in self.answers],
         }
+
+    def line(self) -> str:
+        """For people."""
+        if not self.answers:
+            return "From nothing: no answer was finished"
+        last = self.answers[-1]
+        speedup = f"{last.predicted_speedup:.2f}x" if last.predicted_speedup else "not known yet"
+        return (
+            f"From nothing, {len(self.answers)} answers: measuring {self.measuring_s:.2f} s and "
+            f"search {self.search_s:.2f} s, {self.share:.1%} of {self.total_s:.1f} s; "
+            f"{last.steps} scored; best {self.best}, predicted {speedup}"
+        )
 
 
 def measure_cold(
     model: Model,
     prompts: Sequence[Prompt],
-    report: Report,
+    cold: Cold,
     *,
     tokens: int,
     draft_max: int = 8,
     progress: Progress,
 ) -> None:
-    """Answers all prompts once, nothing known before, with the search on the fly.
+    """Answers all prompts once, with the search on the fly.  Leaves the context empty.
 
     Raises:
         UnsupportedModelError: the model cannot be rolled back, or has nothing to skip.
     """
-    report.machine, report.subject = report.machine or machine(), subject(model)
-    report.prompts = list(prompts)
     model.clear()
     options = SpeculationOptions(mode="layer-skip", draft_max=draft_max)
     with tempfile.TemporaryDirectory() as folder:
         start = perf_counter()
         speculation = Speculation(model, options, store=Store(Path(folder)))
-        measuring_s = perf_counter() - start
+        cold.measuring_s = perf_counter() - start
         learning = speculation.learning
         if learning is None:
             raise UnsupportedModelError(f"nothing to search: {speculation.why}")
-        cold = report.cold = Cold(measuring_s=measuring_s, best=learning.best)
         try:
-            for number, prompt in enumerate(prompts):
+            for prompt in prompts:
                 model.clear()
                 stats, _ = decode(model, prompt, speculation, tokens)
                 cold.best = learning.best
@@ -102,11 +118,6 @@ def measure_cold(
                         predicted_speedup=learning.predicted_speedup,
                     )
                 )
-                progress(
-                    f"cold, prompt {number + 1} of {len(prompts)}: {learning.meter.steps} scored, "
-                    f"search {cold.search_s:.1f} of {cold.total_s:.1f} s"
-                )
+                progress(cold.line())
         finally:
             model.clear()
-
-

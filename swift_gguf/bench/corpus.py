@@ -14,6 +14,8 @@ from swift_gguf.errors import SuiteError
 from swift_gguf.model import Model
 from swift_gguf.sampling import Sampler, SamplingOptions
 from swift_gguf.search.window import TextWindow
+from swift_gguf.speculation import Speculation
+from swift_gguf.stats import Stats
 from swift_gguf.suite import Row, read_suite
 from swift_gguf.text import chat_template, encode, render_chat
 

@@ -12,15 +12,13 @@ from typing import Any
 
 from swift_gguf.bench.cold import Cold
 from swift_gguf.bench.corpus import Progress, Prompt, decode, hold
-from swift_gguf.bench.markdown import markdown
 from swift_gguf.bench.mechanism import subject
+from swift_gguf.bench.output import layers, markdown
 from swift_gguf.bench.report import Subject
 from swift_gguf.bench.spread import Machine, Spread, machine
-from swift_gguf.engine import generate
 from swift_gguf.errors import ModelError, UnsupportedModelError
 from swift_gguf.model import Model
 from swift_gguf.profile import Store, fingerprint
-from swift_gguf.sampling import Sampler, SamplingOptions
 from swift_gguf.speculation import Speculation, SpeculationOptions
 from swift_gguf.stats import Stats
 from swift_gguf.subnetwork import SubNetwork
@@ -83,6 +81,11 @@ class Report:
     prompts: list[Prompt] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
     cold: Cold | None = None
+
+    def begin(self, model: Model, prompts: Sequence[Prompt]) -> None:
+        """Notes what will be measured, and where."""
+        self.machine, self.subject = machine(), subject(model)
+        self.prompts = list(prompts)
 
     def summaries(self) -> list[Summary]:
         """By mode, plain decoding first."""
@@ -195,8 +198,9 @@ def measure(
     store: Store | None = None,
     progress: Progress,
 ) -> None:
-    """Fills the report with answers of at most `tokens` tokens.  Leaves the context empty.
+    """Fills a report that was begun with answers of at most `tokens` tokens.
 
+    Leaves the context empty.
     The model is loaded with `corpus.context_size` of these prompts.
     store: where costs of passes are looked up; what is not there is measured.
 
@@ -204,8 +208,7 @@ def measure(
         UnsupportedModelError: the model cannot be rolled back.
         SubnetworkError: the sub-network cannot be skipped.
     """
-    report.machine, report.subject = machine(), subject(model)
-    report.subnetwork, report.prompts = subnetwork, list(prompts)
+    report.subnetwork = subnetwork
     contenders: list[tuple[str, Speculation | None]] = [(PLAIN, None)]
     for name, options in modes(draft_max).items():
         contenders.append((name, _by_hand(model, subnetwork, options, store)))
@@ -286,7 +289,7 @@ def _sections(report: Report) -> Iterator[str]:
             ["mode", "by prompt", "in all", "tok/s", "accepted", "length", "drafted", "diverged"],
             (_row(summary) for summary in summaries),
         )
-    if report.cold and report.cold.answers:
+    if report.cold:
         yield report.cold.line()
 
 

@@ -390,7 +390,7 @@ def _work(model: str, n_threads: int, n_gpu_layers: int) -> None:
 
     try:
         if not n_threads:
-            from swift_gguf.model import default_threads
+            from swift_gguf.threads import default_threads
 
             n_threads = default_threads()
         decoder = _Decoder(model, n_threads, n_gpu_layers)

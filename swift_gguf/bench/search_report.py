@@ -9,15 +9,15 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from swift_gguf.bench.markdown import markdown
+from swift_gguf.bench.output import layers, markdown
 from swift_gguf.bench.report import Subject
 from swift_gguf.bench.spread import Machine
 from swift_gguf.cost import Costs
 from swift_gguf.search.objective import Objective, Outcome
-from swift_gguf.subnetwork import SubNetwork, format_layers
+from swift_gguf.subnetwork import SubNetwork
 
 BLOCK = 32
-"""Positions that an interval takes for dependent."""
+"""Positions that an interval takes for dependent; a quarter of all if they are few."""
 
 _T = TypeVar("_T")
 
@@ -117,22 +117,15 @@ class Report:
             "costs": self.costs.as_dict() if self.costs else None,
             "runs": {
                 method: [
-                    {"seconds": point.seconds, "steps": point.steps, **_layers(point.best)}
+                    {"seconds": point.seconds, "steps": point.steps, **layers(point.best)}
                     for point in points
                 ]
                 for method, points in self.runs.items()
             },
-            "named": {name: _layers(subnetwork) for name, subnetwork in self.named.items()},
-            "scores": [_layers(s) | asdict(score) for s, score in self.scores.items()],
-            "estimates": [_layers(s) | asdict(value) for s, value in self.estimates.items()],
+            "named": {name: layers(subnetwork) for name, subnetwork in self.named.items()},
+            "scores": [layers(s) | asdict(score) for s, score in self.scores.items()],
+            "estimates": [layers(s) | asdict(value) for s, value in self.estimates.items()],
         }
-
-
-def _layers(subnetwork: SubNetwork) -> dict[str, str]:
-    return {
-        "skip_attn": format_layers(subnetwork.skip_attn),
-        "skip_ffn": format_layers(subnetwork.skip_ffn),
-    }
 
 
 # -- statistics ------------------------------------------------------------------------------------
@@ -161,7 +154,8 @@ def score(subnetwork: SubNetwork, outcomes: Sequence[Outcome], costs: Costs) -> 
 
 def interval(agrees: NDArray[np.bool_], *, draws: int = 2000) -> tuple[float, float]:
     """95 % of a share of dependent positions: circular block bootstrap (Politis & Romano 1992)."""
-    n, block = len(agrees), min(BLOCK, len(agrees))
+    n = len(agrees)
+    block = max(1, min(BLOCK, n // 4))
     sums = np.cumsum(np.concatenate([[0], agrees, agrees[: block - 1]]))
     shares = (sums[block:] - sums[:-block]) / block  # of the block from each position on
     starts = np.random.default_rng(0).integers(n, size=(draws, -(-n // block)))
@@ -186,7 +180,7 @@ def varied(values: Mapping[_T, float], n: int) -> list[_T]:
 def mean_error(estimates: Sequence[Estimate], estimator: str, live: str) -> float:
     """Mean absolute error of a field of `Estimate` against another one."""
     errors = [abs(getattr(item, estimator) - getattr(item, live)) for item in estimates]
-    return sum(errors) / len(errors)
+    return float(sum(errors) / len(errors))
 
 
 # -- to read ---------------------------------------------------------------------------------------

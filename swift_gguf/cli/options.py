@@ -58,7 +58,7 @@ speculation_flags = _all(
     click.option("--skip-attn", metavar="LAYERS", help="Draft without these attentions: 3,5-9."),
     click.option("--skip-ffn", metavar="LAYERS", help="Draft without these FFNs: 4,6."),
     click.option("--draft-max", default=8, show_default=True, metavar="N",
-                 type=click.IntRange(1, 45), help="Draft at most this many tokens."),
+                 type=click.IntRange(1, 64), help="Draft at most this many tokens."),
     click.option("--draft-p-min", metavar="P", type=click.FloatRange(0, 1),
                  help="Stop drafting below this probability.  [default: by measured acceptance]"),
     click.option("--draft-tree", default="chain", show_default=True,

@@ -30,7 +30,7 @@ SAVE_EVERY = 50  # steps
 @click.option("--minutes", default=DEFAULT_MINUTES, show_default=True, metavar="M",
               type=click.FloatRange(0, min_open=True))  # fmt: skip
 @click.option("--draft-max", default=8, show_default=True, metavar="N",
-              type=click.IntRange(1, 45), help="Longest draft considered.")  # fmt: skip
+              type=click.IntRange(1, 64), help="Longest draft considered.")  # fmt: skip
 @click.option("--reset", is_flag=True, help="Forget what was learned of the model, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @search_flags

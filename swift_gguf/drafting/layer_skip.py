@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from swift_gguf.cells import MAX_BRANCHES
 from swift_gguf.drafting.policy import Threshold
 from swift_gguf.drafting.tree import ROOT, Offer, Policy, Shape, Tree, grow, grow_sampled
 from swift_gguf.model import Model
@@ -58,7 +59,9 @@ class LayerSkip:
             return Tree()
         model = self._model
         n_past = model.n_past
-        shape = replace(self.shape, n_nodes=n_max)
+        is_chain = self.shape.branching(0.0) == 1
+        n_nodes = n_max if is_chain else min(n_max, MAX_BRANCHES)  # each leaf is a sequence
+        shape = replace(self.shape, n_nodes=n_nodes)
         decoded: dict[int, int] = {}  # tree node -> number among those decoded
 
         def decode(tree: Tree, node: int) -> None:
@@ -69,7 +72,7 @@ class LayerSkip:
 
         def expand(tree: Tree, node: int) -> list[Offer]:
             decode(tree, node)
-            tokens, probabilities = model.top(0, 10 if shape.branching(0.0) > 1 else 1)
+            tokens, probabilities = model.top(0, 1 if is_chain else shape.branching(0.0))
             return [Offer(*offer) for offer in zip(tokens, probabilities, strict=True)]
 
         def draw(

@@ -13,6 +13,15 @@ cycles that begin anywhere (renewal-reward).  The last pass of a draft that stop
 paid though its token is not drafted.  Behind a wrong draft token the draft's own confidence is
 unknown; the one on the true text stands in for it.
 
+Where that is below plain decoding, maximising it would find the draft that costs next to nothing and
+is never right: every cycle yields a token of the target's own.  So below plain, what counts is the
+tokens gained for the time added to a plain pass,
+
+    gain = sum_i (tokens_i - 1) / sum_i (cost_i - verify(1))
+
+The rate passes plain's just where the gain does, so the two meet there, and a search that climbs the
+gain climbs towards where speculation begins to pay.
+
 A window is read as a ring: runs cut by its end go on at its start.  Leaving such starts out, or
 only those whose end is not seen, would favour short runs; on a ring every position counts equally,
 and only one seam of n is made up (the circular block bootstrap, Politis & Romano 1992).
@@ -31,6 +40,7 @@ from numpy.typing import NDArray
 from swift_gguf.subnetwork import SubNetwork
 
 P_MIN_GRID = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9)
+TINY_S = 1e-9  # costs are measured: a draft may seem to take no time at all
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,9 @@ class Costs(Protocol):
 class Rate:
     """The best way to draft with a sub-network, and what it yields."""
 
+    value: float
+    """What is maximised: `tokens_per_s` where that is more than plain decoding's, else the tokens
+    gained per second added."""
     tokens_per_s: float
     speedup: float
     """Against plain decoding; below 1 speculation does not pay."""
@@ -100,7 +113,7 @@ class Rate:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """How much faster one sub-network is than another, in tokens per second."""
+    """How much more one sub-network is worth than another, in tokens per second."""
 
     difference: float
     standard_error: float
@@ -143,10 +156,13 @@ class Objective:
                 count += np.bincount(flat.ravel(), minlength=count.size).reshape(count.shape)
         positions = sum(map(len, outcomes))
         tokens = positions + np.cumsum(_at_least(counts[0]), axis=1)
-        rates = tokens / self._cost_s(subnetwork, counts[1])
-        p, d = np.unravel_index(np.argmax(rates), rates.shape)
+        seconds = self._cost_s(subnetwork, counts[1])
+        rates, gains = tokens / seconds, self._gain(tokens, seconds, positions)
+        values = np.where(rates >= self._plain, rates, gains)
+        p, d = np.unravel_index(np.argmax(values), values.shape)
         best = float(rates[p, d])
         return Rate(
+            value=float(values[p, d]),
             tokens_per_s=best,
             speedup=best * self.costs.verify_ms(1) / 1e3,
             draft_max=int(d) + 1,
@@ -158,10 +174,10 @@ class Objective:
     def compare(
         self, a: SubNetwork, b: SubNetwork, pairs: Sequence[tuple[Outcome, Outcome]]
     ) -> Comparison:
-        """How much faster a is than b, from outcomes of both on the same windows.
+        """How much more a is worth than b, from outcomes of both on the same windows.
 
-        The error is the delta method's: start i moves a rate by (tokens_i - rate cost_i) / mean
-        cost.  Starts are dependent, by overlapping drafts and by the text; so the variance is that
+        The error is the delta method's: start i moves a ratio of sums, rate or gain, by
+        (tokens_i - ratio cost_i) / mean cost.  Starts are dependent, by overlapping drafts and by the text; so the variance is that
         of sums over moving blocks (Bartlett's kernel on the ring), two longest drafts wide, or a
         quarter of a long window.  Clustering by window would need more windows than a search has.
         That d and p are chosen on the same positions matters little: both have the same luck.
@@ -181,7 +197,7 @@ class Objective:
             total = sum(_block_variance(move, width) for move in moves)
             variance = total / positions / (positions - width)
         return Comparison(
-            difference=rates[0].tokens_per_s - rates[1].tokens_per_s,
+            difference=rates[0].value - rates[1].value,
             standard_error=math.sqrt(variance),
             positions=positions,
         )
@@ -207,19 +223,29 @@ class Objective:
     def _influences(
         self, subnetwork: SubNetwork, outcomes: Sequence[Outcome], rate: Rate
     ) -> list[NDArray[Any]]:
-        """Of each window [n]: what its starts add to the rate, times the number of positions."""
+        """Of each window [n]: what its starts add to the value, times the number of positions."""
         draft, verify = self._pass_s(subnetwork)
+        # below plain, the token and the pass that plain decoding has too are not counted
+        base = (0.0, 0.0) if rate.tokens_per_s >= self._plain else (1.0, 1.0 / self._plain)
         tokens, costs = [], []
         for outcome in outcomes:
             agreeing, (confident,) = self._runs(outcome, [rate.p_min])
             drafted = np.minimum(confident, rate.draft_max)
-            tokens.append(1 + np.minimum(agreeing, drafted))
-            costs.append((drafted + (confident < rate.draft_max)) * draft + verify[drafted])
-        mean_cost = np.concatenate(costs).mean()
-        return [
-            (n - rate.tokens_per_s * cost) / mean_cost
-            for n, cost in zip(tokens, costs, strict=True)
-        ]
+            tokens.append(1 - base[0] + np.minimum(agreeing, drafted))
+            seconds = (drafted + (confident < rate.draft_max)) * draft + verify[drafted]
+            costs.append(seconds - base[1])
+        mean_cost = max(np.concatenate(costs).mean(), TINY_S)
+        return [(n - rate.value * cost) / mean_cost for n, cost in zip(tokens, costs, strict=True)]
+
+    @property
+    def _plain(self) -> float:
+        """Tokens per second of plain decoding."""
+        return 1e3 / self.costs.verify_ms(1)
+
+    def _gain(self, tokens: NDArray[Any], seconds: NDArray[Any], positions: int) -> NDArray[Any]:
+        """Tokens gained per second added."""
+        added = seconds - positions / self._plain
+        return np.asarray((tokens - positions) / np.maximum(added, TINY_S))
 
     def _pass_s(self, subnetwork: SubNetwork) -> tuple[float, NDArray[Any]]:
         """Seconds of a draft token, and of verifying 0 .. draft_max of them."""

@@ -208,7 +208,7 @@ class Search:
         self._steps += 1
         record = self._records.setdefault(candidate, _Record(candidate))
         record.add(window.key, outcome)
-        record.value = self.rate(candidate).tokens_per_s
+        record.value = self.rate(candidate).value
         self._judge(candidate)
         self._forget()
 

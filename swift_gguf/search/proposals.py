@@ -63,9 +63,10 @@ class HarmModel:
     """A Thompson sample of the harms, and the best set under it.
 
     Sub-layers are left out in the order of harm per millisecond saved, as many as make drafting
-    with the resulting agreement a fastest:
+    with the resulting agreement a most worth it, by the simple form of the objective:
 
-        max over d of (1 + a + .. + a^d) / (d draft + verify(d + 1))
+        rate = (1 + a + .. + a^d) / (d draft + verify(d + 1)),   or below plain decoding
+        gain = (a + .. + a^d) / (d draft + verify(d + 1) - verify(1)),   at the best d
 
     Drafts that stop when unsure waste less than that, by an unknown measure: the harms are scaled
     down by a random factor, which also spreads the sizes tried.
@@ -81,15 +82,18 @@ class HarmModel:
         lengths = np.arange(1, evidence.draft_max + 1)
         verify = np.array([costs.verify_ms(int(n) + 1) for n in lengths])
         waste = np.exp(rng.uniform(*LOG_WASTE))
-        skip, best, best_rate = np.zeros(space.size, dtype=bool), None, 0.0
+        plain = costs.verify_ms(1)
+        skip, best, best_value = np.zeros(space.size, dtype=bool), None, 0.0
         for sublayer in order:
             skip[sublayer] = True
             candidate = space.subnetwork(skip)
             agreement = np.exp(-waste * harms[skip].sum())
-            tokens = 1 + np.cumsum(agreement**lengths)
-            rate = float((tokens / (lengths * costs.draft_ms(candidate) + verify)).max())
-            if rate > best_rate:
-                best, best_rate = candidate, rate
+            gained = np.cumsum(agreement**lengths)
+            cost = lengths * costs.draft_ms(candidate) + verify
+            rates, gains = (1 + gained) / cost, gained / np.maximum(cost - plain, 1e-6)
+            value = float(np.where(rates * plain >= 1, rates, gains).max())
+            if value > best_value:
+                best, best_value = candidate, value
         return best
 
 

@@ -12,6 +12,7 @@ from swift_gguf.drafting.policy import Threshold
 from swift_gguf.engine import generate
 from swift_gguf.model import Model
 from swift_gguf.sampling import Sampler, SamplingOptions
+from swift_gguf.speculation import TREES
 from swift_gguf.stats import Stats
 from swift_gguf.subnetwork import SubNetwork
 from swift_gguf.text import encode, render_chat
@@ -40,12 +41,20 @@ def decode(
     max_tokens: int = 32,
     draft_max: int = 5,
     p_min: float = 0.0,
+    tree: str = "chain",
 ) -> tuple[list[int], Stats]:
     """The tokens and the statistics of one generation from an empty context."""
     model.clear()
     stats = Stats()
     drafter = (
-        LayerSkip(model, subnetwork, policy=Threshold(p_min)) if subnetwork else None
+        LayerSkip(
+            model,
+            subnetwork,
+            policy=Threshold(p_min, joint_min=1.0 if tree == "chain" else 0.02),
+            shape=TREES[tree],
+        )
+        if subnetwork
+        else None
     )
     with Sampler(model, sampling, prompt=prompt) as sampler:
         tokens = generate(

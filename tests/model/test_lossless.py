@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from swift_gguf import engine
+from swift_gguf.drafting.tree import Tree
 from swift_gguf.model import Model
 from swift_gguf.sampling import SamplingOptions
 from swift_gguf.subnetwork import SubNetwork
+from swift_gguf.verification import Verdict
 from tests.conftest import N_GPU_LAYERS
 from tests.model.prompts import PROMPTS
 from tests.model.same_text import GREEDY, chat_tokens, decode, explain, light_skip, seeded
@@ -58,13 +60,33 @@ def test_fifty_prompts(
     assert assert_same(model, PROMPTS, options) > 100
 
 
+@pytest.mark.parametrize("quant", [None, "Q8_0"], ids=["Q4_1", "Q8_0"])
+@pytest.mark.parametrize("tree", ["caterpillar", "best-first"])
+def test_trees(
+    real: Callable[..., Path], open_model: Callable[..., Model], quant: str | None, tree: str
+) -> None:
+    """Branches, greedy and sampled; several were accepted off the likeliest path."""
+    model = open_model(real("smollm2-135m", quant), n_ctx=512)
+    n_gaps = 0
+    for i, text in enumerate(PROMPTS[::5]):
+        prompt = chat_tokens(model, text)
+        sampling = GREEDY if i % 2 else seeded(i)
+        plain, _ = decode(model, prompt, sampling=sampling)
+        options = {"subnetwork": light_skip(model), "draft_max": 4 + i, "p_min": 0.4, "tree": tree}
+        drafted, _ = decode(model, prompt, sampling=sampling, **options)  # type: ignore[arg-type]
+        if INVARIANT or plain == drafted:
+            assert drafted == plain, f"prompt {i}: {text}"
+        n_gaps += model.cells.n_parked
+    assert n_gaps > 0  # an accepted sibling leaves gaps
+
+
 def test_the_control_fails(
     real: Callable[..., Path], open_model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A verification that accepts everything changes texts: the comparison above can fail."""
 
-    def accept_all(draft: list[int], *, sample: Callable[[int], int], **_: object) -> list[int]:
-        return [*draft, sample(len(draft))]
+    def accept_all(tree: Tree, *, choose: Callable[[int], int], **_: object) -> Verdict:
+        return Verdict([*tree.tokens, choose(len(tree) - 1)], list(range(len(tree))))
 
     monkeypatch.setattr(engine, "verify", accept_all)
     model = open_model(real("smollm2-135m"), n_ctx=1024)

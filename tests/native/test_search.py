@@ -20,13 +20,13 @@ from swift_gguf.drafting import LayerSkip
 from swift_gguf.drafting.policy import Threshold
 from swift_gguf.drafting.tree import Shape
 from swift_gguf.engine import SamplesRows, generate
-from swift_gguf.errors import DecodeError, SubnetworkError, UnsupportedModelError
-from swift_gguf.learning import space_of
+from swift_gguf.errors import ContextFullError, DecodeError, SubnetworkError, UnsupportedModelError
+from swift_gguf.learning import Learning, space_of
 from swift_gguf.model import Model
 from swift_gguf.profile import Store, fingerprint
 from swift_gguf.sampling import Sampler, SamplingOptions, SpeculativeSampler
 from swift_gguf.search.drivers import IdleSearch, OnTheFly
-from swift_gguf.search.objective import Outcome, Window
+from swift_gguf.search.objective import Window
 from swift_gguf.search.optimizer import Search
 from swift_gguf.search.space import Space
 from swift_gguf.search.window import TextWindow, Windows
@@ -39,6 +39,7 @@ GREEDY = SamplingOptions(temperature=0.0)
 INVARIANT = "Q8_0"  # kernels that round the same at every width
 N_LAYER = 8
 NOOP_ATTN, NOOP_FFN = (2, 5), (1, 3, 6)
+PLANTED = SubNetwork(n_layer=N_LAYER, skip_attn=frozenset(NOOP_ATTN), skip_ffn=frozenset(NOOP_FFN))
 
 Opener = Callable[..., Model]
 Tiny = Callable[..., Path]
@@ -58,14 +59,22 @@ class FixedCosts:
         return 1.0 + 0.1 * (width - 1)
 
 
-def with_no_ops(tiny: Tiny, **options: Any) -> Path:
-    return tiny(
-        "llama", n_layer=N_LAYER, quant=INVARIANT, noop_attn=NOOP_ATTN, noop_ffn=NOOP_FFN, **options
-    )
+@pytest.fixture
+def load(tiny: Tiny, open_model: Opener) -> Opener:
+    """`load(family, ...)`: on one thread, which is faster for models as small as these."""
+
+    def load_(family: str = "llama", *, n_ctx: int = 512, **options: Any) -> Model:
+        return open_model(tiny(family, **options), n_ctx=n_ctx, n_threads=1)
+
+    return load_
 
 
-def without_no_ops(tiny: Tiny) -> Path:
-    return tiny("llama", n_layer=N_LAYER, quant=INVARIANT)
+def with_no_ops(load: Opener, **options: Any) -> Model:
+    return load(n_layer=N_LAYER, quant=INVARIANT, noop_attn=NOOP_ATTN, noop_ffn=NOOP_FFN, **options)
+
+
+def without_no_ops(load: Opener, **options: Any) -> Model:
+    return load(n_layer=N_LAYER, quant=INVARIANT, **options)
 
 
 def run(model: Model, prompt: Sequence[int], n: int, **options: Any) -> list[int]:
@@ -85,42 +94,40 @@ def space(model: Model) -> Space:
 # -- the search ------------------------------------------------------------------------------------
 
 
-def search_own_text(model: Model, steps: int, *, seed: int = 0) -> Search:
-    """On consecutive windows of what the model writes by itself."""
+def write(model: Model, n: int = 440) -> list[int]:
+    """Fills the context with what the model writes by itself."""
     prompt = list(PROMPT)
-    while model.n_past < 480:  # a text may end
-        prompt += [*run(model, prompt, 480 - model.n_past), 7 + len(prompt) % 50]
-    search = Search(space(model), FixedCosts(), seed=seed)
+    while model.n_past < n:
+        prompt += [*run(model, prompt, n - len(prompt) + 1), 7 + len(prompt) % 50]  # a text may end
+    return model.tokens
+
+
+def windows_of(model: Model, steps: int) -> Iterator[TextWindow]:
+    """A window for each step: ten times the same, then the next 32 positions, and round again."""
     starts = range(len(PROMPT), model.n_past - 33, 32)
-    for i in range(steps):
-        search.step(TextWindow(model, starts[i // 10 % len(starts)], 32))
-        if search.done:
-            break
-    return search
+    windows = [TextWindow(model, start, 32) for start in starts]
+    return (windows[i // 10 % len(windows)] for i in range(steps))
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_planted_no_ops_are_found_and_their_drafts_accepted(
-    tiny: Tiny, open_model: Opener, seed: int
-) -> None:
-    model = open_model(with_no_ops(tiny), n_ctx=512)
-    search = search_own_text(model, 250, seed=seed)
-    assert search.best == SubNetwork(
-        n_layer=N_LAYER, skip_attn=frozenset(NOOP_ATTN), skip_ffn=frozenset(NOOP_FFN)
-    )
+def test_planted_no_ops_are_found_and_their_drafts_accepted(load: Opener, seed: int) -> None:
+    model = with_no_ops(load)
+    write(model)
+    search = Search(space(model), FixedCosts(), seed=seed)
+    for window in windows_of(model, 250):
+        search.step(window)
+    assert search.best == PLANTED
     assert search.rate(search.best).agreement == 1.0
     stats, prompt = Stats(), [9, *PROMPT]
-    drafted = run(model, prompt, 100, drafter=LayerSkip(model, search.best), stats=stats)
+    drafter = LayerSkip(model, search.best)
+    tokens = run(model, prompt, 100, drafter=drafter, stats=stats)
     assert stats.acceptance_rate == 1.0
     assert stats.drafted > 50
-    assert drafted == run(model, prompt, 100)
+    assert tokens == run(model, prompt, 100)
 
 
-def test_where_nothing_may_be_skipped_the_search_does_no_harm(
-    tiny: Tiny, open_model: Opener
-) -> None:
-    path = without_no_ops(tiny)
-    model, plain = open_model(path, n_ctx=512), open_model(path, n_ctx=512)
+def test_where_nothing_may_be_skipped_the_search_does_no_harm(load: Opener) -> None:
+    model, plain = without_no_ops(load), without_no_ops(load)
     search = Search(space(model), FixedCosts())
     drafter = LayerSkip(model, search.best, policy=Threshold(0.5))
 
@@ -134,7 +141,7 @@ def test_where_nothing_may_be_skipped_the_search_does_no_harm(
     tokens = run(model, PROMPT, 300, drafter=drafter, search=driver, stats=stats)
     assert tokens == run(plain, PROMPT, 300)
     assert model.tokens == plain.tokens
-    assert driver.meter.steps > 50
+    assert driver.meter.steps > 20
     assert stats.search_s >= driver.meter.seconds > 0
     rate = search.rate(search.best)
     assert rate.positions >= 16
@@ -152,10 +159,9 @@ def requests(rng: random.Random, n: int) -> Iterator[tuple[float, bool, list[int
 
 
 def test_texts_are_the_same_while_a_search_uses_the_idle_time(
-    tiny: Tiny, open_model: Opener, capsys: pytest.CaptureFixture[str]
+    load: Opener, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = without_no_ops(tiny)
-    model, undisturbed = open_model(path, n_ctx=512), open_model(path, n_ctx=512)
+    model, undisturbed = without_no_ops(load), without_no_ops(load)
     windows = Windows(model, n=32, chunk=8)
     waits: list[float] = []
     steps: list[int] = []
@@ -181,12 +187,9 @@ def test_texts_are_the_same_while_a_search_uses_the_idle_time(
     assert max(waits) <= 0.25
     assert idle.meter.steps > 20
     assert len(set(steps)) > 10  # in many of the silences, not in a single long one
-    assert not model.stop.is_up if hasattr(model.stop, "is_up") else True
 
 
-def test_an_idle_error_surfaces_at_close_and_the_text_goes_on(
-    tiny: Tiny, open_model: Opener
-) -> None:
+def test_an_idle_error_surfaces_at_close_and_the_text_goes_on(load: Opener) -> None:
     class Broken:
         best = SubNetwork(n_layer=N_LAYER)
         done = False
@@ -194,8 +197,7 @@ def test_an_idle_error_surfaces_at_close_and_the_text_goes_on(
         def step(self, window: Window) -> None:
             raise DecodeError("the search is broken")
 
-    path = without_no_ops(tiny)
-    model, plain = open_model(path), open_model(path)
+    model, plain = without_no_ops(load), without_no_ops(load)
     expected = run(plain, PROMPT, 40)
     idle = IdleSearch(model, Broken(), Windows(model, n=16))
     with idle.paused():
@@ -209,10 +211,8 @@ def test_an_idle_error_surfaces_at_close_and_the_text_goes_on(
     assert idle.meter.steps == 0
 
 
-def test_an_idle_search_rests_after_its_time_and_wakes_with_the_next_text(
-    tiny: Tiny, open_model: Opener
-) -> None:
-    model = open_model(without_no_ops(tiny))
+def test_an_idle_search_rests_after_its_time_and_wakes_with_the_next_text(load: Opener) -> None:
+    model = without_no_ops(load)
     search = Search(space(model), FixedCosts(), patience=10**6)
     with IdleSearch(model, search, Windows(model, n=16), limit_s=0.05) as idle:
         made = []
@@ -229,84 +229,89 @@ def test_an_idle_search_rests_after_its_time_and_wakes_with_the_next_text(
 # -- profiles and speculation ----------------------------------------------------------------------
 
 
-def converse(model: Model, speculation: Speculation, n: int = 300) -> list[int]:
+def converse(model: Model, speculation: Speculation, n: int = 60) -> list[int]:
     search = speculation.begin(len(PROMPT))
     return run(model, PROMPT, n, drafter=speculation.drafter, search=search)
 
 
-def learn(model: Model, store: Store, *, steps: int = 60) -> Speculation:
-    """A first run: text, then a search on it as in idle time."""
+def learn(model: Model, store: Store, *, steps: int = 120) -> tuple[Speculation, Learning]:
+    """A first run with an empty profile."""
     speculation = Speculation(model, SpeculationOptions(mode="layer-skip"), store=store)
-    converse(model, speculation)
     assert speculation.learning is not None
-    windows = Windows(model, n=32)
-    windows.first = len(PROMPT)
-    for _ in range(steps):
-        window = windows()
-        assert window is not None
+    converse(model, speculation)
+    write(model)
+    for window in windows_of(model, steps):
         speculation.learning.searcher.step(window)
         speculation.learning.meter.steps += 1
-        speculation.learning.meter.seconds += 0.01
-        run(model, [*model.tokens, 9], 1)  # the text goes on
-        if model.n_past > 470:
-            converse(model, speculation)
-    return speculation
+        speculation.learning.meter.seconds += 0.25
+    return speculation, speculation.learning
 
 
 def test_what_one_run_learned_the_next_begins_with(
-    tiny: Tiny, open_model: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    load: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, store = with_no_ops(tiny), Store(tmp_path)
-    model = open_model(path, n_ctx=512)
-    first = learn(model, store)
-    assert first.why.startswith("uniform start")
-    assert first.learning is not None
-    first.save()
-    stored = store.load(fingerprint(path))
-    assert stored is not None
-    assert stored.evaluations == first.learning.meter.steps
-    assert stored.search_s == pytest.approx(first.learning.meter.seconds)
-    assert stored.known
-
-    first.save()  # nothing has happened since
-    assert store.load(fingerprint(path)) == stored
-
-    measured: list[Any] = []
-    monkeypatch.setattr(learning, "measure", lambda *args, **kwargs: measured.append(args))
-    again = Speculation(
-        open_model(path, n_ctx=512), SpeculationOptions(mode="layer-skip"), store=Store(tmp_path)
-    )
-    assert again.learning is not None
-    assert measured == [], "costs are known"
-    assert again.learning.costs == first.learning.costs
-    assert again.learning.best == stored.known[0].subnetwork
-    assert again.drafter is not None
-    assert again.drafter.subnetwork == again.learning.best
-    assert again.why.startswith("from the profile")
-    again.save()  # it has only read
-    assert store.load(fingerprint(path)) == stored
-
-
-def test_the_best_of_a_run_is_the_best_in_the_profile(
-    tiny: Tiny, open_model: Opener, tmp_path: Path
-) -> None:
-    path, store = with_no_ops(tiny), Store(tmp_path)
-    speculation = learn(open_model(path, n_ctx=512), store, steps=150)
-    assert speculation.learning is not None
+    model, store = with_no_ops(load), Store(tmp_path)
+    speculation, first = learn(model, store)
+    assert store.load(fingerprint(model.path)) is None
     speculation.save()
-    stored = store.load(fingerprint(path))
+    stored = store.load(fingerprint(model.path))
     assert stored is not None
-    by_speed = sorted(speculation.learning.found(), key=lambda known: -known.speedup)
-    assert [known.subnetwork for known in stored.known] == [known.subnetwork for known in by_speed]
-    assert speculation.learning.best in {known.subnetwork for known in stored.known}
+    assert stored.evaluations == first.meter.steps >= 120
+    assert stored.search_s == pytest.approx(first.meter.seconds)
+    assert first.best in {known.subnetwork for known in stored.known}
+    assert set(stored.known) == set(first.found())
+
+    speculation.save()  # nothing has happened since
+    assert store.load(fingerprint(model.path)) == stored
+
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("the costs are known already")
+
+    monkeypatch.setattr(learning, "measure", refuse)
+    options = SpeculationOptions(mode="layer-skip")
+    later = Speculation(with_no_ops(load), options, store=Store(tmp_path))
+    assert later.learning is not None
+    assert later.learning.costs == first.costs
+    assert later.learning.best == stored.known[0].subnetwork
+    assert later.drafter is not None
+    assert later.drafter.subnetwork == later.learning.best
+    assert later.learning.predicted_speedup == stored.known[0].speedup
+    assert later.why != speculation.why
+    later.save()  # it has only read
+    assert store.load(fingerprint(model.path)) == stored
+
+
+def test_two_runs_add_up(load: Opener, tmp_path: Path) -> None:
+    store, steps = Store(tmp_path), 0
+    for _ in range(2):
+        model = with_no_ops(load)
+        speculation, learned = learn(model, store, steps=30)
+        for _ in range(2):
+            speculation.save()
+        steps += learned.meter.steps
+        stored = store.load(fingerprint(model.path))
+        assert stored is not None
+        assert stored.evaluations == steps
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="the search keeps counting in the costs that it was made with",
+)
+def test_costs_measured_again_are_what_the_search_counts_in(load: Opener, tmp_path: Path) -> None:
+    _, learned = learn(without_no_ops(load), Store(tmp_path), steps=0)
+    learned.measure_costs(rounds=1)
+    assert isinstance(learned.searcher, Search)
+    assert learned.searcher.objective.costs is learned.here
 
 
 def speculate(model: Model, folder: Path, **options: Any) -> Speculation:
     return Speculation(model, SpeculationOptions(**options), store=Store(folder))
 
 
-def test_switched_off_nothing_is_touched(tiny: Tiny, open_model: Opener, tmp_path: Path) -> None:
-    model = open_model(without_no_ops(tiny))
+def test_switched_off_nothing_is_touched(load: Opener, tmp_path: Path) -> None:
+    model = without_no_ops(load)
     speculation = speculate(model, tmp_path, mode="off")
     assert (speculation.drafter, speculation.learning) == (None, None)
     assert speculation.why == "switched off"
@@ -316,8 +321,8 @@ def test_switched_off_nothing_is_touched(tiny: Tiny, open_model: Opener, tmp_pat
     assert not any(tmp_path.iterdir())
 
 
-def test_a_model_that_cannot_roll_back(tiny: Tiny, open_model: Opener, tmp_path: Path) -> None:
-    model = open_model(tiny("mamba"))
+def test_a_model_that_cannot_roll_back(load: Opener, tmp_path: Path) -> None:
+    model = load("mamba")
     for options in ({"mode": "layer-skip"}, {"skip_ffn": frozenset([1])}):
         with pytest.raises(UnsupportedModelError, match="--speculation off"):
             speculate(model, tmp_path, **options)
@@ -327,21 +332,20 @@ def test_a_model_that_cannot_roll_back(tiny: Tiny, open_model: Opener, tmp_path:
     assert len(run(model, PROMPT, 10, drafter=speculation.drafter)) == 10
 
 
-def test_a_sub_network_by_hand_is_kept(tiny: Tiny, open_model: Opener, tmp_path: Path) -> None:
-    model = open_model(with_no_ops(tiny), n_ctx=512)
-    mine = SubNetwork(n_layer=N_LAYER, skip_attn=frozenset(NOOP_ATTN), skip_ffn=frozenset(NOOP_FFN))
-    options = {"skip_attn": mine.skip_attn, "skip_ffn": mine.skip_ffn}
-    for more in ({}, {"p_min": 0.5}):
-        speculation = speculate(model, tmp_path, **options, **more)
+def test_a_sub_network_by_hand_is_kept(load: Opener, tmp_path: Path) -> None:
+    model = with_no_ops(load)
+    by_hand = {"skip_attn": PLANTED.skip_attn, "skip_ffn": PLANTED.skip_ffn}
+    for more in ({}, {"p_min": 0.1}):
+        speculation = speculate(model, tmp_path, **by_hand, **more)
         assert speculation.drafter is not None
-        assert speculation.why == f"as given: {mine}"
+        assert speculation.enabled
+        assert speculation.why == f"as given: {PLANTED}"
         assert speculation.begin(len(PROMPT)) is None  # nothing to search
         stats = Stats()
         run(model, PROMPT, 60, drafter=speculation.drafter, stats=stats)
-        assert speculation.drafter.subnetwork == mine
-        assert stats.acceptance_rate == 1.0 or not stats.drafted
-        speculation.save()
-        assert not list(tmp_path.glob("*.json"))
+        assert speculation.drafter.subnetwork == PLANTED
+        assert stats.drafted > 0
+        assert stats.acceptance_rate == 1.0
 
 
 @pytest.mark.parametrize(
@@ -352,45 +356,35 @@ def test_a_sub_network_by_hand_is_kept(tiny: Tiny, open_model: Opener, tmp_path:
     ],
 )
 def test_layers_that_cannot_be_skipped_are_named(
-    family: str,
-    options: dict[str, Any],
-    words: str,
-    tiny: Tiny,
-    open_model: Opener,
-    tmp_path: Path,
+    family: str, options: dict[str, Any], words: str, load: Opener, tmp_path: Path
 ) -> None:
     with pytest.raises(SubnetworkError, match=words) as caught:
-        speculate(open_model(tiny(family)), tmp_path, **options)
+        speculate(load(family), tmp_path, **options)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("search", ["auto", "paper", "off"])
 def test_every_search_and_tree_gives_the_same_text(
-    tree: str, search: str, tiny: Tiny, open_model: Opener, tmp_path: Path
+    tree: str, search: str, load: Opener, tmp_path: Path
 ) -> None:
-    path = without_no_ops(tiny)
-    model, plain = open_model(path), open_model(path)
+    model, plain = without_no_ops(load), without_no_ops(load)
     speculation = speculate(model, tmp_path, mode="layer-skip", search=search, tree=tree, p_min=0.2)
     stats = Stats()
     beside = speculation.begin(len(PROMPT))
     assert (beside is None) == (search == "off")
-    tokens = run(
-        model, PROMPT, 120, drafter=speculation.drafter, search=beside, stats=stats
-    )
+    tokens = run(model, PROMPT, 120, drafter=speculation.drafter, search=beside, stats=stats)
     assert tokens == run(plain, PROMPT, 120)
     assert stats.drafted > 0
 
 
 @pytest.mark.xfail(
     strict=True,
+    raises=ContextFullError,
     reason="a window that the context has no more room for ends the generation",
 )
-def test_a_search_does_not_end_a_text_before_the_context_does(
-    tiny: Tiny, open_model: Opener
-) -> None:
-    path = without_no_ops(tiny)
-    model, plain = open_model(path), open_model(path)
+def test_a_search_does_not_end_a_text_before_the_context_does(load: Opener) -> None:
+    model, plain = without_no_ops(load), without_no_ops(load)
     windows = Windows(model, n=16)
     windows.first = len(PROMPT)
     driver = OnTheFly(Search(space(model), FixedCosts()), windows, cost_s=0.0, share=1e3)
@@ -419,8 +413,8 @@ def drawn(
 
 
 @pytest.mark.parametrize("shape", TREES.values(), ids=TREES)
-def test_a_seed_determines_a_drawn_text(shape: Shape, tiny: Tiny, open_model: Opener) -> None:
-    model = open_model(tiny("llama"))
+def test_a_seed_determines_a_drawn_text(shape: Shape, load: Opener) -> None:
+    model = load()
     for options in (
         replace(DRAWN, temperature=0.7),
         SamplingOptions(repeat_penalty=1.2),
@@ -437,16 +431,14 @@ def test_a_seed_determines_a_drawn_text(shape: Shape, tiny: Tiny, open_model: Op
 
 
 @pytest.mark.parametrize("shape", TREES.values(), ids=TREES)
-def test_at_temperature_0_drawn_text_is_greedy_text(
-    shape: Shape, tiny: Tiny, open_model: Opener
-) -> None:
-    model, plain = (open_model(tiny("llama", quant=INVARIANT)) for _ in range(2))
+def test_at_temperature_0_drawn_text_is_greedy_text(shape: Shape, load: Opener) -> None:
+    model, plain = (load(quant=INVARIANT) for _ in range(2))
     assert drawn(model, GREEDY, 80, shape=shape) == run(plain, PROMPT, 80)
     assert model.tokens == plain.tokens
 
 
-def test_a_drawn_text_ends_with_the_context(tiny: Tiny, open_model: Opener) -> None:
-    model = open_model(tiny("llama"))
+def test_a_drawn_text_ends_with_the_context(load: Opener) -> None:
+    model = load()
     for seed in range(20):
         stats = Stats()
         drawn(model, replace(DRAWN, seed=seed), 1000, shape=TREES["best-first"], stats=stats)
@@ -492,7 +484,7 @@ class Law:
 
 
 def surprise(texts: Sequence[Sequence[int]], law: dict[tuple[int, ...], float]) -> float:
-    """Pearson's statistic in standard deviations from its mean; what is not in `law` is one cell."""
+    """Pearson's statistic in standard deviations from its mean; all else is one cell."""
     counts = Counter(tuple(text) if tuple(text) in law else None for text in texts)
     expected: dict[tuple[int, ...] | None, float] = {k: len(texts) * p for k, p in law.items()}
     expected[None] = len(texts) * (1 - sum(law.values()))
@@ -515,10 +507,10 @@ true_choose = sampling.choose
 @pytest.mark.slow
 @pytest.mark.parametrize("tree", ["chain", "best-first"])
 def test_drawn_texts_follow_the_target_s_law(
-    tree: str, tiny: Tiny, open_model: Opener, monkeypatch: pytest.MonkeyPatch
+    tree: str, load: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The joint law of the first three tokens; the control accepts whatever was drafted first."""
-    model = open_model(tiny("llama"))
+    model = load()
     law = Law(model, DRAWN.temperature).texts(3, 5 / N_TEXTS)
 
     def sample(n: int) -> tuple[float, float]:

@@ -98,7 +98,7 @@ class SyntheticModel:
 
     def _true_rate(self, subnetwork: SubNetwork) -> float:
         outcomes = [self.outcome(subnetwork, 1000, 10**6 + i) for i in range(10)]
-        return Objective(costs=self.costs).rate(subnetwork, outcomes).tokens_per_s
+        return Objective(costs=self.costs).rate(subnetwork, outcomes).value
 
     _rates: dict[SubNetwork, float] = field(default_factory=dict, compare=False)
 

@@ -91,7 +91,7 @@ def test_the_share_holds_at_any_moment(
 
 
 def test_control_without_a_clock_the_share_does_not_hold() -> None:
-    searcher = FakeSearcher(costs=iter([0.5] * 100))
+    searcher = FakeSearcher(costs=iter([0.5] * 200))
     driver = OnTheFly(searcher, some_window, cost_s=0.5, share=0.05)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drivers, "perf_counter", lambda: 0.0)
@@ -167,9 +167,7 @@ def test_every_step_is_told_and_metered() -> None:
 
 def test_a_failed_step_is_paid_for_but_does_not_count() -> None:
     searcher, told = FakeSearcher(costs=iter([0.25] * 9), fails=True), []
-    driver = OnTheFly(
-        searcher, some_window, cost_s=0.1, share=0.2, on_step=lambda: told.append(1)
-    )
+    driver = OnTheFly(searcher, some_window, cost_s=0.1, share=0.2, on_step=lambda: told.append(1))
     with clock_of(searcher):
         with pytest.raises(DecodeError):
             driver.step(1.0)
@@ -186,7 +184,7 @@ def test_a_failed_step_is_paid_for_but_does_not_count() -> None:
 
 @dataclass
 class FakeModel:
-    """Just what windows need.  Its drafts: right at even positions, sure of it at those below 10."""
+    """Just what windows need.  Drafts are right at even positions, sure below 10."""
 
     tokens: list[int]
     n_ctx: int = 1000

@@ -47,6 +47,7 @@ def known(ffn: int, *, positions: int = 100, agreement: float = 0.5, speedup: fl
         positions=positions,
         agreement=agreement,
         speedup=speedup,
+        value=speedup,
     )
 
 
@@ -195,6 +196,7 @@ def test_impossible_profiles(values: dict[str, Any]) -> None:
         {"speedup": math.inf},
         {"speedup": -0.1},
         {"speedup": "2"},
+        {"value": math.nan},
     ],
 )
 def test_impossible_numbers(values: dict[str, Any]) -> None:
@@ -222,6 +224,7 @@ KNOWN = st.builds(
     positions=st.integers(0, 1 << 40),
     agreement=st.floats(0, 1),
     speedup=NUMBERS,
+    value=NUMBERS,
 )
 LEARNED = st.builds(
     Profile,
@@ -249,8 +252,8 @@ def test_what_is_stored_is_all_that_was_learned(store: Store, steps: list[Profil
     assert stored.evaluations == sum(step.evaluations for step in steps)
     assert stored.search_s == pytest.approx(sum(step.search_s for step in steps))
     assert set(stored.costs) == {where for step in steps for where in step.costs}
-    speedups = [item.speedup for item in stored.known]
-    assert speedups == sorted(speedups, reverse=True)
+    values = [item.value for item in stored.known]
+    assert values == sorted(values, reverse=True)
     assert len(stored.known) == min(
         MAX_KNOWN, len({item.subnetwork for step in steps for item in step.known})
     )
