@@ -64,6 +64,7 @@ class Summary:
     total_ratio: float
     """All tokens over all time, against plain decoding's."""
     acceptance: float
+    """Accepted of drafted tokens; of a tree's tokens beside each other, one at most can be."""
     mean_length: float
     drafted_a_cycle: float
     diverged: int

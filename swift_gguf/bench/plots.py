@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swift_gguf.bench.search_report import BY_COST
 from swift_gguf.bench.search_report import Report as SearchReport
 from swift_gguf.errors import SwiftError
+from swift_gguf.subnetwork import SubNetwork
 
 if TYPE_CHECKING:
     from swift_gguf.bench.drafting import Report as DraftingReport
@@ -41,35 +44,23 @@ def _panels(n: int) -> tuple[Any, list[Any]]:
 def plot_search(report: SearchReport, path: Path) -> None:
     """Two panels: agreement by cost, and predicted speedup by search time."""
     figure, (front, curve) = _panels(2)
-    searched = set(report.runs)
-    groups = {method: [points[-1].best] for method, points in report.runs.items() if points}
-    groups["ours, by cost"] = [s for n, s in report.named.items() if n.startswith("ours, cost")]
-    groups["even patterns"] = [
-        s for n, s in report.named.items() if n not in searched and s not in groups["ours, by cost"]
+    by_cost = [s for name, s in report.named.items() if name.startswith(BY_COST)]
+    even = [
+        s
+        for name, s in report.named.items()
+        if name not in report.runs and not name.startswith(BY_COST)
     ]
-    for number, (name, subnetworks) in enumerate(groups.items()):
-        scores = [report.scores[s] for s in subnetworks if s in report.scores]
-        if not scores:
-            continue
-        agreement = [score.agreement for score in scores]
-        front.errorbar(
-            [score.pass_share for score in scores],
-            agreement,
-            yerr=[
-                [max(0.0, score.agreement - score.low) for score in scores],
-                [max(0.0, score.high - score.agreement) for score in scores],
-            ],
-            fmt="o",
-            color=f"C{number}",
-            capsize=2,
-            label=name,
-        )
+    _front(front, report, "even patterns", even, color="grey", marker="s")
+    _front(front, report, "ours, best by cost", by_cost, color="C0", marker="o", fillstyle="none")
+    for number, (method, points) in enumerate(report.runs.items()):
+        last = [point.best for point in points[-1:]]
+        _front(front, report, method, last, color=f"C{number}", marker="D")
     front.set(xlabel="draft pass / full pass, time", ylabel="agreement on held-out text")
     for number, (method, points) in enumerate(report.runs.items()):
-        known = [point for point in points if point.best in report.scores]
+        scored = [point for point in points if point.best in report.scores]
         curve.step(
-            [point.seconds for point in known],
-            [report.scores[point.best].speedup for point in known],
+            [point.seconds for point in scored],
+            [report.scores[point.best].speedup for point in scored],
             where="post",
             color=f"C{number}",
             label=method,
@@ -80,6 +71,25 @@ def plot_search(report: SearchReport, path: Path) -> None:
         if panel.get_legend_handles_labels()[0]:
             panel.legend(fontsize="small")
     figure.savefig(path)
+
+
+def _front(
+    panel: Any, report: SearchReport, label: str, subnetworks: Sequence[SubNetwork], **style: str
+) -> None:
+    scores = [report.scores[s] for s in subnetworks if s in report.scores]
+    if not scores:
+        return
+    below = [max(0.0, score.agreement - score.low) for score in scores]
+    above = [max(0.0, score.high - score.agreement) for score in scores]
+    panel.errorbar(
+        [score.pass_share for score in scores],
+        [score.agreement for score in scores],
+        yerr=[below, above],
+        linestyle="none",
+        capsize=2,
+        label=label,
+        **style,
+    )
 
 
 def plot_drafting(report: DraftingReport, path: Path) -> None:
@@ -99,5 +109,5 @@ def plot_drafting(report: DraftingReport, path: Path) -> None:
         )
     panel.axvline(1.0, color="grey", linewidth=1)
     panel.set_yticks(range(len(rows)), [summary.mode for summary in reversed(rows)])
-    panel.set(xlabel="tokens a second / plain decoding's, by prompt: median, quartiles")
+    panel.set(xlabel="tokens/s against plain, by prompt")
     figure.savefig(path)

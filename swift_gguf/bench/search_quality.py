@@ -15,6 +15,7 @@ from time import perf_counter
 from swift_gguf.bench.corpus import Document, Progress, Prompt, answer, hold, windows
 from swift_gguf.bench.mechanism import subject
 from swift_gguf.bench.search_report import (
+    BY_COST,
     Checkpoint,
     Estimate,
     Options,
@@ -80,7 +81,7 @@ def measure(model: Model, prompts: Sequence[Prompt], report: Report, *, progress
         report.named = _patterns(space)
         _search(model, searched, methods, options, progress)
         report.named = (
-            {method.name: method.searcher.best for method in methods}
+            {method.name: method.checkpoints[-1].best for method in methods}
             | report.named
             | best_by_cost(methods[0].scored, costs)
         )
@@ -162,22 +163,24 @@ class Method:
         self.checkpoints: list[Checkpoint] = []
         self.scored: dict[SubNetwork, list[Outcome]] = {}
         self._steps = steps
+        self._before = searcher.best
         self._done: Counter[Hashable] = Counter()  # steps by text
 
     def work(self, text: Hashable, windows: Sequence[Window], *, until: float) -> None:
         """Steps on a text, from where it was left, until so many seconds were spent in all.
 
-        The last step may take longer; the next slice is shorter by that.
+        The last step may take longer: the next slice is shorter by that, and what the step brings
+        counts from then on only.
         """
         while self.seconds < until and not self.searcher.done:
             window = windows[self._done[text] // self._steps % len(windows)]
+            self._before = self.searcher.best
             start = perf_counter()
             self.searcher.step(Recording(window, self.scored))
             self.seconds += perf_counter() - start
             self._done[text] += 1
-        self.checkpoints.append(
-            Checkpoint(seconds=until, steps=self._done.total(), best=self.searcher.best)
-        )
+        best = self.searcher.best if self.seconds <= until else self._before
+        self.checkpoints.append(Checkpoint(seconds=until, steps=self._done.total(), best=best))
 
 
 def _methods(space: Space, costs: Costs, options: Options) -> list[Method]:
@@ -210,7 +213,7 @@ def _search(
             whole = [window for window in cut if window.n == WINDOW] or cut
             method.work(text, whole, until=until)
         steps = ", ".join(f"{m.name}: {m.checkpoints[-1].steps}" for m in methods)
-        progress(f"searched {until:.0f} of {options.seconds:.0f} s each; steps of {steps}")
+        progress(f"searched {until:.1f} of {options.seconds:g} s each; steps of {steps}")
 
 
 def best_by_cost(
@@ -225,7 +228,7 @@ def best_by_cost(
         if number not in best or speedup > best[number][0]:
             best[number] = speedup, subnetwork
     return {
-        f"ours, cost {number * BIN:.1f}-{(number + 1) * BIN:.1f}": best[number][1]
+        f"{BY_COST} {number * BIN:.1f}-{(number + 1) * BIN:.1f}": best[number][1]
         for number in sorted(best)
     }
 

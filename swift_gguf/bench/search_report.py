@@ -16,6 +16,8 @@ from swift_gguf.cost import Costs
 from swift_gguf.search.objective import Objective, Outcome
 from swift_gguf.subnetwork import SubNetwork
 
+BY_COST = "ours, cost"
+"""What the names of our best by cost begin with."""
 BLOCK = 32
 """Positions that an interval takes for dependent; a quarter of all if they are few."""
 
@@ -240,7 +242,7 @@ def _curves(report: Report) -> Iterator[list[str]]:
     for points in zip(*report.runs.values(), strict=False):  # interrupted, one may be longer
         scores = [report.scores[point.best] for point in points]
         yield [
-            f"{points[0].seconds:.0f}",
+            f"{points[0].seconds:.1f}",
             *(f"{score.speedup:.3f}, {score.agreement:.2f}" for score in scores),
         ]
 

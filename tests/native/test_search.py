@@ -28,9 +28,11 @@ from swift_gguf.sampling import Sampler, SamplingOptions, SpeculativeSampler
 from swift_gguf.search.drivers import IdleSearch, OnTheFly
 from swift_gguf.search.objective import Window
 from swift_gguf.search.optimizer import Search
+from swift_gguf.search.paper import PaperOptions
 from swift_gguf.search.space import Space
 from swift_gguf.search.window import TextWindow, Windows
 from swift_gguf.speculation import TREES, Speculation, SpeculationOptions
+from swift_gguf.speculative_sampling import Distribution, draw
 from swift_gguf.stats import Stats
 from swift_gguf.subnetwork import SubNetwork
 
@@ -369,7 +371,15 @@ def test_every_search_and_tree_gives_the_same_text(
     tree: str, search: str, load: Opener, tmp_path: Path
 ) -> None:
     model, plain = without_no_ops(load), without_no_ops(load)
-    speculation = speculate(model, tmp_path, mode="layer-skip", search=search, tree=tree, p_min=0.2)
+    speculation = speculate(
+        model,
+        tmp_path,
+        mode="layer-skip",
+        search=search,
+        paper=PaperOptions(bayes=False, context_window=8),
+        tree=tree,
+        p_min=0.2,
+    )
     stats = Stats()
     beside = speculation.begin(len(PROMPT))
     assert (beside is None) == (search == "off")
@@ -384,19 +394,66 @@ def test_every_search_and_tree_gives_the_same_text(
     reason="a window that the context has no more room for ends the generation",
 )
 def test_a_search_does_not_end_a_text_before_the_context_does(load: Opener) -> None:
-    model, plain = without_no_ops(load), without_no_ops(load)
+    model, plain = without_no_ops(load, n_ctx=256), without_no_ops(load, n_ctx=256)
     windows = Windows(model, n=16)
     windows.first = len(PROMPT)
-    driver = OnTheFly(Search(space(model), FixedCosts()), windows, cost_s=0.0, share=1e3)
-    stats = Stats()
+    search = Search(space(model), FixedCosts(), patience=10**6)
+    driver, stats = OnTheFly(search, windows, cost_s=0.0, share=1e3), Stats()
     assert run(model, PROMPT, 1000, search=driver, stats=stats) == run(plain, PROMPT, 1000)
     assert stats.stop_reason == "context"
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="in mode auto nothing is known of the paper's sub-network, so that drafts rest for ever",
+)
+def test_the_paper_s_search_drafts_in_mode_auto(load: Opener, tmp_path: Path) -> None:
+    model = with_no_ops(load)
+    speculation = speculate(
+        model, tmp_path, search="paper", paper=PaperOptions(bayes=False), p_min=0.5
+    )
+    stats = Stats()
+    search = speculation.begin(len(PROMPT))
+    run(model, PROMPT, 200, drafter=speculation.drafter, search=search, stats=stats)
+    assert stats.drafted > 0
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="an idle search keeps the beginning of the text that was there when it was made",
+)
+def test_an_idle_search_learns_from_no_later_prompt(load: Opener, tmp_path: Path) -> None:
+    model = without_no_ops(load)
+    speculation = speculate(model, tmp_path, mode="layer-skip")
+    idle = speculation.idle_search()
+    assert idle is not None
+    scored: list[int] = []
+    redecode = model.redecode
+
+    def watched(start: int, n: int, **options: Any) -> None:
+        scored.append(start)
+        redecode(start, n, **options)
+
+    model.redecode = watched  # type: ignore[method-assign]
+    prompt = list(range(5, 205))
+    with idle:
+        with idle.paused():
+            run(model, prompt, 12, search=speculation.begin(len(prompt)))
+            scored.clear()
+        deadline = time.monotonic() + 5
+        while not scored and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert scored
+    assert min(scored) >= len(prompt) - 1
 
 
 # -- drawn drafts ----------------------------------------------------------------------------------
 
 SKIPPING = SubNetwork(n_layer=4, skip_attn=frozenset([1]), skip_ffn=frozenset([2]))
 DRAWN = SamplingOptions(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+WARM = replace(DRAWN, temperature=0.7)
 
 
 def drawn(
@@ -416,7 +473,7 @@ def drawn(
 def test_a_seed_determines_a_drawn_text(shape: Shape, load: Opener) -> None:
     model = load()
     for options in (
-        replace(DRAWN, temperature=0.7),
+        WARM,
         SamplingOptions(repeat_penalty=1.2),
         SamplingOptions(temperature=1.5, grammar="root ::= [a-z]+"),
     ):
@@ -450,7 +507,7 @@ def test_a_drawn_text_ends_with_the_context(load: Opener) -> None:
 
 # -- the law of drawn text -------------------------------------------------------------------------
 
-N_TEXTS = 2500
+N_TEXTS = 1000
 LENGTH = 5
 """So that the second and third token come from a draft of three, or from after it."""
 
@@ -495,34 +552,51 @@ def surprise(texts: Sequence[Sequence[int]], law: dict[tuple[int, ...], float]) 
     return (statistic - freedom) / math.sqrt(2 * freedom)
 
 
+Rule = Callable[[Distribution, "Distribution | None", Sequence[int], np.random.Generator], int]
+
+
 def take_the_first_child(
-    p: sampling.Distribution, q: sampling.Distribution | None, children: Sequence[int], rng: Any
+    p: Distribution, q: Distribution | None, children: Sequence[int], rng: np.random.Generator
 ) -> int:
-    return children[0] if children else true_choose(p, q, children, rng)
+    return children[0] if children else draw(p, rng)
 
 
-true_choose = sampling.choose
+def forget_the_residual(
+    p: Distribution, q: Distribution | None, children: Sequence[int], rng: np.random.Generator
+) -> int:
+    """Draws from the target itself after a rejection."""
+    for child in children[:1]:
+        if q is not None and rng.random() < p.of(child) / q.of(child):
+            return child
+    return draw(p, rng)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tree", ["chain", "best-first"])
+@pytest.mark.parametrize(
+    ("tree", "controls"),
+    [
+        ("chain", {take_the_first_child: 40, forget_the_residual: 5}),
+        ("best-first", {take_the_first_child: 40}),
+    ],
+    ids=["chain", "best-first"],
+)
 def test_drawn_texts_follow_the_target_s_law(
-    tree: str, load: Opener, monkeypatch: pytest.MonkeyPatch
+    tree: str, controls: dict[Rule, float], load: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The joint law of the first three tokens; the control accepts whatever was drafted first."""
-    model = load()
-    law = Law(model, DRAWN.temperature).texts(3, 5 / N_TEXTS)
+    """The joint law of the first three tokens; wrong rules are noticed."""
+    model = load(n_ctx=256)
+    law = Law(model, WARM.temperature).texts(3, 5 / N_TEXTS)
 
-    def sample(n: int) -> tuple[float, float]:
+    def sample() -> tuple[float, Stats]:
         texts, stats = [], Stats()
-        for seed in range(n):
-            options = replace(DRAWN, seed=seed)
+        for seed in range(N_TEXTS):
+            options = replace(WARM, seed=seed)
             texts.append(drawn(model, options, LENGTH, shape=TREES[tree], stats=stats)[:3])
-        return surprise(texts, law), stats.acceptance_rate
+        return surprise(texts, law), stats
 
-    true, acceptance = sample(N_TEXTS)
-    assert 0.1 < acceptance < 0.95
-    monkeypatch.setattr(sampling, "choose", take_the_first_child)
-    forced, _ = sample(N_TEXTS)
-    assert true < 4
-    assert forced > 12
+    deviation, stats = sample()
+    assert 0.1 < stats.acceptance_rate < 0.9
+    assert deviation < 3
+    for rule, at_least in controls.items():
+        monkeypatch.setattr(sampling, "choose", rule)
+        assert sample()[0] > at_least

@@ -100,18 +100,19 @@ class Text:
 
 
 class Counting:
-    """A search that is done after some steps; its best names the step."""
+    """A search that is done after some steps, and holds another best after the first."""
 
     def __init__(self, steps: int = 1000) -> None:
-        self.best, self._steps, self._left = without(1), steps, steps
+        self.best, self._left = without(1), steps
 
     @property
     def done(self) -> bool:
         return self._left == 0
 
     def step(self, window: Window) -> None:
-        window.score(self.best)
+        window.score(without(1))
         self._left -= 1
+        self.best = without(2)
 
 
 def test_a_method_goes_on_where_it_left_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +129,16 @@ def test_a_method_goes_on_where_it_left_a_text(monkeypatch: pytest.MonkeyPatch) 
         (6, 6),
     ]
     assert len(method.scored[without(1)]) == 6
+
+
+def test_what_a_late_step_brings_counts_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(1000))
+    monkeypatch.setattr("swift_gguf.bench.search_quality.perf_counter", lambda: next(now))
+    method = Method("it", Counting(), own_past=False, steps=2)
+    for until in (0.3, 0.6, 1.0):
+        method.work("x", [Text(0, [])], until=until)
+    assert [point.best for point in method.checkpoints] == [without(1), without(1), without(2)]
+    assert [point.steps for point in method.checkpoints] == [1, 1, 1]
 
 
 def test_a_finished_search_keeps_its_best() -> None:
