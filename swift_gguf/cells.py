@@ -2,9 +2,11 @@
 
 A cell is one position's keys and values, and belongs to any number of sequences.  The text so far
 is the *trunk*.  A tree grows from its end; each of its branches is a sequence that shares the
-trunk's cells, so nothing is ever copied.  Attention sums over cells in their order, and sums of floats
-depend on it: for a text decoded through trees to be bit-identical to one decoded plainly, the
-trunk's cells must stay in the order of its positions.  Where an accepted branch leaves gaps before
+trunk's cells, so nothing is ever copied.
+
+Attention sums over cells in their order, and sums of floats depend on it: for a text decoded
+through trees to be bit-identical to one decoded plainly, the trunk's cells must stay in the order
+of its positions.  Where an accepted branch leaves gaps before
 its cells, they are therefore *parked*, held by a sequence that nobody reads, not freed: llama.cpp
 would fill them next.
 """

@@ -164,8 +164,12 @@ class CostsHere:
     STEP = 256  # tokens; llama.cpp pads what attention reads to as many
 
     def __init__(self, model: Model, costs: Costs) -> None:
-        self._model, self._costs = model, costs
-        self._at = costs
+        self._model = model
+        self.update(costs)
+
+    def update(self, costs: Costs) -> None:
+        """Counts in newly measured costs from now on."""
+        self._costs = self._at = costs
 
     def _now(self) -> Costs:
         n_kv = -(-self._model.n_past // self.STEP) * self.STEP

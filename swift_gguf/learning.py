@@ -74,8 +74,9 @@ class Learning:
         self.known: Sequence[Known] = profile.known if profile else ()
         """What earlier runs found, best first."""
         stored = profile.costs.get(machine_key(model)) if profile else None
-        self.costs = Costs.from_dict(stored) if stored else self.measure_costs(QUICK_WIDTHS)
+        self.costs = Costs.from_dict(stored) if stored else self._measured(QUICK_WIDTHS, rounds=2)
         self.here = CostsHere(model, self.costs)
+        """The costs at the present length of the context, which the search counts in."""
         self.searcher: Searcher
         if options.paper:
             self.searcher = PaperSearch(space, options.paper)
@@ -89,17 +90,20 @@ class Learning:
                 seed=profile.evaluations if profile else 0,
             )
 
-    def measure_costs(self, widths: Sequence[int] = WIDTHS, *, rounds: int = 2) -> Costs:
-        """Measures what passes cost; in an empty context, on some tokens that are taken back."""
+    def measure_costs(self) -> None:
+        """Measures again, and thoroughly, what passes cost."""
+        self.costs = self._measured(WIDTHS, rounds=3)
+        self.here.update(self.costs)
+
+    def _measured(self, widths: Sequence[int], *, rounds: int) -> Costs:
+        """In an empty context on some tokens that are taken back."""
         model = self._model
         is_empty = model.n_past == 0
         if is_empty:
             n_tokens = max(1, min(WARM_UP_TOKENS, model.n_ctx // 2))
             model.decode([7919 * i % model.n_vocab for i in range(n_tokens)])
         try:
-            self.costs = measure(model, widths=widths, rounds=rounds)
-            self.here = CostsHere(model, self.costs)
-            return self.costs
+            return measure(model, widths=widths, rounds=rounds)
         finally:
             if is_empty:
                 model.clear()

@@ -228,8 +228,9 @@ def _known(item: dict[str, Any], n_layer: int) -> Known:
 
 
 class Store:
-    """Profiles in a folder: SWIFT_GGUF_PROFILES, or in the user's cache.  Safe to share between processes.
+    """Profiles in a folder: SWIFT_GGUF_PROFILES, or in the user's cache.
 
+    Safe to share between processes.
     Of `load`, `add` and `forget`, none raises for what it finds there.
     """
 

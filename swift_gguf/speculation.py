@@ -91,6 +91,7 @@ class Speculation:
         self._model = model
         self._calibration = Calibration()
         self._windows = Windows(model, n=WINDOW)
+        self._idle_windows: Windows | None = None
         self._on_the_fly: OnTheFly | None = None
         self._why = self._set_up(store)
 
@@ -108,7 +109,8 @@ class Speculation:
             return f"{self._why}: {self.drafter.subnetwork}"
         speedup = self.learning and self.learning.predicted_speedup
         if speedup is None:
-            return "drafts wait until the search knows what they bring; `swift-gguf tune` is faster"
+            wait = "" if self._on_the_fly is None else ", until the search knows more"
+            return f"what drafts would bring is not known yet (`swift-gguf tune`){wait}"
         return f"plain decoding is faster here: drafts would give {speedup:.2f}x"
 
     def _set_up(self, store: Store | None) -> str:
@@ -176,8 +178,8 @@ class Speculation:
         if self.drafter:
             self.drafter.sampler = sampler
             self._refresh()
-        if self._on_the_fly:
-            self._windows.first = prompt_n
+        for windows in filter(None, (self._windows, self._idle_windows)):
+            windows.first = prompt_n
         return self._on_the_fly
 
     def idle_search(self) -> IdleSearch | None:
@@ -188,12 +190,12 @@ class Speculation:
         if not self._on_the_fly or self.learning is None:
             return None
         chunk = max(1, min(IDLE_WINDOW, int(IDLE_HEAD_MS / max(self.learning.costs.head_ms, 1e-3))))
-        windows = Windows(self._model, n=IDLE_WINDOW, chunk=chunk)
-        windows.first = self._windows.first
+        self._idle_windows = Windows(self._model, n=IDLE_WINDOW, chunk=chunk)
+        self._idle_windows.first = self._windows.first
         return IdleSearch(
             self._model,
             self.learning.searcher,
-            windows,
+            self._idle_windows,
             on_step=self._refresh,
             meter=self.learning.meter,
         )
@@ -211,7 +213,8 @@ class Speculation:
         if self.learning and not options.is_by_hand:
             self.drafter.subnetwork = self.learning.best
             speedup = self.learning.predicted_speedup
-            self.drafter.resting = options.mode == "auto" and (speedup is None or speedup < 1)
+            may_rest = options.mode == "auto" and options.search != "paper"  # SWIFT always drafts
+            self.drafter.resting = may_rest and (speedup is None or speedup < 1)
         if options.p_min is not None:
             joint_min = 1.0 if options.tree == "chain" else JOINT_MIN
             self.drafter.policy = Threshold(options.p_min, joint_min=joint_min)

@@ -58,7 +58,9 @@ def _row(path: Path, number: int, line: str) -> Row:
     try:
         values = json.loads(line)
         turns = values["turns"]
-        if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+        if not isinstance(turns, list) or not turns:
+            raise ValueError
+        if not all(isinstance(turn, str) and turn.strip() for turn in turns):
             raise ValueError
         return Row(
             category=str(values.get("category", "")),

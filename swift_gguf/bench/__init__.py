@@ -1,1 +1,2 @@
-"""Measurements: of the mechanism (`mechanism`), and against unpatched llama.cpp (`reference`)."""
+"""Measurements: of the mechanism, against unpatched llama.cpp (`reference`), of searches
+(`search_quality`), and of ways to draft (`drafting`)."""

@@ -89,6 +89,8 @@ class _Answer:
     tokens: list[int]
     text: str
     stats: Stats
+    is_drawn: bool = False
+    """By speculative sampling: the same distribution, not the same text."""
     interrupted: bool = False
 
 
@@ -114,7 +116,7 @@ class _Job:
         from swift_gguf.stats import Stats
         from swift_gguf.text import StreamDecoder
 
-        answer = _Answer([], "", Stats())
+        answer = _Answer([], "", Stats(), is_drawn=draws)
         if self.n_predict == 0:
             answer.stats.stop_reason = "length"
             return answer
@@ -208,6 +210,14 @@ def _as_json(
     return report
 
 
+def _verdict(answer: _Answer, plain: _Answer) -> str:
+    if plain.tokens == answer.tokens:
+        return "the same text"
+    if answer.is_drawn:
+        return "another draw of the same distribution"
+    return "ANOTHER TEXT (a near tie? see the README)"
+
+
 def _footer(answer: _Answer, speculation: Speculation, plain: _Answer | None) -> str:
     stats = answer.stats
     lines = [
@@ -223,8 +233,7 @@ def _footer(answer: _Answer, speculation: Speculation, plain: _Answer | None) ->
         f"({stats.acceptance_rate:.0%}), mean acceptance length {stats.mean_acceptance_length:.2f}"
     )
     if plain is not None:
-        same = plain.tokens == answer.tokens
-        verdict = "the same text" if same else "ANOTHER TEXT (a near tie? see the README)"
+        verdict = _verdict(answer, plain)
         line = f"plain       {plain.stats.tokens_per_second:8.1f} tok/s   {verdict}"
         if plain.stats.tokens_per_second:
             ratio = stats.tokens_per_second / plain.stats.tokens_per_second

@@ -74,7 +74,7 @@ def _tune(model: Model, values: dict[str, Any]) -> dict[str, Any]:
         draft_max=values["draft_max"],
     )
     learning = Learning(model, space, options=options)
-    learning.measure_costs(rounds=3)
+    learning.measure_costs()
     learning.save()
     interrupted = False
     with _display(learning, 60 * values["minutes"]) as show:

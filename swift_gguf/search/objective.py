@@ -13,14 +13,14 @@ cycles that begin anywhere (renewal-reward).  The last pass of a draft that stop
 paid though its token is not drafted.  Behind a wrong draft token the draft's own confidence is
 unknown; the one on the true text stands in for it.
 
-Where that is below plain decoding, maximising it would find the draft that costs next to nothing and
-is never right: every cycle yields a token of the target's own.  So below plain, what counts is the
-tokens gained for the time added to a plain pass,
+Where that is below plain decoding, maximising it would find the draft that costs next to nothing
+and is never right: every cycle yields a token of the target's own.  So below plain, what counts is
+the tokens gained for the time added to a plain pass,
 
     gain = sum_i (tokens_i - 1) / sum_i (cost_i - verify(1))
 
-The rate passes plain's just where the gain does, so the two meet there, and a search that climbs the
-gain climbs towards where speculation begins to pay.
+The rate passes plain's just where the gain does, so the two meet there, and a search that climbs
+the gain climbs towards where speculation begins to pay.
 
 A window is read as a ring: runs cut by its end go on at its start.  Leaving such starts out, or
 only those whose end is not seen, would favour short runs; on a ring every position counts equally,
@@ -177,10 +177,11 @@ class Objective:
         """How much more a is worth than b, from outcomes of both on the same windows.
 
         The error is the delta method's: start i moves a ratio of sums, rate or gain, by
-        (tokens_i - ratio cost_i) / mean cost.  Starts are dependent, by overlapping drafts and by the text; so the variance is that
-        of sums over moving blocks (Bartlett's kernel on the ring), two longest drafts wide, or a
-        quarter of a long window.  Clustering by window would need more windows than a search has.
-        That d and p are chosen on the same positions matters little: both have the same luck.
+        (tokens_i - ratio cost_i) / mean cost.  Starts are dependent, by overlapping drafts and by
+        the text; so the variance is that of sums over moving blocks (Bartlett's kernel on the
+        ring), two longest drafts wide, or a quarter of a long window.  Clustering by window would
+        need more windows than a search has.  That d and p are chosen on the same positions matters
+        little: both have the same luck.
         """
         first, second = ([pair[i] for pair in pairs] for i in range(2))
         rates = self.rate(a, first), self.rate(b, second)

@@ -93,7 +93,9 @@ class Windows:
 
     def __call__(self) -> TextWindow | None:
         """The window of the next step; None while the text is too short."""
-        if self._left == 0 or self._current is None or not self._current.is_current:
+        current = self._current
+        fits = current and current.n <= self._model.room and current.is_current
+        if self._left == 0 or not fits:
             self._current = self._latest()
             self._left = self._steps
         self._left -= 1

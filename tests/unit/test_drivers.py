@@ -305,12 +305,6 @@ def test_a_short_text_has_a_window_as_soon_as_it_is_worth_a_pass() -> None:
     assert sizes[8] == MIN_POSITIONS
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="Windows keeps a window that the context has no more room for; the search's "
-    "ContextFullError then ends the generation",
-    raises=ContextFullError,
-)
 def test_a_window_is_not_offered_when_the_context_has_no_room_for_it() -> None:
     model = FakeModel(list(range(50)), n_ctx=66)
     windows = windows_of(model, n=16, steps=8)

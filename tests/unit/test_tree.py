@@ -59,7 +59,9 @@ class FakeDraft:
 drafts = st.builds(
     FakeDraft, st.integers(0, 10**6), st.integers(2, 3), st.sampled_from([0.5, 2.0, 4.0])
 )
-policies = st.builds(Threshold, st.floats(0, 0.9), st.sampled_from([1.0, 0.3, 0.05]))
+policies = st.builds(
+    Threshold, st.sampled_from([0.0, 0.3, 0.45, 0.7]), st.sampled_from([1.0, 0.3, 0.05])
+)
 
 
 def wide(width: int, n_nodes: int, **options: bool) -> Shape:
@@ -148,7 +150,7 @@ def test_what_the_chains_above_are() -> None:
 def likeliest(draft: FakeDraft, n: int, width: int) -> list[tuple[int, ...]]:
     """The n likeliest paths of all up to n tokens, best first."""
     paths: list[tuple[float, tuple[int, ...]]] = []
-    level = [(1.0, ())]
+    level: list[tuple[float, tuple[int, ...]]] = [(1.0, ())]
     for _ in range(n):
         level = [
             (value * offer.probability, (*path, offer.token))
@@ -211,6 +213,12 @@ def test_any_policy_grows_a_sound_tree(
 ) -> None:
     shape = wide(width, n, only_first_extends=only_first)
     assert_sound(grow(draft.expand, policy, shape, is_eog=is_eog), draft, policy, shape)
+
+
+def test_an_unsure_token_does_not_stand_in_the_way_of_less_likely_ones() -> None:
+    offers = {ROOT: [Offer(1, 0.55), Offer(2, 0.45)], 0: [Offer(3, 0.6)], 1: [Offer(4, 0.4)]}
+    tree = grow(lambda tree, node: offers[node], Threshold(0.5), wide(2, 9), is_eog=is_eog)
+    assert (tree.tokens, tree.parents) == ([1, 3], [ROOT, 0])
 
 
 def test_of_equals_the_older_comes_first() -> None:
