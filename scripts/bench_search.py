@@ -59,6 +59,13 @@ def main() -> int:
     parser.add_argument(
         "--ratios", type=ratios, default=(0.15, 0.3, 0.45), metavar="R,..", help="the paper's r"
     )
+    parser.add_argument(
+        "--estimates",
+        type=int,
+        default=8,
+        metavar="N",
+        help="sub-networks to draft with, to compare estimators; 0: none",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here too")
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
@@ -66,7 +73,13 @@ def main() -> int:
     parser.add_argument("-ngl", "--n-gpu-layers", type=int, default=-1, metavar="N")
     args = parser.parse_args()
 
-    options = Options(tokens=args.tokens, seconds=args.seconds, ratios=args.ratios, seed=args.seed)
+    options = Options(
+        tokens=args.tokens,
+        seconds=args.seconds,
+        ratios=args.ratios,
+        estimates=args.estimates,
+        seed=args.seed,
+    )
     report, status = Report(options=options), 0
     try:
         require_folder(args.json)

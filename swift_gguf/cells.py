@@ -111,12 +111,12 @@ class Cells:
         base = self.n_trunk
         if path:
             last = path[-1]
-            gaps = [i for i in range(last) if i not in set(path)]
+            gaps = sorted(set(range(last)) - set(path))
+            if gaps:  # noted first: an interrupt may come at any time
+                self._parked.append((base, [self.nodes[i].pos for i in gaps]))
             for i in gaps:
                 node = self.nodes[i]
                 self._copy(node.sequences[0], PARKED, node.pos, node.pos + 1)
-            if gaps:
-                self._parked.append((base, [self.nodes[i].pos for i in gaps]))
             own, end = self.nodes[last].sequences[0], self.nodes[last].pos + 1
             if own == TRUNK and len(path) < len(self.nodes):
                 self._remove(TRUNK, end)
@@ -183,11 +183,17 @@ class Cells:
         # a later gap may have a cell at a lower position than an earlier one: such stay parked, too
         end = max((pos + 1 for _, positions in stay for pos in positions), default=0)
         end = max(end, n_past) if stay else 0
-        for base, positions in self._parked[len(stay) :]:
+        for base, positions in [gap for gap in self._parked if gap[0] >= n_past]:
             if left := [pos for pos in positions if pos < end]:
                 stay.append((base, left))
         self._parked = stay
         self._remove(PARKED, end)
+
+    def forget_branches(self) -> None:
+        """Empties all branches; after an error it is not certain what they hold."""
+        for branch in range(FIRST_BRANCH, self.n_sequences):
+            self._remove(branch, 0)
+            self._shared[branch] = 0
 
     def clear(self) -> None:
         """Nothing is held any more; always possible."""

@@ -187,10 +187,12 @@ class CostsHere:
 
 
 def machine_key(model: Model) -> str:
-    """What the costs of a model depend on, beside itself: backend and threads."""
+    """What the costs of a model depend on, beside itself: backend, offloaded layers, threads."""
     gpus = [device.name for device in library().devices() if device.is_gpu]
-    backend = gpus[0] if gpus and model.options.n_gpu_layers != 0 else "cpu"
-    return f"{backend}-{model.n_threads}t"
+    n_layers = model.options.n_gpu_layers
+    backend = f"{gpus[0]}-{n_layers}l" if gpus and n_layers != 0 else "cpu"
+    no_flash = "-nofa" if model.options.flash_attn is False else ""
+    return f"{backend}-{model.n_threads}t{no_flash}"
 
 
 # -- measuring -------------------------------------------------------------------------------------

@@ -112,6 +112,7 @@ def generate(
     _prefill(model, prompt, stats)
     yielded = sampled = 0  # sampled counts an end of generation too
     source = drafter.name if drafter else TARGET
+    cycle_s = 0.0
     path = [sampler.sample(model, 0)]  # its last token is always the target's own
     try:
         while True:
@@ -133,17 +134,22 @@ def generate(
             n_max = min(draft_max, room - 1, model.room - 1)
             if max_tokens is not None:
                 n_max = min(n_max, max_tokens - yielded - 1)
+            if search and cycle_s:
+                _search(search, cycle_s, stats)
             start = perf_counter()
             path = _cycle(model, path[-1], sampler, drafter, n_max, stats)
-            if search:
-                cycle_s = perf_counter() - start
-                start = perf_counter()
-                search.step(cycle_s)
-                searched = perf_counter() - start
-                stats.search_s += searched
-                stats.cycle_s += searched
+            cycle_s = perf_counter() - start
     finally:
         _keep(model, len(prompt) + max(sampled - 1, 0))
+
+
+def _search(search: Search, cycle_s: float, stats: Stats) -> None:
+    """After the tokens of the latest cycle are out, before the next begins."""
+    start = perf_counter()
+    search.step(cycle_s)
+    seconds = perf_counter() - start
+    stats.search_s += seconds
+    stats.cycle_s += seconds
 
 
 def _prefill(model: Target, prompt: Sequence[int], stats: Stats) -> None:
@@ -168,10 +174,13 @@ def _prefill(model: Target, prompt: Sequence[int], stats: Stats) -> None:
 
 def _keep(model: Target, n_past: int) -> None:
     """Keeps the first `n_past` tokens, or none where the model cannot take the others back."""
-    if n_past == 0 or (n_past < len(model.tokens) and model.rollback_refusal):
-        model.clear()
-    else:
-        model.rollback(n_past)
+    try:
+        if n_past > 0:
+            model.rollback(n_past)
+            return
+    except UnsupportedModelError:
+        pass
+    model.clear()
 
 
 def _cycle(

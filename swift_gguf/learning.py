@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 from swift_gguf.cost import WIDTHS, Costs, CostsHere, machine_key, measure
 from swift_gguf.model import Model
-from swift_gguf.profile import Known, Profile, Store, fingerprint
+from swift_gguf.profile import Known, Profile, Seen, Store, fingerprint
 from swift_gguf.search.drivers import Meter
-from swift_gguf.search.optimizer import Search, Searcher
+from swift_gguf.search.optimizer import Knowledge, Search, Searcher
 from swift_gguf.search.paper import PaperOptions, PaperSearch
 from swift_gguf.search.space import Space
 from swift_gguf.subnetwork import SubNetwork
 
 MIN_POSITIONS = 64
-"""What was seen on fewer is luck, and not worth remembering."""
+"""What was seen on fewer may be luck: it is remembered, but nothing is built on it yet."""
 
 QUICK_WIDTHS = tuple(width for width in WIDTHS if width <= 8)
 WARM_UP_TOKENS = 32
@@ -71,8 +71,6 @@ class Learning:
         profile = self.store.load(self._fingerprint)
         if profile is not None and profile.n_layer != model.n_layer:
             profile = None
-        self.known: Sequence[Known] = profile.known if profile else ()
-        """What earlier runs found, best first."""
         stored = profile.costs.get(machine_key(model)) if profile else None
         self.costs = Costs.from_dict(stored) if stored else self._measured(QUICK_WIDTHS, rounds=2)
         self.here = CostsHere(model, self.costs)
@@ -81,14 +79,25 @@ class Learning:
         if options.paper:
             self.searcher = PaperSearch(space, options.paper)
         else:
-            self.searcher = Search(
-                space,
-                self.here,
-                known=[known.subnetwork for known in self.known],
-                draft_max=options.draft_max,
-                p_min=options.p_min,
-                seed=profile.evaluations if profile else 0,
-            )
+            self.searcher = self._search(space, profile, options)
+        self.started_from_profile = bool(profile and profile.known)
+
+    def _search(self, space: Space, profile: Profile | None, options: SearchOptions) -> Search:
+        """Ours, from where earlier runs left it."""
+        stored = profile.known if profile else ()
+        return Search(
+            space,
+            self.here,
+            # the incumbent of the last run first: it was compared on equal windows
+            known=[known.subnetwork for known in stored if known.positions >= MIN_POSITIONS],
+            seen={
+                known.subnetwork: {key: seen.outcome() for key, seen in known.seen.items()}
+                for known in stored
+            },
+            draft_max=options.draft_max,
+            p_min=options.p_min,
+            seed=profile.evaluations if profile else 0,
+        )
 
     def measure_costs(self) -> None:
         """Measures again, and thoroughly, what passes cost."""
@@ -114,34 +123,35 @@ class Learning:
         return self.searcher.best
 
     @property
-    def predicted_speedup(self) -> float | None:
-        """Against plain decoding, of the best sub-network; None while too little is known."""
-        return next((k.speedup for k in self.found() if k.subnetwork == self.best), None)
-
-    def found(self) -> list[Known]:
-        """What is worth remembering: what this run has measured, else what earlier runs had."""
-        found = {known.subnetwork: known for known in self.known}
-        if isinstance(self.searcher, Search):
-            for item in self.searcher.knowledge():
-                if item.positions >= MIN_POSITIONS:
-                    found[item.subnetwork] = Known(
-                        subnetwork=item.subnetwork,
-                        positions=item.positions,
-                        agreement=item.agreement,
-                        speedup=item.rate.speedup,
-                        value=item.rate.value * self.here.verify_ms(1) / 1e3,
-                    )
-        return list(found.values())
+    def best_known(self) -> Knowledge | None:
+        """What was seen of the best sub-network; None while that is too little to build on."""
+        if not isinstance(self.searcher, Search):
+            return None
+        best = next(iter(self.searcher.knowledge(1)), None)
+        is_enough = best and best.subnetwork == self.best and best.rate.positions >= MIN_POSITIONS
+        return best if is_enough else None
 
     def save(self) -> None:
-        """Adds what was learned since the last time to the profile."""
-        learned = Profile(
-            fingerprint=self._fingerprint,
-            model=self._model.metadata("general.name") or self._model.path.stem,
-            n_layer=self._model.n_layer,
-            costs={machine_key(self._model): self.costs.as_dict()},
-            search_s=self.meter.seconds - self._saved.seconds,
-            evaluations=self.meter.steps - self._saved.steps,
+        """Adds what was learned since the last time to the profile.
+
+        Nobody may be searching at the same time; see `IdleSearch.paused`.
+        """
+        found = self.searcher.knowledge() if isinstance(self.searcher, Search) else []
+        self.store.add(
+            Profile(
+                fingerprint=self._fingerprint,
+                model=self._model.metadata("general.name") or self._model.path.stem,
+                n_layer=self._model.n_layer,
+                known=tuple(
+                    Known(
+                        subnetwork=item.subnetwork,
+                        seen={str(key): Seen.of(value) for key, value in item.outcomes.items()},
+                    )
+                    for item in found
+                ),
+                costs={machine_key(self._model): self.costs.as_dict()},
+                search_s=self.meter.seconds - self._saved.seconds,
+                evaluations=self.meter.steps - self._saved.steps,
+            )
         )
-        self.store.add(learned.with_known(self.found()))
         self._saved = Meter(self.meter.seconds, self.meter.steps)

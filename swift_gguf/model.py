@@ -37,7 +37,7 @@ class ModelOptions:
     n_ctx: int = DEFAULT_CONTEXT
     """Context size in tokens; 0: as long as the model was trained for."""
     n_batch: int = 512
-    """Tokens decoded at once during prefill; a draft and its verification must fit, too."""
+    """Tokens decoded at once during prefill; at least 48, so that trees and windows fit, too."""
     n_threads: int | None = None
     """None: one a physical core, performance cores only where there are two kinds."""
     n_gpu_layers: int = -1
@@ -106,12 +106,13 @@ class Model:
         params = api.llama_context_default_params()
         n_ctx = options.n_ctx or api.llama_model_n_ctx_train(self._model)
         params.n_ctx = -(-n_ctx // 256) * 256  # as llama.cpp pads it, but before it limits n_batch
-        params.n_batch = params.n_ubatch = options.n_batch
         has_state = api.llama_model_is_recurrent(self._model) or api.llama_model_is_hybrid(
             self._model
         )
         n_sequences = 1 if has_state else N_SEQUENCES  # each sequence would have a state of its own
         params.n_seq_max, params.kv_unified = n_sequences, True
+        # llama.cpp reserves a row of logits for every sequence, and aborts if a batch has fewer
+        params.n_batch = params.n_ubatch = max(options.n_batch, n_sequences)
         params.n_threads = params.n_threads_batch = self._n_threads
         params.flash_attn_type = -1 if options.flash_attn is None else int(options.flash_attn)
         params.no_perf = True
@@ -132,6 +133,7 @@ class Model:
         self.n_batch: int = api.llama_n_batch(self.ctx)
         self._batch = api.llama_batch_init(self.n_batch, 0, n_sequences)
         self._invariant = False
+        self._prefilled: list[tuple[int, int]] = []  # what was decoded in wide batches, start, end
         self.cells = Cells(api, self._memory, capacity=self.n_ctx, n_sequences=n_sequences)
         self.stop = StopFlag()
         self._library.set_stop_flag(self.ctx, self.stop)
@@ -223,7 +225,7 @@ class Model:
     @property
     def room(self) -> int:
         """How many tokens of a tree can be decoded without any being decoded again."""
-        return self.cells.free
+        return min(self.cells.free, self.n_batch)
 
     def decode(
         self, tokens: Sequence[int], *, n_outputs: int = 1, subnetwork: SubNetwork | None = None
@@ -239,7 +241,8 @@ class Model:
             StoppedError: the stop flag is up.
 
         Whatever is raised, an interrupt included, the context is as before (or empty, if the model
-        cannot take tokens back).
+        cannot take tokens back; or shorter, if the text was just being decoded again to fill gaps
+        that trees had left).
         """
         if not 0 <= n_outputs <= min(len(tokens), self.n_batch):
             raise ValueError(
@@ -282,7 +285,8 @@ class Model:
 
     def keep(self, path: Sequence[int]) -> None:
         """The nodes on `path`, from the context's end on, become text; the others are gone."""
-        self.tokens.extend(self.cells.keep(path))
+        with self._undo_on_error():
+            self.tokens.extend(self.cells.keep(path))
 
     def redecode(
         self, start: int, n: int, *, subnetwork: SubNetwork | None = None, own_past: bool = False
@@ -313,6 +317,7 @@ class Model:
             if self.rollback_refusal:
                 self.clear()
             else:
+                self.cells.forget_branches()
                 self.rollback(before)
             raise
 
@@ -329,18 +334,32 @@ class Model:
                 f"{self.n_past + n} tokens do not fit the context of {self.n_ctx}; "
                 "use a larger --ctx-size or a shorter prompt"
             )
-        again = self.tokens[self.cells.first_parked :]
-        self.rollback(self.n_past - len(again))
-        for start in range(0, len(again), self.n_batch):
-            # rows of logits that nobody reads: kernels that round as for single tokens
-            self._append(again[start : start + self.n_batch], 2, None)
+        self._decode_again(self.cells.first_parked)
+
+    def _decode_again(self, start: int) -> None:
+        """Decodes the text from `start` on once more, in the kernels that it was decoded in."""
+        text = list(self.tokens)
+        prefilled = [span for span in self._prefilled if span[1] > start]
+        self.rollback(start)
+        for begin, end in [*prefilled, (len(text), len(text))]:
+            while self.n_past < begin:
+                # rows of logits that nobody reads: kernels that round as for single tokens
+                self._append(text[self.n_past : min(begin, self.n_past + self.n_batch)], 2, None)
+            if begin < end:
+                self._append(text[max(begin, start) : end], 0, None)
 
     def _append(self, tokens: Sequence[int], n_outputs: int, subnetwork: SubNetwork | None) -> None:
-        positions = range(self.n_past, self.n_past + len(tokens))
+        start, end = self.n_past, self.n_past + len(tokens)
         n_outputs = min(n_outputs, len(tokens))
         self._decode_batch(
-            tokens, positions, [[TRUNK]] * len(tokens), n_outputs=n_outputs, subnetwork=subnetwork
+            tokens,
+            range(start, end),
+            [[TRUNK]] * len(tokens),
+            n_outputs=n_outputs,
+            subnetwork=subnetwork,
         )
+        if not self._invariant:
+            self._prefilled.append((start, end))
         self.tokens.extend(tokens)
         self.cells.n_trunk += len(tokens)
 
@@ -353,6 +372,8 @@ class Model:
         n_outputs: int,
         subnetwork: SubNetwork | None,
     ) -> None:
+        if len(tokens) > self.n_batch:
+            raise ValueError(f"{len(tokens)} tokens in a batch of {self.n_batch}")
         invariant = n_outputs > 1 or len(tokens) < PREFILL_WIDTH
         if invariant != self._invariant:
             self._library.set_batch_invariant(self.ctx, invariant)
@@ -400,11 +421,13 @@ class Model:
                 f"cannot take tokens back: {self.rollback_refusal}; use --speculation off"
             ) from error
         del self.tokens[n_past:]
+        self._prefilled = [(a, min(b, n_past)) for a, b in self._prefilled if a < n_past]
 
     def clear(self) -> None:
         """Forgets all tokens; always possible."""
         self.cells.clear()
         self.tokens.clear()
+        self._prefilled.clear()
 
     # -- sub-networks ------------------------------------------------------------------------------
 

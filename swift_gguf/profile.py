@@ -10,19 +10,23 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from swift_gguf import gguf_check
 from swift_gguf.cost import Costs
 from swift_gguf.models import cache_dir
+from swift_gguf.search.objective import Outcome
 from swift_gguf.subnetwork import SubNetwork, format_layers, parse_layers
 
 VERSION = 1
 MAX_KNOWN = 8
+MAX_SEEN = 16
 LOCK_SECONDS = 2.0
 
 _log = logging.getLogger("swift_gguf")
@@ -47,29 +51,68 @@ def fingerprint(path: Path) -> str:
 # -- values ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Known:
-    """A sub-network that was tried.
+@dataclass(frozen=True)
+class Seen:
+    """What a sub-network would have drafted at the positions of one window, in plain values.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: nothing was seen, or it cannot have been.
+    """
+
+    agrees: tuple[bool, ...]
+    """Is the draft's likeliest token the text's?"""
+    confidence: tuple[float, ...]
+    """The draft's probability of it."""
+
+    def __post_init__(self) -> None:
+        if not self.agrees or len(self.agrees) != len(self.confidence):
+            raise ValueError("agreement and confidence of different numbers of positions, or none")
+        for probability in self.confidence:
+            _require_real(probability, most=1.0)
+
+    @classmethod
+    def of(cls, outcome: Outcome) -> Seen:
+        """Rounded to what matters."""
+        confidence = (min(1.0, round(float(p), 3)) for p in outcome.confidence)
+        return cls(tuple(map(bool, outcome.agrees)), tuple(confidence))
+
+    def outcome(self) -> Outcome:
+        """As the search has it."""
+        return Outcome(np.array(self.agrees), np.array(self.confidence, dtype=np.float32))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """A sub-network that was tried: what was seen, not what it was worth, which is another matter
+    on every machine.
+
+    Raises:
+        ValueError: it was never seen.
     """
 
     subnetwork: SubNetwork
-    positions: int
-    """Scored positions behind the numbers."""
-    agreement: float
-    """Share of the positions where its draft was right."""
-    speedup: float
-    """Predicted tokens a second, divided by those of plain decoding."""
-    value: float
-    """What the search maximises (`objective.Rate.value`), divided by plain decoding's speed."""
+    seen: Mapping[str, Seen]
+    """By window, the latest last, at most `MAX_SEEN`."""
 
     def __post_init__(self) -> None:
-        _require_whole(self.positions)
-        _require_real(self.agreement, most=1.0)
-        _require_real(self.speedup)
-        _require_real(self.value)
+        if not 0 < len(self.seen) <= MAX_SEEN or not all(isinstance(key, str) for key in self.seen):
+            raise ValueError("windows without names, none or too many")
+
+    @property
+    def positions(self) -> int:
+        """How many were scored."""
+        return sum(len(window.agrees) for window in self.seen.values())
+
+    @property
+    def agreement(self) -> float:
+        """Share of the positions where its draft was right."""
+        return sum(sum(window.agrees) for window in self.seen.values()) / self.positions
+
+    def merged(self, later: Known) -> Known:
+        """With what was seen later; the oldest windows give way."""
+        earlier = {key: seen for key, seen in self.seen.items() if key not in later.seen}
+        latest = list({**earlier, **later.seen}.items())[-MAX_SEEN:]
+        return replace(self, seen=dict(latest))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +128,9 @@ class Profile:
     """A name for people."""
     n_layer: int
     known: tuple[Known, ...] = ()
-    """Different sub-networks, best first, at most `MAX_KNOWN`."""
+    """Different sub-networks, the latest learned first, at most `MAX_KNOWN`."""
     costs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """`Costs.as_dict` by where they were measured: backend, threads, length of context."""
+    """`Costs.as_dict` by where they were measured (`cost.machine_key`)."""
     search_s: float = 0.0
     """Time spent on search."""
     evaluations: int = 0
@@ -103,45 +146,38 @@ class Profile:
         subnetworks = {known.subnetwork for known in self.known}
         if len(subnetworks) != len(self.known) or len(self.known) > MAX_KNOWN:
             raise ValueError("a sub-network is there twice, or there are too many")
-        if list(self.known) != sorted(self.known, key=_rank):
-            raise ValueError("the best sub-network is not the first")
         layers = {subnetwork.n_layer for subnetwork in subnetworks}
         layers |= {Costs.from_dict(costs).n_layer for costs in self.costs.values()}
         if not layers <= {self.n_layer}:
             raise ValueError(f"something belongs to a model without {self.n_layer} layers")
 
-    def with_known(self, known: Iterable[Known]) -> Profile:
-        """The same with these sub-networks, the best of them if they are too many."""
-        best = {item.subnetwork: item for item in known}
-        return replace(self, known=tuple(sorted(best.values(), key=_rank)[:MAX_KNOWN]))
-
     def merged(self, learned: Profile) -> Profile:
-        """This profile and what was learned since: totals add up.
+        """This profile and what was learned since: totals and what was seen add up.
 
-        Of two scores of one sub-network that with more positions stays; of two measurements of
-        costs, the newer.
+        Of two measurements of costs the newer stays.
 
         Raises:
             ValueError: they are of different models.
         """
         if (self.fingerprint, self.n_layer) != (learned.fingerprint, learned.n_layer):
             raise ValueError(f"{learned.model} is another model than {self.model}")
-        best: dict[SubNetwork, Known] = {}
-        for known in sorted([*self.known, *learned.known], key=lambda k: (k.positions, k.value)):
-            best[known.subnetwork] = known
+        stored = {known.subnetwork: known for known in self.known}
+        latest = {
+            known.subnetwork: stored[known.subnetwork].merged(known)
+            if known.subnetwork in stored
+            else known
+            for known in learned.known
+        }
+        known = list({**latest, **{s: k for s, k in stored.items() if s not in latest}}.values())
         return Profile(
             fingerprint=self.fingerprint,
             model=learned.model,
             n_layer=self.n_layer,
+            known=tuple(known[:MAX_KNOWN]),
             costs={**self.costs, **learned.costs},
             search_s=self.search_s + learned.search_s,
             evaluations=self.evaluations + learned.evaluations,
-        ).with_known(best.values())
-
-
-def _rank(known: Known) -> tuple[float, int, str]:
-    """The order of `Profile.known`; the last two only settle ties."""
-    return -known.value, -known.positions, str(known.subnetwork)
+        )
 
 
 def _require_whole(value: object) -> None:
@@ -177,10 +213,13 @@ def _to_json(profile: Profile) -> str:
         {
             "skip_attn": format_layers(item.subnetwork.skip_attn),
             "skip_ffn": format_layers(item.subnetwork.skip_ffn),
-            "positions": item.positions,
-            "agreement": item.agreement,
-            "speedup": item.speedup,
-            "value": item.value,
+            "seen": {
+                key: {
+                    "agrees": "".join("01"[agrees] for agrees in window.agrees),
+                    "confidence": list(window.confidence),
+                }
+                for key, window in item.seen.items()
+            },
         }
         for item in profile.known
     ]
@@ -220,8 +259,16 @@ def _known(item: dict[str, Any], n_layer: int) -> Known:
             skip_attn=parse_layers(item.pop("skip_attn")),
             skip_ffn=parse_layers(item.pop("skip_ffn")),
         ),
+        seen={key: _seen(window) for key, window in item.pop("seen").items()},
         **item,
     )
+
+
+def _seen(window: dict[str, Any]) -> Seen:
+    agrees = window.pop("agrees")
+    if not isinstance(agrees, str) or set(agrees) - {"0", "1"}:
+        raise ValueError("agreement that is not written in 0 and 1")
+    return Seen(agrees=tuple(bit == "1" for bit in agrees), confidence=tuple(window["confidence"]))
 
 
 # -- the folder ------------------------------------------------------------------------------------

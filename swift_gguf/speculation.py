@@ -107,11 +107,11 @@ class Speculation:
             return self._why
         if not self.drafter.resting:
             return f"{self._why}: {self.drafter.subnetwork}"
-        speedup = self.learning and self.learning.predicted_speedup
-        if speedup is None:
+        known = self.learning.best_known if self.learning else None
+        if known is None:
             wait = "" if self._on_the_fly is None else ", until the search knows more"
             return f"what drafts would bring is not known yet (`swift-gguf tune`){wait}"
-        return f"plain decoding is faster here: drafts would give {speedup:.2f}x"
+        return f"plain decoding is faster here: drafts would give {known.rate.speedup:.2f}x"
 
     def _set_up(self, store: Store | None) -> str:
         """Returns where the sub-network comes from, or why nothing drafts."""
@@ -133,7 +133,7 @@ class Speculation:
         if not options.is_by_hand or options.p_min is None:
             self.learning = self._learn(space, store)
         if self.learning and not options.is_by_hand:
-            why = "found by search" if self.learning.known else "a first guess"
+            why = "found by search" if self.learning.started_from_profile else "a first guess"
             self._start_search(self.learning)
         self.drafter = LayerSkip(model, subnetwork, shape=TREES[options.tree])
         self.drafter.watch(self._observe)
@@ -162,7 +162,7 @@ class Speculation:
         self._on_the_fly = OnTheFly(
             learning.searcher,
             self._windows,
-            cost_s=learning.costs.verify_ms(WINDOW) / 1e3,
+            cost_s=lambda: learning.here.verify_ms(WINDOW) / 1e3,
             share=None if paper else 0.05,
             interval=paper.opt_interval if paper else 1,
             on_step=self._refresh,
@@ -202,19 +202,27 @@ class Speculation:
 
     def _observe(self, tree: Tree, accepted: Sequence[int]) -> None:
         self._calibration.observe(tree, accepted)
+        self._price()
         if self.learning and isinstance(self.learning.searcher, Search):
             self.learning.searcher.observe(len(accepted), len(tree))
 
     def _refresh(self) -> None:
-        """Drafts with what the search holds best, at the costs of the present context."""
+        """Drafts with what the search holds best, if that pays."""
         if self.drafter is None:
             return
         options = self.options
         if self.learning and not options.is_by_hand:
             self.drafter.subnetwork = self.learning.best
-            speedup = self.learning.predicted_speedup
+            known = self.learning.best_known
             may_rest = options.mode == "auto" and options.search != "paper"  # SWIFT always drafts
-            self.drafter.resting = may_rest and (speedup is None or speedup < 1)
+            self.drafter.resting = may_rest and (known is None or known.rate.speedup < 1)
+        self._price()
+
+    def _price(self) -> None:
+        """Sets when drafts stop, at the costs of the present context."""
+        if self.drafter is None:
+            return
+        options = self.options
         if options.p_min is not None:
             joint_min = 1.0 if options.tree == "chain" else JOINT_MIN
             self.drafter.policy = Threshold(options.p_min, joint_min=joint_min)

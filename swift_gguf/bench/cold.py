@@ -108,6 +108,7 @@ def measure_cold(
                 model.clear()
                 stats, _ = decode(model, prompt, speculation, tokens)
                 cold.best = learning.best
+                known = learning.best_known
                 cold.answers.append(
                     ColdAnswer(
                         prompt_s=stats.prompt_s,
@@ -115,7 +116,7 @@ def measure_cold(
                         search_s=stats.search_s,
                         tokens=stats.predicted_n,
                         steps=learning.meter.steps,
-                        predicted_speedup=learning.predicted_speedup,
+                        predicted_speedup=known.rate.speedup if known else None,
                     )
                 )
                 progress(cold.line())

@@ -42,8 +42,8 @@ def _panels(n: int) -> tuple[Any, list[Any]]:
 
 
 def plot_search(report: SearchReport, path: Path) -> None:
-    """Two panels: agreement by cost, and predicted speedup by search time."""
-    figure, (front, curve) = _panels(2)
+    """Three panels: agreement by cost; by search time, speed where width is free, and agreement."""
+    figure, (front, speed, matchness) = _panels(3)
     by_cost = [s for name, s in report.named.items() if name.startswith(BY_COST)]
     even = [
         s
@@ -58,16 +58,17 @@ def plot_search(report: SearchReport, path: Path) -> None:
     front.set(xlabel="draft pass / full pass, time", ylabel="agreement on held-out text")
     for number, (method, points) in enumerate(report.runs.items()):
         scored = [point for point in points if point.best in report.scores]
-        curve.step(
-            [point.seconds for point in scored],
-            [report.scores[point.best].speedup for point in scored],
-            where="post",
-            color=f"C{number}",
-            label=method,
-        )
-    curve.axhline(1.0, color="grey", linewidth=1)
-    curve.set(xlabel="seconds of search", ylabel="predicted speedup on held-out text")
-    for panel in (front, curve):
+        seconds = [point.seconds for point in scored]
+        scores = [report.scores[point.best] for point in scored]
+        for panel, values in (
+            (speed, [score.free_width for score in scores]),
+            (matchness, [score.agreement for score in scores]),
+        ):
+            panel.step(seconds, values, where="post", color=f"C{number}", label=method)
+    speed.axhline(1.0, color="grey", linewidth=1)
+    speed.set(xlabel="seconds of search", ylabel="speed-up on held-out text, width free")
+    matchness.set(xlabel="seconds of search", ylabel="matchness on held-out text")
+    for panel in (front, speed, matchness):
         if panel.get_legend_handles_labels()[0]:
             panel.legend(fontsize="small")
     figure.savefig(path)

@@ -12,6 +12,8 @@ from swift_gguf.subnetwork import format_layers
 
 if TYPE_CHECKING:
     from swift_gguf.model import Model
+    from swift_gguf.profile import Known
+    from swift_gguf.search.objective import Objective
 
 
 @click.command()
@@ -71,24 +73,28 @@ def describe(model: Model) -> dict[str, Any]:
 
 
 def _learned(model: Model) -> dict[str, Any] | None:
-    """What the profile holds, best first; None if nothing was learned yet."""
+    """What the profile holds, the best first; None if nothing was learned yet."""
+    from swift_gguf.cost import Costs, machine_key
     from swift_gguf.profile import Store, fingerprint
+    from swift_gguf.search.objective import Objective
 
     profile = Store().load(fingerprint(model.path))
     if profile is None:
         return None
+    costs = profile.costs.get(machine_key(model))
+    objective = Objective(costs=Costs.from_dict(costs)) if costs is not None else None
     return {
         "search_s": profile.search_s,
         "evaluations": profile.evaluations,
         "subnetworks": [
             {
-                "skip_attn": format_layers(known.subnetwork.skip_attn),
-                "skip_ffn": format_layers(known.subnetwork.skip_ffn),
-                "agreement": known.agreement,
-                "positions": known.positions,
-                "predicted_speedup": known.speedup,
+                "skip_attn": format_layers(item.subnetwork.skip_attn),
+                "skip_ffn": format_layers(item.subnetwork.skip_ffn),
+                "agreement": item.agreement,
+                "positions": item.positions,
+                "predicted_speedup": objective and _speedup(item, objective),
             }
-            for known in profile.known
+            for item in profile.known
         ],
         "costs": dict(profile.costs),
     }
@@ -145,10 +151,19 @@ def _learned_lines(learned: dict[str, Any] | None) -> list[str]:
         "(`swift-gguf tune --reset` forgets it)"
     )
     if not learned["subnetworks"]:
-        return [head, "no draft was scored often enough yet to be remembered"]
+        return [head]
     rows = [
-        f"{item['predicted_speedup']:8.2f}x  {item['agreement']:5.0%} of {item['positions']:4}  "
+        f"{_times(item['predicted_speedup'])}  {item['agreement']:5.0%} of {item['positions']:4}  "
         f"attention {item['skip_attn'] or '-'}; FFN {item['skip_ffn'] or '-'}"
         for item in learned["subnetworks"]
     ]
     return [head, "predicted   agreement      left out", *rows]
+
+
+def _speedup(known: Known, objective: Objective) -> float:
+    outcomes = [seen.outcome() for seen in known.seen.values()]
+    return objective.rate(known.subnetwork, outcomes).speedup
+
+
+def _times(speedup: float | None) -> str:
+    return f"{speedup:8.2f}x" if speedup is not None else "        ?"

@@ -144,12 +144,12 @@ def _display(learning: Learning, seconds: float) -> Iterator[_Show]:
 
 
 def _best(learning: Learning) -> str:
-    speedup = learning.predicted_speedup
-    return f"best {speedup:.2f}x" if speedup is not None else "looking"
+    known = learning.best_known
+    return f"best {known.rate.speedup:.2f}x" if known else "looking"
 
 
 def _report(learning: Learning, *, interrupted: bool) -> dict[str, Any]:
-    best = learning.best
+    best, known = learning.best, learning.best_known
     return {
         "interrupted": interrupted,
         "search_s": learning.meter.seconds,
@@ -159,10 +159,8 @@ def _report(learning: Learning, *, interrupted: bool) -> dict[str, Any]:
             "skip_ffn": sorted(best.skip_ffn),
             "text": str(best),
             "pass_share": learning.costs.draft_ms(best) / learning.costs.verify_ms(1),
-            "predicted_speedup": learning.predicted_speedup,
-            "agreement": next(
-                (k.agreement for k in learning.found() if k.subnetwork == best), None
-            ),
+            "predicted_speedup": known.rate.speedup if known else None,
+            "agreement": known.rate.agreement if known else None,
         },
     }
 

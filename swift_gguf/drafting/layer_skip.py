@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from swift_gguf.cells import MAX_BRANCHES
 from swift_gguf.drafting.policy import Threshold
 from swift_gguf.drafting.tree import ROOT, Offer, Policy, Shape, Tree, grow, grow_sampled
+from swift_gguf.errors import DecodeError, SamplingError, StoppedError
 from swift_gguf.model import Model
 from swift_gguf.subnetwork import SubNetwork
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 
 CHAIN = Shape(n_nodes=0)
+LOST = -2
 
 
 class LayerSkip:
@@ -64,24 +66,38 @@ class LayerSkip:
         shape = replace(self.shape, n_nodes=n_nodes)
         decoded: dict[int, int] = {}  # tree node -> number among those decoded
 
-        def decode(tree: Tree, node: int) -> None:
+        def decode(tree: Tree, node: int) -> bool:
+            """False where a draft cannot go on; the target may."""
             token = pending if node == ROOT else tree.tokens[node]
-            parent = -1 if node == ROOT else decoded[tree.parents[node]]
-            model.decode_tree([token], [parent], subnetwork=self.subnetwork)
+            parent = -1 if node == ROOT else decoded.get(tree.parents[node], LOST)
+            if parent == LOST:
+                return False
+            try:
+                model.decode_tree([token], [parent], subnetwork=self.subnetwork)
+            except StoppedError:
+                raise
+            except DecodeError:
+                decoded.clear()  # the model took all of the tree back
+                return False
             decoded[node] = len(decoded)
+            return True
 
         def expand(tree: Tree, node: int) -> list[Offer]:
-            decode(tree, node)
+            if not decode(tree, node):
+                return []
             tokens, probabilities = model.top(0, 1 if is_chain else shape.branching(0.0))
             return [Offer(*offer) for offer in zip(tokens, probabilities, strict=True)]
 
         def draw(
             tree: Tree, node: int, width: Callable[[float], int]
-        ) -> tuple[list[Offer], Distribution]:
+        ) -> tuple[list[Offer], Distribution | None]:
             assert self.sampler is not None
-            decode(tree, node)
-            path = tree.path(node)
-            q = self.sampler.proposal(model, 0, path)
+            if not decode(tree, node):
+                return [], None
+            try:
+                q = self.sampler.proposal(model, 0, tree.path(node))
+            except SamplingError:  # a path that the grammar cannot go on from
+                return [], None
             children = self.sampler.draw(q, width(float(q.p.max())))
             return [Offer(token, q.of(token)) for token in children], q
 

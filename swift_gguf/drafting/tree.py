@@ -107,7 +107,7 @@ def grow(
     """The likeliest tree of at most `shape.n_nodes` nodes, best first by joint probability.
 
     expand: runs the draft on a node (ROOT first) and returns the likeliest tokens after it,
-        likeliest first.  Each call costs a draft pass.
+        likeliest first; none where the draft cannot go on.  Each call costs a draft pass.
     """
     tree = Tree()
     serial = count()  # of two equals the older one first
@@ -139,7 +139,9 @@ def grow(
 
 
 def grow_sampled(
-    draw: Callable[[Tree, int, Callable[[float], int]], tuple[Sequence[Offer], Distribution]],
+    draw: Callable[
+        [Tree, int, Callable[[float], int]], tuple[Sequence[Offer], Distribution | None]
+    ],
     policy: Policy,
     shape: Shape,
     *,
@@ -152,7 +154,7 @@ def grow_sampled(
     that are drawn stay, in their order.  Where the tree grows on may depend on everything.
 
     draw: runs the draft on a node and draws its children; the callable it is given says how many,
-        by the top probability.
+        by the top probability.  No proposal where the draft cannot go on.
     """
     proposals: dict[int, Distribution] = {}
     tree = Tree(proposals=proposals)
@@ -167,7 +169,9 @@ def grow_sampled(
     while leaves and len(tree) < shape.n_nodes:
         value, _, leaf = heapq.heappop(leaves)
         joint = -value
-        drawn, proposals[leaf] = draw(tree, leaf, width)
+        drawn, proposal = draw(tree, leaf, width)
+        if proposal is not None:
+            proposals[leaf] = proposal
         for rank, offer in enumerate(drawn):
             node = _add(tree, leaf, offer)
             below = policy.joint(joint, offer.probability)

@@ -5,16 +5,20 @@ The steps are the same; drivers differ in the windows they offer and the time th
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 
-from swift_gguf.errors import StoppedError
+from swift_gguf.errors import StoppedError, SwiftError
 from swift_gguf.model import Model
 from swift_gguf.search.optimizer import Searcher
 from swift_gguf.search.window import TextWindow
+
+_log = logging.getLogger("swift_gguf")
 
 
 @dataclass
@@ -28,11 +32,12 @@ class Meter:
 class OnTheFly:
     """Steps between the cycles of a generation, within a share of its time.
 
-    A step is only begun when the budget covers it: the share holds at any moment, not just in the
-    long run.  What was not used is left for later generations.
+    A step is only begun when the budget covers what the dearest of the latest steps took, so the
+    share holds at any moment but for a step that takes longer than those; it is made up for before
+    the next.  What was not used is left for later generations.
 
     window: makes the window of a step, None while the text is too short.
-    cost_s: what the first step is expected to take; later ones as long as the latest.
+    cost_s: what a step is expected to take, until there was one.
     on_step: called after every step.
     share: of the generation's time; None: SWIFT's way, a step after every `interval`-th cycle.
     """
@@ -42,7 +47,7 @@ class OnTheFly:
         searcher: Searcher,
         window: Callable[[], TextWindow | None],
         *,
-        cost_s: float,
+        cost_s: Callable[[], float],
         share: float | None = 0.05,
         interval: int = 1,
         on_step: Callable[[], None] = lambda: None,
@@ -50,34 +55,44 @@ class OnTheFly:
     ) -> None:
         self.searcher = searcher
         self.meter = meter or Meter()
-        self._window, self._cost_s = window, cost_s
+        self._window, self._expected_s = window, cost_s
+        self._latest_s: deque[float] = deque(maxlen=8)
         self._share, self._interval = share, interval
         self._on_step = on_step
         self._earned = 0.0
         self._cycles = 0
+        self._failed = False
 
     def step(self, cycle_s: float) -> None:
         """See `engine.Search`."""
         self._cycles += 1
-        if self.searcher.done:
+        if self.searcher.done or self._failed:
             return
         if self._share is None:
             if self._cycles % self._interval:
                 return
         else:
             self._earned += self._share * cycle_s
-            if self._earned < self._cost_s:
+            if self._earned < (max(self._latest_s) if self._latest_s else self._expected_s()):
                 return
+        start = perf_counter()
+        try:
+            self._score()
+        except SwiftError as error:  # the text is what matters
+            _log.warning("the search stops: %s", error)
+            self._failed = True
+        finally:
+            seconds = perf_counter() - start
+            self._earned -= seconds
+            self.meter.seconds += seconds
+
+    def _score(self) -> None:
         window = self._window()
         if window is None:
             return
         start = perf_counter()
-        try:
-            self.searcher.step(window)
-        finally:
-            self._cost_s = perf_counter() - start
-            self._earned -= self._cost_s
-            self.meter.seconds += self._cost_s
+        self.searcher.step(window)
+        self._latest_s.append(perf_counter() - start)
         self.meter.steps += 1
         self._on_step()
 
@@ -122,14 +137,15 @@ class IdleSearch:
 
         May be nested, by one thread or several; who of them uses the model is theirs to agree on.
         """
-        with self._state:
-            self._users += 1
-            self._wait_for_worker()
+        entered = False
         try:
+            with self._state:
+                self._users, entered = self._users + 1, True
+                self._wait_for_worker()
             yield
         finally:
             with self._state:
-                self._users -= 1
+                self._users -= entered
                 self._left_s = self._limit_s
                 self._state.notify_all()
 
@@ -151,11 +167,12 @@ class IdleSearch:
         self.close()
 
     def _wait_for_worker(self) -> None:
-        if self._working:
+        while self._working:
             self._model.stop.raise_()
-            while self._working:
+            try:
                 self._state.wait()
-            self._model.stop.lower()
+            finally:  # an interrupt must not leave it up
+                self._model.stop.lower()
 
     def _run(self) -> None:
         while self._begin():

@@ -191,7 +191,8 @@ class Objective:
         )
         moves = [x - y for x, y in zip(moves_a, moves_b, strict=True)]
         positions = rates[0].positions
-        width = max(2 * self.draft_max, max(map(len, moves)) // 4)
+        longest = max(map(len, moves))
+        width = min(max(2 * self.draft_max, longest // 4), longest)
         variance = math.inf
         if positions > width:
             # the rates were fitted to the same positions: one block's worth of freedom is gone

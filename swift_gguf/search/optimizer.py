@@ -48,13 +48,14 @@ MAX_PORTFOLIO = 4
 # A sub-network that was dropped may be proposed again until it was scored on as many windows.
 SECOND_CHANCES = 3
 # A challenger is promoted when, after this many positions, it is this many standard errors above
-# the incumbent; dropped when it is below, or after this many windows.  It is looked at after every
+# the incumbent; dropped when it is below, or undecided after so many.  It is looked at after every
 # window, and the error of few positions is itself uncertain: hence more than the usual two.
 MIN_POSITIONS = 96
 PROMOTE_Z = 2.5
-MAX_TRIALS = 8
-# What evidence is worth after the text has changed.
+MAX_POSITIONS = 192
+# What evidence is worth after the text has changed, and how much of it is kept as it is.
 AGED = 0.25
+KEPT_WINDOWS = 4
 
 
 class Searcher(Protocol):
@@ -71,11 +72,10 @@ class Searcher(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Knowledge:
-    """What a profile remembers of a sub-network."""
+    """What was seen of a sub-network, by window, and what that means here."""
 
     subnetwork: SubNetwork
-    positions: int
-    agreement: float
+    outcomes: Mapping[Hashable, Outcome]
     rate: Rate
 
 
@@ -97,7 +97,9 @@ class _Record:
             del self.outcomes[next(iter(self.outcomes))]
 
     def age(self) -> None:
-        self.outcomes.clear()
+        """The latest windows stay: something must be known until there are new ones."""
+        for key in list(self.outcomes)[:-KEPT_WINDOWS]:
+            del self.outcomes[key]
         self.positions *= AGED
         self.agreements *= AGED
 
@@ -105,8 +107,9 @@ class _Record:
 class Search:
     """Finds the sub-network that drafts fastest.
 
-    known: what a profile remembers, best first: incumbent and first challengers.  Without any the
-        search starts with the best of some even patterns.
+    known: good sub-networks, best first: incumbent and first challengers.  Without any the search
+        starts with the best of some even patterns.
+    seen: outcomes of earlier searches; what they scored is not scored again to begin with.
     draft_max, p_min: see `Objective`.
     weights: how often each of `PROPOSERS` is asked, by name.
     patience: the search is done when this many proposals in a row brought no certain gain.
@@ -127,6 +130,7 @@ class Search:
         costs: Costs,
         *,
         known: Sequence[SubNetwork] = (),
+        seen: Mapping[SubNetwork, Mapping[Hashable, Outcome]] | None = None,
         draft_max: int = 8,
         p_min: float | None = None,
         weights: Mapping[str, float] = DEFAULT_WEIGHTS,
@@ -146,9 +150,14 @@ class Search:
         self._weights = dict(weights)
         # a profile may be of a build that could skip more
         self._known = [subnetwork for subnetwork in known if subnetwork in space]
-        self._starts = [] if self._known else _structured_starts(space)
-        self._incumbent = (self._known or self._starts)[0]
         self._records: dict[SubNetwork, _Record] = {}
+        for subnetwork, outcomes in (seen or {}).items():
+            if subnetwork in space:
+                self._add(subnetwork, outcomes)
+        starts = [] if self._known else _structured_starts(space)
+        self._starts = [start for start in starts if start not in self._records]
+        begun = sorted(self._records, key=lambda s: -self._records[s].value)
+        self._incumbent = next(iter([*self._known, *begun, *self._starts]))
         # challenger -> the windows it was discovered on, which prove nothing
         self._challengers: dict[SubNetwork, frozenset[Hashable]] = {}
         self._challenge_with(self._known)
@@ -176,13 +185,13 @@ class Search:
         candidates = dict.fromkeys([self._incumbent, *self._former, *self._known])
         return list(candidates)[:MAX_PORTFOLIO]
 
-    def knowledge(self) -> list[Knowledge]:
-        """For the profile: the portfolio, as far as it was measured on the present text."""
-        measured = [s for s in self.portfolio if self._record(s).outcomes]
-        rates = [self.rate(subnetwork) for subnetwork in measured]
+    def knowledge(self, n: int = 8) -> list[Knowledge]:
+        """Of the portfolio, then of what else looked best; as far as it was scored."""
+        others = sorted(self._records, key=lambda s: -self._records[s].value)
+        scored = [s for s in dict.fromkeys([*self.portfolio, *others]) if self._record(s).outcomes]
         return [
-            Knowledge(subnetwork=s, positions=rate.positions, agreement=rate.agreement, rate=rate)
-            for s, rate in zip(measured, rates, strict=True)
+            Knowledge(subnetwork=s, outcomes=dict(self._records[s].outcomes), rate=self.rate(s))
+            for s in scored[:n]
         ]
 
     def rate(self, subnetwork: SubNetwork) -> Rate:
@@ -206,9 +215,7 @@ class Search:
             return
         outcome = window.score(candidate)
         self._steps += 1
-        record = self._records.setdefault(candidate, _Record(candidate))
-        record.add(window.key, outcome)
-        record.value = self.rate(candidate).value
+        self._add(candidate, {window.key: outcome})
         self._judge(candidate)
         self._forget()
 
@@ -225,6 +232,12 @@ class Search:
         self._challenge_with(self.portfolio)
         self._fruitless = 0
         self._drift = DriftWatch()
+
+    def _add(self, subnetwork: SubNetwork, outcomes: Mapping[Hashable, Outcome]) -> None:
+        record = self._records.setdefault(subnetwork, _Record(subnetwork))
+        for key, outcome in outcomes.items():
+            record.add(key, outcome)
+        record.value = self.rate(subnetwork).value
 
     def _challenge_with(self, subnetworks: Sequence[SubNetwork]) -> None:
         others = [s for s in dict.fromkeys(subnetworks) if s != self._incumbent]
@@ -308,7 +321,6 @@ class Search:
         """Promotes a challenger, drops it, or leaves it for another window."""
         discovery = self._challengers[challenger]
         trial = self._compare(challenger, without=discovery)
-        n_trials = len(self._record(challenger).outcomes.keys() - discovery)
         enough = trial.positions >= MIN_POSITIONS
         if enough and trial.difference > PROMOTE_Z * trial.standard_error:
             del self._challengers[challenger]
@@ -317,7 +329,7 @@ class Search:
                 self._fruitless = 0
             self._incumbent = challenger
             self._drift = DriftWatch()
-        elif (enough and trial.difference <= 0) or n_trials >= MAX_TRIALS:
+        elif (enough and trial.difference <= 0) or trial.positions >= MAX_POSITIONS:
             del self._challengers[challenger]
 
     def _promise(self, challenger: SubNetwork) -> float:

@@ -88,7 +88,7 @@ class PaperSearch:
     def _propose(self) -> SubNetwork:
         n_steps, options = len(self._scored), self.options
         rng = np.random.default_rng((options.seed, n_steps))
-        n_skip = int(self.space.size * options.skip_ratio)
+        n_skip = max(1, int(self.space.size * options.skip_ratio))
         if options.bayes and (n_steps + 1) % options.bayes_interval == 0:
             if not self._scored:
                 return self.space.random(rng, n_skip)

@@ -11,7 +11,7 @@ Two estimators of what a sub-network's drafts would be worth:
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import hashlib
 
 import numpy as np
 
@@ -39,12 +39,14 @@ class TextWindow:
         self._chunk = n if own_past else chunk
         self._own_past = own_past
         self._text = model.tokens[: start + n + 1]
+        digest = hashlib.blake2b(repr(self._text).encode(), digest_size=8).hexdigest()
+        self._key = f"{digest}-{start}-{n}"
         self._found: dict[SubNetwork, list[tuple[bool, float]]] = {}
 
     @property
-    def key(self) -> Hashable:
-        """The text and the positions."""
-        return hash(tuple(self._text)), self.start, self.n
+    def key(self) -> str:
+        """A name of the text and the positions, the same in every process."""
+        return self._key
 
     @property
     def is_current(self) -> bool:
@@ -74,8 +76,9 @@ class TextWindow:
 class Windows:
     """The windows of one growing text, offered to a search one after another.
 
-    A search compares sub-networks on the same window, so one serves for some steps before the next
-    begins where the text ends then.
+    A search compares sub-networks on the same window, so one serves for some steps before the next,
+    which ends where the text ends then.  While the text stands still, the windows before it follow,
+    and after the first of them the last one again.
 
     n: positions of a window; shorter ones are made while the text is short.
     """
@@ -89,6 +92,7 @@ class Windows:
         self._model, self._n, self._steps = model, n, steps
         self._chunk, self._own_past = chunk, own_past
         self._current: TextWindow | None = None
+        self._text_end = 0
         self._left = 0
 
     def __call__(self) -> TextWindow | None:
@@ -96,13 +100,16 @@ class Windows:
         current = self._current
         fits = current and current.n <= self._model.room and current.is_current
         if self._left == 0 or not fits:
-            self._current = self._latest()
+            stands_still = fits and self._text_end == self._model.n_past
+            before = self._ending_at(current.start) if current and stands_still else None
+            # the last token is what the position before it is judged by
+            self._current = before or self._ending_at(self._model.n_past - 1)
+            self._text_end = self._model.n_past
             self._left = self._steps
         self._left -= 1
         return self._current
 
-    def _latest(self) -> TextWindow | None:
-        end = self._model.n_past - 1  # the last token is what the position before it is judged by
+    def _ending_at(self, end: int) -> TextWindow | None:
         start = max(self.first - 1, end - self._n, 0)
         n = min(end - start, self._model.room)
         if n < min(MIN_POSITIONS, self._n):

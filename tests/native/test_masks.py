@@ -184,6 +184,33 @@ def test_models_without_rollback_are_refused(
         assert len(list(generate(model, PROMPT, sampler=sampler, max_tokens=10))) > 0
 
 
+class Interrupted:
+    """A sampler that is interrupted at its third token."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.left, self.sampler = 3, sampler
+
+    def sample(self, model: Model, row: int) -> int:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return self.sampler.sample(model, row)
+
+
+@pytest.mark.parametrize("family", NO_ROLLBACK_FAMILIES)
+def test_an_interrupt_leaves_a_usable_context_where_nothing_can_be_taken_back(
+    family: str, tiny: Callable[..., Path], open_model: Callable[..., Model]
+) -> None:
+    model = open_model(tiny(family))
+    with Sampler(model, SamplingOptions(temperature=0)) as sampler:
+        plain = [t.id for t in generate(model, PROMPT, sampler=sampler, max_tokens=10)]
+        with pytest.raises(KeyboardInterrupt):
+            list(generate(model, PROMPT, sampler=Interrupted(sampler), max_tokens=10))
+        assert model.tokens == []
+        again = [t.id for t in generate(model, PROMPT, sampler=sampler, max_tokens=10)]
+    assert again == plain
+
+
 def test_draft_stops(tiny: Callable[..., Path], open_model: Callable[..., Model]) -> None:
     model = open_model(tiny("llama"))
     model.decode(PROMPT)

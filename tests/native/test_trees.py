@@ -195,3 +195,37 @@ def test_a_stopped_pass_leaves_nothing(two: Callable[..., list[Model]]) -> None:
     for m in (model, plain):
         m.decode([99])
     np.testing.assert_array_equal(model.logits(0), plain.logits(0))
+
+
+def test_batches_bound_trees_and_windows(two: Callable[..., list[Model]]) -> None:
+    model, plain = two("llama", n_batch=1)
+    assert model.room == model.n_batch == 48
+    text = [*PROMPT, *range(30, 70)]
+    start(model, text)
+    for attempt in (
+        lambda: model.decode_tree([5] * 49, range(-1, 48)),
+        lambda: model.redecode(0, 49, own_past=True),
+    ):
+        with pytest.raises(ValueError, match="batch of 48"):
+            attempt()
+        assert model.tokens == text
+    start(plain, text)
+    for m in (model, plain):
+        m.decode([99])
+    np.testing.assert_array_equal(model.logits(0), plain.logits(0))
+
+
+def test_a_long_prompt_is_decoded_again_as_it_was(two: Callable[..., list[Model]]) -> None:
+    """When gaps must be filled, a prompt in wide batches keeps the kernels of wide batches."""
+    model, plain = two("llama", n_ctx=256)
+    start(model, PROMPT)
+    model.decode_tree([5, 6, 7, 8], [-1, 0, 0, 0])
+    model.keep([0, 3])
+    start(plain, [*PROMPT, 5, 8])
+    prompt = [9 + i % 90 for i in range(150)]
+    for m in (model, plain):
+        m.decode(prompt)
+        start(m, range(5, 5 + 256 - len(PROMPT) - 2 - 150))  # to the end: two cells are parked
+        assert m.n_past == 256
+    np.testing.assert_array_equal(model.logits(0), plain.logits(0))
+    assert model.cells.n_parked == 0

@@ -140,6 +140,8 @@ class FakeModel:
     def rollback(self, n_past: int) -> None:
         if n_past < 0:
             raise ContractViolationError(f"a rollback to position {n_past}")
+        if self._nodes and self.rollback_refusal:
+            raise UnsupportedModelError(self.rollback_refusal)
         self._nodes.clear()
         if n_past >= len(self.tokens):
             return

@@ -151,7 +151,9 @@ def test_a_finished_search_keeps_its_best() -> None:
 def test_the_best_of_each_cost() -> None:
     good, bad = [outcome([True] * 32)], [outcome([False] * 32)]
     # one FFN less is 0.9 of a pass, two are 0.8
-    best = best_by_cost({without(1): bad, without(2): good, without(1, 2): bad}, COSTS)
+    best = best_by_cost(
+        {without(1): bad * 2, without(2): good * 2, without(1, 2): bad * 2, without(3): good}, COSTS
+    )
     assert best == {"ours, cost 0.8-0.9": without(1, 2), "ours, cost 0.9-1.0": without(2)}
 
 

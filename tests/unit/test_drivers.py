@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swift_gguf.errors import ContextFullError, DecodeError, StoppedError
+from swift_gguf.model import Model
 from swift_gguf.search import drivers
-from swift_gguf.search.drivers import Meter, OnTheFly
+from swift_gguf.search.drivers import IdleSearch, Meter, OnTheFly
 from swift_gguf.search.objective import Window
 from swift_gguf.search.window import MIN_POSITIONS, TextWindow, Windows
 from swift_gguf.subnetwork import SubNetwork
@@ -68,11 +71,11 @@ seconds = st.floats(1e-4, 2.0)
 def test_the_share_holds_at_any_moment(
     cycles: list[float], costs: list[float], first_cost: float, share: float
 ) -> None:
-    """Over it goes only what a step took more than the one before let expect."""
+    """Over it goes only what a step took more than the dearest of the latest let expect."""
     searcher = FakeSearcher(costs=(costs[i % len(costs)] for i in range(10**6)))
-    driver = OnTheFly(searcher, some_window, cost_s=first_cost, share=share)
+    driver = OnTheFly(searcher, some_window, cost_s=lambda: first_cost, share=share)
     generated = spent = 0.0
-    expected = surprise = first_cost
+    expected, latest = first_cost, list[float]()
     with clock_of(searcher):
         for cycle_s in cycles:
             before = searcher.now
@@ -82,7 +85,9 @@ def test_the_share_holds_at_any_moment(
             if took:
                 assert spent + expected <= share * generated + 1e-9, "begun without the money"
                 spent += took
-                surprise, expected = max(0.0, took - expected), took
+                surprise = max(0.0, took - expected)
+                latest.append(took)
+                expected = max(latest[-8:])
                 assert spent <= share * generated + surprise + 1e-9
             else:  # nor is time left that would pay for a step
                 assert spent + expected > share * generated - 1e-9
@@ -92,7 +97,7 @@ def test_the_share_holds_at_any_moment(
 
 def test_control_without_a_clock_the_share_does_not_hold() -> None:
     searcher = FakeSearcher(costs=iter([0.5] * 200))
-    driver = OnTheFly(searcher, some_window, cost_s=0.5, share=0.05)
+    driver = OnTheFly(searcher, some_window, cost_s=lambda: 0.5, share=0.05)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drivers, "perf_counter", lambda: 0.0)
         for _ in range(200):
@@ -104,7 +109,7 @@ def test_what_is_not_used_is_kept_while_there_is_no_window() -> None:
     searcher = FakeSearcher(costs=iter([0.1] * 100))
     windows: list[TextWindow | None] = [None] * 40
     driver = OnTheFly(
-        searcher, lambda: windows.pop() if windows else SOME_WINDOW, cost_s=0.1, share=0.5
+        searcher, lambda: windows.pop() if windows else SOME_WINDOW, cost_s=lambda: 0.1, share=0.5
     )
     with clock_of(searcher):
         while windows:
@@ -119,7 +124,7 @@ def test_what_is_not_used_is_kept_while_there_is_no_window() -> None:
 def test_swift_s_way_is_a_step_every_so_many_cycles(interval: int) -> None:
     """However long steps take, and however short cycles are."""
     searcher = FakeSearcher(costs=iter([100.0] * 100))
-    driver = OnTheFly(searcher, some_window, cost_s=100.0, share=None, interval=interval)
+    driver = OnTheFly(searcher, some_window, cost_s=lambda: 100.0, share=None, interval=interval)
     with clock_of(searcher):
         for cycle in range(1, 21):
             driver.step(1e-6)
@@ -135,7 +140,9 @@ def test_nothing_happens_when_the_search_is_done(share: float | None) -> None:
         asked.append(1)
         return SOME_WINDOW
 
-    driver = OnTheFly(searcher, window, cost_s=0.0, share=share, on_step=lambda: asked.append(2))
+    driver = OnTheFly(
+        searcher, window, cost_s=lambda: 0.0, share=share, on_step=lambda: asked.append(2)
+    )
     for _ in range(20):
         driver.step(1.0)
     assert asked == []
@@ -152,7 +159,7 @@ def test_every_step_is_told_and_metered() -> None:
     driver = OnTheFly(
         searcher,
         some_window,
-        cost_s=0.0,
+        cost_s=lambda: 0.0,
         share=1.0,
         on_step=lambda: told.append(searcher.steps),
         meter=meter,
@@ -165,18 +172,17 @@ def test_every_step_is_told_and_metered() -> None:
     assert (meter.seconds, meter.steps) == (1.75, 10)
 
 
-def test_a_failed_step_is_paid_for_but_does_not_count() -> None:
+def test_a_step_that_fails_ends_the_search_not_the_text(caplog: pytest.LogCaptureFixture) -> None:
     searcher, told = FakeSearcher(costs=iter([0.25] * 9), fails=True), []
-    driver = OnTheFly(searcher, some_window, cost_s=0.1, share=0.2, on_step=lambda: told.append(1))
+    driver = OnTheFly(
+        searcher, some_window, cost_s=lambda: 0.1, share=0.2, on_step=lambda: told.append(1)
+    )
     with clock_of(searcher):
-        with pytest.raises(DecodeError):
+        for _ in range(20):
             driver.step(1.0)
-        searcher.fails = False
-        driver.step(1.0)  # 0.4 s earned, of which 0.25 are spent
-        assert (searcher.steps, told) == (1, [])
-        driver.step(1.0)
-    assert (searcher.steps, told, driver.meter.steps) == (2, [1], 1)
-    assert driver.meter.seconds == 0.5
+    assert (searcher.steps, told, driver.meter.steps) == (1, [], 0)
+    assert driver.meter.seconds == 0.25  # it is paid for
+    assert [record.getMessage() for record in caplog.records] == ["the search stops: no; try again"]
 
 
 # -- windows ---------------------------------------------------------------------------------------
@@ -382,3 +388,56 @@ def test_the_paper_s_window_is_one_pass_on_its_own_past() -> None:
     window = windows()
     assert window is not None
     assert window.start == 20
+
+
+class Flag:
+    def __init__(self) -> None:
+        self.is_up = False
+
+    def raise_(self) -> None:
+        self.is_up = True
+
+    def lower(self) -> None:
+        self.is_up = False
+
+
+class StoppableModel:
+    def __init__(self) -> None:
+        self.stop = Flag()
+
+
+def test_an_interrupt_while_waiting_leaves_the_flag_down_and_the_search_alive() -> None:
+    model = StoppableModel()
+    steps: list[int] = []
+
+    class Slow:
+        done = False
+        best = SubNetwork(n_layer=1)
+
+        def step(self, window: Any) -> None:
+            steps.append(1)
+            while not model.stop.is_up:
+                time.sleep(0.001)
+            raise StoppedError("stopped")
+
+    with IdleSearch(cast(Model, model), Slow(), some_window) as idle:
+        while not steps:
+            time.sleep(0.001)
+        wait = idle._state.wait
+        interrupted: list[int] = []
+
+        def interrupting(timeout: float | None = None) -> bool:
+            if threading.current_thread() is threading.main_thread() and not interrupted:
+                interrupted.append(1)
+                raise KeyboardInterrupt
+            return wait(timeout)
+
+        idle._state.wait = interrupting  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt), idle.paused():
+            pytest.fail("the model was not free yet")
+        assert not model.stop.is_up
+        with idle.paused():
+            assert not model.stop.is_up
+            n = len(steps)
+        while len(steps) == n:  # and it goes on
+            time.sleep(0.001)

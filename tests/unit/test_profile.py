@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -25,7 +26,8 @@ from swift_gguf import gguf_check
 from swift_gguf import profile as profile_module
 from swift_gguf.cost import Costs
 from swift_gguf.errors import ModelError
-from swift_gguf.profile import MAX_KNOWN, Known, Profile, Store, fingerprint
+from swift_gguf.profile import MAX_KNOWN, MAX_SEEN, Known, Profile, Seen, Store, fingerprint
+from swift_gguf.search.objective import Outcome
 from swift_gguf.subnetwork import SubNetwork
 from tests.fixtures.tiny_gguf import write_tiny
 
@@ -41,13 +43,15 @@ COSTS = Costs(
 ).as_dict()
 
 
-def known(ffn: int, *, positions: int = 100, agreement: float = 0.5, speedup: float = 1.0) -> Known:
+def seen(agrees: str, confidence: float = 0.5) -> Seen:
+    return Seen(tuple(bit == "1" for bit in agrees), (confidence,) * len(agrees))
+
+
+def known(ffn: int, **windows: str) -> Known:
+    """`known(3, a="011")`: in window a, the draft without FFN 3 was wrong, right and right."""
     return Known(
         subnetwork=SubNetwork(n_layer=N_LAYER, skip_ffn=frozenset({ffn})),
-        positions=positions,
-        agreement=agreement,
-        speedup=speedup,
-        value=speedup,
+        seen={key: seen(agrees) for key, agrees in (windows or {"w": "01"}).items()},
     )
 
 
@@ -59,7 +63,7 @@ def learned(*items: Known, **values: Any) -> Profile:
 
 FULL = learned(
     replace(
-        known(1, speedup=1.25),
+        known(1, a="0111", b="1"),
         subnetwork=SubNetwork(
             n_layer=N_LAYER, skip_attn=frozenset({3, 5, 6, 7, 8, 9}), skip_ffn=frozenset({4})
         ),
@@ -132,19 +136,36 @@ def test_no_fingerprint_of_something_else(tmp_path: Path) -> None:
 # -- values ----------------------------------------------------------------------------------------
 
 
-def test_merging_is_a_union_with_the_best_first() -> None:
-    ours = learned(known(1, speedup=1.5), known(2, speedup=1.2, positions=10), search_s=2.0)
-    theirs = learned(known(3, speedup=1.3), known(2, speedup=0.9, positions=50), evaluations=4)
+def test_what_was_seen_adds_up() -> None:
+    ours = learned(known(1, a="01"), known(2, a="0", b="11"), search_s=2.0)
+    theirs = learned(known(3, a="1"), known(2, b="00", c="1"), evaluations=4)
     merged = ours.merged(theirs)
-    assert merged.known == (known(1, speedup=1.5), *theirs.known)
+    # what was learned last comes first, and of one window the later score counts
+    assert merged.known == (known(3, a="1"), known(2, a="0", b="00", c="1"), known(1, a="01"))
     assert (merged.search_s, merged.evaluations) == (2.0, 4)
-    assert theirs.merged(ours).known == merged.known
+    assert (merged.known[1].positions, merged.known[1].agreement) == (4, 0.25)
 
 
-def test_only_the_best_are_kept() -> None:
-    ours = learned(*(known(layer, speedup=9 - layer / 2) for layer in range(MAX_KNOWN)))
-    merged = ours.merged(learned(known(9, speedup=100.0), known(8, speedup=0.1)))
-    assert merged.known == (known(9, speedup=100.0), *ours.known[:-1])
+def test_only_the_latest_are_kept() -> None:
+    ours = learned(*(known(layer) for layer in range(MAX_KNOWN)))
+    merged = ours.merged(learned(known(9), known(8)))
+    assert merged.known == (known(9), known(8), *ours.known[:-2])
+    windows = {f"w{i}": "1" for i in range(MAX_SEEN)}
+    once = learned(known(1, **windows))
+    twice = once.merged(learned(known(1, w3="0", new="0")))
+    assert list(twice.known[0].seen) == [
+        *(k for k in windows if k not in ("w0", "w3")),
+        "w3",
+        "new",
+    ]
+    assert twice.known[0].seen["w3"] == seen("0")
+
+
+def test_what_was_seen_is_what_the_search_scored() -> None:
+    outcome = Outcome(np.array([True, False]), np.array([0.25, 1.0], dtype=np.float32))
+    back = Seen.of(outcome).outcome()
+    np.testing.assert_array_equal(back.agrees, outcome.agrees)
+    np.testing.assert_allclose(back.confidence, outcome.confidence, atol=1e-3)
 
 
 def test_newer_costs_win() -> None:
@@ -174,7 +195,6 @@ def test_different_models_do_not_mix() -> None:
         {"search_s": -1.0},
         {"evaluations": -1},
         {"evaluations": 1.5},
-        {"known": FULL.known[::-1]},
         {"known": (known(1), known(1))},
         {"known": tuple(known(layer) for layer in range(MAX_KNOWN + 1))},
         {"costs": {"cpu": {}}},
@@ -187,21 +207,25 @@ def test_impossible_profiles(values: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "values",
+    "windows",
     [
-        {"positions": -1},
-        {"positions": True},
-        {"agreement": 1.01},
-        {"agreement": math.nan},
-        {"speedup": math.inf},
-        {"speedup": -0.1},
-        {"speedup": "2"},
-        {"value": math.nan},
+        {},
+        {f"w{i}": seen("1") for i in range(MAX_SEEN + 1)},
+        {1: seen("1")},
     ],
 )
-def test_impossible_numbers(values: dict[str, Any]) -> None:
+def test_impossible_windows(windows: dict[Any, Seen]) -> None:
     with pytest.raises(ValueError):
-        replace(known(1), **values)
+        replace(known(1), seen=windows)
+
+
+@pytest.mark.parametrize(
+    ("agrees", "confidence"),
+    [((), ()), ((True,), ()), ((True,), (1.01,)), ((True,), (math.nan,)), ((True,), ("1",))],
+)
+def test_impossible_scores(agrees: Any, confidence: Any) -> None:
+    with pytest.raises(ValueError):
+        Seen(agrees, confidence)
 
 
 # -- the store -------------------------------------------------------------------------------------
@@ -218,13 +242,13 @@ def test_round_trip(store: Store) -> None:
 
 LAYERS = st.frozensets(st.integers(0, N_LAYER - 1))
 NUMBERS = st.floats(0, 1e9)
+SEEN = st.lists(st.tuples(st.booleans(), st.floats(0, 1)), min_size=1, max_size=5).map(
+    lambda pairs: Seen(*map(tuple, zip(*pairs, strict=True)))
+)
 KNOWN = st.builds(
     Known,
     subnetwork=st.builds(SubNetwork, n_layer=st.just(N_LAYER), skip_attn=LAYERS, skip_ffn=LAYERS),
-    positions=st.integers(0, 1 << 40),
-    agreement=st.floats(0, 1),
-    speedup=NUMBERS,
-    value=NUMBERS,
+    seen=st.dictionaries(st.text(), SEEN, min_size=1, max_size=MAX_SEEN),
 )
 LEARNED = st.builds(
     Profile,
@@ -252,8 +276,8 @@ def test_what_is_stored_is_all_that_was_learned(store: Store, steps: list[Profil
     assert stored.evaluations == sum(step.evaluations for step in steps)
     assert stored.search_s == pytest.approx(sum(step.search_s for step in steps))
     assert set(stored.costs) == {where for step in steps for where in step.costs}
-    values = [item.value for item in stored.known]
-    assert values == sorted(values, reverse=True)
+    assert stored.known[0].subnetwork == steps[-1].known[0].subnetwork
+    assert steps[-1].known[0].seen.items() <= stored.known[0].seen.items()
     assert len(stored.known) == min(
         MAX_KNOWN, len({item.subnetwork for step in steps for item in step.known})
     )
@@ -304,11 +328,14 @@ def assert_set_aside(
         lambda values: values["known"][0].update(skip_attn=f"{N_LAYER}"),
         lambda values: values["known"][0].update(skip_attn=3),
         lambda values: values["known"][0].update(skip_ffn="x"),
-        lambda values: values["known"][0].update(agreement=1.5),
-        lambda values: values["known"][0].update(agreement=10**400),
-        lambda values: values["known"][0].update(speedup=math.nan),
+        lambda values: values["known"][0].update(seen={}),
+        lambda values: values["known"][0]["seen"].update(x={"agrees": "01", "confidence": [1]}),
+        lambda values: values["known"][0]["seen"].update(x={"agrees": "2", "confidence": [1]}),
+        lambda values: values["known"][0]["seen"].update(
+            x={"agrees": "1", "confidence": [10**400]}
+        ),
+        lambda values: values["known"][0]["seen"].update(x={"agrees": [1], "confidence": [1]}),
         lambda values: values["known"][0].update(comment="a"),
-        lambda values: values["known"].reverse(),
         lambda values: values.update(n_layer=4),
         lambda values: values.update(n_layer="10"),
         lambda values: values.update(fingerprint="0" * 32),
@@ -401,9 +428,14 @@ def test_no_edit_stops_anybody(store: Store, edits: dict[str, Any], in_known: An
         assert store.add(learned()) is not None
     store.forget(PRINT)
     store.add(FULL)
-    change(store, lambda values: values["known"][0].update(speedup=in_known))
+    change(store, lambda values: values["known"][0].update(seen=in_known))
     profile = store.load(PRINT)
-    assert profile is None or profile.known[0].speedup == in_known
+    assert path_of(store).exists() == (profile is not None)
+    store.forget(PRINT)
+    store.add(FULL)
+    change(store, lambda values: values["known"][0]["seen"].update(x=in_known))
+    profile = store.load(PRINT)
+    assert profile is None or "x" in profile.known[0].seen
 
 
 def test_deep_nesting_is_damage(store: Store) -> None:
@@ -491,14 +523,14 @@ KILLS = 200
 def write_on(store: Store) -> None:
     """Adds seconds of search, until it is killed."""
     while True:
-        store.add(learned(known(1, positions=9), search_s=1.0))
+        store.add(learned(known(1, a="01"), search_s=1.0))
 
 
 def write_until_told(store: Store, pipe: Connection) -> None:
     """Adds evaluations, and reports how many were stored."""
     stored = 0
     while not pipe.poll(0.002):
-        stored += store.add(learned(known(2, positions=7), evaluations=1)) is not None
+        stored += store.add(learned(known(2, a="1"), evaluations=1)) is not None
     pipe.send(stored)
 
 
@@ -530,6 +562,7 @@ def test_killed_writers_damage_nothing(store: Store, caplog: pytest.LogCaptureFi
     assert profile is not None
     assert profile.evaluations == stored > 0  # nothing lost, nothing counted twice
     assert profile.search_s > 0
-    assert set(profile.known) == {known(1, positions=9), known(2, positions=7)}
+    by_layer = sorted(profile.known, key=lambda item: min(item.subnetwork.skip_ffn))
+    assert by_layer == [known(1, a="01"), known(2, a="1")]
     assert names(store) == {f"{PRINT}.json"}
     assert caplog.records == []

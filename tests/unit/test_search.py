@@ -315,12 +315,13 @@ def test_knowledge_is_of_the_portfolio_incumbent_first() -> None:
     assert search.knowledge() == []
     drive(search, model, 60)
     knowledge = search.knowledge()
-    assert [item.subnetwork for item in knowledge] == search.portfolio
+    found = [item.subnetwork for item in knowledge]
+    assert found[: len(search.portfolio)] == search.portfolio
+    assert len(set(found)) == len(found) == 8
     assert knowledge[0].subnetwork == search.best
     assert len(set(search.portfolio)) == len(search.portfolio) == MAX_PORTFOLIO
     assert knowledge[0].rate == search.rate(search.best)
-    assert knowledge[0].positions >= 128
-    assert knowledge[0].agreement == pytest.approx(knowledge[0].rate.agreement)
+    assert knowledge[0].rate.positions >= 128
 
 
 def test_swift_s_sources_can_be_used_too() -> None:

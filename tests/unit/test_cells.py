@@ -1,0 +1,123 @@
+"""Who holds which cells, on a model of llama.cpp's cache: a batch takes the first free ones."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from swift_gguf.cells import N_SEQUENCES, PARKED, TRUNK, Cells
+
+CAPACITY = 96
+
+
+@dataclass
+class Cache:
+    """What llama_kv_cache keeps of its cells: a position and the sequences that hold it."""
+
+    cells: list[tuple[int, set[int]] | None] = field(default_factory=lambda: [None] * CAPACITY)
+
+    def llama_memory_seq_rm(self, _: Any, sequence: int, start: int, end: int) -> bool:
+        assert end == -1
+        for i, cell in enumerate(self.cells):
+            if cell and cell[0] >= start:
+                cell[1].discard(sequence)
+                if not cell[1]:
+                    self.cells[i] = None
+        return True
+
+    def llama_memory_seq_cp(self, _: Any, source: int, target: int, start: int, end: int) -> None:
+        for cell in self.cells:
+            if cell and start <= cell[0] < end and source in cell[1]:
+                cell[1].add(target)
+
+    def llama_memory_clear(self, _: Any, data: bool) -> None:
+        self.cells = [None] * CAPACITY
+
+    def decode(self, positions: Sequence[int], sequences: Sequence[Sequence[int]]) -> None:
+        """One batch; llama.cpp's checks of positions are made here, too."""
+        for sequence in {s for held in sequences for s in held}:
+            first = min(p for p, held in zip(positions, sequences, strict=True) if sequence in held)
+            assert first == len(self.held(sequence)), "positions must go on where they ended"
+        for pos, held in zip(positions, sequences, strict=True):
+            self.cells[self.cells.index(None)] = (pos, set(held))
+
+    def held(self, sequence: int) -> list[int]:
+        """Positions that a sequence holds, in the order of the cells."""
+        return [cell[0] for cell in self.cells if cell and sequence in cell[1]]
+
+
+def append(cells: Cells, cache: Cache, n: int) -> None:
+    cache.decode(range(cells.n_trunk, cells.n_trunk + n), [[TRUNK]] * n)
+    cells.n_trunk += n
+
+
+def grow(cells: Cells, cache: Cache, rng: random.Random, n: int, *, one_by_one: bool) -> None:
+    parents = [-1, *(rng.randint(-1, node - 1) for node in range(1, n))]
+    groups = [[parent] for parent in parents] if one_by_one else [parents]
+    for group in groups:
+        nodes = cells.place([7] * len(group), group)
+        cache.decode([node.pos for node in nodes], [node.sequences for node in nodes])
+
+
+def some_path(cells: Cells, rng: random.Random) -> list[int]:
+    node, path = rng.randrange(len(cells.nodes)), []
+    while node >= 0:
+        path.append(node)
+        node = cells.nodes[node].parent
+    return path[::-1]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_the_trunk_stays_in_order_and_every_cell_is_accounted_for(seed: int) -> None:
+    rng, cache = random.Random(seed), Cache()
+    cells = Cells(cache, None, capacity=CAPACITY, n_sequences=N_SEQUENCES)
+    append(cells, cache, 3)
+    for _ in range(120):
+        room, act = cells.free, rng.random()
+        if act < 0.15:
+            cells.rollback(rng.randint(1, cells.n_trunk))
+        elif act < 0.3 and room > 0:
+            append(cells, cache, rng.randint(1, min(room, 4)))
+        elif act < 0.45 and room > 4 and cells.n_trunk > 4:
+            start = rng.randint(0, cells.n_trunk - 4)
+            branches = cells.window(start, 4)
+            cache.decode(range(start, start + 4), [[branch] for branch in branches])
+            assert all(len(cache.held(b)) == start + i + 1 for i, b in enumerate(branches))
+            cells.close_window()
+        elif room > 0:
+            grow(cells, cache, rng, rng.randint(1, min(room, 7)), one_by_one=act < 0.7)
+            if act < 0.55:
+                cells.rollback(cells.n_trunk)
+            else:
+                cells.keep(some_path(cells, rng))
+        else:
+            cells.rollback(cells.n_trunk // 2)
+        assert cache.held(TRUNK) == list(range(cells.n_trunk)), "out of order"
+        assert len(cache.held(PARKED)) == cells.n_parked
+        assert cache.cells.count(None) == cells.free
+        assert not cells.nodes
+    cells.rollback(0)
+    assert cells.free == CAPACITY
+
+
+def test_an_uncertain_branch_is_emptied() -> None:
+    cache = Cache()
+    cells = Cells(cache, None, capacity=CAPACITY, n_sequences=N_SEQUENCES)
+    append(cells, cache, 5)
+    cells.place([1, 2, 3], [-1, -1, -1])
+    cells.forget_branches()
+    cells.rollback(5)
+    assert cache.held(TRUNK) == list(range(5))
+    assert [cell[1] for cell in cache.cells if cell] == [{TRUNK}] * 5
+
+
+def test_too_many_branches() -> None:
+    cache = Cache()
+    cells = Cells(cache, None, capacity=CAPACITY, n_sequences=4)
+    append(cells, cache, 1)
+    with pytest.raises(ValueError, match="branches"):
+        cells.place([1, 2, 3, 4], [-1] * 4)
