@@ -323,7 +323,10 @@ class Library:
     def draft(
         self, ctx: Any, handle: SubnetworkHandle, token: int, pos: int, *, n_max: int, p_min: float
     ) -> tuple[list[int], list[float]]:
-        """Greedy draft tokens after `token` at position `pos`, and their probabilities."""
+        """Greedy draft tokens after `token` at position `pos`, and their probabilities.
+
+        The drafting loop for programs in C; Python grows trees (`swift_gguf.drafting.tree`).
+        """
         tokens, probabilities = (ctypes.c_int32 * n_max)(), (ctypes.c_float * n_max)()
         params = DraftParams(0, n_max, p_min)
         n = self._swift.swift_gguf_draft(

@@ -175,6 +175,9 @@ class Speculation:
         prompt_n: where the generated text will begin.
         sampler: draws the drafts, too, if given; for speculative sampling.
         """
+        searcher = self.learning.searcher if self.learning else None
+        if isinstance(searcher, Search) and searcher.done:
+            searcher.reopen()  # of another kind of text there may be more to learn
         if self.drafter:
             self.drafter.sampler = sampler
             self._refresh()

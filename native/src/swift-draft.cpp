@@ -36,6 +36,9 @@ int32_t swift_gguf_top(llama_context * ctx, int32_t i, int32_t k, llama_token * 
     // id comes first, as llama.cpp's greedy sampler has it.
     int32_t n = 0;
     for (int32_t t = 0; t < n_vocab; ++t) {
+        if (std::isnan(logits[t])) {
+            continue; // would block the list: nothing is greater
+        }
         if (n == k && !(logits[t] > logits[tokens[n - 1]])) {
             continue;
         }

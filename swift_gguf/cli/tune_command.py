@@ -61,6 +61,7 @@ def _reset(reference: str) -> None:
 def _tune(model: Model, values: dict[str, Any]) -> dict[str, Any]:
     from swift_gguf.errors import UnsupportedModelError
     from swift_gguf.learning import Learning, SearchOptions, space_of
+    from swift_gguf.search.offline import STEPS, WINDOW
     from swift_gguf.search.offline import tune as tune_offline
 
     if refusal := model.rollback_refusal:
@@ -69,10 +70,8 @@ def _tune(model: Model, values: dict[str, Any]) -> dict[str, Any]:
     if space is None:
         raise UnsupportedModelError("nothing to tune: no sub-layer of this model can be skipped")
     prompts = _prompts(model, values["suite"])
-    options = SearchOptions(
-        paper=paper_options(values) if values["search"] == "paper" else None,
-        draft_max=values["draft_max"],
-    )
+    paper = paper_options(values) if values["search"] == "paper" else None
+    options = SearchOptions(paper=paper, draft_max=values["draft_max"])
     learning = Learning(model, space, options=options)
     learning.measure_costs()
     learning.save()
@@ -92,6 +91,9 @@ def _tune(model: Model, values: dict[str, Any]) -> dict[str, Any]:
                 seconds=60 * values["minutes"],
                 report=report,
                 meter=learning.meter,
+                window=paper.context_window if paper else WINDOW,
+                steps=1 if paper else STEPS,
+                own_past=paper is not None,
             )
         except KeyboardInterrupt:
             interrupted = True
@@ -150,6 +152,7 @@ def _best(learning: Learning) -> str:
 
 def _report(learning: Learning, *, interrupted: bool) -> dict[str, Any]:
     best, known = learning.best, learning.best_known
+    matchness = getattr(learning.searcher, "best_score", None)
     return {
         "interrupted": interrupted,
         "search_s": learning.meter.seconds,
@@ -161,6 +164,7 @@ def _report(learning: Learning, *, interrupted: bool) -> dict[str, Any]:
             "pass_share": learning.costs.draft_ms(best) / learning.costs.verify_ms(1),
             "predicted_speedup": known.rate.speedup if known else None,
             "agreement": known.rate.agreement if known else None,
+            "matchness": matchness,
         },
     }
 
@@ -172,6 +176,10 @@ def _lines(report: dict[str, Any]) -> str:
         + (", interrupted" if report["interrupted"] else ""),
         f"best: {best['text']}",
     ]
+    if best["matchness"] is not None:
+        return "\n".join(
+            [*lines, f"matchness {best['matchness']:.2f}; SWIFT's search is not remembered"]
+        )
     if best["agreement"] is None:
         return "\n".join([*lines, "too little was scored to say what it brings"])
     speedup = best["predicted_speedup"]

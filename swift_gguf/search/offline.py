@@ -41,6 +41,9 @@ def tune(
     report: Callable[[Progress], None] = lambda progress: None,
     meter: Meter | None = None,
     answer_tokens: int = ANSWER_TOKENS,
+    window: int = WINDOW,
+    steps: int = STEPS,
+    own_past: bool = False,
 ) -> Progress:
     """Searches on the model's greedy answers to prompts, again from the first after the last.
 
@@ -48,12 +51,14 @@ def tune(
 
     prompts: token ids; those that do not fit the context with an answer are left out.
     seconds: time after which no further step is begun, the answers' included.
+    window, steps, own_past: positions of a window, steps on each, and what a position sees; SWIFT's
+        search wants 1 step and the draft's own past (see `search.window`).
 
     Raises:
         ContextFullError: no prompt fits.
     """
     meter = meter or Meter()
-    fitting = [p for p in prompts if 0 < len(p) <= model.n_ctx - answer_tokens - WINDOW]
+    fitting = [p for p in prompts if 0 < len(p) <= model.n_ctx - answer_tokens - window]
     if not fitting:
         raise ContextFullError(
             f"no prompt fits the context of {model.n_ctx} with an answer of {answer_tokens} "
@@ -71,12 +76,12 @@ def tune(
         prompt = fitting[texts % len(fitting)]
         _answer(model, prompt, answer_tokens)
         texts += 1
-        for window in _windows(model, len(prompt)):
-            for _ in range(STEPS):
+        for piece in _windows(model, len(prompt), window, own_past=own_past):
+            for _ in range(steps):
                 if progress().seconds >= seconds or searcher.done:
                     return progress()
                 began = perf_counter()
-                searcher.step(window)
+                searcher.step(piece)
                 meter.seconds += perf_counter() - began
                 meter.steps += 1
                 report(progress())
@@ -89,12 +94,12 @@ def _answer(model: Model, prompt: Sequence[int], n: int) -> None:
             pass
 
 
-def _windows(model: Model, prompt_n: int) -> Iterator[TextWindow]:
+def _windows(model: Model, prompt_n: int, longest: int, *, own_past: bool) -> Iterator[TextWindow]:
     """Of the answer, in windows of equal length; none if it is next to nothing."""
     length = model.n_past - prompt_n  # positions whose next token the target chose
-    n_windows = max(1, round(length / WINDOW))
-    size = min(WINDOW, length // n_windows)
+    n_windows = max(1, round(length / longest))
+    size = min(longest, length // n_windows)
     if size < 4:
         return
     for i in range(n_windows):
-        yield TextWindow(model, prompt_n - 1 + i * size, size)
+        yield TextWindow(model, prompt_n - 1 + i * size, size, own_past=own_past)

@@ -53,7 +53,7 @@ def test_search(run: Callable[..., tuple[int, dict]], capsys: pytest.CaptureFixt
         bench_search, "--prompts", "4", "--tokens", "40", "--seconds", "0.2", "--ratios", "0.3"
     )
     assert status == 0
-    assert list(found["runs"]) == ["ours", "paper, r=0.3"]
+    assert list(found["runs"]) == ["ours, width free", "ours", "paper, r=0.3"]
     for points in found["runs"].values():
         assert [point["seconds"] for point in points] == pytest.approx(
             [0.2 * (i + 1) / 20 for i in range(20)]
