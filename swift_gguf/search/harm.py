@@ -72,9 +72,10 @@ class Harms:
         return np.maximum(self.mean + TEMPERATURE * noise, 0.0)
 
 
-# Prior of a harm, and its spread: common to a kind, shared with neighbours in depth, its own.
-PRIOR_MEAN = 0.03
-PRIOR_SPREADS = (0.02, 0.02, 0.02)
+# Prior of a harm, and its spread: common to a kind, shared with neighbours in depth, its own.  Even
+# patterns on a 1.5B cost .012 to .022 a sub-layer (docs/benchmarks.md).
+PRIOR_MEAN = 0.015
+PRIOR_SPREADS = (0.01, 0.01, 0.02)
 NEIGHBOURHOOD = 3.0  # layers
 # Errors beyond counting: neighbouring positions are alike (so a position counts half), texts differ
 # in difficulty and harms do not quite add up (a share of what is explained).

@@ -16,6 +16,7 @@ from swift_gguf.search.harm import Evidence
 from swift_gguf.search.space import Space
 from swift_gguf.subnetwork import SubNetwork
 
+MAX_MOVES = 6
 LOG_WASTE = (np.log(0.5), np.log(1.2))  # between what a harm's random factor is drawn
 
 
@@ -39,7 +40,8 @@ class RandomSubset:
 
 
 class LocalMove:
-    """The incumbent with one or two sub-layers added, dropped or swapped.
+    """The incumbent with some sub-layers added, dropped or swapped: often one or two, but what a
+    few more bring together can be told from noise.
 
     What is skipped more often is what seems to do little harm for the time it saves.
     """
@@ -50,7 +52,7 @@ class LocalMove:
         price = evidence.harms.mean / evidence.savings_ms
         skip = space.mask(evidence.incumbent)
         add, drop = ((True, False), (False, True), (True, True))[rng.integers(3)]
-        for _ in range(rng.integers(1, 3)):
+        for _ in range(min(int(rng.geometric(0.4)), MAX_MOVES)):
             kept, skipped = np.flatnonzero(~skip), np.flatnonzero(skip)
             if add and len(kept):
                 skip[_ranked_choice(kept, price[kept], rng)] = True

@@ -75,7 +75,7 @@ def test_planted_no_ops_are_found_and_nothing_else_is_skipped() -> None:
     model = SyntheticModel.plant(SPACE, 3, no_ops=8)
     model = replace(model, harms=np.where(model.harms > 0, 1.0, 0.0))
     search = Search(SPACE, model.costs)
-    drive(search, model, 300, n=128)
+    drive(search, model, 450, n=128)
     assert search.best == SPACE.subnetwork(model.harms == 0)
     assert search.rate(search.best).agreement == 1.0
 
@@ -189,17 +189,15 @@ def test_a_window_is_used_for_the_incumbent_then_challengers_then_new_ones() -> 
     model = SyntheticModel.plant(SPACE, 2)
     search = Search(SPACE, model.costs)
     drive(search, model, 40, per=40)
-    seen = set(search._records)
     window = CountingWindow(SyntheticWindow(model, 99))
-    incumbent = search.best
+    expected = [search.best, *search._challengers]
+    seen = set(search._records)
+    assert len(expected) > 1
     for _ in range(12):
         search.step(window)
-    assert window.asked[0] == incumbent
+    assert window.asked[: len(expected)] == expected
     assert len(set(window.asked)) == 12  # nothing twice on a window
-    is_new = [subnetwork not in seen for subnetwork in window.asked[: MAX_CHALLENGERS + 2]]
-    assert not is_new[0]
-    assert is_new == sorted(is_new)
-    assert sum(is_new) >= 1
+    assert not seen.issuperset(window.asked[len(expected) :])
 
 
 def test_what_a_candidate_was_discovered_on_proves_nothing() -> None:
@@ -331,7 +329,8 @@ def test_swift_s_sources_can_be_used_too() -> None:
     window = CountingWindow(SyntheticWindow(model, 0))
     for _ in range(12):
         search.step(window)
-    assert all(space.mask(s).sum() == int(0.45 * space.size) for s in window.asked[-4:])
+    sizes = {int(0.3 * space.size), int(0.45 * space.size)}
+    assert {space.mask(s).sum() for s in window.asked[-4:]} <= sizes
 
 
 @pytest.mark.parametrize("weights", [{}, {"local": 0.0}, {"luck": 1.0}])
