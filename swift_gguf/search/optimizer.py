@@ -38,8 +38,8 @@ PROPOSERS: Mapping[str, Proposer] = {
     "bayesian": Bayesian(0.45),
 }
 # On synthetic models (tests/unit/search_model.py) the harm model is quick to find the region and
-# local moves go on where it does not add up.  Random subsets never beat the even patterns there, but
-# on a real model one in a hundred did (docs/benchmarks.md): harms are less additive than planted.
+# local moves go on where it does not add up.  Random subsets never beat the even patterns there,
+# but on a real model one in a hundred did (docs/benchmarks.md): harms add up less than planted.
 DEFAULT_WEIGHTS: Mapping[str, float] = {"local": 0.4, "model": 0.4, "random": 0.2}
 
 MAX_WINDOWS = 16  # whose outcomes a record keeps
