@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 MODEL  ?= smollm2-135m
 SKIP   ?= --skip-ffn 3,9,15,21 --skip-attn 4
 PROMPT ?= Name three rivers in Europe, with a sentence about each.
-CPP     = native/src/*.cpp native/src/*.h native/include/*.h
+CPP     = native/src/*.cpp native/src/*.h native/cpu/*.cpp native/cpu/*.h native/include/*.h
 
 .PHONY: help demo build dev test check format bench clean
 

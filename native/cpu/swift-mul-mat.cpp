@@ -1,0 +1,412 @@
+// ggml multiplies a matrix with one column by a kernel that unpacks the quantised weights as it goes.
+// With two or three columns it runs that kernel for each of them, with more it switches (for some
+// types, on some machines) to kernels made for long prompts, which round differently. Verifying drafts
+// needs neither: here weights are unpacked once and multiplied with every column, in just the float
+// operations of the one-column kernel, in their order. What a token's logits are then does not depend
+// on how many tokens are decoded beside it, to the bit, and further tokens cost little.
+//
+// All that may differ from the one-column kernels is the order of integer additions, which is exact.
+
+#include "swift-mul-mat.h"
+
+#include "ggml-cpu-impl.h"
+#include "ggml-cpu.h"
+#include "ggml-impl.h"
+#include "repack.h"
+#include "simd-mappings.h"
+
+#include <algorithm>
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#    define SWIFT_NARROW_AVX2
+#endif
+
+#ifdef SWIFT_NARROW_AVX2
+
+#    include <immintrin.h>
+
+namespace {
+
+constexpr int MAX_COLUMNS = SWIFT_NARROW_MAX;
+
+// Weights unpacked once serve so many columns while all sums stay in registers.
+#    if defined(__AVX512VL__)
+constexpr int TILE = 8;
+#    else
+constexpr int TILE = 4;
+#    endif
+
+// sums + u * s, added up by fours; u of at most 7 bits, so that pairs fit 16 bits
+inline __m256i dot(__m256i sums, __m256i u, __m256i s) {
+#    if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return _mm256_dpbusd_epi32(sums, u, s);
+#    elif defined(__AVXVNNI__)
+    return _mm256_dpbusd_avx_epi32(sums, u, s);
+#    else
+    const __m256i pairs = _mm256_maddubs_epi16(u, s);
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#    endif
+}
+
+// sums + a * b, added up by twos
+inline __m256i dot_16(__m256i sums, __m256i a, __m256i b) {
+#    if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return _mm256_dpwssd_epi32(sums, a, b);
+#    elif defined(__AVXVNNI__)
+    return _mm256_dpwssd_avx_epi32(sums, a, b);
+#    else
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
+#    endif
+}
+
+inline __m256i four_bytes(const int8_t * bytes) {
+    int32_t four;
+    memcpy(&four, bytes, sizeof(four));
+    return _mm256_set1_epi32(four);
+}
+
+// Even lanes of a, odd lanes of b: in repacked blocks rows 0-3 and 4-7 lie apart, eight bytes each.
+// Lanes of the results belong to rows 0 4 1 5 2 6 3 7; bytes 0-3 of each row, and bytes 4-7.
+inline void interleave(__m256i rows_0123, __m256i rows_4567, __m256i & first, __m256i & second) {
+    constexpr int swap = 0xB1, odd = 0xAA;
+    first  = _mm256_blend_epi32(rows_0123, _mm256_shuffle_epi32(rows_4567, swap), odd);
+    second = _mm256_blend_epi32(_mm256_shuffle_epi32(rows_0123, swap), rows_4567, odd);
+}
+
+const __m128i LANES_16 = _mm_set_epi8(15, 14, 7, 6, 13, 12, 5, 4, 11, 10, 3, 2, 9, 8, 1, 0);
+const __m128i LANES_8  = _mm_set_epi8(-1, -1, -1, -1, -1, -1, -1, -1, 7, 3, 6, 2, 5, 1, 4, 0);
+
+inline __m256 in_row_order(__m256 lanes) {
+    return _mm256_permutevar8x32_ps(lanes, _mm256_set_epi32(7, 5, 3, 1, 6, 4, 2, 0));
+}
+
+inline __m256 halves(const ggml_half * eight) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) eight));
+}
+
+inline __m256 halves_in_lanes(const ggml_half * eight) {
+    return _mm256_cvtph_ps(_mm_shuffle_epi8(_mm_loadu_si128((const __m128i *) eight), LANES_16));
+}
+
+// ggml's hsum_float_8: the order of these additions is part of the result
+inline float add_up(__m256 lanes) {
+    __m128 sum = _mm_add_ps(_mm256_extractf128_ps(lanes, 1), _mm256_castps256_ps128(lanes));
+    sum        = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+
+// -- repacked Q4_K: eight rows at a time, as ggml_gemv_q4_K_8x8_q8_K --------------------------------
+
+struct q4_K_8x8 {
+    using weights = block_q4_Kx8;
+    using column  = block_q8_K;
+
+    static constexpr int64_t rows = 8;
+
+    // Two sub-blocks of 32 weights of eight rows.
+    struct unpacked {
+        __m256i quants[2][8]; // four bytes of eight rows each
+        __m256i scales[2];    // 32 bits, by lanes
+        __m256i mins;         // 16 bits, both sub-blocks of a row beside each other, rows in order
+    };
+
+    static unpacked unpack(const weights & block, int pair) {
+        const __m256i low = _mm256_set1_epi8(0x0F);
+        unpacked      out;
+        for (int i = 0; i < 4; i++) {
+            const uint8_t * bytes     = block.qs + pair * 256 + i * 64;
+            const __m256i   rows_0123 = _mm256_loadu_si256((const __m256i *) bytes);
+            const __m256i   rows_4567 = _mm256_loadu_si256((const __m256i *) (bytes + 32));
+            interleave(_mm256_and_si256(rows_0123, low), _mm256_and_si256(rows_4567, low), out.quants[0][2 * i], out.quants[0][2 * i + 1]);
+            interleave(_mm256_and_si256(_mm256_srli_epi16(rows_0123, 4), low), _mm256_and_si256(_mm256_srli_epi16(rows_4567, 4), low), out.quants[1][2 * i], out.quants[1][2 * i + 1]);
+        }
+        __m128i mins[2];
+        for (int half = 0; half < 2; half++) {
+            const __m128i both = scales_and_mins(block.scales + 24 * pair + 12 * half);
+            out.scales[half]   = _mm256_cvtepu8_epi32(_mm_shuffle_epi8(both, LANES_8));
+            mins[half]         = _mm_unpackhi_epi64(both, both);
+        }
+        out.mins = _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(mins[0], mins[1]));
+        return out;
+    }
+
+    // 6 bits each in 12 bytes: eight scales, then eight mins
+    static __m128i scales_and_mins(const uint8_t * packed) {
+        uint32_t in[3];
+        memcpy(in, packed, sizeof(in));
+        constexpr uint32_t six = 0x3f3f3f3f, four = 0x0f0f0f0f, two = 0x03030303;
+        const uint32_t     scales_0 = in[0] & six;
+        const uint32_t     scales_4 = (in[2] & four) | (((in[0] >> 6) & two) << 4);
+        const uint32_t     mins_0   = in[1] & six;
+        const uint32_t     mins_4   = ((in[2] >> 4) & four) | (((in[1] >> 6) & two) << 4);
+        return _mm_set_epi32(mins_4, mins_0, scales_4, scales_0);
+    }
+
+    static void multiply(
+            int64_t n_blocks, const weights * x, const char * columns, size_t stride, int n_columns,
+            float * out, size_t out_stride) {
+        __m256 sums[MAX_COLUMNS], min_sums[MAX_COLUMNS];
+        for (int c = 0; c < n_columns; c++) {
+            sums[c] = min_sums[c] = _mm256_setzero_ps();
+        }
+        for (int64_t b = 0; b < n_blocks; b++) {
+            __m256i dots[MAX_COLUMNS], min_dots[MAX_COLUMNS];
+            for (int c = 0; c < n_columns; c++) {
+                dots[c] = min_dots[c] = _mm256_setzero_si256();
+            }
+            for (int pair = 0; pair < QK_K / 64; pair++) {
+                const unpacked w = unpack(x[b], pair);
+                for (int c = 0; c < n_columns; c++) {
+                    const column & y        = ((const column *) (columns + c * stride))[b];
+                    const int8_t * qs       = y.qs + 64 * pair;
+                    __m256i        first[2] = {}, second[2] = {}; // two sums each: additions have latency
+                    for (int i = 0; i < 8; i++) {
+                        first[i % 2]  = dot(first[i % 2], w.quants[0][i], four_bytes(qs + 4 * i));
+                        second[i % 2] = dot(second[i % 2], w.quants[1][i], four_bytes(qs + 32 + 4 * i));
+                    }
+                    const __m256i one = _mm256_mullo_epi32(_mm256_add_epi32(first[0], first[1]), w.scales[0]);
+                    const __m256i two = _mm256_mullo_epi32(_mm256_add_epi32(second[0], second[1]), w.scales[1]);
+                    dots[c]           = _mm256_add_epi32(dots[c], _mm256_add_epi32(one, two));
+
+                    // sums of 32 quants each, the two sub-blocks in one lane
+                    const int16_t * s    = y.bsums + 4 * pair;
+                    const uint16_t  low  = (uint16_t) (s[0] + s[1]);
+                    const uint32_t  high = (uint16_t) (s[2] + s[3]);
+                    const __m256i   both = _mm256_set1_epi32((int32_t) (high << 16 | low));
+                    min_dots[c]          = _mm256_add_epi32(min_dots[c], _mm256_madd_epi16(both, w.mins));
+                }
+            }
+            const __m256 d = halves_in_lanes(x[b].d), dmin = halves(x[b].dmin);
+            for (int c = 0; c < n_columns; c++) {
+                const __m256 dy = _mm256_set1_ps(((const column *) (columns + c * stride))[b].d);
+                sums[c]         = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[c]), _mm256_mul_ps(d, dy), sums[c]);
+                min_sums[c]     = _mm256_fmadd_ps(_mm256_cvtepi32_ps(min_dots[c]), _mm256_mul_ps(dmin, dy), min_sums[c]);
+            }
+        }
+        for (int c = 0; c < n_columns; c++) {
+            _mm256_storeu_ps(out + c * out_stride, _mm256_sub_ps(in_row_order(sums[c]), min_sums[c]));
+        }
+    }
+};
+
+// -- repacked Q4_0: eight rows at a time, as ggml_gemv_q4_0_8x8_q8_0 --------------------------------
+
+struct q4_0_8x8 {
+    using weights = block_q4_0x8;
+    using column  = block_q8_0;
+
+    static constexpr int64_t rows = 8;
+
+    static void multiply(
+            int64_t n_blocks, const weights * x, const char * columns, size_t stride, int n_columns,
+            float * out, size_t out_stride) {
+        const __m256i low = _mm256_set1_epi8(0x0F), eight = _mm256_set1_epi8(8);
+        __m256        sums[MAX_COLUMNS];
+        for (int c = 0; c < n_columns; c++) {
+            sums[c] = _mm256_setzero_ps();
+        }
+        for (int64_t b = 0; b < n_blocks; b++) {
+            // Repacked nibbles are two's complement; with 8 added they are unsigned, and 8 times the
+            // sum of the column's quants is taken off again.
+            __m256i quants[8];
+            for (int i = 0; i < 2; i++) {
+                const __m256i * in        = (const __m256i *) x[b].qs + 2 * i;
+                const __m256i   rows_0123 = _mm256_loadu_si256(in), rows_4567 = _mm256_loadu_si256(in + 1);
+                const auto      unsign = [&](__m256i nibbles) {
+                    return _mm256_xor_si256(_mm256_and_si256(nibbles, low), eight);
+                };
+                interleave(unsign(rows_0123), unsign(rows_4567), quants[2 * i], quants[2 * i + 1]);
+                interleave(unsign(_mm256_srli_epi16(rows_0123, 4)), unsign(_mm256_srli_epi16(rows_4567, 4)), quants[4 + 2 * i], quants[4 + 2 * i + 1]);
+            }
+            const __m256 d = halves_in_lanes(x[b].d);
+            for (int c = 0; c < n_columns; c++) {
+                const column & y    = ((const column *) (columns + c * stride))[b];
+                __m256i        dots = _mm256_setzero_si256(), excess = _mm256_setzero_si256();
+                for (int i = 0; i < 8; i++) {
+                    dots   = dot(dots, quants[i], four_bytes(y.qs + 4 * i));
+                    excess = dot(excess, eight, four_bytes(y.qs + 4 * i));
+                }
+                const __m256 dy = _mm256_set1_ps(GGML_CPU_FP16_TO_FP32(y.d));
+                sums[c]         = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(dots, excess)), _mm256_mul_ps(d, dy), sums[c]);
+            }
+        }
+        for (int c = 0; c < n_columns; c++) {
+            _mm256_storeu_ps(out + c * out_stride, in_row_order(sums[c]));
+        }
+    }
+};
+
+// -- Q6_K: as ggml_vec_dot_q6_K_q8_K ----------------------------------------------------------------
+
+struct q6_K {
+    using weights = block_q6_K;
+    using column  = block_q8_K;
+
+    static constexpr int64_t rows = 1;
+
+    struct unpacked {
+        __m256i quants[8]; // 32 each, unsigned: 32 too large
+        __m256i scales[8]; // 16 bits
+        __m256i all_scales;
+        float   d;
+    };
+
+    static unpacked unpack(const weights & block) {
+        const __m256i low = _mm256_set1_epi8(0x0F), high = _mm256_set1_epi8(0x30);
+        const __m128i scales = _mm_loadu_si128((const __m128i *) block.scales);
+        unpacked      out;
+        out.d          = GGML_CPU_FP16_TO_FP32(block.d);
+        out.all_scales = _mm256_cvtepi8_epi16(scales);
+        for (int half = 0; half < 2; half++) {
+            const __m256i * ql     = (const __m256i *) block.ql + 2 * half;
+            const __m256i   first  = _mm256_loadu_si256(ql);
+            const __m256i   second = _mm256_loadu_si256(ql + 1);
+            const __m256i   top    = _mm256_loadu_si256((const __m256i *) block.qh + half);
+            const auto      join   = [&](__m256i nibbles, __m256i bits) {
+                return _mm256_or_si256(_mm256_and_si256(nibbles, low), _mm256_and_si256(bits, high));
+            };
+            out.quants[4 * half]     = join(first, _mm256_slli_epi16(top, 4));
+            out.quants[4 * half + 1] = join(second, _mm256_slli_epi16(top, 2));
+            out.quants[4 * half + 2] = join(_mm256_srli_epi16(first, 4), top);
+            out.quants[4 * half + 3] = join(_mm256_srli_epi16(second, 4), _mm256_srli_epi16(top, 2));
+        }
+        for (int i = 0; i < 8; i++) { // of sixteen weights each
+            const __m128i pair = _mm_set_epi64x(0x0101010101010101 * (2 * i + 1), 0x0101010101010101 * (2 * i));
+            out.scales[i]      = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(scales, pair));
+        }
+        return out;
+    }
+
+    template <int N>
+    static void multiply_tile(
+            int64_t n_blocks, const weights * x, const char * columns, size_t stride, float * out,
+            size_t out_stride) {
+        __m256 sums[N] = {};
+        for (int64_t b = 0; b < n_blocks; b++) {
+            const unpacked w = unpack(x[b]);
+            for (int c = 0; c < N; c++) {
+                sums[c] = add_product(sums[c], w, ((const column *) (columns + c * stride))[b]);
+            }
+        }
+        for (int c = 0; c < N; c++) {
+            out[c * out_stride] = add_up(sums[c]);
+        }
+    }
+
+    static __m256 add_product(__m256 sum, const unpacked & w, const column & y) {
+        __m256i dots = _mm256_setzero_si256();
+        for (int i = 0; i < 8; i++) {
+            const __m256i q8 = _mm256_loadu_si256((const __m256i *) y.qs + i);
+            dots             = dot_16(dots, w.scales[i], _mm256_maddubs_epi16(w.quants[i], q8));
+        }
+        const __m256i bsums = _mm256_loadu_si256((const __m256i *) y.bsums);
+        dots                = _mm256_sub_epi32(dots, _mm256_slli_epi32(_mm256_madd_epi16(bsums, w.all_scales), 5));
+        return _mm256_fmadd_ps(_mm256_set1_ps(y.d * w.d), _mm256_cvtepi32_ps(dots), sum);
+    }
+
+    static void multiply(
+            int64_t n_blocks, const weights * x, const char * columns, size_t stride, int n_columns,
+            float * out, size_t out_stride) {
+        for (int c = 0; c < n_columns; c += TILE) {
+            multiply_up_to<TILE>(n_blocks, x, columns + c * stride, stride, std::min(TILE, n_columns - c), out + c * out_stride, out_stride);
+        }
+    }
+
+    template <int N>
+    static void multiply_up_to(
+            int64_t n_blocks, const weights * x, const char * columns, size_t stride, int n_columns,
+            float * out, size_t out_stride) {
+        if (n_columns == N) {
+            multiply_tile<N>(n_blocks, x, columns, stride, out, out_stride);
+        } else if constexpr (N > 1) {
+            multiply_up_to<N - 1>(n_blocks, x, columns, stride, n_columns, out, out_stride);
+        }
+    }
+};
+
+// -- all types --------------------------------------------------------------------------------------
+
+// The columns in the format the kernels read, shared out to the threads in pieces of blocks.
+void quantize_columns(const ggml_compute_params * params, const ggml_tensor * src1, ggml_type type, size_t stride) {
+    const auto    from_float = ggml_get_type_traits_cpu(type)->from_float;
+    const int64_t n_block    = ggml_blck_size(type);
+    const int64_t n_blocks   = src1->ne[0] / n_block;
+    const int64_t begin      = n_blocks * params->ith / params->nth;
+    const int64_t end        = n_blocks * (params->ith + 1) / params->nth;
+    for (int64_t c = 0; begin < end && c < src1->ne[1]; c++) {
+        const float * in  = (const float *) ((const char *) src1->data + c * src1->nb[1]);
+        char *        out = (char *) params->wdata + c * stride;
+        from_float(in + begin * n_block, out + begin * ggml_type_size(type), (end - begin) * n_block);
+    }
+}
+
+template <typename kernel>
+void multiply(const ggml_compute_params * params, ggml_tensor * dst, ggml_type column_type) {
+    const ggml_tensor * src0      = dst->src[0];
+    const ggml_tensor * src1      = dst->src[1];
+    const size_t        stride    = ggml_row_size(column_type, src1->ne[0]);
+    const int64_t       n_blocks  = src0->ne[0] / ggml_blck_size(src0->type);
+    const int64_t       n_groups  = src0->ne[1] / kernel::rows;
+    const size_t        group     = src0->nb[1] * kernel::rows;
+    const int           n_columns = (int) src1->ne[1];
+
+    quantize_columns(params, src1, column_type, stride);
+    if (params->ith == 0) {
+        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+    }
+    ggml_barrier(params->threadpool);
+
+    // several chunks a thread: one that was held up leaves its share to the others
+    const int64_t n_chunks = std::min<int64_t>(n_groups, 8 * params->nth);
+    for (int64_t chunk = params->ith; chunk < n_chunks;
+         chunk         = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        const int64_t end = n_groups * (chunk + 1) / n_chunks;
+        for (int64_t i = n_groups * chunk / n_chunks; i < end; i++) {
+            const auto * x = (const typename kernel::weights *) ((const char *) src0->data + i * group);
+            kernel::multiply(n_blocks, x, (const char *) params->wdata, stride, n_columns, (float *) dst->data + i * kernel::rows, dst->nb[1] / sizeof(float));
+        }
+    }
+}
+
+bool is_plain_product(const ggml_tensor * dst) {
+    const ggml_tensor * src0 = dst->src[0];
+    const ggml_tensor * src1 = dst->src[1];
+    return src1->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float) && src1->ne[1] > 1 &&
+            src1->ne[1] <= SWIFT_NARROW_MAX && src0->ne[2] == 1 && src0->ne[3] == 1 && src1->ne[2] == 1 &&
+            src1->ne[3] == 1 && dst->nb[0] == sizeof(float) &&
+            src0->nb[1] == ggml_row_size(src0->type, src0->ne[0]);
+}
+
+} // namespace
+
+bool swift_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int64_t n_interleaved, int64_t n_block) {
+    if (!params->use_ref || !is_plain_product(dst)) {
+        return false;
+    }
+    const ggml_tensor * src0 = dst->src[0];
+    if (n_interleaved == 8 && n_block == 8 && src0->ne[1] % 8 == 0) {
+        switch (src0->type) {
+            case GGML_TYPE_Q4_0:
+                multiply<q4_0_8x8>(params, dst, GGML_TYPE_Q8_0);
+                return true;
+            case GGML_TYPE_Q4_K:
+                multiply<q4_K_8x8>(params, dst, GGML_TYPE_Q8_K);
+                return true;
+            default:
+                return false;
+        }
+    }
+    if (n_interleaved == 1 && src0->type == GGML_TYPE_Q6_K) {
+        multiply<q6_K>(params, dst, GGML_TYPE_Q8_K);
+        return true;
+    }
+    return false;
+}
+
+#else // SWIFT_NARROW_AVX2
+
+bool swift_mul_mat(const ggml_compute_params *, ggml_tensor *, int64_t, int64_t) {
+    return false;
+}
+
+#endif // SWIFT_NARROW_AVX2
