@@ -159,9 +159,14 @@ def _real(value: object) -> float:
 
 
 class CostsHere:
-    """The costs at the length that a model's context has just now; cheap to ask."""
+    """The costs at the length that a model's context has just now, and as passes take at present.
+
+    Cheap to ask.  Live timings correct what was measured once: a speed that all passes share (the
+    machine is busy, or hot), and what a width takes beside that.
+    """
 
     STEP = 256  # tokens; llama.cpp pads what attention reads to as many
+    MAX_WIDTH = 65
 
     def __init__(self, model: Model, costs: Costs) -> None:
         self._model = model
@@ -169,21 +174,57 @@ class CostsHere:
 
     def update(self, costs: Costs) -> None:
         """Counts in newly measured costs from now on."""
-        self._costs = self._at = costs
+        self._costs = costs
+        self._speed = 0.0  # logarithms of how much longer passes take
+        self._beside: dict[int, float] = {}
+        self._set(costs)
+
+    def _set(self, costs: Costs) -> None:
+        self._at = costs
+        self._measured = [0.0, *(costs.verify_ms(width) for width in range(1, self.MAX_WIDTH + 1))]
+        self._correct()
+
+    def _correct(self) -> None:
+        self._factor = math.exp(self._speed)
+        self._table = [ms * self._factor for ms in self._measured]
+        for width, log in self._beside.items():
+            self._table[width] *= math.exp(log)
 
     def _now(self) -> Costs:
         n_kv = -(-self._model.n_past // self.STEP) * self.STEP
         if self._at.n_kv != n_kv:
-            self._at = self._costs.at(n_kv)
+            self._set(self._costs.at(n_kv))
         return self._at
 
     def draft_ms(self, subnetwork: SubNetwork) -> float:
         """See `Costs.draft_ms`."""
-        return self._now().draft_ms(subnetwork)
+        return self._now().draft_ms(subnetwork) * self._factor
 
     def verify_ms(self, width: int) -> float:
         """See `Costs.verify_ms`."""
-        return self._now().verify_ms(width)
+        self._now()
+        if width > self.MAX_WIDTH:
+            return self._at.verify_ms(width) * self._factor
+        return self._table[width]
+
+    def observe(self, width: int, ms: float) -> None:
+        """A full pass of `width` tokens, all with logits, took so long."""
+        self._now()
+        if not 1 <= width <= self.MAX_WIDTH or ms <= 0.0:
+            return
+        log = max(-1.0, min(1.0, math.log(ms / self._measured[width])))  # a hiccup counts little
+        beside = self._beside.get(width, 0.0)
+        self._beside[width] = beside + (log - self._speed - beside) / 16
+        self._speed += (log - beside - self._speed) / 32
+        self._correct()
+
+    def refreshed(self) -> Costs:
+        """The measured costs, with the widths corrected that take otherwise by now."""
+        pass_ms = tuple(
+            (width, ms * math.exp(self._beside.get(width, 0.0)))
+            for width, ms in self._costs.pass_ms
+        )
+        return replace(self._costs, pass_ms=pass_ms)
 
 
 def machine_key(model: Model) -> str:

@@ -11,11 +11,11 @@ from itertools import takewhile
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from swift_gguf.drafting.source import Drafter
+from swift_gguf.drafting.source import Cycle, Drafter
 from swift_gguf.drafting.tree import Tree
 from swift_gguf.errors import ContextFullError, UnsupportedModelError
-from swift_gguf.stats import SourceStats, Stats
-from swift_gguf.verification import Verdict, verify
+from swift_gguf.stats import Stats
+from swift_gguf.verification import verify
 
 if TYPE_CHECKING:
     from swift_gguf.speculative_sampling import Distribution
@@ -26,7 +26,7 @@ NO_DRAFT = Tree()
 
 @dataclass(frozen=True)
 class Token:
-    """A generated token and who proposed it: a drafter's name, or ``target``."""
+    """A generated token and who proposed it: a source of drafts, or ``target``."""
 
     id: int
     source: str
@@ -111,19 +111,18 @@ def generate(
         return
     _prefill(model, prompt, stats)
     yielded = sampled = 0  # sampled counts an end of generation too
-    source = drafter.name if drafter else TARGET
     cycle_s = 0.0
-    path = [sampler.sample(model, 0)]  # its last token is always the target's own
+    path = [Token(sampler.sample(model, 0), TARGET)]  # its last token is always the target's own
     try:
         while True:
-            for i, token in enumerate(path):
+            for token in path:
                 sampled += 1
-                if model.is_eog(token):
+                if model.is_eog(token.id):
                     stats.stop_reason = "eos"
                     return
                 yielded += 1
                 stats.predicted_n += 1
-                yield Token(token, source if i < len(path) - 1 else TARGET)
+                yield token
                 if yielded == max_tokens:
                     stats.stop_reason = "length"
                     return
@@ -137,7 +136,7 @@ def generate(
             if search and cycle_s:
                 _search(search, cycle_s, stats)
             start = perf_counter()
-            path = _cycle(model, path[-1], sampler, drafter, n_max, stats)
+            path = _cycle(model, path[-1].id, sampler, drafter, n_max, stats)
             cycle_s = perf_counter() - start
     finally:
         _keep(model, len(prompt) + max(sampled - 1, 0))
@@ -190,7 +189,7 @@ def _cycle(
     drafter: Drafter | None,
     n_max: int,
     stats: Stats,
-) -> list[int]:
+) -> list[Token]:
     """One draft and its verification: the tokens that follow `pending`, at least one.
 
     Afterwards the context holds `pending` and all of these but the last.
@@ -208,15 +207,19 @@ def _cycle(
     verified = perf_counter()
 
     model.keep([0, *(node + 1 for node in verdict.kept)])
-    if drafter and len(tree):
-        _report(drafter, tree, verdict, stats)
+    cycle = Cycle(tree, verdict, draft_s=drafted - start, verify_s=decoded - drafted)
+    if drafter:
+        drafter.observe(cycle)
+    stats.count(tree, verdict.accepted)
     stats.cycles += 1
     stats.cycle_n += len(verdict.tokens)
-    stats.draft_s += drafted - start
-    stats.verify_s += decoded - drafted
+    stats.draft_s += cycle.draft_s
+    stats.verify_s += cycle.verify_s
     stats.sample_s += verified - decoded
     stats.cycle_s += perf_counter() - start
-    return verdict.tokens
+    sources = [tree.sources[node] for node in verdict.accepted]
+    sources[len(verdict.tokens) - 1 :] = [TARGET]
+    return [Token(*token) for token in zip(verdict.tokens, sources, strict=True)]
 
 
 def _choose(model: Target, sampler: SamplesRows, tree: Tree, node: int) -> int:
@@ -226,9 +229,3 @@ def _choose(model: Target, sampler: SamplesRows, tree: Tree, node: int) -> int:
         children = [tree.tokens[child] for child in tree.children(node)]
         return sampler.choose(model, node + 1, children, proposal)
     return sampler.sample(model, node + 1)
-
-
-def _report(drafter: Drafter, tree: Tree, verdict: Verdict, stats: Stats) -> None:
-    source = stats.sources.setdefault(drafter.name, SourceStats())
-    source.count(drafted=len(tree), accepted=len(verdict.accepted))
-    drafter.observe(tree, verdict.accepted)

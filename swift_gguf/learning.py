@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from swift_gguf.cost import WIDTHS, Costs, CostsHere, machine_key, measure
+from swift_gguf.drafting.recycling import Recycling
 from swift_gguf.model import Model
 from swift_gguf.profile import Known, Profile, Seen, Store, fingerprint
 from swift_gguf.search.drivers import Meter
@@ -57,7 +58,7 @@ class Learning:
     def __init__(
         self,
         model: Model,
-        space: Space,
+        space: Space | None,
         *,
         store: Store | None = None,
         options: SearchOptions | None = None,
@@ -75,8 +76,12 @@ class Learning:
         self.costs = Costs.from_dict(stored) if stored else self._measured(QUICK_WIDTHS, rounds=2)
         self.here = CostsHere(model, self.costs)
         """The costs at the present length of the context, which the search counts in."""
-        self.searcher: Searcher
-        if options.paper:
+        self._recycled = profile.recycling if profile else ()
+        self.searcher: Searcher | None = None
+        """None where nothing is to be searched."""
+        if space is None:
+            pass
+        elif options.paper:
             self.searcher = PaperSearch(space, options.paper)
         else:
             self.searcher = self._search(space, profile, options)
@@ -120,6 +125,7 @@ class Learning:
     @property
     def best(self) -> SubNetwork:
         """The sub-network to draft with."""
+        assert self.searcher is not None
         return self.searcher.best
 
     @property
@@ -131,7 +137,14 @@ class Learning:
         is_enough = best and best.subnetwork == self.best and best.rate.positions >= MIN_POSITIONS
         return best if is_enough else None
 
-    def save(self) -> None:
+    def recycling(self) -> Recycling:
+        """The table of successors, as earlier runs left it."""
+        try:
+            return Recycling.from_rows(list(self._recycled), n_vocab=self._model.n_vocab)
+        except ValueError:  # another vocabulary's
+            return Recycling()
+
+    def save(self, recycling: Recycling | None = None) -> None:
         """Adds what was learned since the last time to the profile.
 
         Nobody may be searching at the same time; see `IdleSearch.paused`.
@@ -149,7 +162,8 @@ class Learning:
                     )
                     for item in found
                 ),
-                costs={machine_key(self._model): self.costs.as_dict()},
+                costs={machine_key(self._model): self.here.refreshed().as_dict()},
+                recycling=tuple(recycling.to_rows()) if recycling else (),
                 search_s=self.meter.seconds - self._saved.seconds,
                 evaluations=self.meter.steps - self._saved.steps,
             )

@@ -20,6 +20,7 @@ import numpy as np
 
 from swift_gguf import gguf_check
 from swift_gguf.cost import Costs
+from swift_gguf.drafting.recycling import MAX_ROWS, Recycling
 from swift_gguf.models import cache_dir
 from swift_gguf.search.objective import Outcome
 from swift_gguf.subnetwork import SubNetwork, format_layers, parse_layers
@@ -27,6 +28,7 @@ from swift_gguf.subnetwork import SubNetwork, format_layers, parse_layers
 VERSION = 1
 MAX_KNOWN = 8
 MAX_SEEN = 16
+MAX_TOKEN = 1 << 31
 LOCK_SECONDS = 2.0
 
 _log = logging.getLogger("swift_gguf")
@@ -131,6 +133,8 @@ class Profile:
     """Different sub-networks, the latest learned first, at most `MAX_KNOWN`."""
     costs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """`Costs.as_dict` by where they were measured (`cost.machine_key`)."""
+    recycling: tuple[Any, ...] = ()
+    """`Recycling.to_rows`: what followed on what, the latest learned last."""
     search_s: float = 0.0
     """Time spent on search."""
     evaluations: int = 0
@@ -175,9 +179,19 @@ class Profile:
             n_layer=self.n_layer,
             known=tuple(known[:MAX_KNOWN]),
             costs={**self.costs, **learned.costs},
+            recycling=_latest_rows(self.recycling, learned.recycling),
             search_s=self.search_s + learned.search_s,
             evaluations=self.evaluations + learned.evaluations,
         )
+
+
+def _latest_rows(stored: tuple[Any, ...], learned: tuple[Any, ...]) -> tuple[Any, ...]:
+    """One row of every context."""
+    rows = {tuple(row[0]): row for row in stored}
+    for row in learned:
+        rows.pop(tuple(row[0]), None)  # the latest learned come last
+        rows[tuple(row[0])] = row
+    return tuple(rows.values())[-MAX_ROWS:]
 
 
 def _require_whole(value: object) -> None:
@@ -230,10 +244,11 @@ def _to_json(profile: Profile) -> str:
         "n_layer": profile.n_layer,
         "known": known,
         "costs": profile.costs,
+        "recycling": profile.recycling,
         "search_s": profile.search_s,
         "evaluations": profile.evaluations,
     }
-    return json.dumps(values, indent=1, allow_nan=False) + "\n"
+    return json.dumps(values, separators=(",", ":"), allow_nan=False) + "\n"
 
 
 def _from_json(content: bytes) -> Profile:
@@ -247,7 +262,9 @@ def _from_json(content: bytes) -> Profile:
         n_layer = values["n_layer"]
         _require_whole(n_layer)
         known = tuple(_known(item, n_layer) for item in values.pop("known"))
-        return Profile(known=known, **values)
+        recycling = values.pop("recycling", [])
+        Recycling.from_rows(recycling, n_vocab=MAX_TOKEN)  # for what it refuses
+        return Profile(known=known, recycling=tuple(recycling), **values)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _UnusableError("damaged", f"it is damaged ({error!s:.80})") from None
 

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from swift_gguf.drafting import draft_model, layer_skip
+from swift_gguf.drafting.draft_model import DraftModel
 from swift_gguf.drafting.layer_skip import LayerSkip
-from swift_gguf.drafting.policy import Adaptive, Calibration, Threshold
-from swift_gguf.drafting.tree import Shape, Tree, caterpillar
-from swift_gguf.errors import SubnetworkError, UnsupportedModelError
+from swift_gguf.drafting.ngram import NGram
+from swift_gguf.drafting.passes import Passes
+from swift_gguf.drafting.policy import Calibration, Threshold
+from swift_gguf.drafting.recycling import Recycling
+from swift_gguf.drafting.source import Cycle, Lookup
+from swift_gguf.drafting.tree import Shape, caterpillar
+from swift_gguf.errors import SubnetworkError, SwiftError, UnsupportedModelError
 from swift_gguf.learning import Learning, SearchOptions, space_of
 from swift_gguf.model import Model, Sublayer
+from swift_gguf.planner import MAX_NODES, PRIORS, Drafts, Economy, Planner, measured_ms
 from swift_gguf.profile import Store
 from swift_gguf.search.drivers import IdleSearch, OnTheFly
-from swift_gguf.search.optimizer import Search
+from swift_gguf.search.optimizer import Search, Searcher
 from swift_gguf.search.paper import PaperOptions
-from swift_gguf.search.space import Space
 from swift_gguf.search.window import Windows
 from swift_gguf.subnetwork import SubNetwork, format_layers
 
@@ -29,15 +36,23 @@ _WHY_NOT = {
     "useless": "that would save nothing",
 }
 
+SOURCES = (NGram.name, Recycling.name, layer_skip.NAME, draft_model.NAME)
+
 TREES = {
     "chain": Shape(n_nodes=0),
     "caterpillar": Shape(n_nodes=0, branching=caterpillar, only_first_extends=True),
-    "best-first": Shape(n_nodes=0, branching=lambda top: 4),
+    "best-first": Shape(n_nodes=0, branching=lambda top: 3),
 }
 """Shapes of drafts by name; how many nodes they get is the engine's to say."""
 
 JOINT_MIN = 0.05
 """With a fixed threshold, a tree's tokens beside the likeliest one must be this likely."""
+
+SEARCHED_LENGTH = 8
+"""Draft tokens that a sub-network is judged by, where the user sets no limit."""
+
+SEARCH_SHARE, SEARCH_SHARE_AUTO = 0.05, 0.005
+"""Of the generation's time: where layer-skip was asked for, and where it may turn out useless."""
 
 WINDOW = 16
 """Positions scored between two cycles: the shortest pass that is cheap by the position."""
@@ -48,22 +63,57 @@ IDLE_HEAD_MS = 40.0
 
 @dataclass(frozen=True, kw_only=True)
 class SpeculationOptions:
-    """What the user asked for."""
+    """What the user asked for.
+
+    Raises:
+        SwiftError: a source that does not exist, or one that lacks what it needs.
+    """
 
     mode: str = "auto"
-    """``off``; ``layer-skip``; ``auto``: layer-skip where the model allows it, and while what was
-    scored promises to be faster than plain decoding."""
+    """``off``; ``auto``: every source the model allows, where it pays; or sources by name, joined
+    by commas (`SOURCES`), which then draft whether it pays or not."""
     skip_attn: frozenset[int] | None = None
     skip_ffn: frozenset[int] | None = None
     """A sub-network of the user's own; both None: the profile's, and what the search finds."""
+    draft_model: Path | None = None
+    """A smaller model of the same family, for the source ``draft-model``."""
     search: str = "auto"
     """``auto``; ``paper``: SWIFT's, to compare with; ``off``."""
     paper: PaperOptions = field(default_factory=PaperOptions)
-    draft_max: int = 8
+    draft_max: int | None = None
+    """None: the planner's to say."""
     p_min: float | None = None
     """Stop drafting below this probability; None: where a token costs more than it promises."""
-    tree: str = "chain"
-    """One of `TREES`."""
+    tree: str | None = None
+    """One of `TREES`; None: the planner's to say."""
+    fixed: bool = False
+    """Draft `draft_max` tokens where there are so many, whatever they cost; to compare with."""
+    sampled: bool = False
+    """Drafts are drawn, for speculative sampling; by layer-skip alone."""
+
+    def __post_init__(self) -> None:
+        unknown = set(self.sources) - set(SOURCES)
+        if unknown and self.mode != "off":
+            raise SwiftError(
+                f"there is no source of drafts {sorted(unknown)[0]!r}; use auto, off, or "
+                f"{', '.join(SOURCES)}, joined by commas"
+            )
+        if draft_model.NAME in self.sources and self.draft_model is None:
+            raise SwiftError("--speculation draft-model needs --draft-model PATH")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """What may draft."""
+        if self.mode != "auto":
+            return tuple(dict.fromkeys(name.strip() for name in self.mode.split(",")))
+        if self.is_by_hand or self.sampled or self.search == "paper":
+            return (layer_skip.NAME,)  # the rest of the options speaks of it
+        return tuple(name for name in SOURCES if name != draft_model.NAME or self.draft_model)
+
+    @property
+    def is_auto(self) -> bool:
+        """May the planner decode plainly?"""
+        return self.mode == "auto" and len(self.sources) > 1
 
     @property
     def is_by_hand(self) -> bool:
@@ -74,8 +124,9 @@ class Speculation:
     """What drafts for a model, why, and the search that goes on beside it.
 
     Raises:
-        UnsupportedModelError: layer-skip is asked for by name, and the model cannot be rolled back.
+        UnsupportedModelError: a source is asked for by name, and the model cannot be rolled back.
         SubnetworkError: a named sub-layer does not exist or cannot be skipped.
+        ModelError: the draft model cannot draft for this one.
     """
 
     def __init__(
@@ -86,10 +137,14 @@ class Speculation:
         store: Store | None = None,
     ) -> None:
         self.options = options or SpeculationOptions()
-        self.drafter: LayerSkip | None = None
+        self.drafter: Planner | LayerSkip | None = None
         self.learning: Learning | None = None
         self._model = model
-        self._calibration = Calibration()
+        self._subnetwork = SubNetwork(n_layer=model.n_layer)
+        self._skipping: Passes | None = None
+        self._recycling: Recycling | None = None
+        self._draft_model: DraftModel | None = None
+        self._calibration = Calibration(PRIORS)
         self._windows = Windows(model, n=WINDOW)
         self._idle_windows: Windows | None = None
         self._on_the_fly: OnTheFly | None = None
@@ -97,90 +152,151 @@ class Speculation:
 
     @property
     def enabled(self) -> bool:
-        """Are drafts made just now?"""
-        return self.drafter is not None and not self.drafter.resting
+        """Were there drafts lately?"""
+        if isinstance(self.drafter, Planner):
+            return self.drafter.active
+        return self.drafter is not None
 
     @property
     def why(self) -> str:
         """The reason for what drafts, or for why nothing does."""
-        if self.drafter is None:
-            return self._why
-        if not self.drafter.resting:
-            return f"{self._why}: {self.drafter.subnetwork}"
-        known = self.learning.best_known if self.learning else None
-        if known is None:
-            wait = "" if self._on_the_fly is None else ", until the search knows more"
-            return f"what drafts would bring is not known yet (`swift-gguf tune`){wait}"
-        return f"plain decoding is faster here: drafts would give {known.rate.speedup:.2f}x"
+        if isinstance(self.drafter, Planner) and self.options.is_auto:
+            return f"{self._why}, where it pays" if self.enabled else self.drafter.why_plain
+        if self.learning and self.learning.searcher and self._skipping:
+            return f"{self._why}: {self._subnetwork}"
+        return self._why
+
+    @property
+    def draft_max(self) -> int:
+        """For `engine.generate`."""
+        return self.options.draft_max or MAX_NODES
+
+    # -- setting up --------------------------------------------------------------------------------
 
     def _set_up(self, store: Store | None) -> str:
-        """Returns where the sub-network comes from, or why nothing drafts."""
+        """Returns what drafts, or why nothing does."""
         model, options = self._model, self.options
         if options.mode == "off":
             return "switched off"
         if refusal := model.rollback_refusal:
-            if options.mode == "layer-skip" or options.is_by_hand:
+            if options.mode != "auto" or options.is_by_hand:
                 raise UnsupportedModelError(f"no speculation: {refusal}; use --speculation off")
             return refusal
-        space = space_of(model)
-        if space is None:
+        can_skip = layer_skip.NAME in options.sources and self._can_skip()
+        others = [name for name in options.sources if name != layer_skip.NAME]
+        if not can_skip and not others:
             return "nothing to skip: a draft would cost a full pass"
-        why, subnetwork = "as given", SubNetwork(n_layer=model.n_layer)
-        if options.is_by_hand:
-            subnetwork = _by_hand(model, options)
-            if not (subnetwork.skip_attn or subnetwork.skip_ffn):
-                return "nothing to skip: a draft would cost a full pass"
-        if not options.is_by_hand or options.p_min is None:
-            self.learning = self._learn(space, store)
-        if self.learning and not options.is_by_hand:
-            why = "found by search" if self.learning.started_from_profile else "a first guess"
-            self._start_search(self.learning)
-        self.drafter = LayerSkip(model, subnetwork, shape=TREES[options.tree])
+        self.learning = self._learn(can_skip, store)
+        what = [*others]
+        if can_skip:
+            what.append(self._set_up_layer_skip(self.learning))
+        if options.sampled:
+            self.drafter = self._drawing(self.learning)
+        else:
+            self.drafter = self._planner(self.learning, others)
         self.drafter.watch(self._observe)
         self._refresh()
-        return why
+        return ", ".join(what)
 
-    def _learn(self, space: Space, store: Store | None) -> Learning:
+    def _can_skip(self) -> bool:
+        """Fills in a sub-network given by hand."""
+        if self.options.is_by_hand:
+            self._subnetwork = _by_hand(self._model, self.options)
+            return bool(self._subnetwork.skip_attn or self._subnetwork.skip_ffn)
+        return space_of(self._model) is not None
+
+    def _learn(self, can_skip: bool, store: Store | None) -> Learning:
         options = self.options
+        searches = can_skip and not options.is_by_hand
         return Learning(
             self._model,
-            space,
+            space_of(self._model) if searches else None,
             store=store,
             options=SearchOptions(
                 paper=options.paper if options.search == "paper" else None,
-                draft_max=options.draft_max,
+                draft_max=options.draft_max or SEARCHED_LENGTH,
                 p_min=options.p_min,
             ),
         )
 
-    def _start_search(self, learning: Learning) -> None:
-        paper = self.options.paper if self.options.search == "paper" else None
-        if self.options.search == "off":
-            return
+    def _set_up_layer_skip(self, learning: Learning) -> str:
+        """Returns where the sub-network comes from."""
+        self._skipping = Passes(layer_skip.NAME, self._model, self._subnetwork)
+        if learning.searcher is None:
+            return f"{layer_skip.NAME}, as given: {self._subnetwork}"
+        if self.options.search != "off":
+            self._on_the_fly = self._search(learning, learning.searcher)
+        origin = "found by search" if learning.started_from_profile else "a first guess"
+        return f"{layer_skip.NAME}, {origin}"
+
+    def _search(self, learning: Learning, searcher: Searcher) -> OnTheFly:
+        options = self.options
+        paper = options.paper if options.search == "paper" else None
         if paper:
             self._windows = Windows(self._model, n=paper.context_window, steps=1, own_past=True)
-        self._on_the_fly = OnTheFly(
-            learning.searcher,
+        share = SEARCH_SHARE_AUTO if options.is_auto else SEARCH_SHARE
+        return OnTheFly(
+            searcher,
             self._windows,
             cost_s=lambda: learning.here.verify_ms(WINDOW) / 1e3,
-            share=None if paper else 0.05,
+            share=None if paper else share,
             interval=paper.opt_interval if paper else 1,
             on_step=self._refresh,
             meter=learning.meter,
         )
 
+    def _planner(self, learning: Learning, others: list[str]) -> Planner:
+        options, lookups = self.options, list[Lookup]()
+        if NGram.name in others:
+            lookups.append(NGram())
+        if Recycling.name in others:
+            self._recycling = learning.recycling()
+            lookups.append(self._recycling)
+        drafts = [Drafts(self._skipping, self._draft_ms)] if self._skipping else []
+        if draft_model.NAME in others and options.draft_model:
+            self._draft_model = DraftModel(options.draft_model, self._model)
+            drafts.append(Drafts(self._draft_model, measured_ms(self._draft_model.model)))
+        is_fixed = options.fixed or options.p_min is not None
+        return Planner(
+            self._model,
+            learning.here,
+            lookups=lookups,
+            drafts=drafts,
+            calibration=self._calibration,
+            forced=not options.is_auto,
+            fixed=self._threshold() if is_fixed else None,
+            shape=TREES[options.tree or ("chain" if is_fixed else "best-first")],
+        )
+
+    def _drawing(self, learning: Learning) -> LayerSkip:
+        """For speculative sampling, whose trees are drawn by one source."""
+        if not self._skipping:
+            raise SwiftError("--speculative-sampling drafts by layer-skip; leave other sources out")
+        is_fixed = self.options.p_min is not None
+        policy = self._threshold() if is_fixed else Economy(self._calibration, learning.here)
+        shape = TREES[self.options.tree or "chain"]
+        drafter = LayerSkip(self._model, self._subnetwork, policy=policy, shape=shape)
+        drafter.watch(lambda cycle: self._calibration.observe(cycle.tree, cycle.verdict.accepted))
+        return drafter
+
+    def _threshold(self) -> Threshold:
+        is_chain = self.options.tree in (None, "chain")
+        return Threshold(self.options.p_min or 0.0, joint_min=1.0 if is_chain else JOINT_MIN)
+
+    # -- while it is used --------------------------------------------------------------------------
+
     def begin(self, prompt_n: int, *, sampler: SpeculativeSampler | None = None) -> OnTheFly | None:
         """For every generation: the search to run beside it, for `engine.generate`.
 
         prompt_n: where the generated text will begin.
-        sampler: draws the drafts, too, if given; for speculative sampling.
+        sampler: draws the drafts, for speculative sampling.
         """
         searcher = self.learning.searcher if self.learning else None
         if isinstance(searcher, Search) and searcher.done:
             searcher.reopen()  # of another kind of text there may be more to learn
-        if self.drafter:
+        if isinstance(self.drafter, LayerSkip):
             self.drafter.sampler = sampler
-            self._refresh()
+        self._refresh()
         for windows in filter(None, (self._windows, self._idle_windows)):
             windows.first = prompt_n
         return self._on_the_fly
@@ -190,7 +306,7 @@ class Speculation:
 
         The caller uses the model inside `IdleSearch.paused` only, and closes it before the model.
         """
-        if not self._on_the_fly or self.learning is None:
+        if not self._on_the_fly or self.learning is None or self.learning.searcher is None:
             return None
         chunk = max(1, min(IDLE_WINDOW, int(IDLE_HEAD_MS / max(self.learning.costs.head_ms, 1e-3))))
         self._idle_windows = Windows(self._model, n=IDLE_WINDOW, chunk=chunk)
@@ -203,45 +319,46 @@ class Speculation:
             meter=self.learning.meter,
         )
 
-    def _observe(self, tree: Tree, accepted: Sequence[int]) -> None:
-        self._calibration.observe(tree, accepted)
-        self._price()
-        if self.learning and isinstance(self.learning.searcher, Search):
-            self.learning.searcher.observe(len(accepted), len(tree))
+    def _observe(self, cycle: Cycle) -> None:
+        """Tells the search how its sub-network fares."""
+        searcher = self.learning.searcher if self.learning else None
+        if not isinstance(searcher, Search):
+            return
+        is_ours = [source == layer_skip.NAME for source in cycle.tree.sources]
+        if any(is_ours):
+            searcher.observe(sum(is_ours[node] for node in cycle.verdict.accepted), sum(is_ours))
+
+    def _draft_ms(self) -> float:
+        """A pass of the sub-network; endless while nothing is known that speaks for it."""
+        assert self.learning is not None
+        if self.options.is_auto and self.learning.best_known is None:
+            return math.inf
+        return self.learning.here.draft_ms(self._subnetwork)
 
     def _refresh(self) -> None:
-        """Drafts with what the search holds best, if that pays."""
-        if self.drafter is None:
+        """Drafts with what the search holds best."""
+        learning = self.learning
+        if learning is None or learning.searcher is None or learning.best == self._subnetwork:
             return
-        options = self.options
-        if self.learning and not options.is_by_hand:
-            self.drafter.subnetwork = self.learning.best
-            known = self.learning.best_known
-            may_rest = options.mode == "auto" and options.search != "paper"  # SWIFT always drafts
-            self.drafter.resting = may_rest and (known is None or known.rate.speedup < 1)
-        self._price()
-
-    def _price(self) -> None:
-        """Sets when drafts stop, at the costs of the present context."""
-        if self.drafter is None:
-            return
-        options = self.options
-        if options.p_min is not None:
-            joint_min = 1.0 if options.tree == "chain" else JOINT_MIN
-            self.drafter.policy = Threshold(options.p_min, joint_min=joint_min)
-        elif self.learning:
-            costs = self.learning.here
-            plain = costs.verify_ms(1)
-            self.drafter.policy = Adaptive(
-                self._calibration,
-                draft_share=costs.draft_ms(self.drafter.subnetwork) / plain,
-                verify_share=(costs.verify_ms(5) - plain) / 4 / plain,
-            )
+        self._subnetwork = learning.best
+        if self._skipping:
+            self._skipping.subnetwork = self._subnetwork
+        if isinstance(self.drafter, LayerSkip):
+            self.drafter.subnetwork = self._subnetwork
+        self._calibration.forget(layer_skip.NAME)
+        if known := learning.best_known:
+            for outcome in known.outcomes.values():
+                self._calibration.recall(layer_skip.NAME, outcome.agrees, outcome.confidence)
 
     def save(self) -> None:
         """Keeps what was learned."""
         if self.learning:
-            self.learning.save()
+            self.learning.save(self._recycling)
+
+    def close(self) -> None:
+        """Frees the draft model, if there is one; the target is its owner's.  Safe to call twice."""
+        if self._draft_model:
+            self._draft_model.close()
 
 
 def _by_hand(model: Model, options: SpeculationOptions) -> SubNetwork:

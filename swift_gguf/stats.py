@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from swift_gguf.drafting.tree import Tree
 
 
 @dataclass
@@ -54,6 +58,13 @@ class Stats:
     sources: dict[str, SourceStats] = field(default_factory=dict)
     stop_reason: str = ""
     """``eos``, ``length`` (the limit), ``context`` (it is full), ``stopped`` (by the consumer)."""
+
+    def count(self, tree: Tree, accepted: Sequence[int]) -> None:
+        """A draft, and its nodes that were accepted, to the sources that offered them."""
+        for name, drafted in Counter(tree.sources).items():
+            source = self.sources.setdefault(name, SourceStats())
+            of_it = sum(tree.sources[node] == name for node in accepted)
+            source.count(drafted=drafted, accepted=of_it)
 
     @property
     def drafted(self) -> int:

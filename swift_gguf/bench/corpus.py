@@ -129,7 +129,7 @@ def decode(
             sampler=sampler,
             drafter=speculation.drafter if speculation else None,
             search=speculation.begin(len(prompt.tokens)) if speculation else None,
-            draft_max=speculation.options.draft_max if speculation else 1,
+            draft_max=speculation.draft_max if speculation else 1,
             max_tokens=tokens,
             stats=stats,
         )

@@ -164,7 +164,7 @@ def modes(draft_max: int) -> dict[str, SpeculationOptions]:
     return {
         f"chain of {FIXED}": SpeculationOptions(draft_max=FIXED, p_min=0.0),
         f"chain, stop below {P_MIN}": SpeculationOptions(draft_max=draft_max, p_min=P_MIN),
-        "chain, adaptive": SpeculationOptions(draft_max=draft_max),
+        "chain, adaptive": SpeculationOptions(draft_max=draft_max, tree="chain"),
         f"caterpillar, stop below {P_MIN}": SpeculationOptions(
             draft_max=draft_max, p_min=P_MIN, tree="caterpillar"
         ),

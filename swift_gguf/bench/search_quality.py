@@ -308,7 +308,7 @@ def _estimate(
 def _draft(model: Model, document: Document, subnetwork: SubNetwork, live: _Live) -> None:
     """Generates the answer again, with drafts that never stop early."""
     drafter = LayerSkip(model, subnetwork)
-    drafter.watch(live.observe)
+    drafter.watch(lambda cycle: live.observe(cycle.tree, cycle.verdict.accepted))
     with Sampler(model, SamplingOptions(temperature=0, seed=0)) as sampler:
         for _ in generate(
             model,

@@ -14,6 +14,7 @@ from swift_gguf.errors import SwiftError
 # name -> (module, attribute, help); modules are imported when their command runs: --help is instant
 COMMANDS = {
     "generate": ("generate_command", "generate", "Answer one prompt."),
+    "bench": ("bench_command", "bench", "Measure modes against plain decoding."),
     "tune": ("tune_command", "tune", "Find out what a model's drafts can leave out."),
     "info": ("info_command", "info", "Show what a model is and what of it can be skipped."),
     "models": ("models_command", "models", "List the models known by name, or fetch one."),

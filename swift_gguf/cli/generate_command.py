@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,9 +57,10 @@ def generate(model: str, as_json: bool, compare: bool, **values: Any) -> None:
     text = _prompt_text(values)
     speculation_wanted = speculation_options(values)
     options = sampling_options(values).with_seed()
-    with load_model(model, values) as loaded:
+    with ExitStack() as stack:
+        loaded = stack.enter_context(load_model(model, values))
         prompt = _prompt_tokens(loaded, text, values)
-        speculation = Speculation(loaded, speculation_wanted)
+        speculation = stack.enter_context(closing(Speculation(loaded, speculation_wanted)))
         job = _Job(loaded, prompt, options, values["n_predict"])
         answer = job.run(
             speculation,
@@ -132,7 +134,7 @@ class _Job:
                 sampler=sampler,
                 drafter=speculation.drafter if speculation else None,
                 search=search,
-                draft_max=speculation.options.draft_max if speculation else 1,
+                draft_max=speculation.draft_max if speculation else 1,
                 max_tokens=self.n_predict if self.n_predict > 0 else None,
                 stats=answer.stats,
             )

@@ -54,16 +54,18 @@ sampling_flags = _all(
 
 speculation_flags = _all(
     click.option("--speculation", default="auto", show_default=True,
-                 type=click.Choice(["auto", "off", "layer-skip"]), help="Where drafts come from."),
+                 metavar="SOURCES", help="Where drafts come from: auto, off, or of ngram, "
+                 "recycling, layer-skip, draft-model some, joined by commas."),
+    click.option("--draft-model", type=click.Path(path_type=Path), metavar="PATH",
+                 help="A smaller model of the same family that drafts, too."),
     click.option("--skip-attn", metavar="LAYERS", help="Draft without these attentions: 3,5-9."),
     click.option("--skip-ffn", metavar="LAYERS", help="Draft without these FFNs: 4,6."),
-    click.option("--draft-max", default=8, show_default=True, metavar="N",
-                 type=click.IntRange(1, 64), help="Draft at most this many tokens."),
+    click.option("--draft-max", metavar="N", type=click.IntRange(1, 64),
+                 help="Draft at most this many tokens.  [default: as many as pay]"),
     click.option("--draft-p-min", metavar="P", type=click.FloatRange(0, 1),
                  help="Stop drafting below this probability.  [default: by measured acceptance]"),
-    click.option("--draft-tree", default="chain", show_default=True,
-                 type=click.Choice(["chain", "caterpillar", "best-first"]),
-                 help="Shape of a draft."),
+    click.option("--draft-tree", type=click.Choice(["chain", "caterpillar", "best-first"]),
+                 help="Shape of a draft.  [default: best-first]"),
     click.option("--speculative-sampling", is_flag=True,
                  help="Draw drafts and accept by min(1, p/q): the same distribution of texts, "
                  "another text for a seed."),
@@ -103,6 +105,8 @@ def speculation_options(values: dict[str, Any]) -> SpeculationOptions:
         draft_max=values["draft_max"],
         p_min=values["draft_p_min"],
         tree=values["draft_tree"],
+        draft_model=values["draft_model"],
+        sampled=values["speculative_sampling"],
     )
 
 

@@ -83,6 +83,7 @@ def _tune(model: Model, values: dict[str, Any]) -> dict[str, Any]:
             if progress.steps % SAVE_EVERY == 0:  # a machine that is switched off loses little
                 learning.save()
 
+        assert learning.searcher is not None  # there is a space
         try:
             tune_offline(
                 model,

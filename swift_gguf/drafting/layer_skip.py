@@ -11,9 +11,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from swift_gguf.cells import MAX_BRANCHES
+from swift_gguf.drafting.passes import Passes
 from swift_gguf.drafting.policy import Threshold
-from swift_gguf.drafting.tree import ROOT, Offer, Policy, Shape, Tree, grow, grow_sampled
-from swift_gguf.errors import DecodeError, SamplingError, StoppedError
+from swift_gguf.drafting.source import Cycle
+from swift_gguf.drafting.tree import Offer, Policy, Shape, Tree, grow, grow_sampled
+from swift_gguf.errors import SamplingError
 from swift_gguf.model import Model
 from swift_gguf.subnetwork import SubNetwork
 
@@ -21,21 +23,20 @@ if TYPE_CHECKING:
     from swift_gguf.sampling import SpeculativeSampler
     from swift_gguf.speculative_sampling import Distribution
 
-
+NAME = "layer-skip"
 CHAIN = Shape(n_nodes=0)
-LOST = -2
 
 
 class LayerSkip:
-    """Drafts the likeliest tree, or with a sampler a drawn one.
+    """Drafts the likeliest tree, or with a sampler a drawn one, by itself alone.
 
     policy: when to stop.
     shape: branching; its number of nodes is the engine's to say.
     sampler: draws the draft tokens, for speculative sampling; None: the likeliest ones.
-    subnetwork, policy, sampler, resting: may be set between drafts.
+    subnetwork, policy, sampler: may be set between drafts.
     """
 
-    name = "layer-skip"
+    name = NAME
 
     def __init__(
         self,
@@ -46,73 +47,61 @@ class LayerSkip:
         shape: Shape = CHAIN,
         sampler: SpeculativeSampler | None = None,
     ) -> None:
-        self.subnetwork = subnetwork
         self.policy: Policy = policy or Threshold(0.0)
         self.shape = shape
         self.sampler = sampler
-        self.resting = False
-        """Drafts nothing, at no cost."""
         self._model = model
-        self._observers: list[Callable[[Tree, Sequence[int]], None]] = []
+        self._passes = Passes(NAME, model, subnetwork)
+        self._observers: list[Callable[[Cycle], None]] = []
+
+    @property
+    def subnetwork(self) -> SubNetwork:
+        assert self._passes.subnetwork is not None
+        return self._passes.subnetwork
+
+    @subnetwork.setter
+    def subnetwork(self, subnetwork: SubNetwork) -> None:
+        self._passes.subnetwork = subnetwork
 
     def draft(self, pending: int, *, n_max: int) -> Tree:
         """See `Drafter.draft`."""
-        if self.resting:
-            return Tree()
-        model = self._model
-        n_past = model.n_past
         is_chain = self.shape.branching(0.0) == 1
         n_nodes = n_max if is_chain else min(n_max, MAX_BRANCHES)  # each leaf is a sequence
         shape = replace(self.shape, n_nodes=n_nodes)
-        decoded: dict[int, int] = {}  # tree node -> number among those decoded
-
-        def decode(tree: Tree, node: int) -> bool:
-            """False where a draft cannot go on; the target may."""
-            token = pending if node == ROOT else tree.tokens[node]
-            parent = -1 if node == ROOT else decoded.get(tree.parents[node], LOST)
-            if parent == LOST:
-                return False
-            try:
-                model.decode_tree([token], [parent], subnetwork=self.subnetwork)
-            except StoppedError:
-                raise
-            except DecodeError:
-                decoded.clear()  # the model took all of the tree back
-                return False
-            decoded[node] = len(decoded)
-            return True
-
-        def expand(tree: Tree, node: int) -> list[Offer]:
-            if not decode(tree, node):
-                return []
-            tokens, probabilities = model.top(0, 1 if is_chain else shape.branching(0.0))
-            return [Offer(*offer) for offer in zip(tokens, probabilities, strict=True)]
-
-        def draw(
-            tree: Tree, node: int, width: Callable[[float], int]
-        ) -> tuple[list[Offer], Distribution | None]:
-            assert self.sampler is not None
-            if not decode(tree, node):
-                return [], None
-            try:
-                q = self.sampler.proposal(model, 0, tree.path(node))
-            except SamplingError:  # a path that the grammar cannot go on from
-                return [], None
-            children = self.sampler.draw(q, width(float(q.p.max())))
-            return [Offer(token, q.of(token)) for token in children], q
-
+        width = 1 if is_chain else shape.branching(0.0)
+        self._passes.begin(pending)
         try:
-            if self.sampler is None:
-                return grow(expand, self.policy, shape, is_eog=model.is_eog)
-            return grow_sampled(draw, self.policy, shape, is_eog=model.is_eog)
+            if self.sampler is not None:
+                return grow_sampled(
+                    self._draw, self.policy, shape, is_eog=self._model.is_eog, source=NAME
+                )
+            return grow(
+                lambda tree, node: self._passes.offers(tree, node, width),
+                self.policy,
+                shape,
+                is_eog=self._model.is_eog,
+            )
         finally:
-            model.rollback(n_past)
+            self._passes.end()
 
-    def watch(self, observer: Callable[[Tree, Sequence[int]], None]) -> None:
+    def _draw(
+        self, tree: Tree, node: int, width: Callable[[float], int]
+    ) -> tuple[Sequence[Offer], Distribution | None]:
+        assert self.sampler is not None
+        if not self._passes.run(tree, node):
+            return [], None
+        try:
+            q = self.sampler.proposal(self._model, 0, tree.path(node))
+        except SamplingError:  # a path that the grammar cannot go on from
+            return [], None
+        children = self.sampler.draw(q, width(float(q.p.max())))
+        return [Offer(token, q.of(token), NAME) for token in children], q
+
+    def watch(self, observer: Callable[[Cycle], None]) -> None:
         """`observer` will hear what becomes of every draft."""
         self._observers.append(observer)
 
-    def observe(self, tree: Tree, accepted: Sequence[int]) -> None:
+    def observe(self, cycle: Cycle) -> None:
         """See `Drafter.observe`."""
         for observer in self._observers:
-            observer(tree, accepted)
+            observer(cycle)

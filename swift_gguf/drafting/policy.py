@@ -1,11 +1,12 @@
-"""When a draft stops: by a fixed threshold, or by what was accepted before and what it costs."""
+"""When a draft stops by its own probability, and how often tokens of a probability are accepted."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from swift_gguf.drafting.tree import ROOT, Tree
+from swift_gguf.drafting.tree import ROOT, Offer, Tree
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,9 @@ class Threshold:
     p_min: float
     joint_min: float = 1.0
 
-    def joint(self, joint: float, probability: float) -> float:
+    def joint(self, joint: float, offer: Offer) -> float:
         """The product of the draft's probabilities."""
-        return joint * probability
+        return joint * offer.probability
 
     def includes(self, probability: float, joint: float) -> bool:
         """Confident, or likely enough for a tree."""
@@ -33,76 +34,111 @@ class Threshold:
 
 
 BANDS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
-"""Lower ends of the bands of confidence; a draft's probabilities crowd towards 1."""
+"""Lower ends of the bands of confidence; probabilities crowd towards 1."""
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What is believed of a source before anything was seen of it."""
+
+    acceptance: Sequence[float]
+    """[len(BANDS)], of the tokens of each band."""
+    weight: float = 2.0
+    """As if so many tokens had been seen."""
+
+
+@dataclass
+class _Band:
+    accepted: float = 0.0
+    judged: float = 0.0
+    at: int = 0
+    """When the two were last brought up to date."""
+
+
+@dataclass
+class _Source:
+    prior: Prior
+    bands: list[_Band] = field(default_factory=lambda: [_Band() for _ in BANDS])
+    first: _Band = field(default_factory=_Band)
+    """Of the likeliest offers, whatever their confidence."""
 
 
 class Calibration:
-    """How often tokens of a given confidence are accepted.
+    """How often tokens that a source offers with a given confidence are accepted.
 
-    Old evidence fades: texts change.  A token counts only where the target really judged it, that
-    is where the whole path before it was accepted.
+    A token counts only where the target really chose after its path: of a draft that was accepted
+    to its end nothing is assumed about what it would have offered next (it is censored).  Evidence
+    fades with the tokens generated, used or not: texts change, what was given up is tried again.
     """
 
-    def __init__(self, *, prior: float = 2.0, memory: float = 400.0) -> None:
-        """prior: with how many accepted tokens each band begins.  Optimism: a band that is never
-        tried would never be known, and a draft's own probability says little of it (a sub-network
-        that differs in nothing is always right, however unsure).
-        memory: tokens after which evidence has faded to 1/e."""
-        self._prior = prior
-        self._fade = 1.0 - 1.0 / memory
-        self._accepted = [0.0] * len(BANDS)
-        self._judged = [0.0] * len(BANDS)
+    OPTIMISM = Prior((1.0,) * len(BANDS))
+    """For drafts by passes: a band that is never tried would never be known, and a draft's own
+    probability says little of it (a sub-network that differs in nothing is always right, however
+    unsure)."""
 
-    def acceptance(self, probability: float) -> float:
+    def __init__(self, priors: Mapping[str, Prior] | None = None, *, memory: float = 400.0) -> None:
+        """memory: tokens after which evidence has faded to 1/e."""
+        self._priors = dict(priors or {})
+        self._fade = 1.0 - 1.0 / memory
+        self._sources: dict[str, _Source] = {}
+        self._now = 0
+
+    def acceptance(self, probability: float, source: str = "") -> float:
         """The share of such tokens that are accepted, between 0 and 1."""
-        band = _band(probability)
-        return (self._accepted[band] + self._prior) / (self._judged[band] + self._prior)
+        known = self._source(source)
+        band = bisect_right(BANDS, probability, lo=1) - 1
+        return self._share(known.bands[band], known.prior.acceptance[band], known.prior.weight)
+
+    def first_acceptance(self, source: str = "") -> float:
+        """The same of a source's likeliest offers, before their confidence is known."""
+        known = self._source(source)
+        prior = sum(known.prior.acceptance) / len(BANDS)
+        return self._share(known.first, prior, known.prior.weight)
+
+    def judge(self, offers: Sequence[Offer], token: int) -> None:
+        """The target chose `token` where these were offered, each source's likeliest first."""
+        seen: set[str] = set()
+        for offer in offers:
+            known = self._source(offer.source)
+            is_right = offer.token == token
+            band = bisect_right(BANDS, offer.probability, lo=1) - 1
+            self._count(known.bands[band], is_right)
+            if offer.source not in seen:
+                seen.add(offer.source)
+                self._count(known.first, is_right)
 
     def observe(self, tree: Tree, accepted: Sequence[int]) -> None:
-        """Learns from one verification."""
+        """Learns from one verification what can be read off the tree alone."""
         for parent in (ROOT, *accepted):
-            for child in tree.children(parent):
-                self._count(tree.probabilities[child], child in accepted)
+            children = tree.children(parent)
+            token = next((tree.tokens[child] for child in children if child in accepted), -1)
+            self.judge([tree.offer(child) for child in children], token)
+        self.passed(len(accepted) + 1)
 
-    def _count(self, probability: float, accepted: bool) -> None:
-        for band in range(len(BANDS)):
-            self._judged[band] *= self._fade
-            self._accepted[band] *= self._fade
-        band = _band(probability)
-        self._judged[band] += 1.0
-        self._accepted[band] += accepted
+    def recall(self, source: str, agrees: Iterable[bool], confidence: Iterable[float]) -> None:
+        """What was seen of a source's likeliest offers at another time."""
+        for is_right, probability in zip(agrees, confidence, strict=True):
+            self.judge([Offer(0, float(probability), source)], 0 if is_right else -1)
 
+    def forget(self, source: str) -> None:
+        """It is another source from now on, by the same name."""
+        self._sources.pop(source, None)
 
-def _band(probability: float) -> int:
-    return max(i for i, low in enumerate(BANDS) if probability >= low or i == 0)
+    def passed(self, n_tokens: int) -> None:
+        """So many tokens were generated."""
+        self._now += n_tokens
 
+    def _source(self, name: str) -> _Source:
+        if name not in self._sources:
+            self._sources[name] = _Source(self._priors.get(name, self.OPTIMISM))
+        return self._sources[name]
 
-class Adaptive:
-    """Goes on while a token is expected to save more time than it takes.
+    def _share(self, band: _Band, prior: float, weight: float) -> float:
+        faded = self._fade ** (self._now - band.at)
+        return (band.accepted * faded + prior * weight) / (band.judged * faded + weight)
 
-    A token accepted with probability J (its whole path included) saves J plain passes.  Verifying
-    it takes `verify_share` of a plain pass, drafting after it `draft_share` more.
-    """
-
-    CEILING = 0.95
-    """A token this certain is always drafted, or there would be nothing to learn from where drafts
-    look too dear."""
-
-    def __init__(
-        self, calibration: Calibration, *, draft_share: float, verify_share: float
-    ) -> None:
-        self._calibration = calibration
-        self._verify = min(verify_share, self.CEILING)
-        self._draft = min(draft_share + verify_share, self.CEILING)
-
-    def joint(self, joint: float, probability: float) -> float:
-        """The product of the measured acceptances."""
-        return joint * self._calibration.acceptance(probability)
-
-    def includes(self, probability: float, joint: float) -> bool:
-        """Its place in the verification pays."""
-        return joint >= self._verify
-
-    def extends(self, probability: float, joint: float) -> bool:
-        """The pass that drafts what comes after it, and the place of that, pay."""
-        return joint >= self._draft
+    def _count(self, band: _Band, accepted: bool) -> None:
+        faded = self._fade ** (self._now - band.at)
+        band.accepted = band.accepted * faded + accepted
+        band.judged = band.judged * faded + 1.0
+        band.at = self._now

@@ -13,6 +13,8 @@ from typing import Any, TypeAlias
 
 from swift_gguf.drafting.tree import Offer
 
+MAX_ROWS = 4096
+
 Context: TypeAlias = tuple[int, ...]
 """The latest one or two tokens."""
 Row: TypeAlias = tuple[Offer, ...]
@@ -26,7 +28,7 @@ class Recycling:
 
     name = "recycling"
 
-    def __init__(self, *, n_offers: int = 8, max_rows: int = 4096) -> None:
+    def __init__(self, *, n_offers: int = 4, max_rows: int = MAX_ROWS) -> None:
         """n_offers: successors kept of each row at most; 8 in the paper."""
         if n_offers < 1 or max_rows < 1:
             raise ValueError("a recycling table needs at least one row of one token")
@@ -85,7 +87,7 @@ class Recycling:
 
     @classmethod
     def from_rows(
-        cls, rows: object, *, n_vocab: int, n_offers: int = 8, max_rows: int = 4096
+        cls, rows: object, *, n_vocab: int, n_offers: int = 4, max_rows: int = MAX_ROWS
     ) -> Recycling:
         """The table that `to_rows` gave; of too many rows, the latest.
 

@@ -1,11 +1,24 @@
-"""What the engine knows of a source of draft tokens."""
+"""What the engine and the planner know of the sources of draft tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from swift_gguf.drafting.tree import Tree
+from swift_gguf.drafting.tree import Offer, Tree
+from swift_gguf.verification import Verdict
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """A draft and what became of it."""
+
+    tree: Tree
+    verdict: Verdict
+    draft_s: float
+    verify_s: float
+    """The target's pass."""
 
 
 class Drafter(Protocol):
@@ -21,6 +34,26 @@ class Drafter(Protocol):
         """
         ...
 
-    def observe(self, tree: Tree, accepted: Sequence[int]) -> None:
-        """What became of the draft: the target chose the `accepted` nodes, from the root on."""
+    def observe(self, cycle: Cycle) -> None:
+        """What became of the latest draft, empty ones included.
+
+        The context then holds what was kept, and the logits are still those of the verification:
+        row 0 after the pending token, row i + 1 after node i.
+        """
+        ...
+
+
+class Lookup(Protocol):
+    """A source that costs next to nothing: it looks up what it has seen."""
+
+    @property
+    def name(self) -> str: ...
+
+    def follow(self, text: Sequence[int]) -> None:
+        """`text` (prompt and answer so far, the pending token included) is what is continued."""
+        ...
+
+    def offers(self, path: Sequence[int]) -> Sequence[Offer]:
+        """The likeliest tokens after the text and then `path`, likeliest first; none if it knows
+        none.  Does not change what is known."""
         ...

@@ -5,7 +5,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import accumulate, count
+from operator import mul
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -23,14 +24,45 @@ class Tree:
     parents: list[int] = field(default_factory=list)
     probabilities: list[float] = field(default_factory=list)
     """The drafter's own probability of each token, given its path."""
+    sources: list[str] = field(default_factory=list)
+    """Who offered each token."""
+    joints: list[float] = field(default_factory=list)
+    """What a policy made of the probabilities along each path."""
     proposals: Mapping[int, Distribution] = field(default_factory=dict)
     """Sampled drafts only: what the children of a node were drawn from, in their order."""
 
     @classmethod
     def chain(cls, tokens: Sequence[int], probabilities: Sequence[float] | None = None) -> Tree:
         """Each token after the one before."""
-        known = probabilities if probabilities is not None else [1.0] * len(tokens)
-        return cls(list(tokens), list(range(-1, len(tokens) - 1)), list(known))
+        known = list(probabilities) if probabilities is not None else [1.0] * len(tokens)
+        joints = list(accumulate(known, mul))
+        return cls(
+            list(tokens), list(range(-1, len(tokens) - 1)), known, [""] * len(tokens), joints
+        )
+
+    def add(self, parent: int, offer: Offer, joint: float) -> int:
+        """A node more, and its number."""
+        self.tokens.append(offer.token)
+        self.parents.append(parent)
+        self.probabilities.append(offer.probability)
+        self.sources.append(offer.source)
+        self.joints.append(joint)
+        return len(self) - 1
+
+    def offer(self, node: int) -> Offer:
+        """The offer a node was made from."""
+        return Offer(self.tokens[node], self.probabilities[node], self.sources[node])
+
+    def cut(self, n: int) -> Tree:
+        """The first n nodes: parents come before their children."""
+        return Tree(
+            self.tokens[:n],
+            self.parents[:n],
+            self.probabilities[:n],
+            self.sources[:n],
+            self.joints[:n],
+            self.proposals,
+        )
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -54,10 +86,11 @@ class Tree:
 
 @dataclass(frozen=True)
 class Offer:
-    """A token a drafter proposes after a node, with its probability there."""
+    """A token that a source proposes after a node, with its own idea of the probability there."""
 
     token: int
     probability: float
+    source: str = ""
 
 
 class Policy(Protocol):
@@ -67,8 +100,8 @@ class Policy(Protocol):
     which nodes are compared.
     """
 
-    def joint(self, joint: float, probability: float) -> float:
-        """The joint probability of a token after a path of joint probability `joint`."""
+    def joint(self, joint: float, offer: Offer) -> float:
+        """The joint probability of an offer after a path of joint probability `joint`."""
         ...
 
     def includes(self, probability: float, joint: float) -> bool:
@@ -117,7 +150,7 @@ def grow(
         found = expand(tree, node)
         kept = found[: shape.branching(found[0].probability)] if found else ()
         for rank, offer in enumerate(kept):
-            value = policy.joint(joint, offer.probability)
+            value = policy.joint(joint, offer)
             may_extend = rank == 0 or not shape.only_first_extends
             heapq.heappush(offers, (-value, next(serial), node, offer, may_extend))
 
@@ -127,7 +160,9 @@ def grow(
         value, _, parent, offer, may_extend = heapq.heappop(offers)
         if not policy.includes(offer.probability, -value):
             continue
-        node = _add(tree, parent, offer)
+        if tree.child(parent, offer.token) is not None:  # another source's, and likelier there
+            continue
+        node = tree.add(parent, offer, -value)
         if (
             may_extend
             and len(tree) < shape.n_nodes
@@ -146,6 +181,7 @@ def grow_sampled(
     shape: Shape,
     *,
     is_eog: Callable[[int], bool],
+    source: str = "",
 ) -> Tree:
     """A tree whose tokens are drawn from the draft, for speculative sampling.
 
@@ -162,7 +198,7 @@ def grow_sampled(
     leaves: list[tuple[float, int, int]] = [(-1.0, next(serial), ROOT)]
 
     def width(top: float) -> int:
-        if not policy.includes(top, policy.joint(joint, top)):
+        if not policy.includes(top, policy.joint(joint, Offer(-1, top, source))):
             return 0
         return min(shape.branching(top), shape.n_nodes - len(tree))
 
@@ -173,16 +209,9 @@ def grow_sampled(
         if proposal is not None:
             proposals[leaf] = proposal
         for rank, offer in enumerate(drawn):
-            node = _add(tree, leaf, offer)
-            below = policy.joint(joint, offer.probability)
+            below = policy.joint(joint, offer)
+            node = tree.add(leaf, offer, below)
             may_extend = rank == 0 or not shape.only_first_extends
             if may_extend and not is_eog(offer.token) and policy.extends(offer.probability, below):
                 heapq.heappush(leaves, (-below, next(serial), node))
     return tree
-
-
-def _add(tree: Tree, parent: int, offer: Offer) -> int:
-    tree.tokens.append(offer.token)
-    tree.parents.append(parent)
-    tree.probabilities.append(offer.probability)
-    return len(tree) - 1

@@ -1,0 +1,322 @@
+"""What `swift-gguf bench` found: results by request, their sums, and the file that keeps them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from swift_gguf.bench.modes import AUTO, PLAIN, Mode
+from swift_gguf.bench.report import Subject
+from swift_gguf.bench.spread import Machine, Spread
+from swift_gguf.errors import SwiftError
+from swift_gguf.stats import SourceStats, Stats
+
+VERSION = 1
+
+_COUNTS = ("prompt_n", "predicted_n", "cycles", "cycle_n")
+_SECONDS = ("prompt_s", "draft_s", "verify_s", "sample_s", "search_s", "cycle_s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One request, answered in one mode."""
+
+    mode: str
+    category: str
+    question_id: str
+    unit: int
+    """Number of the row in the run; a repetition is another one."""
+    turn: int
+    stats: Stats
+    diverged: bool = False
+    """Do its ids differ from plain decoding's?"""
+    near_tie: bool | None = None
+    """If they do: does rounding explain it?  None where that is not known."""
+
+    @property
+    def tokens(self) -> int:
+        """That the cycles gave: the first one comes with the prompt."""
+        return max(0, self.stats.predicted_n - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """A mode on some requests, and plain decoding on the same ones.
+
+    Speed-ups are all tokens over all time against the same of plain decoding; None where an answer
+    took no time.
+    """
+
+    requests: int
+    tokens: int
+    stats: Stats
+    """Of all requests, added up."""
+    tokens_per_second: float | None
+    end_to_end_tokens_per_second: float | None
+    """With the time of the prompts and the token that comes with each."""
+    speedup: float | None
+    end_to_end_speedup: float | None
+    speedup_by_request: Spread | None
+    diverged: int
+    near_ties: int
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[Result, Result]]) -> Summary:
+        """pairs: the mode's result and plain decoding's, request by request."""
+        ours, plain = [a for a, _ in pairs], [b for _, b in pairs]
+        by_request = [ratio for a, b in pairs if (ratio := _ratio(_decoding([a]), _decoding([b])))]
+        return cls(
+            requests=len(pairs),
+            tokens=sum(result.tokens for result in ours),
+            stats=total(result.stats for result in ours),
+            tokens_per_second=_decoding(ours),
+            end_to_end_tokens_per_second=_end_to_end(ours),
+            speedup=_ratio(_decoding(ours), _decoding(plain)),
+            end_to_end_speedup=_ratio(_end_to_end(ours), _end_to_end(plain)),
+            speedup_by_request=Spread.of(by_request) if by_request else None,
+            diverged=sum(result.diverged for result in ours),
+            near_ties=sum(result.near_tie is True for result in ours),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        spread = self.speedup_by_request
+        speculation = self.stats.speculation()
+        return {
+            "requests": self.requests,
+            "tokens": self.tokens,
+            "tokens_per_second": self.tokens_per_second,
+            "end_to_end_tokens_per_second": self.end_to_end_tokens_per_second,
+            "speedup": self.speedup,
+            "end_to_end_speedup": self.end_to_end_speedup,
+            "speedup_by_request": asdict(spread) if spread else None,
+            "diverged": {"requests": self.diverged, "near_ties": self.near_ties},
+            **speculation,
+            "seconds": {"prompt": self.stats.prompt_s, **speculation["seconds"]},
+        }
+
+
+def total(stats: Iterable[Stats]) -> Stats:
+    """Counts and seconds of several generations, added up; it stopped for no reason."""
+    result = Stats()
+    for one in stats:
+        for name in (*_COUNTS, *_SECONDS):
+            setattr(result, name, getattr(result, name) + getattr(one, name))
+        for name, source in one.sources.items():
+            into = result.sources.setdefault(name, SourceStats())
+            into.drafts += source.drafts
+            into.drafted += source.drafted
+            into.accepted += source.accepted
+            into.accepted_lengths += source.accepted_lengths
+    return result
+
+
+def _decoding(results: Sequence[Result]) -> float | None:
+    """Tokens per second of the cycles."""
+    tokens = sum(result.tokens for result in results)
+    return _ratio(tokens, sum(result.stats.cycle_s for result in results))
+
+
+def _end_to_end(results: Sequence[Result]) -> float | None:
+    tokens = sum(result.stats.predicted_n for result in results)
+    return _ratio(tokens, sum(r.stats.prompt_s + r.stats.cycle_s for r in results))
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a and b else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """The best fixed setting of a sweep, plain decoding included, and how near `auto` came."""
+
+    mode: str
+    speedup: float
+    auto_share: float | None
+    """Of the best setting's tokens per second, what `auto` had."""
+
+
+@dataclass(kw_only=True)
+class Report:
+    """Filled row by row, so that an interrupted run keeps what is there and can go on."""
+
+    settings: Mapping[str, Any]
+    """What makes two runs the same; JSON types."""
+    modes: Sequence[Mode]
+    swept: Sequence[Mode]
+    """Those that are there for the sweep only."""
+    machine: Machine
+    subject: Subject
+    bit_invariant: bool
+    units: int
+    """Rows to answer, repetitions included."""
+    results: list[Result] = field(default_factory=list)
+    left_out: set[int] = field(default_factory=set)
+    """Units of which a turn does not fit the context."""
+    setup_s: dict[str, float] = field(default_factory=dict)
+    why: dict[str, str] = field(default_factory=dict)
+    """By mode: what drafted last, or why nothing did."""
+    peak_memory_bytes: int | None = None
+    """Of the whole process; None where the system does not tell."""
+
+    @property
+    def done(self) -> set[int]:
+        """Units that are answered, as far as they fit."""
+        return {result.unit for result in self.results} | self.left_out
+
+    @property
+    def categories(self) -> list[str]:
+        return sorted({result.category for result in self.results})
+
+    @property
+    def broken(self) -> int:
+        """Answers of ours that differ from plain decoding's where no bit may."""
+        ours = {mode.name for mode in self.modes if not mode.is_peer}
+        diverged = sum(result.diverged for result in self.results if result.mode in ours)
+        return diverged if self.bit_invariant else 0
+
+    def summary(self, mode: str, category: str | None = None) -> Summary | None:
+        """Of one category, or of all; None if nothing of it is answered."""
+        pairs = [pair for pair in self._pairs(mode) if category in (None, pair[0].category)]
+        return Summary.of(pairs) if pairs else None
+
+    def first(self, mode: str) -> Summary | None:
+        """Of the first request alone, when a mode may have to learn."""
+        pairs = self._pairs(mode)[:1]
+        return Summary.of(pairs) if pairs else None
+
+    def _pairs(self, mode: str) -> list[tuple[Result, Result]]:
+        plain = {(r.unit, r.turn): r for r in self.results if r.mode == PLAIN}
+        return [(r, plain[r.unit, r.turn]) for r in self.results if r.mode == mode]
+
+    def limit(self, category: str | None = None) -> Limit | None:
+        """None without fixed settings, or if nothing is answered."""
+        speedups = {PLAIN: 1.0}
+        for mode in self.modes:
+            summary = self.summary(mode.name, category) if mode.is_fixed else None
+            if summary and summary.speedup:
+                speedups[mode.name] = summary.speedup
+        if len(speedups) == 1:
+            return None
+        best = max(speedups, key=lambda name: speedups[name])
+        auto = self.summary(AUTO, category)
+        return Limit(
+            mode=best,
+            speedup=speedups[best],
+            auto_share=auto.speedup / speedups[best] if auto and auto.speedup else None,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types; of answers no text and no ids."""
+        limit, limits = self.limit(), {name: self.limit(name) for name in self.categories}
+        return {
+            "version": VERSION,
+            "complete": len(self.done) == self.units,
+            "settings": self.settings,
+            "machine": asdict(self.machine),
+            "subject": asdict(self.subject),
+            "bit_invariant": self.bit_invariant,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "modes": {mode.name: self._mode_dict(mode.name) for mode in self.modes},
+            "limit": {
+                "total": asdict(limit),
+                "categories": {name: asdict(found) for name, found in limits.items() if found},
+            }
+            if limit
+            else None,
+            "left_out": sorted(self.left_out),
+            "requests": [_result_dict(result) for result in self.results],
+        }
+
+    def _mode_dict(self, mode: str) -> dict[str, Any]:
+        def as_dict(summary: Summary | None) -> dict[str, Any] | None:
+            return summary.as_dict() if summary else None
+
+        return {
+            "why": self.why.get(mode),
+            "setup_s": self.setup_s.get(mode),
+            "total": as_dict(self.summary(mode)),
+            "categories": {name: as_dict(self.summary(mode, name)) for name in self.categories},
+            "first": as_dict(self.first(mode)),
+        }
+
+    def save(self, path: Path) -> None:
+        """Replaces the file as a whole: a run that is killed leaves the one before."""
+        temporary = path.with_name(path.name + ".tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(self.as_dict(), file, indent=1, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    def resume(self, path: Path) -> None:
+        """Takes over what an earlier run of the same settings left; without a file, nothing.
+
+        Raises:
+            SwiftError: the file is something else, or of a run with other settings.
+        """
+        if not path.exists():
+            return
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            other = _first_difference(values["settings"], self.settings)
+            results = [_result(value) for value in values["requests"]]
+            left_out = set(values["left_out"])
+            setup_s = {name: mode["setup_s"] for name, mode in values["modes"].items()}
+            if values["version"] != VERSION:
+                raise ValueError
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise SwiftError(
+                f"{path} is no report of this bench; name another file, or begin anew with "
+                "--restart"
+            ) from None
+        if other:
+            raise SwiftError(
+                f"{path} is of a run with other settings ({other}); name another file, or begin "
+                "anew with --restart"
+            )
+        self.results, self.left_out, self.setup_s = results, left_out, setup_s
+
+
+def _first_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:
+    for name, value in ours.items():
+        if theirs.get(name) != value:
+            return f"{name}: {theirs.get(name)!s:.60} there, {value!s:.60} here"
+    return None
+
+
+def _result_dict(result: Result) -> dict[str, Any]:
+    return {
+        "mode": result.mode,
+        "category": result.category,
+        "question_id": result.question_id,
+        "unit": result.unit,
+        "turn": result.turn,
+        "diverged": result.diverged,
+        "near_tie": result.near_tie,
+        "stop_reason": result.stats.stop_reason,
+        **{name: getattr(result.stats, name) for name in (*_COUNTS, *_SECONDS)},
+        "sources": {name: source.as_dict() for name, source in result.stats.sources.items()},
+    }
+
+
+def _result(values: dict[str, Any]) -> Result:
+    sources = {name: _source(source) for name, source in values.pop("sources").items()}
+    names = ("stop_reason", *_COUNTS, *_SECONDS)
+    stats = Stats(sources=sources, **{name: values.pop(name) for name in names})
+    return Result(stats=stats, **values)
+
+
+def _source(values: dict[str, Any]) -> SourceStats:
+    histogram = dict(enumerate(values.pop("accepted_length_histogram")))
+    return SourceStats(accepted_lengths=Counter(histogram), **values)
+
+
+Progress = Callable[[Report], None]
+"""Told of every row that is answered."""

@@ -1,0 +1,164 @@
+"""`swift-gguf bench`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from swift_gguf.cli.options import load_model, model_flags, sampling_flags, sampling_options
+from swift_gguf.errors import SwiftError
+
+if TYPE_CHECKING:
+    from swift_gguf.bench.modes import Mode
+    from swift_gguf.bench.suite_report import Progress, Report
+    from swift_gguf.bench.suite_run import BenchOptions
+    from swift_gguf.model import Model
+    from swift_gguf.suite import Row
+
+
+def _modes(ctx: click.Context, parameter: click.Parameter, value: str) -> list[Mode]:
+    from swift_gguf.bench.modes import parse_modes
+
+    try:
+        return parse_modes(value)
+    except SwiftError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+# greedy unless asked otherwise, so that texts can be compared
+@click.command(context_settings={"default_map": {"temp": 0.0}})
+@click.argument("model")
+@click.option("--suite", "suites", multiple=True, metavar="FILE",
+              help="JSON lines in Spec-Bench's form, or a name: everyday, code-editing; may be "
+              "repeated.  [default: both names]")  # fmt: skip
+@click.option("--modes", default="auto", show_default=True, callback=_modes, metavar="LIST",
+              help="auto; layer-skip, ngram, recycling, draft-model, or several joined by +, with "
+              ":N for drafts of N tokens and no search; peers: llama-cpp-python, prompt-lookup.  "
+              "Plain decoding always runs beside them.")  # fmt: skip
+@click.option("--oracle", is_flag=True,
+              help="Sweep fixed settings too: the best is the limit.")  # fmt: skip
+@click.option("--draft-model", type=click.Path(path_type=Path), metavar="FILE",
+              help="A small GGUF, for draft-model.")  # fmt: skip
+@click.option("-n", "--n-predict", default=128, show_default=True, metavar="N",
+              type=click.IntRange(1), help="Tokens of an answer at most.")  # fmt: skip
+@click.option("--limit", type=click.IntRange(1), metavar="N",
+              help="At most N rows, spread over the categories.")  # fmt: skip
+@click.option("--category", "categories", multiple=True, metavar="NAME",
+              help="Only this one; may be repeated.")  # fmt: skip
+@click.option("--repeat", default=1, show_default=True, metavar="N", type=click.IntRange(1))
+@click.option("--cold", is_flag=True, help="Begin without what is known of the model.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE",
+              help="Write the report here after every row; a run that finds its own goes on "
+              "there.")  # fmt: skip
+@click.option("--restart", is_flag=True, help="Begin anew whatever is in the --json file.")
+@click.option("--plot", "plot_path", type=click.Path(path_type=Path), metavar="FILE.png",
+              help="Draw the speed-ups.")  # fmt: skip
+@sampling_flags
+@model_flags
+def bench(
+    model: str, json_path: Path | None, plot_path: Path | None, restart: bool, **values: Any
+) -> None:
+    """Measure modes against plain decoding, on the same prompts in turns.
+
+    Ctrl-C ends it; with --json, the same command goes on later.  Fails if a text is not plain
+    decoding's although this model computes every bit alike.
+    """
+    from swift_gguf.bench.output import require_folder
+    from swift_gguf.bench.plots import require_matplotlib
+    from swift_gguf.bench.suite_table import plot, render
+    from swift_gguf.bench.suites import NAMES, load
+
+    for path in (json_path, plot_path):
+        require_folder(path)
+    if plot_path:
+        require_matplotlib()
+    rows = load(values["suites"] or NAMES, categories=values["categories"], limit=values["limit"])
+    options = _options(values)
+    with load_model(model, values) as loaded:
+        report, interrupted = _measure(loaded, rows, options, json_path, restart=restart)
+    click.echo(render(report))
+    if plot_path:
+        plot(report, plot_path)
+    if interrupted:
+        raise KeyboardInterrupt
+    if report.broken:
+        raise SwiftError(
+            f"{report.broken} answers are not plain decoding's, and this model computes every bit "
+            "alike: a bug, please report it"
+        )
+
+
+def _options(values: dict[str, Any]) -> BenchOptions:
+    from swift_gguf.bench.suite_run import BenchOptions
+
+    drafts_with_model = any("draft-model" in mode.sources for mode in values["modes"])
+    if drafts_with_model and values["draft_model"] is None:
+        raise click.UsageError("the mode draft-model needs --draft-model FILE")
+    return BenchOptions(
+        modes=values["modes"],
+        sampling=sampling_options(values).with_seed(),
+        n_predict=values["n_predict"],
+        repeat=values["repeat"],
+        oracle=values["oracle"],
+        draft_model=values["draft_model"],
+        cold=values["cold"],
+    )
+
+
+def _measure(
+    model: Model, rows: list[Row], options: BenchOptions, json_path: Path | None, *, restart: bool
+) -> tuple[Report, bool]:
+    """The report, and whether Ctrl-C ended it early."""
+    from swift_gguf.bench.suite_run import begin, measure
+
+    report = begin(model, rows, options)
+    if json_path and not restart:
+        report.resume(json_path)
+    with _bar(report) as show:
+
+        def keep(report: Report) -> None:
+            if json_path:
+                report.save(json_path)
+            show(report)
+
+        try:
+            measure(model, rows, options, report, progress=keep)
+        except KeyboardInterrupt:
+            return report, True
+    return report, False
+
+
+@contextmanager
+def _bar(report: Report) -> Iterator[Progress]:
+    """A progress bar with the time left; on a pipe nothing."""
+    if not sys.stderr.isatty():
+        yield lambda report: None
+        return
+    from rich import progress as rich
+    from rich.console import Console
+
+    columns = (
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TimeRemainingColumn(),
+    )
+    with rich.Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
+        task = bar.add_task("measuring", total=report.units, completed=len(report.done))
+
+        def show(report: Report) -> None:
+            bar.update(task, completed=len(report.done), description=_line(report))
+
+        yield show
+
+
+def _line(report: Report) -> str:
+    """How the modes fare so far."""
+    summaries = {mode.name: report.summary(mode.name) for mode in report.modes[1:]}
+    shown = [f"{name} {s.speedup:.2f}x" for name, s in summaries.items() if s and s.speedup]
+    return ", ".join(shown[:3]) or "measuring"

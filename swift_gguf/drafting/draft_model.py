@@ -1,0 +1,92 @@
+"""Another, smaller model drafts (Leviathan et al., ICML 2023)."""
+
+from __future__ import annotations
+
+from itertools import takewhile
+from pathlib import Path
+
+from swift_gguf.drafting.passes import Passes
+from swift_gguf.errors import ModelError, UnsupportedModelError
+from swift_gguf.model import Model, ModelOptions
+from swift_gguf.native import library
+
+NAME = "draft-model"
+
+MAX_VOCAB_DIFFERENCE = 128
+"""llama.cpp's SPEC_VOCAB_MAX_SIZE_DIFFERENCE: vocabularies are padded to round sizes."""
+
+
+class DraftModel(Passes):
+    """A model in a context of its own that follows the target's text.
+
+    Raises:
+        ModelError: the file is missing or damaged, or its tokens are not the target's.
+        UnsupportedModelError: it cannot take tokens back.
+    """
+
+    def __init__(self, path: Path, target: Model) -> None:
+        options = target.options
+        model = Model(
+            path,
+            ModelOptions(
+                n_ctx=target.n_ctx,
+                n_batch=options.n_batch,
+                n_threads=target.n_threads,
+                n_gpu_layers=options.n_gpu_layers,
+                flash_attn=options.flash_attn,
+            ),
+        )
+        try:
+            if refusal := model.rollback_refusal:
+                raise UnsupportedModelError(f"{path} cannot draft: {refusal}; use another model")
+            _require_same_vocabulary(model, target)
+        except BaseException:
+            model.close()
+            raise
+        super().__init__(NAME, model)
+        self._target = target
+
+    def begin(self, pending: int) -> None:
+        """Decodes what the target's text has more than its own; a draft then costs a pass a token.
+
+        Whatever is raised, the next draft begins anew.
+        """
+        text, own = self._target.tokens, self.model.tokens
+        pairs = zip(text, own, strict=False)
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        if common == 0:
+            self.model.clear()
+        elif common < len(own):
+            self.model.rollback(common)
+        if common < len(text):
+            self.model.decode(text[common:], n_outputs=0)
+        super().begin(pending)
+
+    def close(self) -> None:
+        """Frees the model."""
+        self.model.close()
+
+
+def _require_same_vocabulary(draft: Model, target: Model) -> None:
+    """As llama.cpp's common_speculative_are_compatible: type, special tokens, and all texts."""
+    api = library().api
+    vocabularies = draft.vocab, target.vocab
+    types = [api.llama_vocab_type(vocab) for vocab in vocabularies]
+    if types[0] != types[1]:
+        raise _different(draft, "its tokenizer is of another type")
+    for name in ("bos", "eos"):
+        get = getattr(api, f"llama_vocab_{name}")
+        if get(draft.vocab) != get(target.vocab):
+            raise _different(draft, f"its {name} token is another one")
+    if abs(draft.n_vocab - target.n_vocab) > MAX_VOCAB_DIFFERENCE:
+        raise _different(draft, f"it has {draft.n_vocab} tokens instead of {target.n_vocab}")
+    for token in range(min(draft.n_vocab, target.n_vocab)):
+        a, b = (api.llama_vocab_get_text(vocab, token) for vocab in vocabularies)
+        if a != b:
+            raise _different(draft, f"its token {token} is another one")
+
+
+def _different(draft: Model, how: str) -> ModelError:
+    return ModelError(
+        f"{draft.path} cannot draft for this model: {how}; use a smaller model of the same family"
+    )

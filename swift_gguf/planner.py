@@ -1,0 +1,337 @@
+"""What to do next: which sources draft, how much of it is verified, or plain decoding.
+
+Everything is counted in time.  A cycle that verifies the draft tokens 1..n takes T and yields one
+token and, of each draft token, the share J_i that the target will accept its whole path.  With
+lambda tokens a millisecond to be had otherwise, a draft is worth
+
+    1 + sum J_i - lambda T,    T = passes of the drafters + the target's pass of width n + 1
+
+(renewal-reward; at the best attainable lambda the best draft is worth exactly 0).  J_i is the
+product of measured acceptances along the path, T comes from measured costs, which need not be
+monotone: further guesses that make a pass no dearer are verified, too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from time import perf_counter
+from typing import Protocol
+
+from swift_gguf.drafting.passes import Passes
+from swift_gguf.drafting.policy import BANDS, Calibration, Prior
+from swift_gguf.drafting.recycling import Recycling
+from swift_gguf.drafting.source import Cycle, Lookup
+from swift_gguf.drafting.tree import ROOT, Offer, Policy, Shape, Tree, grow
+from swift_gguf.model import Model
+from swift_gguf.verification import Verdict
+
+MAX_NODES = 32
+"""Draft tokens at most, where the user sets no limit."""
+
+FLOOR = 0.02
+"""Less likely tokens are not looked at."""
+
+PRIORS = {
+    # By the length of the match: see `NGram`.  What short ones are worth is soon known: every
+    # token generated tells, drafted or not.
+    "ngram": Prior(tuple(0.7 * p for p in (*BANDS[1:], 1.0)), weight=8.0),
+    "recycling": Prior(tuple(0.5 * p for p in (*BANDS[1:], 1.0)), weight=8.0),
+}
+
+
+WIDE = Shape(n_nodes=0, branching=lambda top: 3)
+
+
+class Prices(Protocol):
+    """What passes cost at the present length of the context; `cost.CostsHere` is one."""
+
+    def verify_ms(self, width: int) -> float:
+        """A full pass with logits for every row."""
+        ...
+
+    def observe(self, width: int, ms: float) -> None:
+        """A pass took so long."""
+        ...
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """A source that runs passes, and what one of them costs."""
+
+    passes: Passes
+    cost_ms: Callable[[], float]
+
+
+def measured_ms(model: Model) -> Callable[[], float]:
+    """What a one-token pass of a model takes, found out on the spot and once."""
+    if not model.tokens:
+        model.decode([0])
+    n_past, fastest = model.n_past, math.inf
+    for _ in range(4):
+        start = perf_counter()
+        model.decode([0])
+        model.top(0)
+        fastest = min(fastest, perf_counter() - start)
+        model.rollback(n_past)
+    return lambda: 1e3 * fastest
+
+
+class Economy:
+    """A policy that draws a line where a draft's tokens cost more than they promise.
+
+    rate: tokens a millisecond that are to be had otherwise; may be set.
+    """
+
+    MEMORY = 64
+    """Cycles over which the rate is averaged."""
+
+    def __init__(self, calibration: Calibration, prices: Prices) -> None:
+        self.calibration = calibration
+        self._prices = prices
+        self._tokens = self._ms = 0.0
+
+    @property
+    def plain_ms(self) -> float:
+        """A token by plain decoding."""
+        return self._prices.verify_ms(1)
+
+    @property
+    def rate(self) -> float:
+        """The better of plain decoding and what was reached lately."""
+        # as if there had been as many cycles of plain decoding before the first
+        tokens, ms = self._tokens + self.MEMORY / 4, self._ms + self.MEMORY / 4 * self.plain_ms
+        return max(1.0 / self.plain_ms, tokens / ms)
+
+    def took(self, n_tokens: int, ms: float) -> None:
+        """A cycle yielded `n_tokens`."""
+        fade = 1.0 - 1.0 / self.MEMORY
+        self._tokens = self._tokens * fade + n_tokens
+        self._ms = self._ms * fade + ms
+
+    def joint(self, joint: float, offer: Offer) -> float:
+        """See `Policy`: the product of the measured acceptances."""
+        return joint * self.calibration.acceptance(offer.probability, offer.source)
+
+    def includes(self, probability: float, joint: float) -> bool:
+        """See `Policy`; what is worth its place is decided at the end, by `best_cut`."""
+        return joint >= FLOOR
+
+    def extends(self, probability: float, joint: float) -> bool:
+        """See `Policy`."""
+        return joint >= FLOOR
+
+    def pays(self, source: str, joint: float, covered: float, cost_ms: float) -> bool:
+        """Is a pass worth its time that says what follows a node of joint probability `joint`?
+
+        covered: the share that other offers there have already.
+        """
+        gain = joint * max(0.0, self.calibration.first_acceptance(source) - covered)
+        width = (self._prices.verify_ms(5) - self.plain_ms) / 4  # of a row more, on average
+        return gain > self.rate * (cost_ms + width)
+
+    def best_cut(self, joints: Sequence[float]) -> int:
+        """How many of the tokens, likeliest first, are verified."""
+        rate, price = self.rate, self._prices.verify_ms
+        worth = 0.0 - rate * price(1)
+        best, best_n = worth, 0
+        for n, tokens in enumerate(accumulate(joints), 1):
+            worth = tokens - rate * price(n + 1)
+            if worth > best:
+                best, best_n = worth, n
+        return best_n
+
+    def promises(self, joint: float) -> bool:
+        """Could tokens that are no likelier than this pay for their place, be there ever so many?"""
+        rate, price = self.rate, self._prices.verify_ms
+        plain = price(1)
+        return any(
+            n * joint > rate * (price(n + 1) - plain)
+            for n in (1, 2, 3, 5, 7, 11, 15, MAX_NODES - 1)
+        )
+
+
+class Guard:
+    """Never slower: losses against plain decoding stay within a share of the time.
+
+    Drafts may lose what they gained lately, `share` of the time, and to begin with one pass.
+    """
+
+    CREDIT = 8.0
+    """Plain passes that gains are remembered for at most: old ones do not pay for new losses."""
+
+    def __init__(self, *, share: float = 0.01) -> None:
+        self._share = share
+        self._balance = 1.0  # plain passes
+
+    @property
+    def open(self) -> bool:
+        """May drafts be tried?"""
+        return self._balance > 0.0
+
+    def count(self, n_tokens: int, ms: float, plain_ms: float, *, drafted: bool) -> None:
+        """A cycle of `ms` yielded `n_tokens`, each of which takes `plain_ms` otherwise."""
+        passes = ms / plain_ms
+        gain = n_tokens - passes if drafted else 0.0
+        self._balance = min(self.CREDIT, self._balance + gain + self._share * passes)
+
+
+class Planner:
+    """Drafts by whatever promises most tokens a second, or not at all.
+
+    lookups: asked at every node; they cost nothing.
+    drafts: passes, run where they pay.
+    forced: draft in every cycle, whether it pays or not; for those who ask for sources by name.
+    fixed: how much to draft, whatever it costs; to compare with.
+    """
+
+    LATELY = 64
+    """Cycles."""
+
+    name = "planner"
+
+    def __init__(
+        self,
+        model: Model,
+        prices: Prices,
+        *,
+        lookups: Sequence[Lookup] = (),
+        drafts: Sequence[Drafts] = (),
+        calibration: Calibration | None = None,
+        forced: bool = False,
+        fixed: Policy | None = None,
+        shape: Shape = WIDE,
+    ) -> None:
+        self.economy = Economy(calibration or Calibration(PRIORS), prices)
+        self.guard = Guard()
+        self.drafts = list(drafts)
+        self._model, self._prices = model, prices
+        self._lookups = list(lookups)
+        self._recycling = next((each for each in lookups if isinstance(each, Recycling)), None)
+        self._forced = forced or fixed is not None
+        self._fixed = fixed
+        self._observers: list[Callable[[Cycle], None]] = []
+        self._since_draft = self.LATELY
+        self._shape = shape
+        self._offered: dict[int, list[Offer]] = {}
+        self._pending = 0
+        self._worth = 0.1  # of what recycling offers, in tokens a cycle
+        self._turn = 0
+
+    def draft(self, pending: int, *, n_max: int) -> Tree:
+        """See `Drafter.draft`."""
+        self._pending = pending
+        self._offered = {}
+        text = [*self._model.tokens, pending]
+        for lookup in self._lookups:
+            lookup.follow(text)
+        if not (self.guard.open or self._forced):
+            self._look_up(Tree(), ROOT)  # to learn what it would have been worth
+            return Tree()
+        begun: list[Passes] = []
+        try:
+            tree = grow(
+                lambda tree, node: self._expand(tree, node, begun),
+                self._fixed or self.economy,
+                replace(self._shape, n_nodes=n_max),
+                is_eog=self._model.is_eog,
+            )
+        finally:
+            for passes in begun:
+                passes.end()
+        if self._fixed:
+            return tree
+        return tree.cut(max(self.economy.best_cut(tree.joints), min(1, len(tree), self._forced)))
+
+    @property
+    def active(self) -> bool:
+        """Were there drafts lately?"""
+        return self._since_draft < self.LATELY
+
+    @property
+    def why_plain(self) -> str:
+        """Why there were none."""
+        row = self._prices.verify_ms(2) / self.economy.plain_ms - 1.0
+        return (
+            f"plain decoding is faster here: to verify one more token takes {row:.0%} of a pass, "
+            "and no guess is likely enough"
+        )
+
+    def watch(self, observer: Callable[[Cycle], None]) -> None:
+        """`observer` will hear what becomes of every draft."""
+        self._observers.append(observer)
+
+    def _look_up(self, tree: Tree, node: int) -> list[Offer]:
+        path = tree.path(node)
+        offers = [
+            Offer(offer.token, offer.probability, lookup.name)
+            for lookup in self._lookups
+            for offer in lookup.offers(path)
+        ]
+        self._offered[node] = offers
+        return offers
+
+    def _expand(self, tree: Tree, node: int, begun: list[Passes]) -> list[Offer]:
+        """What may follow a node, likeliest first: free offers, and those of passes that pay."""
+        economy = self.economy
+        offers = self._look_up(tree, node)
+        if node == ROOT and not self.drafts and not self._forced:
+            best = max((economy.joint(1.0, offer) for offer in offers), default=0.0)
+            if not economy.promises(best):
+                return []
+        joint = 1.0 if node == ROOT else tree.joints[node]
+        for source in self.drafts:
+            name = source.passes.name
+            covered = max((economy.joint(1.0, offer) for offer in offers), default=0.0)
+            n_missing = source.passes.missing(tree, node) if source.passes in begun else 1
+            must = self._fixed is not None or (self._forced and node == ROOT)
+            if must or economy.pays(name, joint, covered, n_missing * source.cost_ms()):
+                if source.passes not in begun:
+                    begun.append(source.passes)
+                    source.passes.begin(self._pending)
+                offers += source.passes.offers(tree, node, self._shape.branching(0.0))
+        offers.sort(key=lambda offer: -economy.joint(1.0, offer))
+        return offers
+
+    def observe(self, cycle: Cycle) -> None:
+        """See `Drafter.observe`."""
+        tree, verdict = cycle.tree, cycle.verdict
+        economy, calibration = self.economy, self.economy.calibration
+        for node, token in zip((ROOT, *verdict.accepted), verdict.tokens, strict=False):
+            if offers := self._offered.get(node):
+                calibration.judge(offers, token)
+        n_tokens, width = len(verdict.tokens), len(tree) + 1
+        calibration.passed(n_tokens)
+        self._prices.observe(width, 1e3 * cycle.verify_s)
+        # what such a pass takes rather than what this one took: a hiccup is nobody's fault
+        ms = self._prices.verify_ms(width) + 1e3 * cycle.draft_s
+        economy.took(n_tokens, ms)
+        self.guard.count(n_tokens, ms, economy.plain_ms, drafted=len(tree) > 0)
+        self._since_draft = 0 if len(tree) else self._since_draft + 1
+        if self._recycling:
+            self._recycle(self._recycling, tree, verdict)
+        for observer in self._observers:
+            observer(cycle)
+
+    def _recycle(self, table: Recycling, tree: Tree, verdict: Verdict) -> None:
+        """The table learns what the target said where it was asked.
+
+        Reading the likeliest tokens off the logits takes time, too: where the table has nothing to
+        give, it learns from a few cycles only.
+        """
+        economy, plain_ms = self.economy, self.economy.plain_ms
+        row_ms = self._prices.verify_ms(2) - plain_ms
+        offers = [each for each in self._offered.get(ROOT, ()) if each.source == table.name]
+        best = max((economy.joint(1.0, offer) for offer in offers), default=0.0)
+        self._worth += (max(0.0, best - row_ms / plain_ms) - self._worth) / 32
+        self._turn += 1
+        if self._worth < 0.01 and self._turn % 8:
+            return
+        previous = self._model.tokens[-len(verdict.kept) - 2]
+        for node in (ROOT, *verdict.kept):
+            token = self._pending if node == ROOT else tree.tokens[node]
+            successors, probabilities = self._model.top(node + 1, 4)
+            table.learn(token, successors, probabilities, previous=previous)
+            previous = token
