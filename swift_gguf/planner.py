@@ -144,13 +144,11 @@ class Economy:
         return best_n
 
     def promises(self, joint: float) -> bool:
-        """Could tokens that are no likelier than this pay for their place, be there ever so many?"""
+        """Could tokens no likelier than this pay for their place, be there ever so many?"""
         rate, price = self.rate, self._prices.verify_ms
         plain = price(1)
-        return any(
-            n * joint > rate * (price(n + 1) - plain)
-            for n in (1, 2, 3, 5, 7, 11, 15, MAX_NODES - 1)
-        )
+        widths = (2, 3, 4, 6, 8, 12, 16, MAX_NODES)
+        return any((n - 1) * joint > rate * (price(n) - plain) for n in widths)
 
 
 class Guard:

@@ -356,7 +356,7 @@ class Speculation:
             self.learning.save(self._recycling)
 
     def close(self) -> None:
-        """Frees the draft model, if there is one; the target is its owner's.  Safe to call twice."""
+        """Frees the draft model, if there is one; safe to call twice."""
         if self._draft_model:
             self._draft_model.close()
 

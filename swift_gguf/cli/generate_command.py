@@ -241,7 +241,7 @@ def _footer(answer: _Answer, speculation: Speculation, plain: _Answer | None) ->
             ratio = stats.tokens_per_second / plain.stats.tokens_per_second
             line += f"; speculative is {ratio:.2f}x plain, each measured once"
         lines.append(line)
-    lines.append(f"draft: {', '.join(stats.sources)}, {speculation.why}")
+    lines.append(f"draft: {speculation.why}")
     if stats.search_s:
         lines.append(f"search: {stats.search_s:.2f} s of {stats.cycle_s:.2f} s")
     return "\n".join(lines)
