@@ -59,33 +59,21 @@ inline __m256i dot_16(__m256i sums, __m256i a, __m256i b) {
 #    endif
 }
 
-inline __m256i four_bytes(const int8_t * bytes) {
-    int32_t four;
-    memcpy(&four, bytes, sizeof(four));
-    return _mm256_set1_epi32(four);
+inline __m256i eight_bytes(const int8_t * bytes) {
+    int64_t eight;
+    memcpy(&eight, bytes, sizeof(eight));
+    return _mm256_set1_epi64x(eight);
 }
 
-// Even lanes of a, odd lanes of b: in repacked blocks rows 0-3 and 4-7 lie apart, eight bytes each.
-// Lanes of the results belong to rows 0 4 1 5 2 6 3 7; bytes 0-3 of each row, and bytes 4-7.
-inline void interleave(__m256i rows_0123, __m256i rows_4567, __m256i & first, __m256i & second) {
-    constexpr int swap = 0xB1, odd = 0xAA;
-    first  = _mm256_blend_epi32(rows_0123, _mm256_shuffle_epi32(rows_4567, swap), odd);
-    second = _mm256_blend_epi32(_mm256_shuffle_epi32(rows_0123, swap), rows_4567, odd);
-}
-
-const __m128i LANES_16 = _mm_set_epi8(15, 14, 7, 6, 13, 12, 5, 4, 11, 10, 3, 2, 9, 8, 1, 0);
-const __m128i LANES_8  = _mm_set_epi8(-1, -1, -1, -1, -1, -1, -1, -1, 7, 3, 6, 2, 5, 1, 4, 0);
-
-inline __m256 in_row_order(__m256 lanes) {
-    return _mm256_permutevar8x32_ps(lanes, _mm256_set_epi32(7, 5, 3, 1, 6, 4, 2, 0));
+// In repacked blocks eight bytes of a row follow eight of the row before. Multiplied with the same eight
+// of a column, each row has two sums beside each other, in one vector for rows 0-3 and one for 4-7.
+inline __m256i join_pairs(__m256i rows_0123, __m256i rows_4567) {
+    const __m256i rows_01452367 = _mm256_hadd_epi32(rows_0123, rows_4567);
+    return _mm256_permute4x64_epi64(rows_01452367, _MM_SHUFFLE(3, 1, 2, 0));
 }
 
 inline __m256 halves(const ggml_half * eight) {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) eight));
-}
-
-inline __m256 halves_in_lanes(const ggml_half * eight) {
-    return _mm256_cvtph_ps(_mm_shuffle_epi8(_mm_loadu_si128((const __m128i *) eight), LANES_16));
 }
 
 // ggml's hsum_float_8: the order of these additions is part of the result
@@ -105,26 +93,30 @@ struct q4_K_8x8 {
 
     // Two sub-blocks of 32 weights of eight rows.
     struct unpacked {
-        __m256i quants[2][8]; // four bytes of eight rows each
-        __m256i scales[2];    // 32 bits, by lanes
-        __m256i mins;         // 16 bits, both sub-blocks of a row beside each other, rows in order
+        __m256i quants[2][4][2]; // eight bytes of four rows each
+        __m256i scales[2][2];    // 32 bits, twice for each row
+        __m256i mins;            // 16 bits, both sub-blocks of a row beside each other
     };
 
     static unpacked unpack(const weights & block, int pair) {
-        const __m256i low = _mm256_set1_epi8(0x0F);
+        const __m256i low     = _mm256_set1_epi8(0x0F);
+        const __m128i doubled = _mm_set_epi8(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
         unpacked      out;
         for (int i = 0; i < 4; i++) {
-            const uint8_t * bytes     = block.qs + pair * 256 + i * 64;
-            const __m256i   rows_0123 = _mm256_loadu_si256((const __m256i *) bytes);
-            const __m256i   rows_4567 = _mm256_loadu_si256((const __m256i *) (bytes + 32));
-            interleave(_mm256_and_si256(rows_0123, low), _mm256_and_si256(rows_4567, low), out.quants[0][2 * i], out.quants[0][2 * i + 1]);
-            interleave(_mm256_and_si256(_mm256_srli_epi16(rows_0123, 4), low), _mm256_and_si256(_mm256_srli_epi16(rows_4567, 4), low), out.quants[1][2 * i], out.quants[1][2 * i + 1]);
+            for (int half = 0; half < 2; half++) {
+                const uint8_t * bytes   = block.qs + pair * 256 + i * 64 + half * 32;
+                const __m256i   nibbles = _mm256_loadu_si256((const __m256i *) bytes);
+                out.quants[0][i][half]  = _mm256_and_si256(nibbles, low);
+                out.quants[1][i][half]  = _mm256_and_si256(_mm256_srli_epi16(nibbles, 4), low);
+            }
         }
         __m128i mins[2];
-        for (int half = 0; half < 2; half++) {
-            const __m128i both = scales_and_mins(block.scales + 24 * pair + 12 * half);
-            out.scales[half]   = _mm256_cvtepu8_epi32(_mm_shuffle_epi8(both, LANES_8));
-            mins[half]         = _mm_unpackhi_epi64(both, both);
+        for (int sub = 0; sub < 2; sub++) {
+            const __m128i both  = scales_and_mins(block.scales + 24 * pair + 12 * sub);
+            const __m128i twice = _mm_shuffle_epi8(both, doubled);
+            out.scales[sub][0]  = _mm256_cvtepu8_epi32(twice);
+            out.scales[sub][1]  = _mm256_cvtepu8_epi32(_mm_unpackhi_epi64(twice, twice));
+            mins[sub]           = _mm_unpackhi_epi64(both, both);
         }
         out.mins = _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(mins[0], mins[1]));
         return out;
@@ -150,41 +142,46 @@ struct q4_K_8x8 {
             sums[c] = min_sums[c] = _mm256_setzero_ps();
         }
         for (int64_t b = 0; b < n_blocks; b++) {
-            __m256i dots[MAX_COLUMNS], min_dots[MAX_COLUMNS];
+            __m256i dots[MAX_COLUMNS][2], min_dots[MAX_COLUMNS];
             for (int c = 0; c < n_columns; c++) {
-                dots[c] = min_dots[c] = _mm256_setzero_si256();
+                dots[c][0] = dots[c][1] = min_dots[c] = _mm256_setzero_si256();
             }
             for (int pair = 0; pair < QK_K / 64; pair++) {
                 const unpacked w = unpack(x[b], pair);
                 for (int c = 0; c < n_columns; c++) {
-                    const column & y        = ((const column *) (columns + c * stride))[b];
-                    const int8_t * qs       = y.qs + 64 * pair;
-                    __m256i        first[2] = {}, second[2] = {}; // two sums each: additions have latency
-                    for (int i = 0; i < 8; i++) {
-                        first[i % 2]  = dot(first[i % 2], w.quants[0][i], four_bytes(qs + 4 * i));
-                        second[i % 2] = dot(second[i % 2], w.quants[1][i], four_bytes(qs + 32 + 4 * i));
+                    const column & y   = ((const column *) (columns + c * stride))[b];
+                    __m256i sub[2][2] = {};
+                    for (int i = 0; i < 4; i++) {
+                        for (int k = 0; k < 2; k++) {
+                            const __m256i q8 = eight_bytes(y.qs + 64 * pair + 32 * k + 8 * i);
+                            sub[k][0]        = dot(sub[k][0], w.quants[k][i][0], q8);
+                            sub[k][1]        = dot(sub[k][1], w.quants[k][i][1], q8);
+                        }
                     }
-                    const __m256i one = _mm256_mullo_epi32(_mm256_add_epi32(first[0], first[1]), w.scales[0]);
-                    const __m256i two = _mm256_mullo_epi32(_mm256_add_epi32(second[0], second[1]), w.scales[1]);
-                    dots[c]           = _mm256_add_epi32(dots[c], _mm256_add_epi32(one, two));
-
+                    for (int half = 0; half < 2; half++) {
+                        const __m256i first  = _mm256_mullo_epi32(sub[0][half], w.scales[0][half]);
+                        const __m256i second = _mm256_mullo_epi32(sub[1][half], w.scales[1][half]);
+                        dots[c][half] = _mm256_add_epi32(dots[c][half], _mm256_add_epi32(first, second));
+                    }
                     // sums of 32 quants each, the two sub-blocks in one lane
                     const int16_t * s    = y.bsums + 4 * pair;
                     const uint16_t  low  = (uint16_t) (s[0] + s[1]);
                     const uint32_t  high = (uint16_t) (s[2] + s[3]);
                     const __m256i   both = _mm256_set1_epi32((int32_t) (high << 16 | low));
-                    min_dots[c]          = _mm256_add_epi32(min_dots[c], _mm256_madd_epi16(both, w.mins));
+                    min_dots[c] = _mm256_add_epi32(min_dots[c], _mm256_madd_epi16(both, w.mins));
                 }
             }
-            const __m256 d = halves_in_lanes(x[b].d), dmin = halves(x[b].dmin);
+            const __m256 d = halves(x[b].d), dmin = halves(x[b].dmin);
             for (int c = 0; c < n_columns; c++) {
-                const __m256 dy = _mm256_set1_ps(((const column *) (columns + c * stride))[b].d);
-                sums[c]         = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[c]), _mm256_mul_ps(d, dy), sums[c]);
-                min_sums[c]     = _mm256_fmadd_ps(_mm256_cvtepi32_ps(min_dots[c]), _mm256_mul_ps(dmin, dy), min_sums[c]);
+                const __m256  dy    = _mm256_set1_ps(((const column *) (columns + c * stride))[b].d);
+                const __m256i total = join_pairs(dots[c][0], dots[c][1]);
+                sums[c]     = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), _mm256_mul_ps(d, dy), sums[c]);
+                min_sums[c] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(min_dots[c]), _mm256_mul_ps(dmin, dy),
+                                              min_sums[c]);
             }
         }
         for (int c = 0; c < n_columns; c++) {
-            _mm256_storeu_ps(out + c * out_stride, _mm256_sub_ps(in_row_order(sums[c]), min_sums[c]));
+            _mm256_storeu_ps(out + c * out_stride, _mm256_sub_ps(sums[c], min_sums[c]));
         }
     }
 };
@@ -208,30 +205,33 @@ struct q4_0_8x8 {
         for (int64_t b = 0; b < n_blocks; b++) {
             // Repacked nibbles are two's complement; with 8 added they are unsigned, and 8 times the
             // sum of the column's quants is taken off again.
-            __m256i quants[8];
+            __m256i quants[4][2];
             for (int i = 0; i < 2; i++) {
-                const __m256i * in        = (const __m256i *) x[b].qs + 2 * i;
-                const __m256i   rows_0123 = _mm256_loadu_si256(in), rows_4567 = _mm256_loadu_si256(in + 1);
-                const auto      unsign = [&](__m256i nibbles) {
-                    return _mm256_xor_si256(_mm256_and_si256(nibbles, low), eight);
-                };
-                interleave(unsign(rows_0123), unsign(rows_4567), quants[2 * i], quants[2 * i + 1]);
-                interleave(unsign(_mm256_srli_epi16(rows_0123, 4)), unsign(_mm256_srli_epi16(rows_4567, 4)), quants[4 + 2 * i], quants[4 + 2 * i + 1]);
-            }
-            const __m256 d = halves_in_lanes(x[b].d);
-            for (int c = 0; c < n_columns; c++) {
-                const column & y    = ((const column *) (columns + c * stride))[b];
-                __m256i        dots = _mm256_setzero_si256(), excess = _mm256_setzero_si256();
-                for (int i = 0; i < 8; i++) {
-                    dots   = dot(dots, quants[i], four_bytes(y.qs + 4 * i));
-                    excess = dot(excess, eight, four_bytes(y.qs + 4 * i));
+                for (int half = 0; half < 2; half++) {
+                    const __m256i nibbles = _mm256_loadu_si256((const __m256i *) x[b].qs + 2 * i + half);
+                    const __m256i high    = _mm256_srli_epi16(nibbles, 4);
+                    quants[i][half]       = _mm256_xor_si256(_mm256_and_si256(nibbles, low), eight);
+                    quants[i + 2][half]   = _mm256_xor_si256(_mm256_and_si256(high, low), eight);
                 }
+            }
+            const __m256 d = halves(x[b].d);
+            for (int c = 0; c < n_columns; c++) {
+                const column & y       = ((const column *) (columns + c * stride))[b];
+                __m256i        dots[2] = {}, excess = _mm256_setzero_si256();
+                for (int i = 0; i < 4; i++) {
+                    const __m256i q8 = eight_bytes(y.qs + 8 * i);
+                    dots[0]          = dot(dots[0], quants[i][0], q8);
+                    dots[1]          = dot(dots[1], quants[i][1], q8);
+                    excess           = dot(excess, eight, q8);
+                }
+                const __m256i total =
+                    join_pairs(_mm256_sub_epi32(dots[0], excess), _mm256_sub_epi32(dots[1], excess));
                 const __m256 dy = _mm256_set1_ps(GGML_CPU_FP16_TO_FP32(y.d));
-                sums[c]         = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(dots, excess)), _mm256_mul_ps(d, dy), sums[c]);
+                sums[c]         = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), _mm256_mul_ps(d, dy), sums[c]);
             }
         }
         for (int c = 0; c < n_columns; c++) {
-            _mm256_storeu_ps(out + c * out_stride, in_row_order(sums[c]));
+            _mm256_storeu_ps(out + c * out_stride, sums[c]);
         }
     }
 };
