@@ -5,8 +5,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 MODEL  ?= smollm2-135m
-SKIP   ?= --skip-ffn 3,9,15,21 --skip-attn 4
-PROMPT ?= Name three rivers in Europe, with a sentence about each.
+PROMPT ?= scripts/demo_prompt.txt
 CPP     = native/src/*.cpp native/src/*.h native/cpu/*.cpp native/cpu/*.h native/include/*.h
 
 .PHONY: help demo build dev test check format bench clean
@@ -15,8 +14,8 @@ help: ## list the targets
 	@echo "usage: make TARGET"
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-10s %s\n", $$1, $$2 }'
 
-demo: build ## build, fetch a small model (98 MB) and answer a prompt plainly and with drafts
-	@$(BIN)/swift-gguf generate $(MODEL) --compare -n 128 --temp 0 $(SKIP) -p "$(PROMPT)"
+demo: build ## build, fetch a small model (98 MB), answer an editing prompt plainly and with drafts
+	@$(BIN)/swift-gguf generate $(MODEL) --compare -n 256 --temp 0 -f $(PROMPT)
 
 build: ## .venv with swift-gguf in it; nothing to do takes no time
 	@$(PYTHON) scripts/bootstrap.py --venv $(VENV)

@@ -163,7 +163,7 @@ class Learning:
                     for item in found
                 ),
                 costs={machine_key(self._model): self.here.refreshed().as_dict()},
-                recycling=tuple(recycling.to_rows()) if recycling else (),
+                recycling=tuple(recycling.to_rows()) if recycling is not None else (),
                 search_s=self.meter.seconds - self._saved.seconds,
                 evaluations=self.meter.steps - self._saved.steps,
             )

@@ -31,6 +31,9 @@ from swift_gguf.verification import Verdict
 MAX_NODES = 32
 """Draft tokens at most, where the user sets no limit."""
 
+WIDTHS = (2, 3, 4, 6, 8, 12, 16, 24, MAX_NODES)
+"""Where the costs of a pass are looked at."""
+
 FLOOR = 0.02
 """Less likely tokens are not looked at."""
 
@@ -92,6 +95,7 @@ class Economy:
         self.calibration = calibration
         self._prices = prices
         self._tokens = self._ms = 0.0
+        self._least = FLOOR
 
     @property
     def plain_ms(self) -> float:
@@ -117,11 +121,19 @@ class Economy:
 
     def includes(self, probability: float, joint: float) -> bool:
         """See `Policy`; what is worth its place is decided at the end, by `best_cut`."""
-        return joint >= FLOOR
+        return joint >= self._least
 
     def extends(self, probability: float, joint: float) -> bool:
         """See `Policy`."""
-        return joint >= FLOOR
+        return joint >= self._least
+
+    def look(self) -> None:
+        """Before every draft: draws the line under which no token can pay for its place."""
+        rate, price = self.rate, self._prices.verify_ms
+        plain = price(1)
+        # Tokens come likeliest first: unless so many alike pay together, none of them does.
+        least = min((price(n) - plain) / (n - 1) for n in WIDTHS) * rate
+        self._least = max(FLOOR, 0.5 * least)  # some less likely ones fill a pass that is paid for
 
     def pays(self, source: str, joint: float, covered: float, cost_ms: float) -> bool:
         """Is a pass worth its time that says what follows a node of joint probability `joint`?
@@ -131,6 +143,11 @@ class Economy:
         gain = joint * max(0.0, self.calibration.first_acceptance(source) - covered)
         width = (self._prices.verify_ms(5) - self.plain_ms) / 4  # of a row more, on average
         return gain > self.rate * (cost_ms + width)
+
+    def affordable(self, n_max: int, credit: float) -> int:
+        """Draft tokens at most whose pass costs no more than `credit` plain passes, if all fail."""
+        price, most = self._prices.verify_ms, (1.0 + credit) * self.plain_ms
+        return next((n for n in range(n_max, 0, -1) if price(n + 1) <= most), 0)
 
     def best_cut(self, joints: Sequence[float]) -> int:
         """How many of the tokens, likeliest first, are verified."""
@@ -142,13 +159,6 @@ class Economy:
             if worth > best:
                 best, best_n = worth, n
         return best_n
-
-    def promises(self, joint: float) -> bool:
-        """Could tokens no likelier than this pay for their place, be there ever so many?"""
-        rate, price = self.rate, self._prices.verify_ms
-        plain = price(1)
-        widths = (2, 3, 4, 6, 8, 12, 16, MAX_NODES)
-        return any((n - 1) * joint > rate * (price(n) - plain) for n in widths)
 
 
 class Guard:
@@ -165,9 +175,9 @@ class Guard:
         self._balance = 1.0  # plain passes
 
     @property
-    def open(self) -> bool:
-        """May drafts be tried?"""
-        return self._balance > 0.0
+    def credit(self) -> float:
+        """What a draft may lose, in plain passes; negative after one that lost more."""
+        return self._balance
 
     def count(self, n_tokens: int, ms: float, plain_ms: float, *, drafted: bool) -> None:
         """A cycle of `ms` yielded `n_tokens`, each of which takes `plain_ms` otherwise."""
@@ -215,7 +225,10 @@ class Planner:
         self._shape = shape
         self._offered: dict[int, list[Offer]] = {}
         self._pending = 0
-        self._worth = 0.1  # of what recycling offers, in tokens a cycle
+        self._passed = False  # for the latest draft
+        self._priced: list[tuple[Passes, float]] = []
+        self._worth = 0.1  # of what recycling offers where it knows something, in tokens
+        self._reading_ms = 0.0  # to read the likeliest tokens off a row
         self._turn = 0
 
     def draft(self, pending: int, *, n_max: int) -> Tree:
@@ -225,9 +238,14 @@ class Planner:
         text = [*self._model.tokens, pending]
         for lookup in self._lookups:
             lookup.follow(text)
-        if not (self.guard.open or self._forced):
+        if not self._forced:
+            n_max = self.economy.affordable(n_max, self.guard.credit)
+        self._passed = False
+        if n_max == 0:
             self._look_up(Tree(), ROOT)  # to learn what it would have been worth
             return Tree()
+        self.economy.look()
+        self._priced = [(each.passes, each.cost_ms()) for each in self.drafts]
         begun: list[Passes] = []
         try:
             tree = grow(
@@ -237,6 +255,7 @@ class Planner:
                 is_eog=self._model.is_eog,
             )
         finally:
+            self._passed = bool(begun)
             for passes in begun:
                 passes.end()
         if self._fixed:
@@ -275,23 +294,17 @@ class Planner:
         """What may follow a node, likeliest first: free offers, and those of passes that pay."""
         economy = self.economy
         offers = self._look_up(tree, node)
-        if node == ROOT and not self.drafts and not self._forced:
-            best = max((economy.joint(1.0, offer) for offer in offers), default=0.0)
-            if not economy.promises(best):
-                return []
+        covered = max((economy.joint(1.0, offer) for offer in offers), default=0.0)
         joint = 1.0 if node == ROOT else tree.joints[node]
-        for source in self.drafts:
-            name = source.passes.name
-            covered = max((economy.joint(1.0, offer) for offer in offers), default=0.0)
-            n_missing = source.passes.missing(tree, node) if source.passes in begun else 1
-            must = self._fixed is not None or (self._forced and node == ROOT)
-            if must or economy.pays(name, joint, covered, n_missing * source.cost_ms()):
-                if source.passes not in begun:
-                    begun.append(source.passes)
-                    source.passes.begin(self._pending)
-                offers += source.passes.offers(tree, node, self._shape.branching(0.0))
-        offers.sort(key=lambda offer: -economy.joint(1.0, offer))
-        return offers
+        must = self._fixed is not None or (self._forced and node == ROOT)
+        for passes, cost_ms in self._priced:
+            n_missing = passes.missing(tree, node) if passes in begun else len(tree.path(node)) + 1
+            if must or economy.pays(passes.name, joint, covered, n_missing * cost_ms):
+                if passes not in begun:
+                    begun.append(passes)
+                    passes.begin(self._pending)
+                offers += passes.offers(tree, node, self._shape.branching(0.0))
+        return sorted(offers, key=lambda offer: -economy.joint(1.0, offer))
 
     def observe(self, cycle: Cycle) -> None:
         """See `Drafter.observe`."""
@@ -306,30 +319,34 @@ class Planner:
         # what such a pass takes rather than what this one took: a hiccup is nobody's fault
         ms = self._prices.verify_ms(width) + 1e3 * cycle.draft_s
         economy.took(n_tokens, ms)
-        self.guard.count(n_tokens, ms, economy.plain_ms, drafted=len(tree) > 0)
+        self.guard.count(n_tokens, ms, economy.plain_ms, drafted=len(tree) > 0 or self._passed)
         self._since_draft = 0 if len(tree) else self._since_draft + 1
-        if self._recycling:
-            self._recycle(self._recycling, tree, verdict)
+        if self._recycling is not None:
+            self._recycle(self._recycling, verdict)
+        self._offered, self._passed = {}, False  # nothing may be drafted before the next cycle
         for observer in self._observers:
             observer(cycle)
 
-    def _recycle(self, table: Recycling, tree: Tree, verdict: Verdict) -> None:
+    def _recycle(self, table: Recycling, verdict: Verdict) -> None:
         """The table learns what the target said where it was asked.
 
         Reading the likeliest tokens off the logits takes time, too: where the table has nothing to
         give, it learns from a few cycles only.
         """
-        economy, plain_ms = self.economy, self.economy.plain_ms
-        row_ms = self._prices.verify_ms(2) - plain_ms
+        plain_ms = self.economy.plain_ms
         offers = [each for each in self._offered.get(ROOT, ()) if each.source == table.name]
-        best = max((economy.joint(1.0, offer) for offer in offers), default=0.0)
-        self._worth += (max(0.0, best - row_ms / plain_ms) - self._worth) / 32
+        if offers:
+            best = max(self.economy.joint(1.0, offer) for offer in offers)
+            row = (self._prices.verify_ms(2) - plain_ms) / plain_ms
+            self._worth += (max(0.0, best - row) - self._worth) / 32
         self._turn += 1
-        if self._worth < 0.01 and self._turn % 8:
+        if not self._forced and self._worth * plain_ms < self._reading_ms and self._turn % 8:
             return
-        previous = self._model.tokens[-len(verdict.kept) - 2]
-        for node in (ROOT, *verdict.kept):
-            token = self._pending if node == ROOT else tree.tokens[node]
+        start = perf_counter()
+        nodes = (ROOT, *verdict.kept)
+        previous, *path = self._model.tokens[-len(nodes) - 1 :]
+        for node, token in zip(nodes, path, strict=True):
             successors, probabilities = self._model.top(node + 1, 4)
             table.learn(token, successors, probabilities, previous=previous)
             previous = token
+        self._reading_ms = 1e3 * (perf_counter() - start) / len(nodes)

@@ -142,6 +142,7 @@ class Speculation:
         self._model = model
         self._subnetwork = SubNetwork(n_layer=model.n_layer)
         self._skipping: Passes | None = None
+        self._is_unknown = False
         self._recycling: Recycling | None = None
         self._draft_model: DraftModel | None = None
         self._calibration = Calibration(PRIORS)
@@ -331,14 +332,17 @@ class Speculation:
     def _draft_ms(self) -> float:
         """A pass of the sub-network; endless while nothing is known that speaks for it."""
         assert self.learning is not None
-        if self.options.is_auto and self.learning.best_known is None:
+        if self._is_unknown:
             return math.inf
         return self.learning.here.draft_ms(self._subnetwork)
 
     def _refresh(self) -> None:
         """Drafts with what the search holds best."""
         learning = self.learning
-        if learning is None or learning.searcher is None or learning.best == self._subnetwork:
+        if learning is None or learning.searcher is None:
+            return
+        self._is_unknown = self.options.is_auto and learning.best_known is None
+        if learning.best == self._subnetwork:
             return
         self._subnetwork = learning.best
         if self._skipping:

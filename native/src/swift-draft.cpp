@@ -2,6 +2,63 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+
+// A vocabulary has up to some 260 000 tokens and is read after every pass of a draft. Compilers turn the
+// loops below into vector instructions because each lane has a sum or a maximum of its own.
+static const int32_t LANES   = 16;
+static const int32_t STRETCH = 256;
+
+static float max_of(const float * x, int32_t n) {
+    float lanes[LANES];
+    std::fill(lanes, lanes + LANES, -INFINITY);
+    int32_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        for (int32_t lane = 0; lane < LANES; ++lane) {
+            lanes[lane] = lanes[lane] < x[i + lane] ? x[i + lane] : lanes[lane]; // a NaN is never taken
+        }
+    }
+    float max = *std::max_element(lanes, lanes + LANES);
+    for (; i < n; ++i) {
+        max = max < x[i] ? x[i] : max;
+    }
+    return max;
+}
+
+// exp(x) of -24 <= x <= 0, to about 1e-6 of it: 2^whole by the exponent's bits, 2^part by its series
+static inline float exp_of(float x) {
+    const float   t     = x * 1.44269504f;
+    const int32_t whole = (int32_t) t; // towards zero
+    const float   p     = (t - (float) whole) * 0.693147181f;
+    const float   part =
+            1.0f + p * (1.0f + p * (0.5f + p * (0.166666667f + p * (0.0416666667f + p * (0.00833333333f + p * (0.00138888889f + p * 0.000198412698f))))));
+    const int32_t bits = (whole + 127) << 23;
+    float         scale;
+    std::memcpy(&scale, &bits, sizeof(scale));
+    return scale * part;
+}
+
+// Sum of exp(x - max). What is more than 24 below the maximum adds under 4e-11 each: nothing.
+static float sum_of_exp(const float * x, int32_t n, float max) {
+    float   lanes[LANES] = {};
+    int32_t i            = 0;
+    for (; i + LANES <= n; i += LANES) {
+        for (int32_t lane = 0; lane < LANES; ++lane) {
+            const float below = x[i + lane] - max;
+            const float one   = exp_of(below > -24.0f ? below : -24.0f); // a NaN is not greater
+            lanes[lane] += below > -24.0f ? one : 0.0f;
+        }
+    }
+    float sum = 0.0f;
+    for (float lane : lanes) {
+        sum += lane;
+    }
+    for (; i < n; ++i) {
+        const float below = x[i] - max;
+        sum += below > -24.0f ? exp_of(below) : 0.0f;
+    }
+    return sum;
+}
 
 int32_t swift_gguf_top(llama_context * ctx, int32_t i, int32_t k, llama_token * tokens, float * probabilities) {
     if (ctx == nullptr || k < 1 || tokens == nullptr || probabilities == nullptr) {
@@ -14,39 +71,34 @@ int32_t swift_gguf_top(llama_context * ctx, int32_t i, int32_t k, llama_token * 
     const int32_t n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx)));
     k                     = std::min(k, n_vocab);
 
-    // std::max_element is one dependent chain; the maximum alone vectorises.
-    float max = logits[0];
-    for (int32_t t = 1; t < n_vocab; ++t) {
-        max = std::max(max, logits[t]);
-    }
+    const float max = max_of(logits, n_vocab);
     if (!std::isfinite(max)) {
         return SWIFT_GGUF_ERROR_LOGITS;
     }
+    const float sum = sum_of_exp(logits, n_vocab, max);
 
-    // Logits more than 24 below the maximum add under 4e-11 each: not worth an exponential.
-    float sum = 0.0f;
-    for (int32_t t = 0; t < n_vocab; ++t) {
-        const float x = logits[t] - max;
-        if (x > -24.0f) {
-            sum += std::exp(x);
-        }
-    }
-
-    // Insertion into a short sorted list, rarely needed once the list is good. Of equal logits the lower
-    // id comes first, as llama.cpp's greedy sampler has it.
+    // Insertion into a short sorted list, rarely needed once the list is good: stretches without anything
+    // greater are passed over whole. Of equal logits the lower id comes first, as llama.cpp's greedy
+    // sampler has it.
     int32_t n = 0;
-    for (int32_t t = 0; t < n_vocab; ++t) {
-        if (std::isnan(logits[t])) {
-            continue; // would block the list: nothing is greater
-        }
-        if (n == k && !(logits[t] > logits[tokens[n - 1]])) {
+    for (int32_t begin = 0; begin < n_vocab; begin += STRETCH) {
+        const int32_t end = std::min(begin + STRETCH, n_vocab);
+        if (n == k && !(max_of(logits + begin, end - begin) > logits[tokens[n - 1]])) {
             continue;
         }
-        int32_t place = n < k ? n++ : n - 1;
-        for (; place > 0 && logits[t] > logits[tokens[place - 1]]; --place) {
-            tokens[place] = tokens[place - 1];
+        for (int32_t t = begin; t < end; ++t) {
+            if (std::isnan(logits[t])) {
+                continue; // would block the list: nothing is greater
+            }
+            if (n == k && !(logits[t] > logits[tokens[n - 1]])) {
+                continue;
+            }
+            int32_t place = n < k ? n++ : n - 1;
+            for (; place > 0 && logits[t] > logits[tokens[place - 1]]; --place) {
+                tokens[place] = tokens[place - 1];
+            }
+            tokens[place] = t;
         }
-        tokens[place] = t;
     }
     for (int32_t place = 0; place < n; ++place) {
         probabilities[place] = std::exp(logits[tokens[place]] - max) / sum;

@@ -226,22 +226,23 @@ def _footer(answer: _Answer, speculation: Speculation, plain: _Answer | None) ->
         f"prompt {stats.prompt_n} tokens in {stats.prompt_s:.2f} s, "
         f"answer {stats.predicted_n} tokens ({stats.stop_reason})"
     ]
-    if not stats.sources:
-        lines.append(f"{stats.tokens_per_second:.1f} tok/s, plain decoding: {speculation.why}")
-        return "\n".join(lines)
-    lines.append(
-        f"speculative {stats.tokens_per_second:8.1f} tok/s   "
-        f"accepted {stats.accepted} of {stats.drafted} draft tokens "
-        f"({stats.acceptance_rate:.0%}), mean acceptance length {stats.mean_acceptance_length:.2f}"
-    )
+    if stats.sources:
+        lines.append(
+            f"speculative {stats.tokens_per_second:8.1f} tok/s   "
+            f"accepted {stats.accepted} of {stats.drafted} draft tokens "
+            f"({stats.acceptance_rate:.0%}), mean acceptance length "
+            f"{stats.mean_acceptance_length:.2f}"
+        )
+    else:
+        lines.append(f"no drafts   {stats.tokens_per_second:8.1f} tok/s   {speculation.why}")
     if plain is not None:
-        verdict = _verdict(answer, plain)
-        line = f"plain       {plain.stats.tokens_per_second:8.1f} tok/s   {verdict}"
+        line = f"plain       {plain.stats.tokens_per_second:8.1f} tok/s   {_verdict(answer, plain)}"
         if plain.stats.tokens_per_second:
             ratio = stats.tokens_per_second / plain.stats.tokens_per_second
-            line += f"; speculative is {ratio:.2f}x plain, each measured once"
+            line += f"; the first is {ratio:.2f}x plain, each measured once"
         lines.append(line)
-    lines.append(f"draft: {speculation.why}")
+    if stats.sources:
+        lines.append(f"draft: {speculation.why}")
     if stats.search_s:
         lines.append(f"search: {stats.search_s:.2f} s of {stats.cycle_s:.2f} s")
     return "\n".join(lines)
