@@ -20,6 +20,9 @@ from swift_gguf.native import library
 from swift_gguf.subnetwork import SubNetwork
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
+ROWS_WIDTH = 8  # of the pass that tells what rows of logits cost
+LONG_CONTEXT = 1024  # tokens; what attention takes there is worth measuring
+STABLE = 0.03  # two times that differ by no more confirm each other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,10 @@ class Costs:
     """The logits of one row in a one-token pass."""
     n_kv: int
     """Tokens the context held."""
+    row_ms: float = 0.0
+    """What the logits of a further row add to a pass of several tokens."""
+    switch_ms: float = 0.0
+    """What a one-token pass takes longer after a pass of another width, whose graph is another."""
 
     def __post_init__(self) -> None:
         widths = [width for width, _ in self.pass_ms]
@@ -51,10 +58,11 @@ class Costs:
         if not self.ffn_ms or len({len(kind) for kind in layers}) != 1:
             raise ValueError("times of different numbers of layers, or of none")
         times = [ms for _, ms in self.pass_ms]
-        if not all(0 <= ms < math.inf for ms in chain(times, *layers)):
+        single = (self.head_ms, self.row_ms, self.switch_ms)
+        if not all(0 <= ms < math.inf for ms in chain(times, single, *layers)):
             raise ValueError("a time is negative or not finite")
-        if not (min(times) > 0 and 0 <= self.head_ms < math.inf and self.n_kv >= 0):
-            raise ValueError("a pass that takes no time, or a negative number")
+        if min(times) == 0 or self.n_kv < 0:
+            raise ValueError("a pass that takes no time, or a context of negative length")
 
     @property
     def n_layer(self) -> int:
@@ -139,6 +147,8 @@ class Costs:
             kv_ms=tuple(_real(ms) for ms in _list(values["kv_ms"])),
             head_ms=_real(values["head_ms"]),
             n_kv=_whole(values["n_kv"]),
+            row_ms=_real(values["row_ms"]),
+            switch_ms=_real(values["switch_ms"]),
         )
 
 
@@ -167,6 +177,7 @@ class CostsHere:
 
     STEP = 256  # tokens; llama.cpp pads what attention reads to as many
     MAX_WIDTH = 65
+    NOISE = 0.3  # what a pass may take more or less for no reason; a logarithm
 
     def __init__(self, model: Model, costs: Costs) -> None:
         self._model = model
@@ -212,10 +223,11 @@ class CostsHere:
         self._now()
         if not 1 <= width <= self.MAX_WIDTH or ms <= 0.0:
             return
-        log = max(-1.0, min(1.0, math.log(ms / self._measured[width])))  # a hiccup counts little
         beside = self._beside.get(width, 0.0)
-        self._beside[width] = beside + (log - self._speed - beside) / 16
-        self._speed += (log - beside - self._speed) / 32
+        surprise = math.log(ms / self._measured[width]) - self._speed - beside
+        surprise = max(-self.NOISE, min(self.NOISE, surprise))  # a hiccup counts little
+        self._beside[width] = beside + surprise / 16
+        self._speed += surprise / 32
         self._correct()
 
     def refreshed(self) -> Costs:
@@ -227,13 +239,48 @@ class CostsHere:
         return replace(self._costs, pass_ms=pass_ms)
 
 
+# -- where they are kept ---------------------------------------------------------------------------
+
+
 def machine_key(model: Model) -> str:
-    """What the costs of a model depend on, beside itself: backend, offloaded layers, threads."""
+    """What the costs of a model depend on, beside itself and the length of the context: backend,
+    offloaded layers, threads, flash attention."""
     gpus = [device.name for device in library().devices() if device.is_gpu]
     n_layers = model.options.n_gpu_layers
     backend = f"{gpus[0]}-{n_layers}l" if gpus and n_layers != 0 else "cpu"
     no_flash = "-nofa" if model.options.flash_attn is False else ""
     return f"{backend}-{model.n_threads}t{no_flash}"
+
+
+def context_bucket(n_kv: int) -> int:
+    """Lengths of context that share measured costs: up to this power of two."""
+    return max(CostsHere.STEP, 1 << (n_kv - 1).bit_length())
+
+
+def costs_key(model: Model, costs: Costs) -> str:
+    """The name that costs go by in a profile."""
+    return f"{machine_key(model)}@{context_bucket(costs.n_kv)}"
+
+
+def stored_costs(model: Model, profile_costs: Mapping[str, Mapping[str, Any]]) -> Costs | None:
+    """Of what a profile holds, the costs measured here at the context nearest to the present one.
+
+    Where the context is long, a short one's say too little of its attention: None then, too, if
+    there is room to measure.
+    """
+    prefix = f"{machine_key(model)}@"
+    measured = [
+        Costs.from_dict(values) for key, values in profile_costs.items() if key.startswith(prefix)
+    ]
+    n_past = model.n_past
+
+    def distance(costs: Costs) -> float:
+        return abs(math.log2(context_bucket(costs.n_kv) / context_bucket(n_past)))
+
+    nearest = min(measured, key=distance, default=None)
+    if nearest and n_past >= LONG_CONTEXT and distance(nearest) > 1 and model.room:
+        return None
+    return nearest
 
 
 # -- measuring -------------------------------------------------------------------------------------
@@ -243,6 +290,10 @@ def machine_key(model: Model) -> str:
 class _Case:
     width: int = 1
     subnetwork: SubNetwork | None = None
+    rows: int | None = None
+    """With logits; None: all of them."""
+    is_switch: bool = False
+    """One token, after whatever ran before; else one-token passes follow their like."""
 
 
 def measure(
@@ -258,6 +309,7 @@ def measure(
     decode are lost, and a tree that is not kept yet.
 
     widths: those that do not fit the context or a batch are left out; 1 is always measured.
+    rounds: at least; on a noisy machine up to three times as many.
     clock: seconds.
 
     Raises:
@@ -283,7 +335,13 @@ def measure(
     without_both = _without(model, attention=attention, ffn=ffn)
     full = _Case()
     wide = [_Case(width) for width in sorted({1, *widths}) if width <= room]
-    ms = _times(model, [*wide, without_attn, without_ffn, without_both], rounds, clock)
+    all_rows = max((case for case in wide if case.width <= ROWS_WIDTH), key=lambda case: case.width)
+    # Two rows: a single one is computed by other kernels.
+    few_rows = _Case(all_rows.width, rows=min(2, all_rows.width))
+    more_rows = all_rows.width - 2
+    switch = _Case(is_switch=True)
+    cases = [*wide, few_rows, switch, without_attn, without_ffn, without_both]
+    ms = _times(model, cases, rounds, clock)
 
     saved = max(0.0, ms[full] - ms[without_both])
     # The mean over both orders of leaving the kinds out (a Shapley value), so that they add up to
@@ -305,6 +363,8 @@ def measure(
         ),
         head_ms=(ms[full] - saved) * rest.head_bytes / rest_bytes if rest_bytes else 0.0,
         n_kv=model.n_past,
+        row_ms=max(0.0, ms[all_rows] - ms[few_rows]) / more_rows if more_rows > 0 else 0.0,
+        switch_ms=max(0.0, ms[switch] - ms[full]),
     )
 
 
@@ -326,22 +386,34 @@ def _without(
 def _times(
     model: Model, cases: Sequence[_Case], rounds: int, clock: Callable[[], float]
 ) -> dict[_Case, float]:
-    """Milliseconds of each case: the fastest of the rounds.
+    """Milliseconds of each case: the fastest of the rounds, as soon as every one is confirmed.
 
     All cases are in every round, so that a slow spell hits all alike.  Disturbances only ever add,
     on a busy machine to two rounds of three: a median would remember them for many runs to come.
     """
-    fastest = dict.fromkeys(cases, math.inf)
-    for _ in range(rounds):
-        for case, seconds in fastest.items():
-            if case.width == 1:
+    seconds: dict[_Case, list[float]] = {case: [] for case in cases}
+    for number in range(3 * rounds):
+        if number >= rounds and all(map(_is_confirmed, seconds.values())):
+            break
+        for case, times in seconds.items():
+            if case.width == 1 and not case.is_switch:
                 # Plain decoding and drafts repeat one graph; a verification follows a draft and
                 # pays for the change.
                 _run(model, case)
             start = clock()
             _run(model, case)
-            fastest[case] = min(seconds, clock() - start)
-    return {case: 1e3 * seconds for case, seconds in fastest.items()}
+            times.append(clock() - start)
+    return {case: 1e3 * min(times) for case, times in seconds.items()}
+
+
+def _is_confirmed(times: Sequence[float]) -> bool:
+    """Was the fastest time met twice?
+
+    A quiet machine needs no further rounds for that.  Where 10 % of noise are added, to stop when
+    the sum of all cases improves by less than 2 % leaves one width in six more than 5 % off.
+    """
+    fastest, *others = sorted(times)
+    return bool(others) and others[0] <= (1 + STABLE) * fastest
 
 
 def _run(model: Model, case: _Case) -> None:
@@ -349,7 +421,7 @@ def _run(model: Model, case: _Case) -> None:
     # A mixture of experts reads more for different tokens: take those of the text itself.
     tokens = (model.tokens[-case.width :] * case.width)[-case.width :]
     try:
-        model.decode(tokens, n_outputs=case.width, subnetwork=case.subnetwork)
+        model.decode(tokens, n_outputs=case.rows or case.width, subnetwork=case.subnetwork)
         model.top(0)  # waits for a GPU, which is still at work when decode returns
     finally:
         model.rollback(n_past)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from swift_gguf.cost import WIDTHS, Costs, CostsHere, machine_key, measure
+from swift_gguf.cost import WIDTHS, Costs, CostsHere, costs_key, measure, stored_costs
 from swift_gguf.drafting.recycling import Recycling
 from swift_gguf.model import Model
 from swift_gguf.profile import Known, Profile, Seen, Store, fingerprint
@@ -48,8 +48,8 @@ class SearchOptions:
 class Learning:
     """The profile of a model, the costs of its passes here, and a search that goes on from there.
 
-    The first time a model meets a machine, costs are measured; that takes some dozen passes at the
-    end of the present context, which stays as it is.
+    The first time a model meets a machine, or a long context there, costs are measured; that takes
+    some dozens of passes at the end of the present context, which stays as it is.
 
     Raises:
         UnsupportedModelError: the model cannot take tokens back.
@@ -72,8 +72,8 @@ class Learning:
         profile = self.store.load(self._fingerprint)
         if profile is not None and profile.n_layer != model.n_layer:
             profile = None
-        stored = profile.costs.get(machine_key(model)) if profile else None
-        self.costs = Costs.from_dict(stored) if stored else self._measured(QUICK_WIDTHS, rounds=2)
+        stored = stored_costs(model, profile.costs) if profile else None
+        self.costs = stored or self._measured(QUICK_WIDTHS, rounds=2)
         self.here = CostsHere(model, self.costs)
         """The costs at the present length of the context, which the search counts in."""
         self._recycled = profile.recycling if profile else ()
@@ -150,6 +150,7 @@ class Learning:
         Nobody may be searching at the same time; see `IdleSearch.paused`.
         """
         found = self.searcher.knowledge() if isinstance(self.searcher, Search) else []
+        costs = self.here.refreshed()
         self.store.add(
             Profile(
                 fingerprint=self._fingerprint,
@@ -162,7 +163,7 @@ class Learning:
                     )
                     for item in found
                 ),
-                costs={machine_key(self._model): self.here.refreshed().as_dict()},
+                costs={costs_key(self._model, costs): costs.as_dict()},
                 recycling=tuple(recycling.to_rows()) if recycling is not None else (),
                 search_s=self.meter.seconds - self._saved.seconds,
                 evaluations=self.meter.steps - self._saved.steps,

@@ -144,10 +144,10 @@ class Economy:
         width = (self._prices.verify_ms(5) - self.plain_ms) / 4  # of a row more, on average
         return gain > self.rate * (cost_ms + width)
 
-    def affordable(self, n_max: int, credit: float) -> int:
-        """Draft tokens at most whose pass costs no more than `credit` plain passes, if all fail."""
-        price, most = self._prices.verify_ms, (1.0 + credit) * self.plain_ms
-        return next((n for n in range(n_max, 0, -1) if price(n + 1) <= most), 0)
+    def affordable(self, n_max: int, credit_ms: float) -> int:
+        """Draft tokens at most whose verification loses no more than that, if all are wrong."""
+        price, most_ms = self._prices.verify_ms, self.plain_ms + credit_ms
+        return next((n for n in range(n_max, 0, -1) if price(n + 1) <= most_ms), 0)
 
     def best_cut(self, joints: Sequence[float]) -> int:
         """How many of the tokens, likeliest first, are verified."""
@@ -193,6 +193,7 @@ class Planner:
     drafts: passes, run where they pay.
     forced: draft in every cycle, whether it pays or not; for those who ask for sources by name.
     fixed: how much to draft, whatever it costs; to compare with.
+    siblings: offers of a pass, at most.
     """
 
     LATELY = 64
@@ -211,6 +212,7 @@ class Planner:
         forced: bool = False,
         fixed: Policy | None = None,
         shape: Shape = WIDE,
+        siblings: int = 1,
     ) -> None:
         self.economy = Economy(calibration or Calibration(PRIORS), prices)
         self.guard = Guard()
@@ -222,10 +224,11 @@ class Planner:
         self._fixed = fixed
         self._observers: list[Callable[[Cycle], None]] = []
         self._since_draft = self.LATELY
-        self._shape = shape
+        self._shape, self._siblings = shape, siblings
         self._offered: dict[int, list[Offer]] = {}
         self._pending = 0
         self._passed = False  # for the latest draft
+        self._credit_ms = 0.0  # what it may still lose
         self._priced: list[tuple[Passes, float]] = []
         self._worth = 0.1  # of what recycling offers where it knows something, in tokens
         self._reading_ms = 0.0  # to read the likeliest tokens off a row
@@ -238,13 +241,15 @@ class Planner:
         text = [*self._model.tokens, pending]
         for lookup in self._lookups:
             lookup.follow(text)
-        if not self._forced:
-            n_max = self.economy.affordable(n_max, self.guard.credit)
+        credit = math.inf if self._forced else self.guard.credit
+        self._credit_ms = credit * self.economy.plain_ms
+        n_max = self.economy.affordable(n_max, self._credit_ms)
         self._passed = False
         if n_max == 0:
             self._look_up(Tree(), ROOT)  # to learn what it would have been worth
             return Tree()
-        self.economy.look()
+        if not self._forced:
+            self.economy.look()
         self._priced = [(each.passes, each.cost_ms()) for each in self.drafts]
         begun: list[Passes] = []
         try:
@@ -260,7 +265,9 @@ class Planner:
                 passes.end()
         if self._fixed:
             return tree
-        return tree.cut(max(self.economy.best_cut(tree.joints), min(1, len(tree), self._forced)))
+        n = self.economy.affordable(len(tree), self._credit_ms)
+        best = self.economy.best_cut(tree.joints[:n])
+        return tree.cut(max(best, min(1, len(tree), self._forced)))
 
     @property
     def active(self) -> bool:
@@ -299,11 +306,15 @@ class Planner:
         must = self._fixed is not None or (self._forced and node == ROOT)
         for passes, cost_ms in self._priced:
             n_missing = passes.missing(tree, node) if passes in begun else len(tree.path(node)) + 1
-            if must or economy.pays(passes.name, joint, covered, n_missing * cost_ms):
+            ms = n_missing * cost_ms
+            n = len(tree) + 1  # with what it will offer
+            within = economy.affordable(n, self._credit_ms - ms) == n
+            if must or (within and economy.pays(passes.name, joint, covered, ms)):
+                self._credit_ms -= ms
                 if passes not in begun:
                     begun.append(passes)
                     passes.begin(self._pending)
-                offers += passes.offers(tree, node, self._shape.branching(0.0))
+                offers += passes.offers(tree, node, self._siblings)
         return sorted(offers, key=lambda offer: -economy.joint(1.0, offer))
 
     def observe(self, cycle: Cycle) -> None:

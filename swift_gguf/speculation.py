@@ -19,7 +19,7 @@ from swift_gguf.drafting.tree import Shape, caterpillar
 from swift_gguf.errors import SubnetworkError, SwiftError, UnsupportedModelError
 from swift_gguf.learning import Learning, SearchOptions, space_of
 from swift_gguf.model import Model, Sublayer
-from swift_gguf.planner import MAX_NODES, PRIORS, Drafts, Economy, Planner, measured_ms
+from swift_gguf.planner import MAX_NODES, PRIORS, WIDE, Drafts, Economy, Planner, measured_ms
 from swift_gguf.profile import Store
 from swift_gguf.search.drivers import IdleSearch, OnTheFly
 from swift_gguf.search.optimizer import Search, Searcher
@@ -153,8 +153,8 @@ class Speculation:
 
     @property
     def enabled(self) -> bool:
-        """Were there drafts lately?"""
-        if isinstance(self.drafter, Planner):
+        """Are drafts made, or where that depends, were there some lately?"""
+        if isinstance(self.drafter, Planner) and self.options.is_auto:
             return self.drafter.active
         return self.drafter is not None
 
@@ -258,6 +258,7 @@ class Speculation:
             self._draft_model = DraftModel(options.draft_model, self._model)
             drafts.append(Drafts(self._draft_model, measured_ms(self._draft_model.model)))
         is_fixed = options.fixed or options.p_min is not None
+        shape = TREES[options.tree or "chain"]
         return Planner(
             self._model,
             learning.here,
@@ -266,7 +267,8 @@ class Speculation:
             calibration=self._calibration,
             forced=not options.is_auto,
             fixed=self._threshold() if is_fixed else None,
-            shape=TREES[options.tree or ("chain" if is_fixed else "best-first")],
+            shape=shape if is_fixed or options.tree else WIDE,
+            siblings=shape.branching(0.0),
         )
 
     def _drawing(self, learning: Learning) -> LayerSkip:

@@ -1,4 +1,4 @@
-"""Figures of the benchmarks, as PNG files."""
+"""Figures of measurements, as PNG or SVG files."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from swift_gguf.subnetwork import SubNetwork
 
 if TYPE_CHECKING:
     from swift_gguf.bench.drafting import Report as DraftingReport
+    from swift_gguf.cost import Costs
 
 DPI = 150
 
@@ -111,4 +112,16 @@ def plot_drafting(report: DraftingReport, path: Path) -> None:
     panel.axvline(1.0, color="grey", linewidth=1)
     panel.set_yticks(range(len(rows)), [summary.mode for summary in reversed(rows)])
     panel.set(xlabel="tokens/s against plain, by prompt")
+    figure.savefig(path)
+
+
+def plot_costs(costs: Costs, path: Path) -> None:
+    """Two panels: what a pass takes by its width, and a token of it."""
+    figure, (whole, each) = _panels(2)
+    widths = [width for width, _ in costs.pass_ms]
+    whole.plot(widths, [ms for _, ms in costs.pass_ms], marker="o")
+    each.plot(widths, [ms / width for width, ms in costs.pass_ms], marker="o")
+    for panel, of in ((whole, "pass"), (each, "token")):
+        panel.set_ylim(bottom=0)
+        panel.set(xlabel="tokens in a pass", ylabel=f"ms a {of}")
     figure.savefig(path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,20 +13,59 @@ from swift_gguf.cli.options import load_model, model_flags
 from swift_gguf.subnetwork import format_layers
 
 if TYPE_CHECKING:
-    from swift_gguf.model import Model
+    from swift_gguf.cost import Costs
+    from swift_gguf.model import Model, Sublayer
     from swift_gguf.profile import Known
     from swift_gguf.search.objective import Objective
+
+BAR = 32  # characters
+PLOTS = (".png", ".svg")
 
 
 @click.command()
 @click.argument("model")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--costs", "with_costs", is_flag=True,
+              help="Show what passes take on this machine; measured, where that is not "
+              "known.")  # fmt: skip
+@click.option("--plot", "plot_path", type=click.Path(path_type=Path), metavar="FILE.png",
+              help="Draw the costs; .svg, too.")  # fmt: skip
 @model_flags
-def info(model: str, as_json: bool, **values: Any) -> None:
+def info(
+    model: str, as_json: bool, with_costs: bool, plot_path: Path | None, **values: Any
+) -> None:
     """Show what a model is, and which of its sub-layers a draft can leave out."""
+    if plot_path:
+        _require_plot(plot_path)
     with load_model(model, values) as loaded:
+        costs = _costs(loaded) if with_costs or plot_path else None
         report = describe(loaded)
+        if costs:
+            report["costs"] = describe_costs(loaded, costs)
+    if costs and plot_path:
+        from swift_gguf.bench.plots import plot_costs
+
+        plot_costs(costs, plot_path)
     click.echo(json.dumps(report, ensure_ascii=False) if as_json else _table(report))
+
+
+def _require_plot(path: Path) -> None:
+    from swift_gguf.bench.output import require_folder
+    from swift_gguf.bench.plots import require_matplotlib
+
+    if path.suffix not in PLOTS:
+        raise click.UsageError(f"--plot draws {' or '.join(PLOTS)} files, not {path.name}")
+    require_folder(path)
+    require_matplotlib()
+
+
+def _costs(model: Model) -> Costs:
+    """As the profile has them; else they are measured, and kept there."""
+    from swift_gguf.learning import Learning
+
+    learning = Learning(model, None)
+    learning.save()
+    return learning.costs
 
 
 def describe(model: Model) -> dict[str, Any]:
@@ -72,17 +113,70 @@ def describe(model: Model) -> dict[str, Any]:
     }
 
 
+def describe_costs(model: Model, costs: Costs) -> dict[str, Any]:
+    """What passes take here against what they read.
+
+    "passes": by width; "parts": of a one-token pass, they add up to it; "more": what comes on top.
+    A gigabyte is 10^9 bytes, of weights and of the cache at `costs.n_kv`.
+    """
+    from swift_gguf.cost import machine_key
+
+    one_ms = costs.verify_ms(1)
+    cost = model.pass_cost(n_kv=costs.n_kv)
+    attention, ffn = model.sublayers
+    parts = {
+        "attention": (sum(costs.attention_ms), _bytes(attention, model, costs.n_kv)),
+        "FFN": (sum(costs.ffn_ms), _bytes(ffn, model, costs.n_kv)),
+        "head": (costs.head_ms, float(cost.head_bytes)),
+    }
+    all_ms, all_bytes = (sum(part[i] for part in parts.values()) for i in (0, 1))
+    rest_bytes = cost.weight_bytes + cost.kv_bytes - all_bytes
+    parts["rest"] = (max(0.0, one_ms - all_ms), max(0.0, rest_bytes))
+    return {
+        "machine": machine_key(model),
+        "n_kv": costs.n_kv,
+        "passes": [
+            {"width": width, "ms": ms, "of_one": ms / one_ms, "ms_per_token": ms / width}
+            for width, ms in costs.pass_ms
+        ],
+        "parts": [
+            {
+                "name": name,
+                "ms": ms,
+                "share": ms / one_ms,
+                "bytes": n_bytes,
+                "ms_per_gb": 1e9 * ms / n_bytes if n_bytes else None,
+            }
+            for name, (ms, n_bytes) in parts.items()
+        ],
+        "more": [
+            {"name": name, "ms": ms, "share": ms / one_ms}
+            for name, ms in (("row of logits", costs.row_ms), ("graph switch", costs.switch_ms))
+        ],
+        "measured": costs.as_dict(),
+    }
+
+
+def _bytes(sublayers: Sequence[Sublayer], model: Model, n_kv: int) -> float:
+    """What a one-token pass reads of those that can be skipped."""
+    return sum(
+        sublayer.weight_bytes + sublayer.kv_bytes * n_kv / model.n_ctx
+        for sublayer in sublayers
+        if sublayer.status == "ok"
+    )
+
+
 def _learned(model: Model) -> dict[str, Any] | None:
     """What the profile holds, the best first; None if nothing was learned yet."""
-    from swift_gguf.cost import Costs, machine_key
+    from swift_gguf.cost import stored_costs
     from swift_gguf.profile import Store, fingerprint
     from swift_gguf.search.objective import Objective
 
     profile = Store().load(fingerprint(model.path))
     if profile is None:
         return None
-    costs = profile.costs.get(machine_key(model))
-    objective = Objective(costs=Costs.from_dict(costs)) if costs is not None else None
+    costs = stored_costs(model, profile.costs)
+    objective = Objective(costs=costs) if costs else None
     return {
         "search_s": profile.search_s,
         "evaluations": profile.evaluations,
@@ -140,11 +234,39 @@ def _table(report: dict[str, Any]) -> str:
     ]
     lines.append(f"  all  {sums[0]:9.1%}  {sums[1]:9.1%}")
     lines += ["", *_learned_lines(report["learned"])]
+    if "costs" in report:
+        lines += ["", *_costs_lines(report["costs"])]
     return "\n".join(lines)
 
 
+def _costs_lines(costs: dict[str, Any]) -> list[str]:
+    most = max(item["ms"] for item in costs["passes"])
+    return [
+        f"passes here ({costs['machine']}), after {costs['n_kv']} tokens:",
+        "",
+        "width        ms   of one  ms/token",
+        *(
+            f"{item['width']:5}{item['ms']:10.2f}{item['of_one']:8.2f}x{item['ms_per_token']:10.2f}"
+            f"  {'#' * round(BAR * item['ms'] / most)}"
+            for item in costs["passes"]
+        ),
+        "",
+        "of one token       ms   share     ms/GB",
+        *(
+            f"{item['name']:<11}{item['ms']:10.2f}{item['share']:8.1%}{_rate(item['ms_per_gb'])}"
+            for item in costs["parts"]
+        ),
+        "on top",
+        *(f"{item['name']:<13}{item['ms']:8.2f}{item['share']:8.1%}" for item in costs["more"]),
+    ]
+
+
+def _rate(ms_per_gb: float | None) -> str:
+    return f"{ms_per_gb:10.1f}" if ms_per_gb is not None else f"{'-':>10}"
+
+
 def _learned_lines(learned: dict[str, Any] | None) -> list[str]:
-    if learned is None:
+    if learned is None or not (learned["evaluations"] or learned["subnetworks"]):
         return ["nothing learned yet: `swift-gguf tune` finds what drafts can leave out"]
     head = (
         f"learned from {learned['evaluations']} drafts scored in {learned['search_s']:.0f} s "

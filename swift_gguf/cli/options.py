@@ -65,7 +65,7 @@ speculation_flags = _all(
     click.option("--draft-p-min", metavar="P", type=click.FloatRange(0, 1),
                  help="Stop drafting below this probability.  [default: by measured acceptance]"),
     click.option("--draft-tree", type=click.Choice(["chain", "caterpillar", "best-first"]),
-                 help="Shape of a draft.  [default: best-first]"),
+                 help="Shape of a draft by layer-skip.  [default: chain]"),
     click.option("--speculative-sampling", is_flag=True,
                  help="Draw drafts and accept by min(1, p/q): the same distribution of texts, "
                  "another text for a seed."),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from swift_gguf.drafting.tree import Tree
+from swift_gguf.drafting.source import Cycle
+from swift_gguf.drafting.tree import Offer, Tree
 from swift_gguf.errors import DecodeError, UnsupportedModelError
 
 _MASK = (1 << 64) - 1
@@ -276,11 +277,12 @@ class ScriptedDrafter:
         model.spoil_outputs()
         self.calls.append(DraftCall(context, pending, n_max, tokens))
         assert model.tokens == context
-        return Tree.chain(tokens)
+        return replace(Tree.chain(tokens), sources=[self.name] * len(tokens))
 
-    def observe(self, tree: Tree, accepted: Sequence[int]) -> None:
-        assert self.calls[-1].tokens == tree.tokens
-        self.accepted.append(len(accepted))
+    def observe(self, cycle: Cycle) -> None:
+        if len(cycle.tree):
+            assert self.calls[-1].tokens == cycle.tree.tokens
+        self.accepted.append(len(cycle.verdict.accepted))
 
     def _right(self, right: int) -> int:
         return right
@@ -323,14 +325,12 @@ class TreeDrafter:
             wrong = next(t for t in range(2, self._model.n_vocab) if t not in taken)
             token = right if node in self._right else wrong
             states.append(state.after(token))
-            tree.tokens.append(token)
-            tree.parents.append(parent)
-            tree.probabilities.append(1.0)
+            tree.add(parent, Offer(token, 1.0, self.name), 1.0)
         self._model.spoil_outputs()
         return tree
 
-    def observe(self, tree: Tree, accepted: Sequence[int]) -> None:
-        self.accepted.append(len(accepted))
+    def observe(self, cycle: Cycle) -> None:
+        self.accepted.append(len(cycle.verdict.accepted))
 
 
 def shapes(n_nodes: int) -> Iterator[list[int]]:

@@ -1,4 +1,4 @@
-"""When drafts stop: thresholds, measured acceptance, and what tokens cost."""
+"""When drafts stop, and how often what a source offers is accepted."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swift_gguf.drafting.policy import BANDS, Adaptive, Calibration, Threshold
-from swift_gguf.drafting.tree import ROOT, Offer, Shape, Tree, grow
+from swift_gguf.drafting.policy import BANDS, Calibration, Prior, Threshold
+from swift_gguf.drafting.tree import ROOT, Offer, Tree
 
 PROBABILITY = st.floats(0, 1)
 
@@ -21,7 +21,7 @@ PROBABILITY = st.floats(0, 1)
 @given(PROBABILITY, PROBABILITY, PROBABILITY)
 def test_a_threshold_looks_at_the_draft_s_own_probability(p_min: float, p: float, j: float) -> None:
     rule = Threshold(p_min)
-    assert rule.joint(j, p) == j * p
+    assert rule.joint(j, Offer(1, p)) == j * p
     assert rule.extends(p, j) == (p >= p_min)
     assert rule.includes(p, j) == (p >= p_min or j == 1.0)
 
@@ -34,6 +34,11 @@ def test_a_tree_s_threshold_verifies_likely_paths_too() -> None:
 
 
 # -- measured acceptance ---------------------------------------------------------------------------
+
+
+def believing(weight: float, *, memory: float = 1e12) -> Calibration:
+    """As if so many tokens of every band had been accepted."""
+    return Calibration({"": Prior((1.0,) * len(BANDS), weight)}, memory=memory)
 
 
 def tell(calibration: Calibration, probability: float, accepted: bool, times: int = 1) -> None:
@@ -51,7 +56,7 @@ def test_planted_acceptance_is_found_band_by_band() -> None:
     """Overconfident where unsure, too modest where sure."""
     shares = np.linspace(0.02, 0.97, len(BANDS))
     planted = {low + 0.004: share for low, share in zip(BANDS, shares, strict=True)}
-    calibration, rng = Calibration(memory=6000.0), np.random.default_rng(0)
+    calibration, rng = Calibration(memory=12000.0), np.random.default_rng(0)
     for _ in range(1000):
         for probability, share in planted.items():
             tell(calibration, probability, bool(rng.random() < share))
@@ -63,7 +68,7 @@ def test_planted_acceptance_is_found_band_by_band() -> None:
 
 def test_bands_begin_at_their_lower_ends() -> None:
     for low, high in zip(BANDS, (*BANDS[1:], 1.1), strict=True):
-        calibration = Calibration(prior=1e-9)
+        calibration = believing(1e-9, memory=400.0)
         tell(calibration, low, accepted=False)
         for probability in (low, math.nextafter(high, 0)):
             assert calibration.acceptance(probability) == pytest.approx(0.0, abs=1e-6)
@@ -73,22 +78,24 @@ def test_bands_begin_at_their_lower_ends() -> None:
 
 
 def test_the_prior_is_worth_that_many_accepted_tokens() -> None:
-    calibration = Calibration(prior=6.0, memory=1e12)
+    calibration = believing(6.0)
     tell(calibration, 0.85, accepted=False, times=3)
     tell(calibration, 0.85, accepted=True)
     assert calibration.acceptance(0.85) == pytest.approx((1 + 6) / (4 + 6))
 
 
-def test_evidence_fades_with_what_is_seen_anywhere() -> None:
-    calibration = Calibration(prior=4.0, memory=400.0)
-    tell(calibration, 0.85, accepted=False)
-    tell(calibration, 0.15, accepted=True, times=400)
+def test_evidence_fades_with_the_tokens_generated() -> None:
+    """Drafted or not: what was given up is tried again."""
+    calibration = believing(4.0, memory=400.0)
+    calibration.judge([Offer(1, 0.85)], 2)
+    calibration.passed(300)
+    tell(calibration, 0.15, accepted=True, times=50)  # two tokens each, with the bonus
     left = math.exp(-1)
     assert calibration.acceptance(0.85) == pytest.approx(4 / (left + 4), rel=1e-3)
 
 
 def test_a_change_is_learned_within_some_memories() -> None:
-    calibration, rng = Calibration(memory=400.0), np.random.default_rng(1)
+    calibration, rng = Calibration(memory=800.0), np.random.default_rng(1)
     for share in (0.9, 0.2, 0.7):
         for _ in range(1600):
             tell(calibration, 0.92, bool(rng.random() < share))
@@ -102,7 +109,9 @@ def judged_trees(draw: st.DrawFn) -> tuple[Tree, list[int]]:
     n = draw(st.integers(1, 8))
     parents = [draw(st.integers(-1, node - 1)) for node in range(n)]
     bands = draw(st.lists(st.sampled_from(BANDS[:8]), min_size=n, max_size=n))
-    tree = Tree(list(range(n)), parents, [low + 0.05 for low in bands])
+    tree = Tree()
+    for node, (parent, low) in enumerate(zip(parents, bands, strict=True)):
+        tree.add(parent, Offer(node, low + 0.05), 1.0)
     accepted: list[int] = []
     node = ROOT
     while children := tree.children(node):
@@ -119,7 +128,7 @@ def test_only_what_the_target_judged_counts(judged: tuple[Tree, list[int]]) -> N
     """Behind a rejected token nobody knows what would have been accepted."""
     tree, accepted = judged
     prior = 2.0
-    calibration = Calibration(prior=prior, memory=1e12)
+    calibration = believing(prior)
     calibration.observe(tree, accepted)
     for low in BANDS[:8]:
         probability = low + 0.05
@@ -132,69 +141,52 @@ def test_only_what_the_target_judged_counts(judged: tuple[Tree, list[int]]) -> N
         assert calibration.acceptance(probability) == pytest.approx(expected)
 
 
-# -- what a token costs ----------------------------------------------------------------------------
+# -- of several sources ----------------------------------------------------------------------------
+
+LOW = Prior(tuple(0.5 * low for low in BANDS), weight=8.0)
 
 
-def adaptive(draft: float, verify: float, *, accepted: float = 1.0) -> Adaptive:
-    """Where this share of all tokens at 0.92 was accepted."""
-    calibration = Calibration(prior=1.0, memory=1e12)
-    if accepted < 1:
-        tell(calibration, 0.92, accepted=False, times=999)
-        tell(calibration, 0.92, accepted=True, times=round(1000 * accepted / (1 - accepted)) - 1)
-        assert calibration.acceptance(0.92) == pytest.approx(accepted, abs=1e-3)
-    return Adaptive(calibration, draft_share=draft, verify_share=verify)
+def test_sources_are_known_apart() -> None:
+    calibration = Calibration({"modest": LOW}, memory=1e12)
+    assert calibration.acceptance(0.85, "modest") == 0.4
+    calibration.judge([Offer(1, 0.85, "modest"), Offer(2, 0.85, "other")], 2)
+    assert calibration.acceptance(0.85, "modest") == pytest.approx(0.4 * 8 / 9)
+    calibration.judge([Offer(1, 0.85, "other")], 2)
+    assert calibration.acceptance(0.85, "other") == pytest.approx((1 + 2) / (2 + 2))
+    assert calibration.acceptance(0.85, "modest") == pytest.approx(0.4 * 8 / 9)
 
 
-@given(st.floats(0, 3), st.floats(0, 3), PROBABILITY)
-def test_a_token_is_worth_what_it_costs(draft: float, verify: float, joint: float) -> None:
-    rule = adaptive(draft, verify)
-    if joint >= Adaptive.CEILING:
-        assert rule.includes(0.5, joint)
-        assert rule.extends(0.5, joint)
-    else:
-        assert rule.includes(0.5, joint) == (joint >= verify)
-        assert rule.extends(0.5, joint) == (joint >= draft + verify)
+def test_the_first_acceptance_is_that_of_each_source_s_likeliest_offer() -> None:
+    calibration = Calibration({"a": LOW, "b": LOW}, memory=1e12)
+    believed = sum(LOW.acceptance) / len(BANDS)
+    assert calibration.first_acceptance("a") == pytest.approx(believed)
+    for token in (1, 1, 2, 3):  # right twice; a second offer that is right is none of its
+        calibration.judge([Offer(1, 0.9, "a"), Offer(4, 0.3, "b"), Offer(2, 0.1, "a")], token)
+    assert calibration.first_acceptance("a") == pytest.approx((2 + 8 * believed) / (4 + 8))
+    assert calibration.first_acceptance("b") == pytest.approx(8 * believed / (4 + 8))
 
 
-def test_joint_probabilities_are_measured_ones() -> None:
-    calibration = Calibration(prior=1.0, memory=1e12)
-    tell(calibration, 0.92, accepted=False, times=9)
-    rule = Adaptive(calibration, draft_share=0.3, verify_share=0.1)
-    assert rule.joint(0.5, 0.92) == pytest.approx(0.5 * 0.1)
-    assert rule.joint(0.5, 0.55) == 0.5
+def test_nothing_offered_teaches_nothing() -> None:
+    calibration = Calibration({"a": LOW})
+    calibration.judge([], 1)
+    assert [calibration.acceptance(p, "a") for p in BANDS] == pytest.approx(LOW.acceptance)
 
 
-def chain_length(rule: Adaptive) -> int:
-    shape = Shape(n_nodes=40)
-    return len(grow(lambda tree, node: [Offer(1, 0.92)], rule, shape, is_eog=lambda token: False))
+def test_a_recalled_past_counts_as_a_seen_one() -> None:
+    recalled, seen = Calibration(memory=1e12), Calibration(memory=1e12)
+    agrees, confidence = [True, False, True, True], [0.55, 0.55, 0.92, 0.2]
+    recalled.recall("a", agrees, np.array(confidence, dtype=np.float32))
+    for is_right, probability in zip(agrees, confidence, strict=True):
+        seen.judge([Offer(3, probability, "a")], 3 if is_right else 4)
+    for probability in BANDS:
+        assert recalled.acceptance(probability, "a") == seen.acceptance(probability, "a")
+    assert recalled.first_acceptance("a") == seen.first_acceptance("a") < 1.0
 
 
-@settings(deadline=None)
-@given(st.floats(0.05, 0.9), st.floats(0, 0.3), st.sampled_from([0.5, 0.8, 0.9]))
-def test_a_chain_stops_where_its_next_token_costs_too_much(
-    draft: float, verify: float, accepted: float
-) -> None:
-    """The n-th token of a chain saves accepted^n of a plain pass."""
-    rule = adaptive(draft, verify, accepted=accepted)
-    place, price = (min(share, Adaptive.CEILING) for share in (verify, draft + verify))
-    drafted, joint = 0, rule.joint(1.0, 0.92)
-    while drafted < 40 and joint >= place:
-        drafted += 1
-        if joint < price:  # its place pays, a pass to see what comes after it does not
-            break
-        joint = rule.joint(joint, 0.92)
-    assert chain_length(rule) == drafted
-
-
-def test_cheap_drafts_are_longer() -> None:
-    lengths = [chain_length(adaptive(draft, 0.1, accepted=0.9)) for draft in (0.1, 0.3, 0.6)]
-    # the last n whose predecessor is likelier than draft and verification cost: 0.9^n >= share
-    assert lengths == [16, 9, 4]
-
-
-def test_the_ceiling_leaves_something_to_learn_from() -> None:
-    """A draft dearer than plain decoding still offers what is all but certain."""
-    rule = adaptive(2.0, 2.0)
-    assert rule.includes(0.5, 0.96)
-    assert rule.extends(0.5, 0.96)
-    assert not rule.includes(0.5, 0.94)
+def test_what_was_forgotten_is_believed_as_in_the_beginning() -> None:
+    calibration = Calibration({"a": LOW})
+    calibration.judge([Offer(1, 0.85, "a"), Offer(1, 0.85, "b")], 2)
+    calibration.forget("a")
+    calibration.forget("never heard of")
+    assert calibration.acceptance(0.85, "a") == 0.4
+    assert calibration.acceptance(0.85, "b") < 1.0

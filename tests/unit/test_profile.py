@@ -69,7 +69,7 @@ FULL = learned(
         ),
     ),
     known(2),
-    costs={"cpu-2t/4096": COSTS},
+    costs={"cpu-2t@4096": COSTS},
     search_s=1.5,
     evaluations=7,
 )
@@ -341,6 +341,7 @@ def assert_set_aside(
         lambda values: values.update(fingerprint="0" * 32),
         lambda values: values.update(evaluations=math.inf),
         lambda values: values["costs"].update(cpu={"pass_ms": []}),
+        lambda values: values["costs"]["cpu-2t@4096"].pop("row_ms"),
         lambda values: values.update(costs=[]),
         lambda values: values.update(version=0),
         lambda values: values.update(version=True),

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from swift_gguf.drafting.tree import ROOT, Offer, Tree
 from swift_gguf.stats import SourceStats, Stats
 
 SECONDS = st.floats(0, 1e6)
@@ -46,6 +47,21 @@ def test_looking_at_a_source_does_not_change_it() -> None:
     stats = source([(4, 3)])
     assert stats.as_dict() == stats.as_dict()
     assert stats.accepted_lengths == {3: 1}
+
+
+def test_a_draft_counts_for_the_sources_that_offered_its_tokens() -> None:
+    tree = Tree()
+    for token, (parent, name) in enumerate([(ROOT, "one"), (ROOT, "two"), (0, "two"), (2, "one")]):
+        tree.add(parent, Offer(token, 0.5, name), 0.5)
+    stats = Stats()
+    stats.count(tree, [0, 2])
+    stats.count(tree.cut(1), [])
+    stats.count(Tree(), [])  # no draft at all
+    one, two = stats.sources["one"], stats.sources["two"]
+    assert (one.drafts, one.drafted, one.accepted) == (2, 3, 1)
+    assert (two.drafts, two.drafted, two.accepted) == (1, 2, 1)
+    assert (one.accepted_lengths, two.accepted_lengths) == ({1: 1, 0: 1}, {1: 1})
+    assert (stats.drafted, stats.accepted) == (5, 2)
 
 
 @settings(deadline=None)

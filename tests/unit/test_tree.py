@@ -100,9 +100,28 @@ def test_a_tree_tells_children_and_paths() -> None:
 
 def test_a_chain_is_a_tree() -> None:
     chain = Tree.chain([4, 5, 6], [0.9, 0.8, 0.7])
-    assert chain == Tree([4, 5, 6], [ROOT, 0, 1], [0.9, 0.8, 0.7])
+    joints = [0.9, pytest.approx(0.72), pytest.approx(0.504)]
+    assert chain == Tree([4, 5, 6], [ROOT, 0, 1], [0.9, 0.8, 0.7], ["", "", ""], joints)
     assert Tree.chain([4]).probabilities == [1.0]
     assert len(Tree.chain([])) == 0
+
+
+def test_a_tree_remembers_the_offers_it_is_made_of() -> None:
+    tree = Tree()
+    offers = [Offer(7, 0.5, "one"), Offer(8, 0.4, "two"), Offer(9, 0.5, "two")]
+    nodes = [tree.add(parent, offers[i], 0.1 * i) for i, parent in enumerate((ROOT, ROOT, 0))]
+    assert nodes == [0, 1, 2]
+    assert [tree.offer(node) for node in nodes] == offers
+    assert tree.joints == [0.0, 0.1, 0.2]
+    assert tree.path(2) == [7, 9]
+
+
+def test_a_cut_tree_is_its_own_beginning() -> None:
+    tree = Tree.chain([4, 5, 6], [0.9, 0.8, 0.7])
+    for n in range(4):
+        assert tree.cut(n) == Tree.chain([4, 5, 6][:n], [0.9, 0.8, 0.7][:n])
+    tree.cut(1).add(0, Offer(9, 0.5), 0.5)
+    assert len(tree) == 3
 
 
 # -- chains ----------------------------------------------------------------------------------------
@@ -230,6 +249,28 @@ def test_of_equals_the_older_comes_first() -> None:
 
 def test_a_draft_that_offers_nothing_ends_there() -> None:
     assert len(grow(lambda tree, node: [], EVERYTHING, wide(2, 5), is_eog=is_eog)) == 0
+
+
+def test_a_token_two_sources_offer_is_there_once_by_the_likelier() -> None:
+    offers = {
+        ROOT: [Offer(1, 0.5, "one"), Offer(1, 0.7, "two"), Offer(2, 0.3, "one")],
+        0: [Offer(1, 0.1, "one")],  # after another path it is another token
+    }
+    tree = grow(lambda tree, node: offers.get(node, []), EVERYTHING, wide(3, 9), is_eog=is_eog)
+    assert (tree.tokens, tree.parents) == ([1, 2, 1], [ROOT, ROOT, 0])
+    assert tree.sources == ["two", "one", "one"]
+
+
+def test_nodes_are_compared_by_what_the_policy_makes_of_them() -> None:
+    class Favours(Threshold):
+        def joint(self, joint: float, offer: Offer) -> float:
+            return joint * {"poor": 0.1, "good": 0.9}[offer.source]
+
+    offers = {ROOT: [Offer(1, 0.99, "poor"), Offer(2, 0.5, "good")], 0: [Offer(3, 0.2, "good")]}
+    tree = grow(lambda tree, node: offers.get(node, []), Favours(0.0), wide(2, 9), is_eog=is_eog)
+    assert tree.tokens == [2, 3, 1]
+    assert tree.joints == [0.9, pytest.approx(0.81), 0.1]
+    assert tree.sources == ["good", "good", "poor"]
 
 
 # -- SWIFT's caterpillar ---------------------------------------------------------------------------
