@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from swift_gguf.cost import WIDTHS, Costs, CostsHere, costs_key, measure, stored_costs
+from swift_gguf.cost import WIDTHS, Costs, CostsHere, costs_key, stored_costs
 from swift_gguf.drafting.recycling import Recycling
+from swift_gguf.measuring import measure
 from swift_gguf.model import Model
 from swift_gguf.profile import Known, Profile, Seen, Store, fingerprint
 from swift_gguf.search.drivers import Meter

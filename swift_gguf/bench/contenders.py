@@ -187,6 +187,8 @@ class Peer:
             flash_attn=model.options.flash_attn is not False,
             last_n_tokens_size=sampling.repeat_last_n,
             draft_model=self._lookup,
+            # it keeps the logits of every row, but by itself has room for n_batch rows only
+            logits_all=self._lookup is not None,
             verbose=False,
         )
         self._llama.eval([0])  # pages and buffers: ours are warm, too

@@ -28,11 +28,11 @@ from swift_gguf.bench.search_report import (
 )
 from swift_gguf.bench.spread import machine
 from swift_gguf.cost import Costs
-from swift_gguf.cost import measure as measure_costs
 from swift_gguf.drafting import LayerSkip, Tree
 from swift_gguf.engine import generate
 from swift_gguf.errors import SuiteError, UnsupportedModelError
 from swift_gguf.learning import space_of
+from swift_gguf.measuring import measure as measure_costs
 from swift_gguf.model import Model
 from swift_gguf.sampling import Sampler, SamplingOptions
 from swift_gguf.search.objective import Objective, Outcome, Window

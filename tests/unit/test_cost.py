@@ -19,7 +19,6 @@ from swift_gguf.cost import (
     context_bucket,
     costs_key,
     machine_key,
-    measure,
     stored_costs,
 )
 from swift_gguf.errors import (
@@ -28,6 +27,7 @@ from swift_gguf.errors import (
     SubnetworkError,
     UnsupportedModelError,
 )
+from swift_gguf.measuring import measure
 from swift_gguf.model import Model, Sublayer
 from swift_gguf.subnetwork import SubNetwork
 
