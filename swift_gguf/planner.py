@@ -21,7 +21,7 @@ from time import perf_counter
 from typing import Protocol
 
 from swift_gguf.drafting.passes import Passes
-from swift_gguf.drafting.policy import BANDS, Calibration, Prior
+from swift_gguf.drafting.policy import Calibration, Prior
 from swift_gguf.drafting.recycling import Recycling
 from swift_gguf.drafting.source import Cycle, Lookup
 from swift_gguf.drafting.tree import ROOT, Offer, Policy, Shape, Tree, grow
@@ -38,12 +38,14 @@ FLOOR = 0.02
 """Less likely tokens are not looked at."""
 
 PRIORS = {
-    # By the length of the match: see `NGram`.  What short ones are worth is soon known: every
-    # token generated tells, drafted or not.
-    "ngram": Prior(tuple(0.7 * p for p in (*BANDS[1:], 1.0)), weight=8.0),
-    "recycling": Prior(tuple(0.5 * p for p in (*BANDS[1:], 1.0)), weight=8.0),
+    # As counted over 1500 greedy tokens of Qwen2.5-Coder-1.5B, of 13 kinds of tasks.  What holds
+    # for the text at hand is soon known: every token that is generated tells, drafted or not.
+    "ngram": Prior((0.05, 0.1, 0.1, 0.1, 0.1, 0.2, 0.5, 0.5, 0.7, 0.85, 0.93, 0.97), weight=8.0),
+    "recycling": Prior(
+        (0.03, 0.04, 0.05, 0.08, 0.17, 0.15, 0.25, 0.3, 0.4, 0.35, 0.35, 0.55), weight=8.0
+    ),
 }
-
+"""By `BANDS`."""
 
 WIDE = Shape(n_nodes=0, branching=lambda top: 3)
 

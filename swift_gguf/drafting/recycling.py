@@ -46,10 +46,15 @@ class Recycling:
         self._end = tuple(text[-2:])
 
     def offers(self, path: Sequence[int]) -> Row:
-        """The target's probabilities after the last two tokens of the text and then `path`, or
-        after the last one, when it was last given these; likeliest first."""
+        """The target's probabilities after the last two tokens of the text and then `path`, when it
+        was last given these; or half of those after the last one, which says less: likeliest first.
+        """
         context = (*self._end, *path[-2:])[-2:]
-        return self._rows.get(context) or self._rows.get(context[-1:], ())
+        if row := self._rows.get(context):
+            return row
+        return tuple(
+            Offer(offer.token, offer.probability / 2) for offer in self._rows.get(context[-1:], ())
+        )
 
     def learn(
         self,

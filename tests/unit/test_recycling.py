@@ -55,8 +55,10 @@ def test_the_target_s_own_probabilities_come_back() -> None:
     table = Recycling()
     table.learn(5, [7, 8], [0.6, 0.3])
     table.follow([1, 5])
-    assert table.offers([]) == (Offer(7, 0.6), Offer(8, 0.3))
+    assert table.offers([]) == (Offer(7, 0.3), Offer(8, 0.15)), "half: the token before may matter"
     assert table.offers([9]) == ()
+    table.learn(5, [7, 8], [0.6, 0.3], previous=1)
+    assert table.offers([]) == (Offer(7, 0.6), Offer(8, 0.3))
 
 
 def test_what_was_seen_last_counts() -> None:
@@ -90,7 +92,8 @@ def test_a_path_counts_as_if_it_were_in_the_text(text: list[int], path: list[int
 
 def expected(text: list[int]) -> list[tuple[int, float]]:
     """Every token was last learned after token 0; that row is the one of the token alone, too."""
-    return [(0, 0.5), (text[-1], 0.5)] if text else []
+    p = 0.5 if text[-2:-1] == [0] else 0.25
+    return [(0, p), (text[-1], p)] if text else []
 
 
 def test_only_the_likeliest_are_kept() -> None:
