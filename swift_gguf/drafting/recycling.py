@@ -50,7 +50,7 @@ class Recycling:
         was last given these; or half of those after the last one, which says less: likeliest first.
         """
         context = (*self._end, *path[-2:])[-2:]
-        if row := self._rows.get(context):
+        if len(context) == 2 and (row := self._rows.get(context)):
             return row
         return tuple(
             Offer(offer.token, offer.probability / 2) for offer in self._rows.get(context[-1:], ())
