@@ -166,7 +166,7 @@ class Economy:
 class Guard:
     """Never slower: losses against plain decoding stay within a share of the time.
 
-    Drafts may lose what they gained lately, `share` of the time, and to begin with one pass.
+    In every answer drafts may lose what they gained lately, `share` of the time, and one pass.
     """
 
     CREDIT = 8.0
@@ -175,6 +175,10 @@ class Guard:
     def __init__(self, *, share: float = 0.01) -> None:
         self._share = share
         self._balance = 1.0  # plain passes
+
+    def begin(self) -> None:
+        """Another answer: what the last one gained is not this one's to lose."""
+        self._balance = min(self._balance, 1.0)
 
     @property
     def credit(self) -> float:
@@ -235,6 +239,14 @@ class Planner:
         self._worth = 0.1  # of what recycling offers where it knows something, in tokens
         self._reading_ms = 0.0  # to read the likeliest tokens off a row
         self._turn = 0
+
+    NEW_TEXT = 200
+    """Tokens that evidence fades by between two answers, which differ more than parts of one."""
+
+    def begin(self) -> None:
+        """Another answer."""
+        self.guard.begin()
+        self.economy.calibration.passed(self.NEW_TEXT)
 
     def draft(self, pending: int, *, n_max: int) -> Tree:
         """See `Drafter.draft`."""

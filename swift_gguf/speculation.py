@@ -51,7 +51,7 @@ JOINT_MIN = 0.05
 SEARCHED_LENGTH = 8
 """Draft tokens that a sub-network is judged by, where the user sets no limit."""
 
-SEARCH_SHARE, SEARCH_SHARE_AUTO = 0.05, 0.005
+SEARCH_SHARE, SEARCH_SHARE_AUTO = 0.05, 0.01
 """Of the generation's time: where layer-skip was asked for, and where it may turn out useless."""
 
 WINDOW = 16
@@ -299,10 +299,12 @@ class Speculation:
             searcher.reopen()  # of another kind of text there may be more to learn
         if isinstance(self.drafter, LayerSkip):
             self.drafter.sampler = sampler
+        if isinstance(self.drafter, Planner):
+            self.drafter.begin()
         self._refresh()
         for windows in filter(None, (self._windows, self._idle_windows)):
             windows.first = prompt_n
-        return self._on_the_fly
+        return self._on_the_fly if self._is_promising else None
 
     def idle_search(self) -> IdleSearch | None:
         """A search on the model's live context for the time in which nobody uses the model.
@@ -321,6 +323,13 @@ class Speculation:
             on_step=self._refresh,
             meter=self.learning.meter,
         )
+
+    @property
+    def _is_promising(self) -> bool:
+        """Is a search worth the user's time?  Where layer-skip is one source of several, only if it
+        nearly pays; else `tune` and idle time are soon enough."""
+        known = self.learning.best_known if self.learning and self.learning.searcher else None
+        return not self.options.is_auto or (known is not None and known.rate.speedup > 0.9)
 
     def _observe(self, cycle: Cycle) -> None:
         """Tells the search how its sub-network fares."""
