@@ -149,8 +149,8 @@ struct q4_K_8x8 {
             for (int pair = 0; pair < QK_K / 64; pair++) {
                 const unpacked w = unpack(x[b], pair);
                 for (int c = 0; c < n_columns; c++) {
-                    const column & y   = ((const column *) (columns + c * stride))[b];
-                    __m256i sub[2][2] = {};
+                    const column & y         = ((const column *) (columns + c * stride))[b];
+                    __m256i        sub[2][2] = {};
                     for (int i = 0; i < 4; i++) {
                         for (int k = 0; k < 2; k++) {
                             const __m256i q8 = eight_bytes(y.qs + 64 * pair + 32 * k + 8 * i);
@@ -161,23 +161,22 @@ struct q4_K_8x8 {
                     for (int half = 0; half < 2; half++) {
                         const __m256i first  = _mm256_mullo_epi32(sub[0][half], w.scales[0][half]);
                         const __m256i second = _mm256_mullo_epi32(sub[1][half], w.scales[1][half]);
-                        dots[c][half] = _mm256_add_epi32(dots[c][half], _mm256_add_epi32(first, second));
+                        dots[c][half]        = _mm256_add_epi32(dots[c][half], _mm256_add_epi32(first, second));
                     }
                     // sums of 32 quants each, the two sub-blocks in one lane
                     const int16_t * s    = y.bsums + 4 * pair;
                     const uint16_t  low  = (uint16_t) (s[0] + s[1]);
                     const uint32_t  high = (uint16_t) (s[2] + s[3]);
                     const __m256i   both = _mm256_set1_epi32((int32_t) (high << 16 | low));
-                    min_dots[c] = _mm256_add_epi32(min_dots[c], _mm256_madd_epi16(both, w.mins));
+                    min_dots[c]          = _mm256_add_epi32(min_dots[c], _mm256_madd_epi16(both, w.mins));
                 }
             }
             const __m256 d = halves(x[b].d), dmin = halves(x[b].dmin);
             for (int c = 0; c < n_columns; c++) {
                 const __m256  dy    = _mm256_set1_ps(((const column *) (columns + c * stride))[b].d);
                 const __m256i total = join_pairs(dots[c][0], dots[c][1]);
-                sums[c]     = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), _mm256_mul_ps(d, dy), sums[c]);
-                min_sums[c] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(min_dots[c]), _mm256_mul_ps(dmin, dy),
-                                              min_sums[c]);
+                sums[c]             = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), _mm256_mul_ps(d, dy), sums[c]);
+                min_sums[c]         = _mm256_fmadd_ps(_mm256_cvtepi32_ps(min_dots[c]), _mm256_mul_ps(dmin, dy), min_sums[c]);
             }
         }
         for (int c = 0; c < n_columns; c++) {
@@ -225,7 +224,7 @@ struct q4_0_8x8 {
                     excess           = dot(excess, eight, q8);
                 }
                 const __m256i total =
-                    join_pairs(_mm256_sub_epi32(dots[0], excess), _mm256_sub_epi32(dots[1], excess));
+                        join_pairs(_mm256_sub_epi32(dots[0], excess), _mm256_sub_epi32(dots[1], excess));
                 const __m256 dy = _mm256_set1_ps(GGML_CPU_FP16_TO_FP32(y.d));
                 sums[c]         = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), _mm256_mul_ps(d, dy), sums[c]);
             }
