@@ -86,7 +86,7 @@ class Costs:
         """A full pass of `width` tokens with logits for every row.
 
         Between measured widths on a straight line; beyond the last one as from the last but one to
-        it, but never less.
+        it, or as on average if that is more.
         """
         if width < 1:
             raise ValueError(f"a pass of {width} tokens")
@@ -95,7 +95,9 @@ class Costs:
         right = min(bisect_left(points, (width, 0.0)), len(points) - 1)
         (low, low_ms), (high, high_ms) = points[right - 1 : right + 1]
         slope = (high_ms - low_ms) / (high - low)
-        return high_ms + (width - high) * (max(0.0, slope) if width > high else slope)
+        if width > high:  # a last step that happens to be flat promises nothing
+            slope = max(slope, (high_ms - self.pass_ms[0][1]) / high, 0.0)
+        return high_ms + (width - high) * slope
 
     def at(self, n_kv: int) -> Costs:
         """The costs at another length of context: attention reads more or less of the cache.
@@ -223,8 +225,11 @@ class CostsHere:
         beside = self._beside.get(width, 0.0)
         surprise = math.log(ms / self._measured[width]) - self._speed - beside
         surprise = max(-self.NOISE, min(self.NOISE, surprise))  # a hiccup counts little
-        self._beside[width] = beside + surprise / 16
-        self._speed += surprise / 32
+        if width == 1:  # what the others are compared with: it tells of the machine alone
+            self._speed += surprise / 16
+        else:
+            self._beside[width] = beside + surprise / 16
+            self._speed += surprise / 32
         self._correct()
 
     def refreshed(self) -> Costs:

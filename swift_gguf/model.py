@@ -343,8 +343,9 @@ class Model:
         self.rollback(start)
         for begin, end in [*prefilled, (len(text), len(text))]:
             while self.n_past < begin:
-                # rows of logits that nobody reads: kernels that round as for single tokens
-                self._append(text[self.n_past : min(begin, self.n_past + self.n_batch)], 2, None)
+                # narrow, and with rows that nobody reads: kernels that round as for single tokens
+                end_here = min(begin, self.n_past + min(self.n_batch, PREFILL_WIDTH))
+                self._append(text[self.n_past : end_here], 2, None)
             if begin < end:
                 self._append(text[max(begin, start) : end], 0, None)
 

@@ -20,6 +20,7 @@ from itertools import accumulate
 from time import perf_counter
 from typing import Protocol
 
+from swift_gguf.cells import MAX_BRANCHES
 from swift_gguf.drafting.passes import Passes
 from swift_gguf.drafting.policy import Calibration, Prior
 from swift_gguf.drafting.recycling import Recycling
@@ -33,6 +34,9 @@ MAX_NODES = 32
 
 WIDTHS = (2, 3, 4, 6, 8, 12, 16, 24, MAX_NODES)
 """Where the costs of a pass are looked at."""
+
+LAG_DISCOUNT = 4.0
+"""By which tokens decoded together are cheaper than one by one."""
 
 FLOOR = 0.02
 """Less likely tokens are not looked at."""
@@ -234,6 +238,8 @@ class Planner:
         self._offered: dict[int, list[Offer]] = {}
         self._pending = 0
         self._passed = False  # for the latest draft
+        self._is_new = True
+        self._catching_up_s = 0.0
         self._credit_ms = 0.0  # what it may still lose
         self._priced: list[tuple[Passes, float]] = []
         self._worth = 0.1  # of what recycling offers where it knows something, in tokens
@@ -247,6 +253,7 @@ class Planner:
         """Another answer."""
         self.guard.begin()
         self.economy.calibration.passed(self.NEW_TEXT)
+        self._is_new = True
 
     def draft(self, pending: int, *, n_max: int) -> Tree:
         """See `Drafter.draft`."""
@@ -265,12 +272,15 @@ class Planner:
         if not self._forced:
             self.economy.look()
         self._priced = [(each.passes, each.cost_ms()) for each in self.drafts]
+        self._catch_up()
         begun: list[Passes] = []
+        is_wide = self._siblings > 1 or self._shape.branching(0.0) > 1
         try:
             tree = grow(
                 lambda tree, node: self._expand(tree, node, begun),
                 self._fixed or self.economy,
-                replace(self._shape, n_nodes=n_max),
+                # each leaf of a tree is a sequence
+                replace(self._shape, n_nodes=min(n_max, MAX_BRANCHES) if is_wide else n_max),
                 is_eog=self._model.is_eog,
             )
         finally:
@@ -282,6 +292,19 @@ class Planner:
         n = self.economy.affordable(len(tree), self._credit_ms)
         best = self.economy.best_cut(tree.joints[:n])
         return tree.cut(max(best, min(1, len(tree), self._forced)))
+
+    def _catch_up(self) -> None:
+        """Another answer: sources that may pay read the prompt, which is part of getting ready."""
+        self._catching_up_s = 0.0
+        if not self._is_new:
+            return
+        self._is_new = False
+        start = perf_counter()
+        for passes, cost_ms in self._priced:
+            if passes.lag() and (self._forced or self.economy.pays(passes.name, 1.0, 0.0, cost_ms)):
+                passes.begin(self._pending)
+                passes.end()
+        self._catching_up_s = perf_counter() - start
 
     @property
     def active(self) -> bool:
@@ -321,6 +344,8 @@ class Planner:
         for passes, cost_ms in self._priced:
             n_missing = passes.missing(tree, node) if passes in begun else len(tree.path(node)) + 1
             ms = n_missing * cost_ms
+            if passes not in begun:
+                ms += passes.lag() * cost_ms / LAG_DISCOUNT
             n = len(tree) + 1  # with what it will offer
             within = economy.affordable(n, self._credit_ms - ms) == n
             if must or (within and economy.pays(passes.name, joint, covered, ms)):
@@ -342,7 +367,8 @@ class Planner:
         calibration.passed(n_tokens)
         self._prices.observe(width, 1e3 * cycle.verify_s)
         # what such a pass takes rather than what this one took: a hiccup is nobody's fault
-        ms = self._prices.verify_ms(width) + 1e3 * cycle.draft_s
+        ms = self._prices.verify_ms(width) + 1e3 * (cycle.draft_s - self._catching_up_s)
+        self._catching_up_s = 0.0
         economy.took(n_tokens, ms)
         self.guard.count(n_tokens, ms, economy.plain_ms, drafted=len(tree) > 0 or self._passed)
         self._since_draft = 0 if len(tree) else self._since_draft + 1

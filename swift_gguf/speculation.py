@@ -12,14 +12,14 @@ from swift_gguf.drafting.draft_model import DraftModel
 from swift_gguf.drafting.layer_skip import LayerSkip
 from swift_gguf.drafting.ngram import NGram
 from swift_gguf.drafting.passes import Passes
-from swift_gguf.drafting.policy import Calibration, Threshold
+from swift_gguf.drafting.policy import Adaptive, Calibration, Threshold
 from swift_gguf.drafting.recycling import Recycling
 from swift_gguf.drafting.source import Cycle, Lookup
 from swift_gguf.drafting.tree import Shape, caterpillar
 from swift_gguf.errors import SubnetworkError, SwiftError, UnsupportedModelError
 from swift_gguf.learning import Learning, SearchOptions, space_of
 from swift_gguf.model import Model, Sublayer
-from swift_gguf.planner import MAX_NODES, PRIORS, WIDE, Drafts, Economy, Planner, measured_ms
+from swift_gguf.planner import MAX_NODES, PRIORS, WIDE, Drafts, Planner, measured_ms
 from swift_gguf.profile import Store
 from swift_gguf.search.drivers import IdleSearch, OnTheFly
 from swift_gguf.search.optimizer import Search, Searcher
@@ -106,8 +106,9 @@ class SpeculationOptions:
         """What may draft."""
         if self.mode != "auto":
             return tuple(dict.fromkeys(name.strip() for name in self.mode.split(",")))
-        if self.is_by_hand or self.sampled or self.search == "paper":
-            return (layer_skip.NAME,)  # the rest of the options speaks of it
+        speaks_of_it = (self.p_min, self.tree, self.skip_attn, self.skip_ffn)
+        if self.sampled or self.search == "paper" or any(x is not None for x in speaks_of_it):
+            return (layer_skip.NAME,)
         return tuple(name for name in SOURCES if name != draft_model.NAME or self.draft_model)
 
     @property
@@ -162,7 +163,7 @@ class Speculation:
     def why(self) -> str:
         """The reason for what drafts, or for why nothing does."""
         if isinstance(self.drafter, Planner) and self.options.is_auto:
-            return f"{self._why}, where it pays" if self.enabled else self.drafter.why_plain
+            return f"{self._why}: where they pay" if self.enabled else self.drafter.why_plain
         if self.learning and self.learning.searcher and self._skipping:
             return f"{self._why}: {self._subnetwork}"
         return self._why
@@ -224,11 +225,11 @@ class Speculation:
         """Returns where the sub-network comes from."""
         self._skipping = Passes(layer_skip.NAME, self._model, self._subnetwork)
         if learning.searcher is None:
-            return f"{layer_skip.NAME}, as given: {self._subnetwork}"
+            return f"{layer_skip.NAME} as given: {self._subnetwork}"
         if self.options.search != "off":
             self._on_the_fly = self._search(learning, learning.searcher)
         origin = "found by search" if learning.started_from_profile else "a first guess"
-        return f"{layer_skip.NAME}, {origin}"
+        return f"{layer_skip.NAME} ({origin})"
 
     def _search(self, learning: Learning, searcher: Searcher) -> OnTheFly:
         options = self.options
@@ -276,7 +277,16 @@ class Speculation:
         if not self._skipping:
             raise SwiftError("--speculative-sampling drafts by layer-skip; leave other sources out")
         is_fixed = self.options.p_min is not None
-        policy = self._threshold() if is_fixed else Economy(self._calibration, learning.here)
+        here = learning.here
+        policy = (
+            self._threshold()
+            if is_fixed
+            else Adaptive(
+                self._calibration,
+                draft_share=lambda: here.draft_ms(self._subnetwork) / here.verify_ms(1),
+                verify_share=lambda: (here.verify_ms(5) / here.verify_ms(1) - 1) / 4,
+            )
+        )
         shape = TREES[self.options.tree or "chain"]
         drafter = LayerSkip(self._model, self._subnetwork, policy=policy, shape=shape)
         drafter.watch(lambda cycle: self._calibration.observe(cycle.tree, cycle.verdict.accepted))

@@ -12,8 +12,8 @@ extern "C" {
 struct ggml_compute_params;
 struct ggml_tensor;
 
-// Wider passes are prefill, for which ggml has better kernels.
-#define SWIFT_NARROW_MAX 64
+// A pending token and 64 draft tokens fit. Wider passes are prefill, for which ggml has better kernels.
+#define SWIFT_NARROW_MAX 72
 
 // Computes the product in batch-invariant mode (params->use_ref), if its types are known here; called
 // by every thread of the pool. False: nothing was done, and no thread was waited for.

@@ -79,7 +79,7 @@ LLAMA_API const char * swift_gguf_rollback_refusal(const struct llama_context * 
 
 /* Computes on the CPU so that a row's result depends neither on how many rows are decoded with it nor on
  * how far the cache is padded, as needed to verify drafts exactly: flash attention by ggml's reference path
- * (no tiles, no splitting of the sums over threads), products with up to 64 columns by native/cpu where it
+ * (no tiles, no splitting of the sums over threads), products with up to 72 columns by native/cpu where it
  * has kernels, which are also the faster ones there. May be switched at any time between passes. Returns 0,
  * or SWIFT_GGUF_ERROR_ARGUMENT if the CPU backend has no such switch. */
 LLAMA_API int32_t swift_gguf_set_batch_invariant(struct llama_context * ctx, bool enable);

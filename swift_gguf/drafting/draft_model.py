@@ -6,7 +6,8 @@ from itertools import takewhile
 from pathlib import Path
 
 from swift_gguf.drafting.passes import Passes
-from swift_gguf.errors import ModelError, UnsupportedModelError
+from swift_gguf.drafting.tree import Offer, Tree
+from swift_gguf.errors import DecodeError, ModelError, StoppedError, UnsupportedModelError
 from swift_gguf.model import Model, ModelOptions
 from swift_gguf.native import library
 
@@ -58,9 +59,23 @@ class DraftModel(Passes):
             self.model.clear()
         elif common < len(own):
             self.model.rollback(common)
-        if common < len(text):
-            self.model.decode(text[common:], n_outputs=0)
+        try:
+            if common < len(text):
+                self.model.decode(text[common:], n_outputs=0)
+        except StoppedError:
+            raise
+        except DecodeError:  # a token that only the target has
+            return
         super().begin(pending)
+
+    def offers(self, tree: Tree, node: int, k: int) -> list[Offer]:
+        """See `Passes.offers`; without tokens that only the draft model has."""
+        offers = super().offers(tree, node, k)
+        return [offer for offer in offers if offer.token < self._target.n_vocab]
+
+    def lag(self) -> int:
+        """Tokens of the target's text that `begin` would have to decode, about."""
+        return max(0, self._target.n_past - self.model.n_past)
 
     def close(self) -> None:
         """Frees the model."""

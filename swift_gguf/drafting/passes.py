@@ -31,9 +31,13 @@ class Passes:
 
     def end(self) -> None:
         """The tree is complete, or given up."""
-        if self._decoded:
+        if self._decoded is not None:
             self.model.rollback(self._n_past)
         self._decoded = None
+
+    def lag(self) -> int:
+        """Tokens that `begin` would have to decode."""
+        return 0
 
     def missing(self, tree: Tree, node: int) -> int:
         """How many tokens a pass for the offers after `node` has to decode."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from swift_gguf.drafting.tree import ROOT, Offer, Tree
@@ -142,3 +142,38 @@ class Calibration:
         band.accepted = band.accepted * faded + accepted
         band.judged = band.judged * faded + 1.0
         band.at = self._now
+
+
+class Adaptive:
+    """Goes on while a token is expected to save more time than it takes.
+
+    For a source that drafts by itself: a token accepted with probability J (its whole path
+    included) saves J plain passes.  To verify it takes `verify_share` of one, to draft what comes
+    after it `draft_share`.
+    """
+
+    CEILING = 0.95
+    """A token this certain is always drafted, or there would be nothing to learn from where drafts
+    look too dear."""
+
+    def __init__(
+        self,
+        calibration: Calibration,
+        *,
+        draft_share: Callable[[], float],
+        verify_share: Callable[[], float],
+    ) -> None:
+        self._calibration = calibration
+        self._draft_share, self._verify_share = draft_share, verify_share
+
+    def joint(self, joint: float, offer: Offer) -> float:
+        """The product of the measured acceptances."""
+        return joint * self._calibration.acceptance(offer.probability, offer.source)
+
+    def includes(self, probability: float, joint: float) -> bool:
+        """Its place in the verification pays."""
+        return joint >= min(self._verify_share(), self.CEILING)
+
+    def extends(self, probability: float, joint: float) -> bool:
+        """The pass that drafts what comes after it, and the place of that, pay."""
+        return joint >= min(self._draft_share() + self._verify_share(), self.CEILING)

@@ -62,7 +62,7 @@ def test_what_tune_finds_generate_uses_and_info_shows(
     arguments = ("-p", "hello 1", "-n", 60, "--temp", 0, "--json", *FEW)
     drafted = cli("generate", model, *arguments, "--speculation", "layer-skip")
     answer = json.loads(drafted.stdout)
-    assert answer["speculation"]["why"].startswith("layer-skip, found by search: without")
+    assert answer["speculation"]["why"].startswith("layer-skip (found by search): without")
     assert answer["speculation"]["sources"]["layer-skip"]["drafted"] > 0
     plain = json.loads(cli("generate", model, *arguments, "--speculation", "off").stdout)
     assert plain["tokens"] == answer["tokens"]

@@ -16,6 +16,7 @@ from swift_gguf.model import Model
 from swift_gguf.native import library
 from swift_gguf.sampling import SamplingOptions
 from swift_gguf.subnetwork import SubNetwork
+from swift_gguf.text import encode
 from swift_gguf.verification import Verdict
 from tests.conftest import N_GPU_LAYERS
 from tests.model.prompts import PROMPTS
@@ -135,8 +136,6 @@ def test_sliding_window_past_512(
 ) -> None:
     """Gemma 3: rolled-back positions come back into windows that had moved on."""
     model = open_model(real("gemma3-270m", "Q8_0"), n_ctx=2048)
-    from swift_gguf.text import encode
-
     prompt = encode(model, "The list goes on. ".join(PROMPTS))
     assert len(prompt) > 530
     plain, _ = decode(model, prompt, max_tokens=96)
@@ -185,7 +184,7 @@ def test_logits_do_not_depend_on_the_width(
     if not NARROW_KERNELS:
         pytest.skip("a property of the kernels for x86 with AVX2")
     model = open_model(real(name, quant), n_ctx=256)
-    model.decode(chat_tokens(model, PROMPTS[0]), n_outputs=1)
+    model.decode(encode(model, PROMPTS[0]), n_outputs=1)
     n_past, tokens = model.n_past, [1000 + 17 * i for i in range(48)]
     alone = []
     for token in tokens:

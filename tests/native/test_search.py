@@ -281,7 +281,7 @@ def test_what_one_run_learned_the_next_begins_with(
     assert later.learning is not None
     assert later.learning.costs == first.here.refreshed()
     assert later.learning.best == stored.known[0].subnetwork
-    assert later.why == f"layer-skip, found by search: {later.learning.best}"
+    assert later.why == f"layer-skip (found by search): {later.learning.best}"
     assert later.learning.best_known is not None
     assert later.learning.best_known.rate.positions >= stored.known[0].positions
     assert later.why != speculation.why
@@ -346,7 +346,7 @@ def test_a_sub_network_by_hand_is_kept(load: Opener, tmp_path: Path) -> None:
         speculation = speculate(model, tmp_path, **by_hand, **more)
         assert speculation.drafter is not None
         assert speculation.enabled
-        assert speculation.why == f"layer-skip, as given: {PLANTED}"
+        assert speculation.why == f"layer-skip as given: {PLANTED}"
         assert speculation.begin(len(PROMPT)) is None  # nothing to search
         stats = Stats()
         run(model, PROMPT, 60, drafter=speculation.drafter, stats=stats)
