@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -15,6 +14,7 @@ from swift_gguf.drafting.source import Cycle, Drafter
 from swift_gguf.drafting.tree import Tree
 from swift_gguf.errors import ContextFullError, UnsupportedModelError
 from swift_gguf.stats import Stats
+from swift_gguf.tokens import common_prefix
 from swift_gguf.verification import verify
 
 if TYPE_CHECKING:
@@ -161,9 +161,7 @@ def _prefill(model: Target, prompt: Sequence[int], stats: Stats) -> None:
             "use a larger --ctx-size or a shorter prompt"
         )
     start = perf_counter()
-    pairs = zip(model.tokens, prompt, strict=False)
-    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    common = min(common, len(prompt) - 1)
+    common = min(common_prefix(model.tokens, prompt), len(prompt) - 1)
     _keep(model, common)
     common = len(model.tokens)
     model.decode(prompt[common:], n_outputs=1)

@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from time import perf_counter
 from typing import Protocol
 
-from swift_gguf.cells import MAX_BRANCHES
 from swift_gguf.drafting.passes import Passes
 from swift_gguf.drafting.policy import Calibration, Prior
 from swift_gguf.drafting.recycling import Recycling
@@ -89,10 +88,7 @@ def measured_ms(model: Model) -> Callable[[], float]:
 
 
 class Economy:
-    """A policy that draws a line where a draft's tokens cost more than they promise.
-
-    rate: tokens a millisecond that are to be had otherwise; may be set.
-    """
+    """A policy that draws a line where a draft's tokens cost more than they promise."""
 
     MEMORY = 64
     """Cycles over which the rate is averaged."""
@@ -110,7 +106,7 @@ class Economy:
 
     @property
     def rate(self) -> float:
-        """The better of plain decoding and what was reached lately."""
+        """Tokens a millisecond to be had otherwise: plainly, or as was reached lately."""
         # as if there had been as many cycles of plain decoding before the first
         tokens, ms = self._tokens + self.MEMORY / 4, self._ms + self.MEMORY / 4 * self.plain_ms
         return max(1.0 / self.plain_ms, tokens / ms)
@@ -274,13 +270,11 @@ class Planner:
         self._priced = [(each.passes, each.cost_ms()) for each in self.drafts]
         self._catch_up()
         begun: list[Passes] = []
-        is_wide = self._siblings > 1 or self._shape.branching(0.0) > 1
         try:
             tree = grow(
                 lambda tree, node: self._expand(tree, node, begun),
                 self._fixed or self.economy,
-                # each leaf of a tree is a sequence
-                replace(self._shape, n_nodes=min(n_max, MAX_BRANCHES) if is_wide else n_max),
+                self._shape.sized(n_max),
                 is_eog=self._model.is_eog,
             )
         finally:

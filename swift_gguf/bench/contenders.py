@@ -11,13 +11,13 @@ from time import perf_counter
 from typing import Any, Protocol
 
 from swift_gguf.bench.modes import AUTO, LOOKUP, PLAIN, Mode
-from swift_gguf.bench.ties import common_prefix
 from swift_gguf.engine import generate
 from swift_gguf.model import Model
 from swift_gguf.profile import Store
 from swift_gguf.sampling import Sampler, SamplingOptions
 from swift_gguf.speculation import Speculation, SpeculationOptions
 from swift_gguf.stats import SourceStats, Stats
+from swift_gguf.tokens import common_prefix
 
 LOOKUP_TOKENS = 10
 """The `num_pred_tokens` of LlamaPromptLookupDecoding, and its default."""

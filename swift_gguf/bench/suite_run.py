@@ -20,13 +20,14 @@ from swift_gguf.bench.mechanism import subject
 from swift_gguf.bench.modes import PLAIN, Mode, sweep
 from swift_gguf.bench.spread import machine
 from swift_gguf.bench.suite_report import Progress, Report, Result
-from swift_gguf.bench.ties import common_prefix, explain, is_bit_invariant
+from swift_gguf.bench.ties import explain, is_bit_invariant
 from swift_gguf.engine import generate
 from swift_gguf.model import Model
 from swift_gguf.profile import fingerprint
 from swift_gguf.sampling import Sampler, SamplingOptions
 from swift_gguf.suite import Row
 from swift_gguf.text import Message, StreamDecoder, chat_template, encode, render_chat
+from swift_gguf.tokens import common_prefix
 
 WARM_UP = "Hello"
 WARM_UP_TOKENS = 8

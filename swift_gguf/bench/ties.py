@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 import numpy as np
 import numpy.typing as npt
 
 from swift_gguf.model import Model
+from swift_gguf.tokens import common_prefix
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 """Of usual verifications."""
@@ -95,12 +95,6 @@ def rows_by_width(
         model.decode(tokens[len(tokens) - width :], n_outputs=width)
         rows.append(model.logits(width - 1))
     return rows
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
-    return sum(1 for _ in pairs)
 
 
 def _logit(model: Model, row: npt.NDArray[np.float32], rest: Sequence[int]) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import takewhile
 from pathlib import Path
 
 from swift_gguf.drafting.passes import Passes
@@ -10,6 +9,7 @@ from swift_gguf.drafting.tree import Offer, Tree
 from swift_gguf.errors import DecodeError, ModelError, StoppedError, UnsupportedModelError
 from swift_gguf.model import Model, ModelOptions
 from swift_gguf.native import library
+from swift_gguf.tokens import common_prefix
 
 NAME = "draft-model"
 
@@ -53,8 +53,7 @@ class DraftModel(Passes):
         Whatever is raised, the next draft begins anew.
         """
         text, own = self._target.tokens, self.model.tokens
-        pairs = zip(text, own, strict=False)
-        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        common = common_prefix(text, own)
         if common == 0:
             self.model.clear()
         elif common < len(own):

@@ -7,10 +7,8 @@ worth more than anything else a draft can do.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from swift_gguf.cells import MAX_BRANCHES
 from swift_gguf.drafting.passes import Passes
 from swift_gguf.drafting.policy import Threshold
 from swift_gguf.drafting.source import Cycle
@@ -65,10 +63,8 @@ class LayerSkip:
 
     def draft(self, pending: int, *, n_max: int) -> Tree:
         """See `Drafter.draft`."""
-        is_chain = self.shape.branching(0.0) == 1
-        n_nodes = n_max if is_chain else min(n_max, MAX_BRANCHES)  # each leaf is a sequence
-        shape = replace(self.shape, n_nodes=n_nodes)
-        width = 1 if is_chain else shape.branching(0.0)
+        shape = self.shape.sized(n_max)
+        width = shape.branching(0.0)
         self._passes.begin(pending)
         try:
             if self.sampler is not None:
@@ -88,10 +84,11 @@ class LayerSkip:
         self, tree: Tree, node: int, width: Callable[[float], int]
     ) -> tuple[Sequence[Offer], Distribution | None]:
         assert self.sampler is not None
-        if not self._passes.run(tree, node):
+        row = self._passes.run(tree, node)
+        if row is None:
             return [], None
         try:
-            q = self.sampler.proposal(self._model, 0, tree.path(node))
+            q = self.sampler.proposal(self._model, row, tree.path(node))
         except SamplingError:  # a path that the grammar cannot go on from
             return [], None
         children = self.sampler.draw(q, width(float(q.p.max())))

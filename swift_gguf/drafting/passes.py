@@ -43,13 +43,13 @@ class Passes:
         """How many tokens a pass for the offers after `node` has to decode."""
         return len(self._path(tree, node))
 
-    def run(self, tree: Tree, node: int) -> bool:
-        """A pass over `node` and what of its path is not decoded yet; the last row is the node's.
+    def run(self, tree: Tree, node: int) -> int | None:
+        """A pass over `node` and what of its path is not decoded yet; the node's row of logits.
 
-        False where a draft cannot go on; the target may.
+        None where a draft cannot go on; the target may.
         """
         if self._decoded is None:
-            return False
+            return None
         path = self._path(tree, node)
         parents = [self._decoded.get(self._parent(tree, path[0]), -1)]
         parents += range(len(self._decoded), len(self._decoded) + len(path) - 1)
@@ -60,15 +60,15 @@ class Passes:
             raise
         except DecodeError:
             self._decoded = None  # the model took all of the tree back
-            return False
+            return None
         for each in path:
             self._decoded[each] = len(self._decoded)
-        return True
+        return len(path) - 1
 
     def offers(self, tree: Tree, node: int, k: int) -> list[Offer]:
         """The k likeliest tokens after `node`, likeliest first; none where a draft cannot go on."""
-        row = self.missing(tree, node) - 1
-        if not self.run(tree, node):
+        row = self.run(tree, node)
+        if row is None:
             return []
         tokens, probabilities = self.model.top(row, k)
         return [Offer(t, p, self.name) for t, p in zip(tokens, probabilities, strict=True)]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, count
 from operator import mul
 from typing import TYPE_CHECKING, Protocol
+
+from swift_gguf.cells import MAX_BRANCHES
 
 if TYPE_CHECKING:
     from swift_gguf.speculative_sampling import Distribution
@@ -123,6 +125,15 @@ class Shape:
     """Children of a node at most, by the draft's top probability there."""
     only_first_extends: bool = False
     """Only the likeliest child is extended: SWIFT's caterpillar (§4.2)."""
+
+    @property
+    def is_chain(self) -> bool:
+        """Has every node one child at most?"""
+        return self.branching(0.0) == 1
+
+    def sized(self, n_max: int) -> Shape:
+        """This shape with at most `n_max` nodes: each leaf of a tree is a sequence of its own."""
+        return replace(self, n_nodes=n_max if self.is_chain else min(n_max, MAX_BRANCHES))
 
 
 def caterpillar(top: float) -> int:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +38,11 @@ def assert_one_line_failure(done: subprocess.CompletedProcess[str]) -> None:
     assert done.stderr.startswith("swift-gguf: "), done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of the test's own for what is learned."""
+    folder = tmp_path / "profiles"
+    monkeypatch.setenv("SWIFT_GGUF_PROFILES", str(folder))
+    return folder

@@ -23,11 +23,7 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 FEW = ("-c", 512, "-ngl", 0, "-t", 1, "-n", 24)
 
 
-@pytest.fixture(autouse=True)
-def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "profiles"
-    monkeypatch.setenv("SWIFT_GGUF_PROFILES", str(folder))
-    return folder
+pytestmark = pytest.mark.usefixtures("profiles")
 
 
 @pytest.fixture

@@ -20,13 +20,6 @@ FEW = ("-c", 512, "-ngl", 0)
 
 
 @pytest.fixture
-def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "profiles"
-    monkeypatch.setenv("SWIFT_GGUF_PROFILES", str(folder))
-    return folder
-
-
-@pytest.fixture
 def model(tiny: Callable[..., Path]) -> Path:
     return tiny("llama", noop_ffn=(1,), noop_attn=(2,))
 
