@@ -83,6 +83,16 @@ inline float add_up(__m256 lanes) {
     return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 
+// Weights are read once, in order, and faster than the hardware's own prefetching expects while each is
+// multiplied with many columns: ask for what comes this far behind (measured, docs/benchmarks.md).
+constexpr size_t AHEAD = 4096;
+
+inline void prefetch(const void * bytes, size_t n) {
+    for (size_t i = 0; i < n; i += 64) {
+        _mm_prefetch((const char *) bytes + AHEAD + i, _MM_HINT_T0);
+    }
+}
+
 // -- repacked Q4_K: eight rows at a time, as ggml_gemv_q4_K_8x8_q8_K --------------------------------
 
 struct q4_K_8x8 {
@@ -142,6 +152,7 @@ struct q4_K_8x8 {
             sums[c] = min_sums[c] = _mm256_setzero_ps();
         }
         for (int64_t b = 0; b < n_blocks; b++) {
+            prefetch(x + b, sizeof(weights));
             __m256i dots[MAX_COLUMNS][2], min_dots[MAX_COLUMNS];
             for (int c = 0; c < n_columns; c++) {
                 dots[c][0] = dots[c][1] = min_dots[c] = _mm256_setzero_si256();
@@ -202,6 +213,7 @@ struct q4_0_8x8 {
             sums[c] = _mm256_setzero_ps();
         }
         for (int64_t b = 0; b < n_blocks; b++) {
+            prefetch(x + b, sizeof(weights));
             // Repacked nibbles are two's complement; with 8 added they are unsigned, and 8 times the
             // sum of the column's quants is taken off again.
             __m256i quants[4][2];
@@ -282,6 +294,7 @@ struct q6_K {
             size_t out_stride) {
         __m256 sums[N] = {};
         for (int64_t b = 0; b < n_blocks; b++) {
+            prefetch(x + b, sizeof(weights));
             const unpacked w = unpack(x[b]);
             for (int c = 0; c < N; c++) {
                 sums[c] = add_product(sums[c], w, ((const column *) (columns + c * stride))[b]);
