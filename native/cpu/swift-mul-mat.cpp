@@ -36,7 +36,7 @@ constexpr int TILE = 8;
 constexpr int TILE = 4;
 #    endif
 
-// sums + u * s, added up by fours; u of at most 7 bits, so that pairs fit 16 bits
+// sums + u * s, added up by fours; u of at most 7 bits (or 128), so that pairs fit 16 bits
 inline __m256i dot(__m256i sums, __m256i u, __m256i s) {
 #    if defined(__AVX512VNNI__) && defined(__AVX512VL__)
     return _mm256_dpbusd_epi32(sums, u, s);
@@ -90,6 +90,27 @@ constexpr size_t AHEAD = 4096;
 inline void prefetch(const void * bytes, size_t n) {
     for (size_t i = 0; i < n; i += 64) {
         _mm_prefetch((const char *) bytes + AHEAD + i, _MM_HINT_T0);
+    }
+}
+
+// kernel::multiply_tile for the columns left, of which it does N at most
+template <typename kernel, int N>
+void multiply_up_to(
+        int64_t n_blocks, const typename kernel::weights * x, const char * columns, size_t stride, int n_columns,
+        float * out, size_t out_stride) {
+    if (n_columns >= N) {
+        kernel::template multiply_tile<N>(n_blocks, x, columns, stride, out, out_stride);
+    } else if constexpr (N > 1) {
+        multiply_up_to<kernel, N - 1>(n_blocks, x, columns, stride, n_columns, out, out_stride);
+    }
+}
+
+template <typename kernel, int N>
+void multiply_tiles(
+        int64_t n_blocks, const typename kernel::weights * x, const char * columns, size_t stride, int n_columns,
+        float * out, size_t out_stride) {
+    for (int c = 0; c < n_columns; c += N) {
+        multiply_up_to<kernel, N>(n_blocks, x, columns + c * stride, stride, n_columns - c, out + c * out_stride, out_stride);
     }
 }
 
@@ -319,20 +340,55 @@ struct q6_K {
     static void multiply(
             int64_t n_blocks, const weights * x, const char * columns, size_t stride, int n_columns,
             float * out, size_t out_stride) {
-        for (int c = 0; c < n_columns; c += TILE) {
-            multiply_up_to<TILE>(n_blocks, x, columns + c * stride, stride, std::min(TILE, n_columns - c), out + c * out_stride, out_stride);
+        multiply_tiles<q6_K, TILE>(n_blocks, x, columns, stride, n_columns, out, out_stride);
+    }
+};
+
+// -- Q8_0: as ggml_vec_dot_q8_0_q8_0 ----------------------------------------------------------------
+
+struct q8_0 {
+    using weights = block_q8_0;
+    using column  = block_q8_0;
+
+    static constexpr int64_t rows = 4; // at a time, so that a column's scale is converted once for all
+
+    template <int N>
+    static void multiply_tile(
+            int64_t n_blocks, const weights * x, const char * columns, size_t stride, float * out,
+            size_t out_stride) {
+        __m256 sums[rows][N] = {};
+        for (int64_t b = 0; b < n_blocks; b++) {
+            __m256i quants[rows], magnitudes[rows];
+            __m256  d[rows];
+            for (int r = 0; r < rows; r++) {
+                const weights & block = x[r * n_blocks + b];
+                prefetch(&block, sizeof(weights));
+                quants[r]     = _mm256_loadu_si256((const __m256i *) block.qs);
+                magnitudes[r] = _mm256_abs_epi8(quants[r]);
+                d[r]          = _mm256_set1_ps(GGML_CPU_FP16_TO_FP32(block.d));
+            }
+            for (int c = 0; c < N; c++) {
+                const column & y  = ((const column *) (columns + c * stride))[b];
+                const __m256i  q8 = _mm256_loadu_si256((const __m256i *) y.qs);
+                const __m256   dy = _mm256_set1_ps(GGML_CPU_FP16_TO_FP32(y.d));
+                for (int r = 0; r < rows; r++) {
+                    const __m256i dots =
+                            dot(_mm256_setzero_si256(), magnitudes[r], _mm256_sign_epi8(q8, quants[r]));
+                    sums[r][c] = _mm256_fmadd_ps(_mm256_mul_ps(d[r], dy), _mm256_cvtepi32_ps(dots), sums[r][c]);
+                }
+            }
+        }
+        for (int c = 0; c < N; c++) {
+            for (int r = 0; r < rows; r++) {
+                out[c * out_stride + r] = add_up(sums[r][c]);
+            }
         }
     }
 
-    template <int N>
-    static void multiply_up_to(
+    static void multiply(
             int64_t n_blocks, const weights * x, const char * columns, size_t stride, int n_columns,
             float * out, size_t out_stride) {
-        if (n_columns == N) {
-            multiply_tile<N>(n_blocks, x, columns, stride, out, out_stride);
-        } else if constexpr (N > 1) {
-            multiply_up_to<N - 1>(n_blocks, x, columns, stride, n_columns, out, out_stride);
-        }
+        multiply_tiles<q8_0, TILE / 2>(n_blocks, x, columns, stride, n_columns, out, out_stride);
     }
 };
 
@@ -410,6 +466,10 @@ bool swift_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int64_
     }
     if (n_interleaved == 1 && src0->type == GGML_TYPE_Q6_K) {
         multiply<q6_K>(params, dst, GGML_TYPE_Q8_K);
+        return true;
+    }
+    if (n_interleaved == 1 && src0->type == GGML_TYPE_Q8_0 && src0->ne[1] % q8_0::rows == 0) {
+        multiply<q8_0>(params, dst, GGML_TYPE_Q8_0);
         return true;
     }
     return false;
