@@ -36,7 +36,7 @@ constexpr int TILE = 8;
 constexpr int TILE = 4;
 #    endif
 
-// sums + u * s, added up by fours; u of at most 7 bits (or 128), so that pairs fit 16 bits
+// sums + u * s, added up by fours; u of at most 7 bits (or 128) where pairs have to fit 16 bits
 inline __m256i dot(__m256i sums, __m256i u, __m256i s) {
 #    if defined(__AVX512VNNI__) && defined(__AVX512VL__)
     return _mm256_dpbusd_epi32(sums, u, s);
@@ -47,6 +47,31 @@ inline __m256i dot(__m256i sums, __m256i u, __m256i s) {
     return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 #    endif
 }
+
+// x * y by fours, both signed bytes, where the instructions want one side unsigned
+struct signed_dot {
+#    if defined(__AVX512VNNI__) && defined(__AVX512VL__) || defined(__AVXVNNI__)
+    // 128 is added to each x, and 128 times the sum of y taken off
+    __m256i y, start;
+
+    explicit signed_dot(__m256i y) :
+        y(y) {
+        start = _mm256_sub_epi32(_mm256_setzero_si256(), dot(_mm256_setzero_si256(), _mm256_set1_epi8(-128), y));
+    }
+
+    __m256i operator()(__m256i x) const { return dot(start, _mm256_xor_si256(x, _mm256_set1_epi8(-128)), y); }
+#    else
+    // the sign of x goes to y; sums of two stay within 16 bits
+    __m256i y;
+
+    explicit signed_dot(__m256i y) :
+        y(y) {}
+
+    __m256i operator()(__m256i x) const {
+        return dot(_mm256_setzero_si256(), _mm256_abs_epi8(x), _mm256_sign_epi8(y, x));
+    }
+#    endif
+};
 
 // sums + a * b, added up by twos
 inline __m256i dot_16(__m256i sums, __m256i a, __m256i b) {
@@ -358,23 +383,21 @@ struct q8_0 {
             size_t out_stride) {
         __m256 sums[rows][N] = {};
         for (int64_t b = 0; b < n_blocks; b++) {
-            __m256i quants[rows], magnitudes[rows];
+            __m256i quants[rows];
             __m256  d[rows];
             for (int r = 0; r < rows; r++) {
                 const weights & block = x[r * n_blocks + b];
                 prefetch(&block, sizeof(weights));
-                quants[r]     = _mm256_loadu_si256((const __m256i *) block.qs);
-                magnitudes[r] = _mm256_abs_epi8(quants[r]);
-                d[r]          = _mm256_set1_ps(GGML_CPU_FP16_TO_FP32(block.d));
+                quants[r] = _mm256_loadu_si256((const __m256i *) block.qs);
+                d[r]      = _mm256_set1_ps(GGML_CPU_FP16_TO_FP32(block.d));
             }
             for (int c = 0; c < N; c++) {
-                const column & y  = ((const column *) (columns + c * stride))[b];
-                const __m256i  q8 = _mm256_loadu_si256((const __m256i *) y.qs);
-                const __m256   dy = _mm256_set1_ps(GGML_CPU_FP16_TO_FP32(y.d));
+                const column &   y  = ((const column *) (columns + c * stride))[b];
+                const __m256     dy = _mm256_set1_ps(GGML_CPU_FP16_TO_FP32(y.d));
+                const signed_dot dot_with(_mm256_loadu_si256((const __m256i *) y.qs));
                 for (int r = 0; r < rows; r++) {
-                    const __m256i dots =
-                            dot(_mm256_setzero_si256(), magnitudes[r], _mm256_sign_epi8(q8, quants[r]));
-                    sums[r][c] = _mm256_fmadd_ps(_mm256_mul_ps(d[r], dy), _mm256_cvtepi32_ps(dots), sums[r][c]);
+                    const __m256i dots = dot_with(quants[r]);
+                    sums[r][c]         = _mm256_fmadd_ps(_mm256_mul_ps(d[r], dy), _mm256_cvtepi32_ps(dots), sums[r][c]);
                 }
             }
         }
