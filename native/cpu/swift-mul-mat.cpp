@@ -147,98 +147,117 @@ struct q4_K_8x8 {
 
     static constexpr int64_t rows = 8;
 
-    // Two sub-blocks of 32 weights of eight rows.
-    struct unpacked {
-        __m256i quants[2][4][2]; // eight bytes of four rows each
-        __m256i scales[2][2];    // 32 bits, twice for each row
-        __m256i mins;            // 16 bits, both sub-blocks of a row beside each other
+    // The 6-bit scales and minimums of a block: 12 bytes for each sub-block of 32 weights, eight of each.
+    struct factors {
+        alignas(32) uint8_t scales[8][8]; // [sub-block][row]
+        alignas(32) uint8_t mins[8][8];
     };
 
-    static unpacked unpack(const weights & block, int pair) {
-        const __m256i low     = _mm256_set1_epi8(0x0F);
-        const __m128i doubled = _mm_set_epi8(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
-        unpacked      out;
-        for (int i = 0; i < 4; i++) {
-            for (int half = 0; half < 2; half++) {
-                const uint8_t * bytes   = block.qs + pair * 256 + i * 64 + half * 32;
-                const __m256i   nibbles = _mm256_loadu_si256((const __m256i *) bytes);
-                out.quants[0][i][half]  = _mm256_and_si256(nibbles, low);
-                out.quants[1][i][half]  = _mm256_and_si256(_mm256_srli_epi16(nibbles, 4), low);
-            }
-        }
-        __m128i mins[2];
-        for (int sub = 0; sub < 2; sub++) {
-            const __m128i both  = scales_and_mins(block.scales + 24 * pair + 12 * sub);
-            const __m128i twice = _mm_shuffle_epi8(both, doubled);
-            out.scales[sub][0]  = _mm256_cvtepu8_epi32(twice);
-            out.scales[sub][1]  = _mm256_cvtepu8_epi32(_mm_unpackhi_epi64(twice, twice));
-            mins[sub]           = _mm_unpackhi_epi64(both, both);
-        }
-        out.mins = _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(mins[0], mins[1]));
+    static factors unpack_factors(const weights & block) {
+        // three words of each sub-block: apart, eight beside each other
+        const __m256i every_third = _mm256_setr_epi32(0, 3, 6, 9, 12, 15, 18, 21);
+        const int *   words       = (const int *) block.scales;
+        const __m256i in[3]       = {
+            _mm256_i32gather_epi32(words, every_third, 4),
+            _mm256_i32gather_epi32(words + 1, every_third, 4),
+            _mm256_i32gather_epi32(words + 2, every_third, 4),
+        };
+        const __m256i six  = _mm256_set1_epi8(0x3f);
+        const __m256i four = _mm256_set1_epi8(0x0f);
+        const __m256i two  = _mm256_set1_epi8(0x30);
+
+        const __m256i scales_0 = _mm256_and_si256(in[0], six);
+        const __m256i mins_0   = _mm256_and_si256(in[1], six);
+        const __m256i scales_4 = _mm256_or_si256(
+                _mm256_and_si256(in[2], four), _mm256_and_si256(_mm256_srli_epi32(in[0], 2), two));
+        const __m256i mins_4 = _mm256_or_si256(
+                _mm256_and_si256(_mm256_srli_epi32(in[2], 4), four), _mm256_and_si256(_mm256_srli_epi32(in[1], 2), two));
+
+        factors out;
+        store_beside(out.scales, scales_0, scales_4);
+        store_beside(out.mins, mins_0, mins_4);
         return out;
     }
 
-    // 6 bits each in 12 bytes: eight scales, then eight mins
-    static __m128i scales_and_mins(const uint8_t * packed) {
-        uint32_t in[3];
-        memcpy(in, packed, sizeof(in));
-        constexpr uint32_t six = 0x3f3f3f3f, four = 0x0f0f0f0f, two = 0x03030303;
-        const uint32_t     scales_0 = in[0] & six;
-        const uint32_t     scales_4 = (in[2] & four) | (((in[0] >> 6) & two) << 4);
-        const uint32_t     mins_0   = in[1] & six;
-        const uint32_t     mins_4   = ((in[2] >> 4) & four) | (((in[1] >> 6) & two) << 4);
-        return _mm_set_epi32(mins_4, mins_0, scales_4, scales_0);
+    // Words of rows 0-3 and of rows 4-7, eight each, to eight rows at a time
+    static void store_beside(uint8_t (*to)[8], __m256i rows_0123, __m256i rows_4567) {
+        const __m256i even = _mm256_unpacklo_epi32(rows_0123, rows_4567); // sub-blocks 0 1 | 4 5
+        const __m256i odd  = _mm256_unpackhi_epi32(rows_0123, rows_4567); // sub-blocks 2 3 | 6 7
+        _mm256_store_si256((__m256i *) to[0], _mm256_permute2x128_si256(even, odd, 0x20));
+        _mm256_store_si256((__m256i *) to[4], _mm256_permute2x128_si256(even, odd, 0x31));
     }
 
-    static void multiply(
-            int64_t n_blocks, const weights * x, const char * columns, size_t stride, int n_columns,
-            float * out, size_t out_stride) {
-        __m256 sums[MAX_COLUMNS], min_sums[MAX_COLUMNS];
-        for (int c = 0; c < n_columns; c++) {
-            sums[c] = min_sums[c] = _mm256_setzero_ps();
-        }
+    template <int N>
+    static void multiply_tile(
+            int64_t n_blocks, const weights * x, const char * columns, size_t stride, float * out,
+            size_t out_stride) {
+        const __m256i low     = _mm256_set1_epi8(0x0F);
+        __m256        sums[N] = {}, min_sums[N] = {};
         for (int64_t b = 0; b < n_blocks; b++) {
             prefetch(x + b, sizeof(weights));
-            __m256i dots[MAX_COLUMNS][2], min_dots[MAX_COLUMNS];
-            for (int c = 0; c < n_columns; c++) {
-                dots[c][0] = dots[c][1] = min_dots[c] = _mm256_setzero_si256();
+            const factors w = unpack_factors(x[b]);
+
+            // sums of 32 quants of the columns, both of a pair of sub-blocks beside each other
+            alignas(16) int32_t pair_sums[N][4];
+            for (int c = 0; c < N; c++) {
+                const __m128i * s = (const __m128i *) ((const column *) (columns + c * stride))[b].bsums;
+                _mm_store_si128((__m128i *) pair_sums[c], _mm_hadd_epi16(_mm_loadu_si128(s), _mm_loadu_si128(s + 1)));
             }
+
+            __m256i dots[N][2] = {}, min_dots[N] = {};
             for (int pair = 0; pair < QK_K / 64; pair++) {
-                const unpacked w = unpack(x[b], pair);
-                for (int c = 0; c < n_columns; c++) {
-                    const column & y         = ((const column *) (columns + c * stride))[b];
-                    __m256i        sub[2][2] = {};
-                    for (int i = 0; i < 4; i++) {
+                __m256i sub[N][2][2] = {};
+                for (int i = 0; i < 4; i++) {
+                    __m256i quants[2][2];
+                    for (int half = 0; half < 2; half++) {
+                        const uint8_t * bytes   = x[b].qs + pair * 256 + i * 64 + half * 32;
+                        const __m256i   nibbles = _mm256_loadu_si256((const __m256i *) bytes);
+                        quants[0][half]         = _mm256_and_si256(nibbles, low);
+                        quants[1][half]         = _mm256_and_si256(_mm256_srli_epi16(nibbles, 4), low);
+                    }
+                    for (int c = 0; c < N; c++) {
+                        const int8_t * y = ((const column *) (columns + c * stride))[b].qs + 64 * pair + 8 * i;
                         for (int k = 0; k < 2; k++) {
-                            const __m256i q8 = eight_bytes(y.qs + 64 * pair + 32 * k + 8 * i);
-                            sub[k][0]        = dot(sub[k][0], w.quants[k][i][0], q8);
-                            sub[k][1]        = dot(sub[k][1], w.quants[k][i][1], q8);
+                            const __m256i q8 = eight_bytes(y + 32 * k);
+                            sub[c][k][0]     = dot(sub[c][k][0], quants[k][0], q8);
+                            sub[c][k][1]     = dot(sub[c][k][1], quants[k][1], q8);
                         }
                     }
-                    for (int half = 0; half < 2; half++) {
-                        const __m256i first  = _mm256_mullo_epi32(sub[0][half], w.scales[0][half]);
-                        const __m256i second = _mm256_mullo_epi32(sub[1][half], w.scales[1][half]);
-                        dots[c][half]        = _mm256_add_epi32(dots[c][half], _mm256_add_epi32(first, second));
+                }
+                for (int k = 0; k < 2; k++) {
+                    const __m128i rows      = _mm_loadl_epi64((const __m128i *) w.scales[2 * pair + k]);
+                    const __m128i twice     = _mm_unpacklo_epi8(rows, rows); // each row has two sums
+                    const __m256i scales[2] = { _mm256_cvtepu8_epi32(twice), _mm256_cvtepu8_epi32(_mm_unpackhi_epi64(twice, twice)) };
+                    for (int c = 0; c < N; c++) {
+                        for (int half = 0; half < 2; half++) {
+                            dots[c][half] = _mm256_add_epi32(dots[c][half], _mm256_mullo_epi32(sub[c][k][half], scales[half]));
+                        }
                     }
-                    // sums of 32 quants each, the two sub-blocks in one lane
-                    const int16_t * s    = y.bsums + 4 * pair;
-                    const uint16_t  low  = (uint16_t) (s[0] + s[1]);
-                    const uint32_t  high = (uint16_t) (s[2] + s[3]);
-                    const __m256i   both = _mm256_set1_epi32((int32_t) (high << 16 | low));
-                    min_dots[c]          = _mm256_add_epi32(min_dots[c], _mm256_madd_epi16(both, w.mins));
+                }
+                const __m128i mins_0 = _mm_loadl_epi64((const __m128i *) w.mins[2 * pair]);
+                const __m128i mins_1 = _mm_loadl_epi64((const __m128i *) w.mins[2 * pair + 1]);
+                const __m256i mins   = _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(mins_0, mins_1));
+                for (int c = 0; c < N; c++) {
+                    min_dots[c] = _mm256_add_epi32(min_dots[c], _mm256_madd_epi16(_mm256_set1_epi32(pair_sums[c][pair]), mins));
                 }
             }
             const __m256 d = halves(x[b].d), dmin = halves(x[b].dmin);
-            for (int c = 0; c < n_columns; c++) {
+            for (int c = 0; c < N; c++) {
                 const __m256  dy    = _mm256_set1_ps(((const column *) (columns + c * stride))[b].d);
                 const __m256i total = join_pairs(dots[c][0], dots[c][1]);
                 sums[c]             = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), _mm256_mul_ps(d, dy), sums[c]);
                 min_sums[c]         = _mm256_fmadd_ps(_mm256_cvtepi32_ps(min_dots[c]), _mm256_mul_ps(dmin, dy), min_sums[c]);
             }
         }
-        for (int c = 0; c < n_columns; c++) {
+        for (int c = 0; c < N; c++) {
             _mm256_storeu_ps(out + c * out_stride, _mm256_sub_ps(sums[c], min_sums[c]));
         }
+    }
+
+    static void multiply(
+            int64_t n_blocks, const weights * x, const char * columns, size_t stride, int n_columns,
+            float * out, size_t out_stride) {
+        multiply_tiles<q4_K_8x8, TILE / 2>(n_blocks, x, columns, stride, n_columns, out, out_stride);
     }
 };
 
