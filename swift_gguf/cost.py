@@ -46,6 +46,10 @@ class Costs:
     """What the logits of a further row add to a pass of several tokens."""
     switch_ms: float = 0.0
     """What a one-token pass takes longer after a pass of another width, whose graph is another."""
+    narrow_ms: tuple[float, ...] = ()
+    """[n_layer], of `ffn_ms` what the sidecar's narrow FFN saves; empty: there is no sidecar."""
+    draft_head_ms: float = 0.0
+    """What the sidecar's head saves."""
 
     def __post_init__(self) -> None:
         widths = [width for width, _ in self.pass_ms]
@@ -55,8 +59,10 @@ class Costs:
         if not self.ffn_ms or len({len(kind) for kind in layers}) != 1:
             raise ValueError("times of different numbers of layers, or of none")
         times = [ms for _, ms in self.pass_ms]
-        single = (self.head_ms, self.row_ms, self.switch_ms)
-        if not all(0 <= ms < math.inf for ms in chain(times, single, *layers)):
+        single = (self.head_ms, self.row_ms, self.switch_ms, self.draft_head_ms)
+        if len(self.narrow_ms) not in (0, self.n_layer):
+            raise ValueError("times of narrow FFNs for another number of layers")
+        if not all(0 <= ms < math.inf for ms in chain(times, single, self.narrow_ms, *layers)):
             raise ValueError("a time is negative or not finite")
         if min(times) == 0 or self.n_kv < 0:
             raise ValueError("a pass that takes no time, or a context of negative length")
@@ -79,6 +85,8 @@ class Costs:
         saved = math.fsum(  # the same sum in any order: sets have none
             [self.attention_ms[layer] for layer in subnetwork.skip_attn]
             + [self.ffn_ms[layer] for layer in subnetwork.skip_ffn]
+            + [self.narrow_ms[layer] for layer in subnetwork.narrow_ffn if self.narrow_ms]
+            + [self.draft_head_ms if subnetwork.draft_head else 0.0]
         )
         return max(0.0, self.pass_ms[0][1] - saved)
 
@@ -124,6 +132,7 @@ class Costs:
             "attention_ms": list(self.attention_ms),
             "ffn_ms": list(self.ffn_ms),
             "kv_ms": list(self.kv_ms),
+            "narrow_ms": list(self.narrow_ms),
         }
 
     @classmethod
@@ -148,6 +157,8 @@ class Costs:
             n_kv=_whole(values["n_kv"]),
             row_ms=_real(values["row_ms"]),
             switch_ms=_real(values["switch_ms"]),
+            narrow_ms=tuple(_real(ms) for ms in _list(values["narrow_ms"])),
+            draft_head_ms=_real(values["draft_head_ms"]),
         )
 
 

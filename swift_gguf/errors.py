@@ -43,6 +43,10 @@ class SubnetworkError(SwiftError, ValueError):
     """A sub-network names layers the model does not have or sub-layers that cannot be skipped."""
 
 
+class SidecarError(SwiftError):
+    """A sidecar is damaged, or was derived from another model."""
+
+
 class SamplingError(SwiftError, ValueError):
     """Sampling options that make no sense."""
 

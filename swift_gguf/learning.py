@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from swift_gguf.cost import WIDTHS, Costs, CostsHere, costs_key, stored_costs
 from swift_gguf.drafting.recycling import Recycling
+from swift_gguf.identity import profile_key
 from swift_gguf.measuring import measure
 from swift_gguf.model import Model
-from swift_gguf.profile import Known, Profile, Seen, Store, fingerprint
+from swift_gguf.profile import Known, Profile, Seen, Store
 from swift_gguf.search.drivers import Meter
 from swift_gguf.search.optimizer import Knowledge, Search, Searcher
 from swift_gguf.search.paper import PaperOptions, PaperSearch
@@ -24,11 +25,15 @@ WARM_UP_TOKENS = 32
 
 
 def space_of(model: Model) -> Space | None:
-    """The sub-layers of a model that a draft may leave out; None if there are none."""
+    """The sub-layers of a model that a draft may leave out, or run narrower where it has a sidecar;
+    None if there are none."""
     attn, ffn = (
         [i for i, sublayer in enumerate(kind) if sublayer.status == "ok"]
         for kind in model.sublayers
     )
+    if model.sidecar and model.sidecar.narrow_layers:
+        narrow = sorted(model.sidecar.narrow_layers)
+        return Space(model.n_layer, attn, narrow, is_narrow=True, has_head=model.sidecar.n_head > 0)
     inner = set(range(1, model.n_layer - 1))
     if not inner & {*attn, *ffn}:
         return None
@@ -68,7 +73,7 @@ class Learning:
         self.store = store or Store()
         self.meter = Meter()
         self._model = model
-        self._fingerprint = fingerprint(model.path)
+        self._fingerprint = profile_key(model.path, model.sidecar.path if model.sidecar else None)
         self._saved = Meter()
         profile = self.store.load(self._fingerprint)
         if profile is not None and profile.n_layer != model.n_layer:
@@ -90,7 +95,7 @@ class Learning:
 
     def _search(self, space: Space, profile: Profile | None, options: SearchOptions) -> Search:
         """Ours, from where earlier runs left it."""
-        stored = profile.known if profile else ()
+        stored = [known for known in profile.known if known.subnetwork in space] if profile else []
         return Search(
             space,
             self.here,

@@ -69,7 +69,9 @@ def measure(
     few_rows = _Case(all_rows.width, rows=min(2, all_rows.width))
     more_rows = all_rows.width - 2
     switch = _Case(is_switch=True)
-    cases = [*wide, few_rows, switch, without_attn, without_ffn, without_both]
+    narrow, narrow_head = _narrow(model, head=False), _narrow(model, head=True)
+    without = [without_attn, without_ffn, without_both, narrow, narrow_head]
+    cases = list(dict.fromkeys([*wide, few_rows, switch, *without]))
     ms = _times(model, cases, rounds, clock)
 
     saved = max(0.0, ms[full] - ms[without_both])
@@ -94,7 +96,34 @@ def measure(
         n_kv=model.n_past,
         row_ms=max(0.0, ms[all_rows] - ms[few_rows]) / more_rows if more_rows > 0 else 0.0,
         switch_ms=max(0.0, ms[switch] - ms[full]),
+        narrow_ms=_spread_narrow(max(0.0, ms[full] - ms[narrow]), ffn, model),
+        draft_head_ms=max(0.0, ms[narrow] - ms[narrow_head]),
     )
+
+
+def _narrow(model: Model, *, head: bool) -> _Case:
+    """A one-token pass with every FFN as narrow as the sidecar has it; the whole model without."""
+    if model.sidecar is None:
+        return _Case()
+    return _Case(
+        subnetwork=SubNetwork(
+            n_layer=model.n_layer,
+            narrow_ffn=model.sidecar.narrow_layers,
+            draft_head=head and model.sidecar.n_head > 0,
+        )
+    )
+
+
+def _spread_narrow(total_ms: float, ffn: Sequence[Sublayer], model: Model) -> tuple[float, ...]:
+    """As `_spread`, over the FFNs that the sidecar has."""
+    if model.sidecar is None:
+        return ()
+    n_bytes = [
+        float(sublayer.weight_bytes) if layer in model.sidecar.narrow_layers else 0.0
+        for layer, sublayer in enumerate(ffn)
+    ]
+    all_bytes = sum(n_bytes) or 1.0
+    return tuple(total_ms * part / all_bytes for part in n_bytes)
 
 
 def _without(

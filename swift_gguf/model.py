@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from swift_gguf.cells import N_SEQUENCES, TRUNK, Cells
 from swift_gguf.errors import (
     ContextFullError,
     DecodeError,
     ModelError,
+    SidecarError,
     StoppedError,
+    SubnetworkError,
     UnsupportedModelError,
 )
 from swift_gguf.gguf_check import check
-from swift_gguf.native import SUBLAYER_STATUS, Cost, StopFlag, SubnetworkHandle, library
+from swift_gguf.native import (
+    SUBLAYER_STATUS,
+    Cost,
+    FfnObserver,
+    SidecarHandle,
+    StopFlag,
+    SubnetworkHandle,
+    library,
+)
+from swift_gguf.sidecar import Sidecar, path_beside
+from swift_gguf.sidecar import read as read_sidecar
 from swift_gguf.subnetwork import SubNetwork
 from swift_gguf.threads import default_threads
 
@@ -45,6 +57,8 @@ class ModelOptions:
     flash_attn: bool | None = None
     """None: where the backend has it.  Off, verified rows differ from plainly decoded ones by
     rounding on CPUs, whatever the quantisation."""
+    sidecar: Path | Literal["auto"] | None = "auto"
+    """Weights for draft passes; ``auto``: those beside the model, if they are there and its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +94,13 @@ class Model:
         check(self.path)
         self._library = library()
         self._api = self._library.api
+        self.sidecar: Sidecar | None = None
+        self.sidecar_refusal: str | None = None
+        """Why the sidecar beside the model is not used, if there is one."""
+        self._sidecar_handle: SidecarHandle | None = None
         try:
             self._load()
+            self._find_sidecar()
         except BaseException:
             self.close()
             raise
@@ -138,9 +157,26 @@ class Model:
         self.stop = StopFlag()
         self._library.set_stop_flag(self.ctx, self.stop)
 
+    def _find_sidecar(self) -> None:
+        """Looks at its header; the weights are loaded when a pass first needs them."""
+        wanted = self.options.sidecar
+        path = path_beside(self.path) if wanted == "auto" else wanted
+        if path is None or (wanted == "auto" and not path.exists()):
+            return
+        try:
+            self.sidecar = read_sidecar(path, model=self.path)
+            if len(self.sidecar.n_narrow) != self.n_layer:
+                raise SidecarError(f"{path} is for {len(self.sidecar.n_narrow)} layers")
+        except SidecarError as error:
+            self.sidecar = None
+            if wanted != "auto":
+                raise
+            self.sidecar_refusal = str(error)
+
     def close(self) -> None:
         """Frees everything; safe to call twice."""
         self._handles.clear()
+        self._sidecar_handle = None
         if self._batch is not None:
             self._api.llama_batch_free(self._batch)
             self._batch = None
@@ -190,6 +226,12 @@ class Model:
         return self._library.metadata(self._model, key)
 
     @property
+    def has_experts(self) -> bool:
+        """Is it a mixture of experts, of which a draft may run fewer?"""
+        architecture = self.metadata("general.architecture")
+        return int(self.metadata(f"{architecture}.expert_count") or 0) > 0
+
+    @property
     def rollback_refusal(self) -> str | None:
         """Why speculation is impossible with this model, or None if it is possible."""
         return self._library.rollback_refusal(self.ctx)
@@ -228,12 +270,18 @@ class Model:
         return min(self.cells.free, self.n_batch)
 
     def decode(
-        self, tokens: Sequence[int], *, n_outputs: int = 1, subnetwork: SubNetwork | None = None
+        self,
+        tokens: Sequence[int],
+        *,
+        n_outputs: int = 1,
+        subnetwork: SubNetwork | None = None,
+        exact: bool = True,
     ) -> None:
         """Appends tokens to the context; the last `n_outputs` of them get logits (rows 0, 1, ...).
 
         subnetwork: what the pass runs; None: the whole model.  What is decoded under a sub-network
             must be rolled back before the whole model goes on.
+        exact: rows are what single tokens would give, to the bit; False: as fast as it goes.
 
         Raises:
             ContextFullError: they do not fit; nothing is decoded.
@@ -256,7 +304,7 @@ class Model:
             for start, end in zip(cuts, [*cuts[1:], len(tokens)], strict=True):
                 if start < end:
                     n_rows = n_outputs if end == len(tokens) else 0
-                    self._append(tokens[start:end], n_rows, subnetwork)
+                    self._append(tokens[start:end], n_rows, subnetwork, exact=exact)
 
     def decode_tree(
         self, tokens: Sequence[int], parents: Sequence[int], *, subnetwork: SubNetwork | None = None
@@ -349,7 +397,14 @@ class Model:
             if begin < end:
                 self._append(text[max(begin, start) : end], 0, None)
 
-    def _append(self, tokens: Sequence[int], n_outputs: int, subnetwork: SubNetwork | None) -> None:
+    def _append(
+        self,
+        tokens: Sequence[int],
+        n_outputs: int,
+        subnetwork: SubNetwork | None,
+        *,
+        exact: bool = True,
+    ) -> None:
         start, end = self.n_past, self.n_past + len(tokens)
         n_outputs = min(n_outputs, len(tokens))
         self._decode_batch(
@@ -358,6 +413,7 @@ class Model:
             [[TRUNK]] * len(tokens),
             n_outputs=n_outputs,
             subnetwork=subnetwork,
+            exact=exact,
         )
         if not self._invariant:
             self._prefilled.append((start, end))
@@ -372,10 +428,11 @@ class Model:
         *,
         n_outputs: int,
         subnetwork: SubNetwork | None,
+        exact: bool = True,
     ) -> None:
         if len(tokens) > self.n_batch:
             raise ValueError(f"{len(tokens)} tokens in a batch of {self.n_batch}")
-        invariant = n_outputs > 1 or len(tokens) < PREFILL_WIDTH
+        invariant = exact and (n_outputs > 1 or len(tokens) < PREFILL_WIDTH)
         if invariant != self._invariant:
             self._library.set_batch_invariant(self.ctx, invariant)
             self._invariant = invariant
@@ -436,10 +493,25 @@ class Model:
         if subnetwork is None:
             return None
         if subnetwork not in self._handles:
-            self._handles[subnetwork] = self._library.subnetwork(
-                subnetwork.attn_mask, subnetwork.ffn_mask
+            needs_sidecar = subnetwork.draft_head or (
+                subnetwork.narrow_ffn and not self.has_experts
             )
+            sidecar = self._load_sidecar() if needs_sidecar else None
+            self._handles[subnetwork] = self._library.subnetwork(subnetwork, sidecar)
         return self._handles[subnetwork]
+
+    def _load_sidecar(self) -> SidecarHandle:
+        if self.sidecar is None:
+            raise SubnetworkError(
+                "a narrow FFN or a draft head needs a sidecar; run swift-gguf prepare"
+            )
+        if self._sidecar_handle is None:
+            self._sidecar_handle = self._library.sidecar(self._model, self.sidecar.path)
+        return self._sidecar_handle
+
+    def observe_ffn(self, observer: FfnObserver) -> AbstractContextManager[None]:
+        """See `Library.observe_ffn`."""
+        return self._library.observe_ffn(self.ctx, observer, self._sidecar_handle)
 
     def pass_cost(
         self,

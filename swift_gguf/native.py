@@ -18,11 +18,22 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from swift_gguf.errors import DecodeError, NativeLibraryError, SwiftError, UnsupportedModelError
+from swift_gguf.errors import (
+    DecodeError,
+    NativeLibraryError,
+    SidecarError,
+    SwiftError,
+    UnsupportedModelError,
+)
+from swift_gguf.subnetwork import SubNetwork
 
-ABI = 2
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+ABI = 3
 """SWIFT_GGUF_ABI of native/include/swift_gguf.h that this module is written for."""
 
 REINSTALL = "reinstall swift-gguf (pip install --force-reinstall swift-gguf, or make)"
@@ -84,11 +95,34 @@ _ERRORS = {
 }
 
 _MASK = ctypes.POINTER(ctypes.c_uint8)
+_FLOATS = ctypes.POINTER(ctypes.c_float)
+_ON_FFN = ctypes.CFUNCTYPE(
+    None,
+    ctypes.c_void_p,
+    *[ctypes.c_int32] * 3,
+    _FLOATS,
+    ctypes.c_int32,
+    _FLOATS,
+)
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "swift_gguf_abi": (ctypes.c_int32, []),
     "swift_gguf_llama_commit": (ctypes.c_char_p, []),
     "swift_gguf_struct_size": (ctypes.c_size_t, [ctypes.c_char_p]),
-    "swift_gguf_subnetwork_init": (ctypes.c_void_p, [_MASK, _MASK, ctypes.c_int32]),
+    "swift_gguf_sidecar_load": (
+        ctypes.c_void_p,
+        [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t],
+    ),
+    "swift_gguf_sidecar_free": (None, [ctypes.c_void_p]),
+    "swift_gguf_sidecar_size": (ctypes.c_uint64, [ctypes.c_void_p]),
+    "swift_gguf_observe_ffn": (
+        ctypes.c_void_p,
+        [ctypes.c_void_p, ctypes.c_void_p, _ON_FFN, ctypes.c_void_p],
+    ),
+    "swift_gguf_observe_ffn_end": (None, [ctypes.c_void_p]),
+    "swift_gguf_subnetwork_init": (
+        ctypes.c_void_p,
+        [_MASK, _FLOATS, ctypes.c_int32, ctypes.c_void_p, ctypes.c_bool],
+    ),
     "swift_gguf_subnetwork_free": (None, [ctypes.c_void_p]),
     "swift_gguf_set_subnetwork": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_void_p]),
     "swift_gguf_rollback_refusal": (ctypes.c_char_p, [ctypes.c_void_p]),
@@ -137,16 +171,48 @@ class Device:
     is_gpu: bool
 
 
+class FfnObserver(Protocol):
+    """See `Library.observe_ffn`."""
+
+    def __call__(
+        self, layer: int, activations: NDArray[np.float32], output: NDArray[np.float32], /
+    ) -> None: ...
+
+
+class SidecarHandle:
+    """Owns a `struct swift_gguf_sidecar`."""
+
+    def __init__(self, swift: ctypes.CDLL, model: Any, path: Path) -> None:
+        error = ctypes.create_string_buffer(256)
+        self._free = swift.swift_gguf_sidecar_free
+        self.pointer: int | None = swift.swift_gguf_sidecar_load(
+            model, os.fsencode(path), error, len(error)
+        )
+        if not self.pointer:
+            reason = error.value.decode("utf-8", "replace")
+            raise SidecarError(f"{path} cannot be used: {reason}; run swift-gguf prepare again")
+        self.n_bytes = int(swift.swift_gguf_sidecar_size(self.pointer))
+
+    def __del__(self) -> None:
+        if pointer := getattr(self, "pointer", None):
+            self._free(pointer)
+
+
 class SubnetworkHandle:
     """Owns a `struct swift_gguf_subnetwork`."""
 
     def __init__(
-        self, swift: ctypes.CDLL, skip_attn: Sequence[bool], skip_ffn: Sequence[bool]
+        self, swift: ctypes.CDLL, subnetwork: SubNetwork, sidecar: SidecarHandle | None
     ) -> None:
-        n_layer = len(skip_attn)
-        masks = [(ctypes.c_uint8 * n_layer)(*mask) for mask in (skip_attn, skip_ffn)]
+        n_layer = subnetwork.n_layer
         self._free = swift.swift_gguf_subnetwork_free
-        self.pointer: int | None = swift.swift_gguf_subnetwork_init(*masks, n_layer)
+        self.pointer: int | None = swift.swift_gguf_subnetwork_init(
+            (ctypes.c_uint8 * n_layer)(*subnetwork.attn_mask),
+            (ctypes.c_float * n_layer)(*subnetwork.ffn_shares),
+            n_layer,
+            sidecar.pointer if sidecar else None,
+            subnetwork.draft_head,
+        )
         if not self.pointer:
             raise SwiftError(f"a sub-network of {n_layer} layers is not possible")
 
@@ -244,10 +310,7 @@ class Library:
 
     def devices(self) -> list[Device]:
         """The devices ggml found, GPUs first."""
-        suffix = {"darwin": "lib{}.dylib", "win32": "{}.dll"}.get(sys.platform, "lib{}.so")
-        base, registry = (
-            ctypes.CDLL(str(self.folder / suffix.format(name))) for name in ("ggml-base", "ggml")
-        )
+        base, registry = self._ggml("ggml-base"), self._ggml("ggml")
         registry.ggml_backend_dev_count.restype = ctypes.c_size_t
         registry.ggml_backend_dev_get.restype = ctypes.c_void_p
         registry.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
@@ -268,11 +331,26 @@ class Library:
         ]
         return sorted(found, key=lambda device: not device.is_gpu)
 
+    def _ggml(self, name: str) -> ctypes.CDLL:
+        suffix = {"darwin": "lib{}.dylib", "win32": "{}.dll"}.get(sys.platform, "lib{}.so")
+        return ctypes.CDLL(str(self.folder / suffix.format(name)))
+
     # -- swift_gguf.h ------------------------------------------------------------------------------
 
-    def subnetwork(self, skip_attn: Sequence[bool], skip_ffn: Sequence[bool]) -> SubnetworkHandle:
-        """A native sub-network from two masks of n_layer entries; True leaves the sub-layer out."""
-        return SubnetworkHandle(self._swift, skip_attn, skip_ffn)
+    def sidecar(self, model: Any, path: Path) -> SidecarHandle:
+        """Loads a model's sidecar.
+
+        Raises:
+            SidecarError: it does not fit the model, or the machine.
+        """
+        with self.messages():
+            return SidecarHandle(self._swift, model, path)
+
+    def subnetwork(
+        self, subnetwork: SubNetwork, sidecar: SidecarHandle | None = None
+    ) -> SubnetworkHandle:
+        """The native form of a sub-network."""
+        return SubnetworkHandle(self._swift, subnetwork, sidecar)
 
     def set_subnetwork(self, ctx: Any, handle: SubnetworkHandle | None) -> None:
         """The context's next passes run this sub-network; None runs the whole model."""
@@ -308,6 +386,42 @@ class Library:
             self._swift.swift_gguf_sublayers(ctx, attention, ffn, n_layer), "look at the sub-layers"
         )
         return list(attention), list(ffn)
+
+    @contextmanager
+    def observe_ffn(
+        self, ctx: Any, observer: FfnObserver, sidecar: SidecarHandle | None = None
+    ) -> Iterator[None]:
+        """Inside the block `observer(layer, activations, output)` hears of every dense FFN that a
+        pass computes, narrow ones of the sidecar included: float32 [n_tokens, n_ff] and
+        [n_tokens, n_embd], valid during the call.
+
+        What it raises is raised at the end of the block.
+        """
+        import numpy as np
+
+        failed: list[BaseException] = []
+
+        def on_ffn(_: Any, il: int, n: int, n_ff: int, inputs: Any, n_embd: int, out: Any) -> None:
+            if failed:
+                return
+            try:
+                as_array = np.ctypeslib.as_array
+                observer(il, as_array(inputs, (n, n_ff)), as_array(out, (n, n_embd)))
+            except BaseException as error:  # ctypes would drop it
+                failed.append(error)
+
+        callback = _ON_FFN(on_ffn)
+        pointer = self._swift.swift_gguf_observe_ffn(
+            ctx, sidecar.pointer if sidecar else None, callback, None
+        )
+        if not pointer:
+            raise UnsupportedModelError("this model has no dense FFN to look at")
+        try:
+            yield
+        finally:
+            self._swift.swift_gguf_observe_ffn_end(pointer)
+        if failed:
+            raise failed[0]
 
     def set_stop_flag(self, ctx: Any, flag: StopFlag) -> None:
         """Passes of the context stop early while the flag is up."""
@@ -360,6 +474,25 @@ class Library:
         # a sampler may have put its own buffer in the place of ours
         left = np.ctypeslib.as_array(array.data, (array.size,))
         return left["id"].copy(), left["logit"].copy()
+
+    def quantize(self, rows: NDArray[np.float32], ggml_type: int) -> NDArray[np.uint8]:
+        """Rows of weights, quantised: uint8 [n_rows, bytes a row] (ggml_quantize_chunk)."""
+        import numpy as np
+
+        base = self._ggml("ggml-base")
+        base.ggml_row_size.restype = ctypes.c_size_t
+        base.ggml_row_size.argtypes = [ctypes.c_int, ctypes.c_int64]
+        base.ggml_quantize_chunk.restype = ctypes.c_size_t
+        base.ggml_quantize_chunk.argtypes = [
+            ctypes.c_int, _FLOATS, ctypes.c_void_p, *[ctypes.c_int64] * 3, _FLOATS,
+        ]  # fmt: skip
+        rows = np.ascontiguousarray(rows, np.float32)
+        n_rows, n_per_row = rows.shape
+        out = np.empty((n_rows, base.ggml_row_size(ggml_type, n_per_row)), np.uint8)
+        base.ggml_quantize_chunk(
+            ggml_type, rows.ctypes.data_as(_FLOATS), out.ctypes.data, 0, n_rows, n_per_row, None
+        )
+        return out
 
     # -- text buffers that llama.cpp fills ---------------------------------------------------------
 

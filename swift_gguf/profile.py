@@ -6,7 +6,6 @@ generation: what cannot be read or written is said in a warning, and learned aga
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -18,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from swift_gguf import gguf_check
 from swift_gguf.cost import Costs
 from swift_gguf.drafting.recycling import MAX_ROWS, Recycling
 from swift_gguf.models import cache_dir
@@ -32,22 +30,6 @@ MAX_TOKEN = 1 << 31
 LOCK_SECONDS = 2.0
 
 _log = logging.getLogger("swift_gguf")
-
-
-def fingerprint(path: Path) -> str:
-    """32 hex digits that tell one model from another: of the GGUF's header and its size.
-
-    The weights are not read.  Models that differ in nothing but their weights share a profile; that
-    may cost speed, never text.  Of a split GGUF the first part counts.
-
-    Raises:
-        ModelError: this is no sound GGUF file.
-    """
-    length = gguf_check.read(path).length
-    with path.open("rb") as file:
-        digest = hashlib.sha256(file.read(length))
-        digest.update(file.seek(0, os.SEEK_END).to_bytes(8, "little"))
-    return digest.hexdigest()[:32]
 
 
 # -- values ----------------------------------------------------------------------------------------
@@ -227,6 +209,8 @@ def _to_json(profile: Profile) -> str:
         {
             "skip_attn": format_layers(item.subnetwork.skip_attn),
             "skip_ffn": format_layers(item.subnetwork.skip_ffn),
+            "narrow_ffn": format_layers(item.subnetwork.narrow_ffn),
+            "draft_head": item.subnetwork.draft_head,
             "seen": {
                 key: {
                     "agrees": "".join("01"[agrees] for agrees in window.agrees),
@@ -270,11 +254,16 @@ def _from_json(content: bytes) -> Profile:
 
 
 def _known(item: dict[str, Any], n_layer: int) -> Known:
+    draft_head = item.pop("draft_head", False)
+    if not isinstance(draft_head, bool):
+        raise ValueError("a draft head that is neither there nor not")
     return Known(
         subnetwork=SubNetwork(
             n_layer=n_layer,
             skip_attn=parse_layers(item.pop("skip_attn")),
             skip_ffn=parse_layers(item.pop("skip_ffn")),
+            narrow_ffn=parse_layers(item.pop("narrow_ffn", "")),
+            draft_head=draft_head,
         ),
         seen={key: _seen(window) for key, window in item.pop("seen").items()},
         **item,

@@ -1,4 +1,4 @@
-"""Which sub-layers a draft pass leaves out: an immutable value."""
+"""Which sub-layers a draft pass leaves out, and which it runs narrower: an immutable value."""
 
 from __future__ import annotations
 
@@ -13,26 +13,40 @@ class SubNetwork:
     """A sub-network of a model with `n_layer` layers: everything but the named sub-layers.
 
     Raises:
-        SubnetworkError: a layer outside [0, n_layer).
+        SubnetworkError: a layer outside [0, n_layer), or an FFN both left out and narrow.
     """
 
     n_layer: int
     skip_attn: frozenset[int] = field(default_factory=frozenset)
     skip_ffn: frozenset[int] = field(default_factory=frozenset)
+    narrow_ffn: frozenset[int] = field(default_factory=frozenset)
+    """Run with the sidecar's neurons (`swift_gguf.sidecar`); of a mixture, half of the experts."""
+    draft_head: bool = False
+    """Logits of the sidecar's tokens only."""
 
     def __post_init__(self) -> None:
-        for layer in self.skip_attn | self.skip_ffn:
+        for layer in self.skip_attn | self.skip_ffn | self.narrow_ffn:
             if not 0 <= layer < self.n_layer:
                 raise SubnetworkError(
                     f"layer {layer} does not exist; the model has layers 0 to {self.n_layer - 1}"
                 )
+        if both := self.skip_ffn & self.narrow_ffn:
+            raise SubnetworkError(f"FFN {format_layers(both)} cannot be both left out and narrow")
 
     def __str__(self) -> str:
-        if not self.skip_attn and not self.skip_ffn:
-            return "the whole model"
-        parts = {"attention": self.skip_attn, "FFN": self.skip_ffn}
-        named = [f"{kind} {format_layers(layers)}" for kind, layers in parts.items() if layers]
-        return "without " + " and ".join(named)
+        skipped = {"attention": self.skip_attn, "FFN": self.skip_ffn}
+        named = [f"{kind} {format_layers(layers)}" for kind, layers in skipped.items() if layers]
+        parts = [f"without {' and '.join(named)}"] if named else []
+        if self.narrow_ffn:
+            parts.append(f"narrow FFN {format_layers(self.narrow_ffn)}")
+        if self.draft_head:
+            parts.append("the draft head")
+        return ", ".join(parts) or "the whole model"
+
+    @property
+    def is_whole(self) -> bool:
+        """Is this the model itself?"""
+        return not (self.skip_attn or self.skip_ffn or self.narrow_ffn or self.draft_head)
 
     @property
     def attn_mask(self) -> list[bool]:
@@ -40,9 +54,12 @@ class SubNetwork:
         return [layer in self.skip_attn for layer in range(self.n_layer)]
 
     @property
-    def ffn_mask(self) -> list[bool]:
-        """[n_layer], True where the FFN is left out."""
-        return [layer in self.skip_ffn for layer in range(self.n_layer)]
+    def ffn_shares(self) -> list[float]:
+        """[n_layer], how much of each FFN runs: 0.0, 1.0, or between where it is narrow."""
+        return [
+            0.0 if layer in self.skip_ffn else 0.5 if layer in self.narrow_ffn else 1.0
+            for layer in range(self.n_layer)
+        ]
 
     @classmethod
     def uniform(cls, n_layer: int) -> SubNetwork:

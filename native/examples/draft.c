@@ -122,20 +122,21 @@ static bool choose_subnetwork(struct session * s) {
 
     struct swift_gguf_sublayer * attention = calloc((size_t) n_layer, sizeof(*attention));
     struct swift_gguf_sublayer * ffn       = calloc((size_t) n_layer, sizeof(*ffn));
-    uint8_t                    * skip_ffn  = calloc((size_t) n_layer, sizeof(*skip_ffn));
+    float                      * ffn_share = calloc((size_t) n_layer, sizeof(*ffn_share));
 
-    bool    ok        = attention != NULL && ffn != NULL && skip_ffn != NULL;
+    bool    ok        = attention != NULL && ffn != NULL && ffn_share != NULL;
     int32_t n_skipped = 0;
     if (!ok) {
         fail("out of memory");
     } else if (swift_gguf_sublayers(s->ctx, attention, ffn, n_layer) != 0) {
         ok = fail("the model's sub-layers cannot be found out");
     } else {
-        for (int32_t il = 1; il < n_layer; il += 2) {
-            skip_ffn[il] = ffn[il].status == SWIFT_GGUF_SUBLAYER_OK;
-            n_skipped += skip_ffn[il];
+        for (int32_t il = 0; il < n_layer; ++il) {
+            const bool is_skipped = il % 2 == 1 && ffn[il].status == SWIFT_GGUF_SUBLAYER_OK;
+            ffn_share[il]         = is_skipped ? 0.0f : 1.0f;
+            n_skipped += is_skipped;
         }
-        s->subnetwork = swift_gguf_subnetwork_init(NULL, skip_ffn, n_layer);
+        s->subnetwork = swift_gguf_subnetwork_init(NULL, ffn_share, n_layer, NULL, false);
         if (s->subnetwork == NULL) {
             ok = fail("a sub-network of %d layers is not possible", (int) n_layer);
         } else if (n_skipped == 0) {
@@ -144,7 +145,7 @@ static bool choose_subnetwork(struct session * s) {
     }
     free(attention);
     free(ffn);
-    free(skip_ffn);
+    free(ffn_share);
     return ok;
 }
 

@@ -19,7 +19,7 @@
 extern "C" {
 #endif
 
-#define SWIFT_GGUF_ABI 2
+#define SWIFT_GGUF_ABI 3
 
 /* Error codes of the functions that return int32_t. llama_decode's own codes are passed through
  * offset by SWIFT_GGUF_ERROR_DECODE: -100 - code. */
@@ -46,18 +46,51 @@ LLAMA_API const char * swift_gguf_llama_commit(void);
 LLAMA_API size_t swift_gguf_struct_size(const char * name);
 
 /*
+ * Sidecars: weights derived from a model for its draft passes, FFNs of fewer neurons and an output head
+ * over fewer tokens, in a GGUF file of their own (swift-gguf prepare).
+ */
+
+/* Weights of one loaded model. May be used by any number of sub-networks and contexts of that model. */
+struct swift_gguf_sidecar;
+
+/* Loads the sidecar of `model` onto the devices its layers are on; what the CPU reads as it is in the file
+ * is mapped. Shapes are checked against the model's; whether the weights were derived from it is the
+ * caller's to compare (the file's "swift.fingerprint").
+ *
+ * Returns NULL and an English clause in `error` (n_error bytes, may be NULL) if it cannot be used. */
+LLAMA_API struct swift_gguf_sidecar * swift_gguf_sidecar_load(
+        const struct llama_model * model,
+        const char *               path,
+        char *                     error,
+        size_t                     n_error);
+
+/* The handle may be freed while sub-networks use the weights, which stay until the last of them goes. */
+LLAMA_API void swift_gguf_sidecar_free(struct swift_gguf_sidecar * sidecar);
+
+/* Bytes of all its tensors. */
+LLAMA_API uint64_t swift_gguf_sidecar_size(const struct swift_gguf_sidecar * sidecar);
+
+/*
  * Sub-networks.
  */
 
-/* An immutable choice of sub-layers to leave out. May be set on any number of contexts. */
+/* An immutable choice of what a pass runs. May be set on any number of contexts. */
 struct swift_gguf_subnetwork;
 
-/* skip_attention, skip_ffn: n_layer bytes each, non-zero leaves that sub-layer out; NULL leaves out
- * none. Any combination is safe, all of them included. Returns NULL if n_layer is negative or absurd. */
+/* skip_attention: n_layer bytes, non-zero leaves that attention out; NULL leaves out none.
+ * ffn_share: n_layer numbers; NULL: all whole. 0 or less leaves that FFN out, 1 or more runs it whole.
+ *   Between, a mixture of experts runs that share of the experts it would run for a token, at least one,
+ *   and any other FFN the sidecar's neurons, if it has some for the layer.
+ * sidecar: may be NULL.
+ * draft_head: the pass computes logits of the sidecar's tokens only; the others' are -inf.
+ *
+ * Any combination is safe. Returns NULL if n_layer is negative or absurd. */
 LLAMA_API struct swift_gguf_subnetwork * swift_gguf_subnetwork_init(
-        const uint8_t * skip_attention,
-        const uint8_t * skip_ffn,
-        int32_t         n_layer);
+        const uint8_t *                   skip_attention,
+        const float *                     ffn_share,
+        int32_t                           n_layer,
+        const struct swift_gguf_sidecar * sidecar,
+        bool                              draft_head);
 
 LLAMA_API void swift_gguf_subnetwork_free(struct swift_gguf_subnetwork * subnetwork);
 
@@ -89,6 +122,35 @@ LLAMA_API int32_t swift_gguf_set_batch_invariant(struct llama_context * ctx, boo
  * their pass. The flag is the caller's, may be written by any thread and must outlive the context or be
  * replaced; NULL: never stop. Returns 0, or SWIFT_GGUF_ERROR_ARGUMENT. */
 LLAMA_API int32_t swift_gguf_set_stop_flag(struct llama_context * ctx, const int32_t * flag);
+
+/*
+ * Observation.
+ */
+
+/* Called during a pass, for each FFN that is one product of matrices with its down projection, with the
+ * activations of its neurons, [n_tokens][n_ff], and what the projection makes of them,
+ * [n_tokens][n_embd]. Both are valid during the call only. Of the last layer only tokens with logits are
+ * computed. */
+typedef void (*swift_gguf_ffn_callback)(
+        void *        data,
+        int32_t       layer,
+        int32_t       n_tokens,
+        int32_t       n_ff,
+        const float * activations,
+        int32_t       n_embd,
+        const float * output);
+
+struct swift_gguf_ffn_observer;
+
+/* Observes the context's passes until swift_gguf_observe_ffn_end, to be called before the context is freed.
+ * One observer a context. Returns NULL if there is nothing to observe. */
+LLAMA_API struct swift_gguf_ffn_observer * swift_gguf_observe_ffn(
+        struct llama_context *            ctx,
+        const struct swift_gguf_sidecar * sidecar, /* whose narrow FFNs are observed, too; may be NULL */
+        swift_gguf_ffn_callback           callback,
+        void *                            data);
+
+LLAMA_API void swift_gguf_observe_ffn_end(struct swift_gguf_ffn_observer * observer);
 
 /*
  * Cost: what a pass reads, counted on the graph that llama.cpp would run. Neither function computes

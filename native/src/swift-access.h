@@ -13,6 +13,10 @@ struct swift_gguf_subnetwork {
     swift_subnetwork_ptr value;
 };
 
+struct swift_gguf_sidecar {
+    std::shared_ptr<const swift_sidecar> value;
+};
+
 struct swift_access {
     static swift_subnetwork_ptr & subnetwork(llama_context & ctx) {
         return ctx.cparams.swift_subnetwork;
@@ -29,6 +33,14 @@ struct swift_access {
         ctx.sched_reserve();
         const llama_memory_context_ptr memory = ctx.memory->init_full();
         return ctx.graph_reserve(n_tokens, 1, n_outputs, memory.get(), /*split_only=*/true);
+    }
+
+    // The scheduler hears of it when a graph is built anew, or at once from here.
+    static void watch(llama_context & ctx, ggml_backend_sched_eval_callback callback, void * data) {
+        ctx.synchronize();
+        ctx.cparams.cb_eval           = callback;
+        ctx.cparams.cb_eval_user_data = data;
+        ggml_backend_sched_set_eval_callback(ctx.get_sched(), callback, data);
     }
 
     static const ggml_tensor * logits(const llama_context & ctx) {

@@ -158,10 +158,9 @@ int32_t swift_gguf_sublayers(
 
     for (int32_t il = 0; il < n_layer; ++il) {
         const llama_layer & layer = llama_get_model(ctx)->layers[il];
-        for (const auto kind : { swift_sublayer::attention, swift_sublayer::ffn }) {
-            const bool            is_attention = kind == swift_sublayer::attention;
-            swift_gguf_sublayer & out          = is_attention ? attention[il] : ffn[il];
-            out                                = {};
+        for (const bool is_attention : { true, false }) {
+            swift_gguf_sublayer & out = is_attention ? attention[il] : ffn[il];
+            out                       = {};
 
             if (!(is_attention ? probe->visits->attention : probe->visits->ffn)[il]) {
                 const bool exists = is_attention ? has_attention(layer) : has_ffn(layer);
@@ -171,8 +170,12 @@ int32_t swift_gguf_sublayers(
 
             auto without = std::make_shared<swift_subnetwork>();
             without->skip_attention.assign(n_layer, false);
-            without->skip_ffn.assign(n_layer, false);
-            (is_attention ? without->skip_attention : without->skip_ffn)[il] = true;
+            without->ffn_share.assign(n_layer, 1.0f);
+            if (is_attention) {
+                without->skip_attention[il] = true;
+            } else {
+                without->ffn_share[il] = 0.0f;
+            }
 
             swift_gguf_cost cost = {};
             if (const int32_t error = pass_cost(*ctx, without, 1, 1, n_kv, cost)) {

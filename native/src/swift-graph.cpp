@@ -1,6 +1,10 @@
 #include "swift-graph.h"
 
 #include "llama-graph.h"
+#include "swift-sidecar.h"
+
+#include <algorithm>
+#include <cmath>
 
 // Zeros of shape [ne0, ne1].
 //
@@ -32,19 +36,15 @@ static ggml_tensor * zeros(const llm_graph_context & graph, int64_t ne0, int64_t
     return ggml_repeat_4d(ctx, one, ne0, ne1, 1, 1);
 }
 
-// Is this sub-layer left out of the pass being built?
-static bool skipped(const llm_graph_context & graph, swift_sublayer kind, int il) {
-    const swift_subnetwork * subnetwork = graph.cparams.swift_subnetwork.get();
-    if (subnetwork == nullptr || graph.res->t_inp_embd == nullptr) {
-        return false;
+// The sub-network of the pass being built, or nullptr: the whole model.
+static const swift_subnetwork * subnetwork_of(const llm_graph_context & graph) {
+    return graph.res->t_inp_embd != nullptr ? graph.cparams.swift_subnetwork.get() : nullptr;
+}
+
+static void note(std::vector<bool> & seen, int il) {
+    if (il >= 0 && il < (int) seen.size()) {
+        seen[il] = true;
     }
-    if (subnetwork->visits && il >= 0) {
-        auto & seen = kind == swift_sublayer::attention ? subnetwork->visits->attention : subnetwork->visits->ffn;
-        if (il < (int) seen.size()) {
-            seen[il] = true;
-        }
-    }
-    return subnetwork->skips(kind, il);
 }
 
 ggml_tensor * swift_skip_attention(
@@ -54,7 +54,14 @@ ggml_tensor * swift_skip_attention(
         const ggml_tensor *       v_cur,
         const ggml_tensor *       v_mla,
         int                       il) {
-    if (!skipped(graph, swift_sublayer::attention, il)) {
+    const swift_subnetwork * subnetwork = subnetwork_of(graph);
+    if (subnetwork == nullptr) {
+        return nullptr;
+    }
+    if (subnetwork->visits) {
+        note(subnetwork->visits->attention, il);
+    }
+    if (!subnetwork->skips_attention(il)) {
         return nullptr;
     }
     if (wo != nullptr) {
@@ -81,7 +88,62 @@ ggml_tensor * swift_skip_ffn(
     if (down == nullptr || cur->ne[2] != 1 || cur->ne[3] != 1) {
         return nullptr;
     }
-    return skipped(graph, swift_sublayer::ffn, il) ? zeros(graph, down->ne[1], cur->ne[1]) : nullptr;
+    const swift_subnetwork * subnetwork = subnetwork_of(graph);
+    if (subnetwork == nullptr) {
+        return nullptr;
+    }
+    if (subnetwork->visits) {
+        note(subnetwork->visits->ffn, il);
+    }
+    return subnetwork->share(il) > 0.0f ? nullptr : zeros(graph, down->ne[1], cur->ne[1]);
+}
+
+void swift_narrow_ffn(
+        const llm_graph_context & graph,
+        ggml_tensor *&            up,
+        ggml_tensor *&            up_b,
+        ggml_tensor *&            gate,
+        ggml_tensor *&            gate_b,
+        ggml_tensor *&            down,
+        ggml_tensor *&            down_b,
+        int                       il) {
+    const swift_subnetwork * subnetwork = subnetwork_of(graph);
+    if (subnetwork == nullptr || !subnetwork->sidecar || subnetwork->share(il) >= 1.0f) {
+        return;
+    }
+    const auto found = subnetwork->sidecar->ffns.find(down);
+    if (found != subnetwork->sidecar->ffns.end()) {
+        up     = found->second.up;
+        up_b   = found->second.up_b;
+        gate   = found->second.gate;
+        gate_b = found->second.gate_b;
+        down   = found->second.down;
+        down_b = found->second.down_b;
+    }
+}
+
+int64_t swift_n_experts(const llm_graph_context & graph, int64_t n_used, int il) {
+    const swift_subnetwork * subnetwork = subnetwork_of(graph);
+    if (subnetwork == nullptr || subnetwork->share(il) >= 1.0f) {
+        return n_used;
+    }
+    return std::max<int64_t>(1, std::llround(subnetwork->share(il) * (double) n_used));
+}
+
+ggml_tensor * swift_draft_logits(const llm_graph_context & graph, const ggml_tensor * w, ggml_tensor * cur) {
+    const swift_subnetwork * subnetwork = subnetwork_of(graph);
+    if (subnetwork == nullptr || !subnetwork->draft_head || !subnetwork->sidecar || w != subnetwork->sidecar->output || w == nullptr) {
+        return nullptr;
+    }
+    const swift_sidecar & sidecar = *subnetwork->sidecar;
+    ggml_context *        ctx     = graph.ctx0;
+    const int64_t         n_vocab = sidecar.floor->ne[0], n_rows = cur->ne[1];
+
+    ggml_tensor * logits = ggml_mul_mat(ctx, sidecar.head, cur);
+    logits               = ggml_reshape_3d(ctx, logits, 1, sidecar.head->ne[1], n_rows);
+    ggml_tensor * all    = ggml_repeat_4d(ctx, sidecar.floor, n_vocab, n_rows, 1, 1);
+    all                  = ggml_set_rows(ctx, ggml_reshape_3d(ctx, all, 1, n_vocab, n_rows), logits, sidecar.head_ids);
+    return ggml_reshape_2d(ctx, all, n_vocab, n_rows);
 }
 
 void swift_keep_inputs(const llm_graph_context & graph) {

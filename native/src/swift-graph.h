@@ -23,6 +23,24 @@ ggml_tensor * swift_skip_ffn(
         const ggml_tensor *       down, // down projection: [n_ff, n_embd] or [n_ff, n_embd, n_expert]
         int                       il);
 
+// Puts the sidecar's tensors in the place of an FFN's where the pass is to run it narrower.
+void swift_narrow_ffn(
+        const llm_graph_context & graph,
+        ggml_tensor *&            up,
+        ggml_tensor *&            up_b,
+        ggml_tensor *&            gate,
+        ggml_tensor *&            gate_b,
+        ggml_tensor *&            down,
+        ggml_tensor *&            down_b,
+        int                       il);
+
+// How many experts a token of this pass runs, where the model has it run `n_used`: at least one.
+int64_t swift_n_experts(const llm_graph_context & graph, int64_t n_used, int il);
+
+// The logits of a pass with a draft head, or nullptr where `w` is not the output projection or the pass
+// has none: [n_vocab, n_outputs], -inf for tokens that the head leaves out.
+ggml_tensor * swift_draft_logits(const llm_graph_context & graph, const ggml_tensor * w, ggml_tensor * cur);
+
 // Adds every input tensor that the skipped sub-layers left without a user to the graph as a leaf.
 // llama.cpp writes all inputs before a pass (llm_graph_result::set_inputs) and aborts on one that
 // was never allocated, such as the attention mask of a pass without attention.

@@ -42,18 +42,26 @@ size_t swift_gguf_struct_size(const char * name) {
 }
 
 swift_gguf_subnetwork * swift_gguf_subnetwork_init(
-        const uint8_t * skip_attention,
-        const uint8_t * skip_ffn,
-        int32_t         n_layer) try {
+        const uint8_t *            skip_attention,
+        const float *              ffn_share,
+        int32_t                    n_layer,
+        const swift_gguf_sidecar * sidecar,
+        bool                       draft_head) try {
     if (n_layer < 0 || n_layer > LLAMA_MAX_LAYERS) {
         return nullptr;
     }
     auto value = std::make_shared<swift_subnetwork>();
     value->skip_attention.assign(n_layer, false);
-    value->skip_ffn.assign(n_layer, false);
+    value->ffn_share.assign(n_layer, 1.0f);
     for (int32_t il = 0; il < n_layer; ++il) {
         value->skip_attention[il] = skip_attention != nullptr && skip_attention[il] != 0;
-        value->skip_ffn[il]       = skip_ffn != nullptr && skip_ffn[il] != 0;
+        if (ffn_share != nullptr) {
+            value->ffn_share[il] = ffn_share[il];
+        }
+    }
+    if (sidecar != nullptr) {
+        value->sidecar    = sidecar->value;
+        value->draft_head = draft_head;
     }
     return new swift_gguf_subnetwork { std::move(value) };
 } catch (...) { // std::bad_alloc

@@ -17,8 +17,9 @@ from swift_gguf.bench.output import layers, markdown
 from swift_gguf.bench.report import Subject
 from swift_gguf.bench.spread import Machine, Spread, machine
 from swift_gguf.errors import ModelError, UnsupportedModelError
+from swift_gguf.identity import fingerprint
 from swift_gguf.model import Model
-from swift_gguf.profile import Store, fingerprint
+from swift_gguf.profile import Store
 from swift_gguf.speculation import Speculation, SpeculationOptions
 from swift_gguf.stats import Stats
 from swift_gguf.subnetwork import SubNetwork

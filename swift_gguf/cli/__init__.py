@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": ("generate_command", "generate", "Answer one prompt."),
     "bench": ("bench_command", "bench", "Measure modes against plain decoding."),
     "tune": ("tune_command", "tune", "Find out what a model's drafts can leave out."),
+    "prepare": ("prepare_command", "prepare", "Derive weights for faster drafts from a model."),
     "info": ("info_command", "info", "Show what a model is and what of it can be skipped."),
     "models": ("models_command", "models", "List the models known by name, or fetch one."),
 }

@@ -169,10 +169,11 @@ def _bytes(sublayers: Sequence[Sublayer], model: Model, n_kv: int) -> float:
 def _learned(model: Model) -> dict[str, Any] | None:
     """What the profile holds, the best first; None if nothing was learned yet."""
     from swift_gguf.cost import stored_costs
-    from swift_gguf.profile import Store, fingerprint
+    from swift_gguf.identity import profile_key
+    from swift_gguf.profile import Store
     from swift_gguf.search.objective import Objective
 
-    profile = Store().load(fingerprint(model.path))
+    profile = Store().load(profile_key(model.path, model.sidecar.path if model.sidecar else None))
     if profile is None:
         return None
     costs = stored_costs(model, profile.costs)
@@ -184,6 +185,8 @@ def _learned(model: Model) -> dict[str, Any] | None:
             {
                 "skip_attn": format_layers(item.subnetwork.skip_attn),
                 "skip_ffn": format_layers(item.subnetwork.skip_ffn),
+                "narrow_ffn": format_layers(item.subnetwork.narrow_ffn),
+                "draft_head": item.subnetwork.draft_head,
                 "agreement": item.agreement,
                 "positions": item.positions,
                 "predicted_speedup": objective and _speedup(item, objective),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -35,6 +35,9 @@ model_flags = _all(
                  help="Layers on the GPU; -1: all, 0: none.  [default: -1]"),
     click.option("-fa", "--flash-attn", type=click.Choice(["auto", "on", "off"]), default="auto",
                  help="Flash attention.  [default: auto]"),
+    click.option("--sidecar", metavar="FILE",
+                 help="Draft weights from `swift-gguf prepare`; none: without.  [default: those "
+                 "beside the model]"),
 )  # fmt: skip
 
 sampling_flags = _all(
@@ -135,7 +138,14 @@ def model_options(values: dict[str, Any]) -> ModelOptions:
         n_threads=values["threads"],
         n_gpu_layers=values["n_gpu_layers"],
         flash_attn={"auto": None, "on": True, "off": False}[values["flash_attn"]],
+        sidecar=_sidecar(values["sidecar"]),
     )
+
+
+def _sidecar(value: str | None) -> Path | Literal["auto"] | None:
+    if value is None:
+        return "auto"
+    return None if value == "none" else Path(value)
 
 
 def sampling_options(values: dict[str, Any]) -> SamplingOptions:
@@ -161,8 +171,10 @@ def sampling_options(values: dict[str, Any]) -> SamplingOptions:
     )
 
 
-def load_model(reference: str, values: dict[str, Any]) -> Model:
+def load_model(reference: str, values: dict[str, Any], *, n_batch: int | None = None) -> Model:
     """The model that MODEL names, fetched if need be."""
+    from dataclasses import replace
+
     from swift_gguf.cli.progress import download_progress
     from swift_gguf.models import resolve
 
@@ -170,7 +182,11 @@ def load_model(reference: str, values: dict[str, Any]) -> Model:
         path = resolve(reference, progress=progress)
     from swift_gguf.model import Model
 
-    return Model(path, model_options(values))
+    options = model_options(values)
+    model = Model(path, replace(options, n_batch=n_batch) if n_batch else options)
+    if model.sidecar_refusal:
+        click.echo(f"swift-gguf: going on without draft weights: {model.sidecar_refusal}", err=True)
+    return model
 
 
 def read_text(path: Path) -> str:

@@ -51,11 +51,22 @@ def tune(model: str, reset: bool, as_json: bool, **values: Any) -> None:
 
 
 def _reset(reference: str) -> None:
+    """With the sidecar that lies beside the model, and without."""
+    from swift_gguf.identity import profile_key
     from swift_gguf.models import resolve
-    from swift_gguf.profile import Store, fingerprint
+    from swift_gguf.profile import Store
+    from swift_gguf.sidecar import path_beside
 
-    found = Store().forget(fingerprint(resolve(reference)))
-    click.echo("forgotten" if found else "nothing was known of this model")
+    model = resolve(reference)
+    sidecars = [path for path in (path_beside(model),) if path.exists()]
+    found = [Store().forget(profile_key(model, sidecar)) for sidecar in (None, *sidecars)]
+    click.echo("forgotten" if any(found) else "nothing was known of this model")
+
+
+def tune_lines(model: Model, minutes: float) -> str:
+    """Tunes on the built-in prompts; what `tune` prints."""
+    values = {"suite": None, "search": "auto", "draft_max": 8, "minutes": minutes}
+    return _lines(_tune(model, values))
 
 
 def _tune(model: Model, values: dict[str, Any]) -> dict[str, Any]:
@@ -161,6 +172,8 @@ def _report(learning: Learning, *, interrupted: bool) -> dict[str, Any]:
         "best": {
             "skip_attn": sorted(best.skip_attn),
             "skip_ffn": sorted(best.skip_ffn),
+            "narrow_ffn": sorted(best.narrow_ffn),
+            "draft_head": best.draft_head,
             "text": str(best),
             "pass_share": learning.costs.draft_ms(best) / learning.costs.verify_ms(1),
             "predicted_speedup": known.rate.speedup if known else None,

@@ -273,8 +273,7 @@ class Search:
 
     def _is_worth_scoring(self, candidate: SubNetwork, key: Hashable) -> bool:
         outcomes = self._record(candidate).outcomes
-        whole = not candidate.skip_attn and not candidate.skip_ffn
-        return not whole and key not in outcomes and len(outcomes) < SECOND_CHANCES
+        return not candidate.is_whole and key not in outcomes and len(outcomes) < SECOND_CHANCES
 
     def _evidence(self) -> Evidence:
         return Evidence(
@@ -363,5 +362,7 @@ class Search:
 def _structured_starts(space: Space) -> list[SubNetwork]:
     """Even patterns from mild to bold: somewhere to begin, and what the kinds cost in agreement."""
     patterns = [(0, 4), (2, 0), (0, 2), (2, 4), (0, 3), (1, 0)]
+    if space.is_narrow:
+        patterns = [(0, 1), (3, 1), (0, 2), (2, 1), (6, 1)]
     starts = [space.every(attn=attn, ffn=ffn) for attn, ffn in patterns] + [space.uniform()]
-    return [start for start in dict.fromkeys(starts) if start.skip_attn or start.skip_ffn]
+    return [start for start in dict.fromkeys(starts) if not start.is_whole]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +14,12 @@ from swift_gguf.subnetwork import SubNetwork
 
 @dataclass(frozen=True)
 class Space:
-    """The sub-layers a search may skip: attention and FFN of some layers.
+    """The sub-layers a search may leave out: attention and FFN of some layers.
 
     The first and the last layer are always kept, as in SWIFT (§4.1).
+
+    is_narrow: an FFN is not left out but narrowed to what the model's sidecar has of it, the first
+        and the last one, too, and every sub-network uses the sidecar's head.
 
     Raises:
         SubnetworkError: a layer the model does not have, or nothing that may be skipped.
@@ -25,12 +28,16 @@ class Space:
     n_layer: int
     attn: Sequence[int]
     ffn: Sequence[int]
+    is_narrow: bool = False
+    has_head: bool = False
+    """Is there a draft head, too?"""
 
     def __post_init__(self) -> None:
         SubNetwork(n_layer=self.n_layer, skip_attn=frozenset([*self.attn, *self.ffn]))
-        for kind in ("attn", "ffn"):
-            inner = set(getattr(self, kind)) - {0, self.n_layer - 1}
-            object.__setattr__(self, kind, tuple(sorted(inner)))
+        ends = {0, self.n_layer - 1}
+        object.__setattr__(self, "attn", tuple(sorted(set(self.attn) - ends)))
+        ffn = set(self.ffn) if self.is_narrow else set(self.ffn) - ends
+        object.__setattr__(self, "ffn", tuple(sorted(ffn)))
         if not self.size:
             raise SubnetworkError(
                 "no sub-layer of this model may be skipped; use --speculation ngram"
@@ -44,24 +51,35 @@ class Space:
         """The sub-network that skips where `skip` [size] is true: attention first, then FFNs."""
         flags = np.asarray(skip, dtype=bool)
         attn, ffn = flags[: len(self.attn)], flags[len(self.attn) :]
-        return SubNetwork(
-            n_layer=self.n_layer,
-            skip_attn=frozenset(np.array(self.attn, dtype=int)[attn].tolist()),
-            skip_ffn=frozenset(np.array(self.ffn, dtype=int)[ffn].tolist()),
+        return self._of(
+            np.array(self.attn, dtype=int)[attn].tolist(),
+            np.array(self.ffn, dtype=int)[ffn].tolist(),
         )
+
+    def _of(self, attn: Iterable[int], ffn: Iterable[int]) -> SubNetwork:
+        skip_attn, less_ffn = frozenset(attn), frozenset(ffn)
+        if self.is_narrow:
+            return SubNetwork(
+                n_layer=self.n_layer,
+                skip_attn=skip_attn,
+                narrow_ffn=less_ffn,
+                draft_head=self.has_head,
+            )
+        return SubNetwork(n_layer=self.n_layer, skip_attn=skip_attn, skip_ffn=less_ffn)
+
+    def _less(self, subnetwork: SubNetwork) -> frozenset[int]:
+        return subnetwork.narrow_ffn if self.is_narrow else subnetwork.skip_ffn
 
     def mask(self, subnetwork: SubNetwork) -> NDArray[np.bool_]:
         """The inverse of `subnetwork`: [size]."""
         flags = [layer in subnetwork.skip_attn for layer in self.attn]
-        flags += [layer in subnetwork.skip_ffn for layer in self.ffn]
+        flags += [layer in self._less(subnetwork) for layer in self.ffn]
         return np.array(flags)
 
     def __contains__(self, subnetwork: SubNetwork) -> bool:
-        return (
-            subnetwork.n_layer == self.n_layer
-            and subnetwork.skip_attn <= set(self.attn)
-            and subnetwork.skip_ffn <= set(self.ffn)
-        )
+        attn, ffn = subnetwork.skip_attn, self._less(subnetwork)
+        is_inside = subnetwork.n_layer == self.n_layer and attn <= set(self.attn)
+        return is_inside and ffn <= set(self.ffn) and subnetwork == self._of(attn, ffn)
 
     def singles(self) -> list[SubNetwork]:
         """Each sub-layer left out alone: [size]."""
@@ -75,17 +93,11 @@ class Space:
 
     def every(self, *, attn: int = 0, ffn: int = 0) -> SubNetwork:
         """Every `attn`-th attention and every `ffn`-th FFN left out, evenly; 0: none."""
-        return SubNetwork(
-            n_layer=self.n_layer,
-            skip_attn=frozenset(self.attn[attn // 2 :: attn] if attn else ()),
-            skip_ffn=frozenset(self.ffn[ffn // 2 :: ffn] if ffn else ()),
+        return self._of(
+            self.attn[attn // 2 :: attn] if attn else (), self.ffn[ffn // 2 :: ffn] if ffn else ()
         )
 
     def uniform(self) -> SubNetwork:
         """SWIFT's start (§4.1), as far as the space has it."""
         start = SubNetwork.uniform(self.n_layer)
-        return SubNetwork(
-            n_layer=self.n_layer,
-            skip_attn=start.skip_attn & set(self.attn),
-            skip_ffn=start.skip_ffn & set(self.ffn),
-        )
+        return self._of(start.skip_attn & set(self.attn), start.skip_ffn & set(self.ffn))

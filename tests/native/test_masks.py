@@ -31,7 +31,7 @@ def draft(
     model: Model, subnetwork: SubNetwork, token: int, *, n_max: int, p_min: float = 0.0
 ) -> tuple[list[int], list[float]]:
     """swift_gguf_draft, the drafting loop for C programs."""
-    handle = library().subnetwork(subnetwork.attn_mask, subnetwork.ffn_mask)
+    handle = library().subnetwork(subnetwork)
     return library().draft(model.ctx, handle, token, model.n_past, n_max=n_max, p_min=p_min)
 
 
@@ -244,7 +244,7 @@ def test_bad_arguments_are_errors_not_crashes(
     subnetwork = SubNetwork(n_layer=model.n_layer)
     with pytest.raises(DecodeError):
         draft(model, subnetwork, 7, n_max=model.n_ctx)  # past the end of the context
-    handle = library().subnetwork(subnetwork.attn_mask, subnetwork.ffn_mask)
+    handle = library().subnetwork(subnetwork)
     for pos in (0, len(PROMPT) - 1, len(PROMPT) + 1, 2**31 - 2):  # would remove or miss positions
         with pytest.raises(DecodeError, match="out of range"):
             library().draft(model.ctx, handle, 7, pos, n_max=3, p_min=0.0)
@@ -257,8 +257,8 @@ def test_bad_arguments_are_errors_not_crashes(
     assert model.tokens == PROMPT
     swift = library()._swift
     assert swift.swift_gguf_set_subnetwork(None, None) == -1
-    assert swift.swift_gguf_subnetwork_init(None, None, -1) is None
-    assert swift.swift_gguf_subnetwork_init(None, None, 1 << 30) is None
+    assert swift.swift_gguf_subnetwork_init(None, None, -1, None, False) is None
+    assert swift.swift_gguf_subnetwork_init(None, None, 1 << 30, None, False) is None
     assert swift.swift_gguf_struct_size(b"nonsense") == 0
     assert swift.swift_gguf_rollback_refusal(None)
     swift.swift_gguf_subnetwork_free(None)

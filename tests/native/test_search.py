@@ -23,9 +23,10 @@ from swift_gguf.drafting.source import Cycle
 from swift_gguf.drafting.tree import Shape
 from swift_gguf.engine import SamplesRows, generate
 from swift_gguf.errors import DecodeError, SubnetworkError, UnsupportedModelError
+from swift_gguf.identity import fingerprint
 from swift_gguf.learning import Learning, space_of
 from swift_gguf.model import Model
-from swift_gguf.profile import Store, fingerprint
+from swift_gguf.profile import Store
 from swift_gguf.sampling import Sampler, SamplingOptions, SpeculativeSampler
 from swift_gguf.search.drivers import IdleSearch, OnTheFly
 from swift_gguf.search.objective import Window

@@ -26,7 +26,8 @@ from swift_gguf import gguf_check
 from swift_gguf import profile as profile_module
 from swift_gguf.cost import Costs
 from swift_gguf.errors import ModelError
-from swift_gguf.profile import MAX_KNOWN, MAX_SEEN, Known, Profile, Seen, Store, fingerprint
+from swift_gguf.identity import fingerprint
+from swift_gguf.profile import MAX_KNOWN, MAX_SEEN, Known, Profile, Seen, Store
 from swift_gguf.search.objective import Outcome
 from swift_gguf.subnetwork import SubNetwork
 from tests.fixtures.tiny_gguf import write_tiny

@@ -108,7 +108,10 @@ def test_masks_name_the_skipped_layers(n_layer: int, data: st.DataObject) -> Non
     layers = st.frozensets(st.integers(0, n_layer - 1))
     attn, ffn = data.draw(layers), data.draw(layers)
     network = SubNetwork(n_layer=n_layer, skip_attn=attn, skip_ffn=ffn)
-    for mask, skipped in ((network.attn_mask, attn), (network.ffn_mask, ffn)):
+    for mask, skipped in (
+        (network.attn_mask, attn),
+        ([share == 0.0 for share in network.ffn_shares], ffn),
+    ):
         assert len(mask) == n_layer
         assert {layer for layer, skip in enumerate(mask) if skip} == skipped
 

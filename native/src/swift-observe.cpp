@@ -1,0 +1,81 @@
+// What goes into the down projections of a model's FFNs and what comes out, seen while it runs: how
+// prepare learns which neurons matter.
+
+#include "swift-access.h"
+#include "swift-sidecar.h"
+
+#include <unordered_map>
+
+struct swift_gguf_ffn_observer {
+    llama_context *         ctx;
+    swift_gguf_ffn_callback callback;
+    void *                  data;
+
+    std::unordered_map<const ggml_tensor *, int32_t> layers; // by down projection
+    std::vector<float>                               input, output;
+
+    // ggml_backend_sched_eval_callback: asked before (ask) which nodes are wanted, then called after those
+    static bool on_node(ggml_tensor * node, bool ask, void * user) {
+        auto &     self = *static_cast<swift_gguf_ffn_observer *>(user);
+        const auto it   = node->op == GGML_OP_MUL_MAT ? self.layers.find(node->src[0]) : self.layers.end();
+        if (it == self.layers.end()) {
+            return !ask; // not wanted; go on
+        }
+        if (!ask) {
+            const ggml_tensor * columns = node->src[1];
+            self.callback(
+                    self.data, it->second, (int32_t) node->ne[1], (int32_t) columns->ne[0], fetched(columns, self.input),
+                    (int32_t) node->ne[0], fetched(node, self.output));
+        }
+        return true;
+    }
+
+    static const float * fetched(const ggml_tensor * t, std::vector<float> & copy) {
+        if (ggml_backend_buffer_is_host(t->buffer) && ggml_is_contiguous(t)) {
+            return (const float *) t->data;
+        }
+        copy.resize(ggml_nelements(t));
+        ggml_backend_tensor_get(t, copy.data(), 0, ggml_nbytes(t));
+        return copy.data();
+    }
+};
+
+swift_gguf_ffn_observer * swift_gguf_observe_ffn(
+        llama_context *            ctx,
+        const swift_gguf_sidecar * sidecar,
+        swift_gguf_ffn_callback    callback,
+        void *                     data) try {
+    if (ctx == nullptr || callback == nullptr) {
+        return nullptr;
+    }
+    auto         observer = std::make_unique<swift_gguf_ffn_observer>();
+    const auto & layers   = llama_get_model(ctx)->layers;
+    observer->ctx         = ctx;
+    observer->callback    = callback;
+    observer->data        = data;
+    for (size_t il = 0; il < layers.size(); ++il) {
+        if (layers[il].ffn_down != nullptr) {
+            observer->layers.emplace(layers[il].ffn_down, (int32_t) il);
+        }
+        if (sidecar == nullptr) {
+            continue;
+        }
+        if (const auto narrow = sidecar->value->ffns.find(layers[il].ffn_down); narrow != sidecar->value->ffns.end()) {
+            observer->layers.emplace(narrow->second.down, (int32_t) il);
+        }
+    }
+    if (observer->layers.empty()) {
+        return nullptr;
+    }
+    swift_access::watch(*ctx, swift_gguf_ffn_observer::on_node, observer.get());
+    return observer.release();
+} catch (...) { // std::bad_alloc
+    return nullptr;
+}
+
+void swift_gguf_observe_ffn_end(swift_gguf_ffn_observer * observer) {
+    if (observer != nullptr) {
+        swift_access::watch(*observer->ctx, nullptr, nullptr);
+        delete observer;
+    }
+}

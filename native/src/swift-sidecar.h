@@ -1,0 +1,39 @@
+// Weights derived from a model for its draft passes (swift-gguf prepare): FFNs of fewer neurons and an
+// output head over fewer tokens.
+
+#pragma once
+
+#include "ggml-cpp.h"
+#include "llama-mmap.h"
+
+#include <cstdint>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+// In the place of a whole FFN's tensors; null where the FFN has none.
+struct swift_narrow_tensors {
+    ggml_tensor * up     = nullptr; // [n_embd, n_narrow], or twice as many rows where the gate is in it
+    ggml_tensor * up_b   = nullptr;
+    ggml_tensor * gate   = nullptr; // [n_embd, n_narrow]
+    ggml_tensor * gate_b = nullptr;
+    ggml_tensor * down   = nullptr; // [n_narrow, n_embd]
+    ggml_tensor * down_b = nullptr; // [n_embd], what the neurons left out add on average
+};
+
+// Immutable once loaded. Belongs to one model, whose tensors it refers to.
+struct swift_sidecar {
+    std::unordered_map<const ggml_tensor *, swift_narrow_tensors> ffns; // by the whole down projection
+
+    const ggml_tensor * output   = nullptr; // the model's output projection, if there is a draft head
+    ggml_tensor *       head     = nullptr; // [n_embd, n_head]: some of its rows
+    ggml_tensor *       head_ids = nullptr; // I32 [n_head]: which
+    ggml_tensor *       floor    = nullptr; // F32 [n_vocab]: -inf, the logits of all other tokens
+
+    uint64_t n_bytes = 0;
+
+    // what holds the tensors; buffers may lie in the mapping
+    std::unique_ptr<llama_mmap>          mapping;
+    std::vector<ggml_context_ptr>        contexts;
+    std::vector<ggml_backend_buffer_ptr> buffers;
+};

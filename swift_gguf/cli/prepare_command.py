@@ -1,0 +1,153 @@
+"""`swift-gguf prepare`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from swift_gguf.cli.options import load_model, model_flags, read_text
+
+if TYPE_CHECKING:
+    from swift_gguf.model import Model
+    from swift_gguf.prepare.run import Preparation, Report
+
+CONTEXT = 2048  # tokens, of which a prompt and all its answers need some
+BATCH = 128  # tokens decoded at once, each with logits
+
+
+@click.command()
+@click.argument("model")
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE",
+              help="[default: beside the model, MODEL.swift.gguf]")  # fmt: skip
+@click.option("--width", default=0.25, show_default=True, metavar="SHARE",
+              type=click.FloatRange(0, 1, min_open=True),
+              help="Neurons that a draft keeps of every FFN.")  # fmt: skip
+@click.option("--head", default=32768, show_default=True, metavar="N", type=click.IntRange(0),
+              help="Tokens that drafts choose from; 0: all.")  # fmt: skip
+@click.option("--type", "kind", metavar="TYPE",
+              help="Of the draft weights: Q4_0, Q4_K, Q8_0, ...  [default: the model's, at most "
+              "4 bits]")  # fmt: skip
+@click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE",
+              help="Prompts to calibrate on: JSON lines with `turns`, or one a line.  [default: "
+              "some built in]")  # fmt: skip
+@click.option("--tokens", default=12000, show_default=True, metavar="N", type=click.IntRange(1),
+              help="How much of the model's own answers to calibrate on.")  # fmt: skip
+@click.option("-s", "--seed", default=1, show_default=True, metavar="N", type=click.IntRange(0))
+@click.option("--tune", "minutes", default=1.0, show_default=True, metavar="M",
+              type=click.FloatRange(0), help="Minutes to try the drafts out for.")  # fmt: skip
+@model_flags
+def prepare(model: str, output: Path | None, minutes: float, **values: Any) -> None:
+    """Derive weights for faster drafts from the model itself.
+
+    They lie in a file beside the model, and are used wherever it is.  Ctrl-C ends it; the same
+    command goes on later.
+    """
+    from swift_gguf.sidecar import path_beside
+
+    values |= {"ctx_size": CONTEXT, "sidecar": "none"}
+    with load_model(model, values, n_batch=BATCH) as loaded:
+        out = output or path_beside(loaded.path)
+        with _display() as report:
+            _prepare(loaded, out, values, report)
+        path = loaded.path
+    if minutes and out == path_beside(path):
+        _try_out(path, minutes, values)
+
+
+def _prepare(model: Model, out: Path, values: dict[str, Any], report: Report) -> None:
+    from swift_gguf.prepare.run import Preparation, PrepareOptions
+    from swift_gguf.prepare.texts import load_texts, save_texts, texts_key
+
+    options = PrepareOptions(
+        width=values["width"],
+        n_head=values["head"],
+        n_tokens=values["tokens"],
+        kind=values["kind"],
+        seed=values["seed"],
+    )
+    prompts = _prompts(model, values["calibration"])
+    preparation = Preparation(model, prompts, options, report=report)
+    click.echo(_plan(preparation, out), err=True)
+    unfinished = out.with_name(out.name + ".texts.json")
+    key = texts_key(model.path, prompts, options.seed)
+    texts = load_texts(unfinished, key)
+    for text in preparation.answers(texts):
+        texts.append(text)
+        save_texts(unfinished, key, texts)
+    n_bytes = preparation.write(out, texts)
+    unfinished.unlink(missing_ok=True)
+    error = preparation.error
+    accuracy = f": narrow FFNs are off by {error:.0%} of what the whole ones put out"
+    click.echo(f"wrote {out}, {n_bytes / 1e6:.0f} MB{'' if error is None else accuracy}")
+
+
+def _plan(preparation: Preparation, out: Path) -> str:
+    n_bytes, model_bytes = preparation.expected_bytes, preparation.model.n_bytes
+    return f"will write {out}, about {n_bytes / 1e6:.0f} MB ({n_bytes / model_bytes:.0%})"
+
+
+def _prompts(model: Model, file: Path | None) -> list[list[int]]:
+    """What to ask the model, as chat prompts where it has a template."""
+    from swift_gguf.prepare.prompts import PROMPTS
+    from swift_gguf.suite import read_suite
+    from swift_gguf.text import encode, render_chat
+
+    if file is None:
+        texts = list(PROMPTS)
+    elif file.suffix == ".jsonl":
+        texts = [row.turns[0] for row in read_suite(file)]
+    else:
+        texts = [line for line in read_text(file).splitlines() if line.strip()]
+    if not texts:
+        raise click.ClickException(f"{file} holds no prompt")
+    has_template = model.metadata("tokenizer.chat_template") is not None
+    longest = CONTEXT // 4
+
+    def tokens(text: str) -> list[int]:
+        if has_template:
+            text = render_chat(model, [{"role": "user", "content": text}])
+        return encode(model, text)
+
+    return [ids for ids in map(tokens, texts) if 0 < len(ids) <= longest]
+
+
+def _try_out(path: Path, minutes: float, values: dict[str, Any]) -> None:
+    """Measures and tunes, so that the first answer drafts with what suits this machine."""
+    from swift_gguf.cli.tune_command import tune_lines
+
+    with load_model(str(path), {**values, "sidecar": None}) as model:
+        click.echo(tune_lines(model, minutes))
+
+
+@contextmanager
+def _display() -> Iterator[Report]:
+    """A progress bar; on a pipe a line for every step."""
+    if not sys.stderr.isatty():
+        last = ""
+
+        def line(what: str, share: float) -> None:
+            nonlocal last
+            if what != last:
+                last = what
+                click.echo(what, err=True)
+
+        yield line
+        return
+    from rich import progress as rich
+    from rich.console import Console
+
+    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), rich.TimeRemainingColumn())
+    with rich.Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
+        tasks: dict[str, rich.TaskID] = {}
+
+        def show(what: str, share: float) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=1.0)
+            bar.update(tasks[what], completed=share)
+
+        yield show

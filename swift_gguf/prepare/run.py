@@ -1,0 +1,339 @@
+"""The steps of `swift-gguf prepare`, each of which can be taken up again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from numpy.typing import NDArray
+
+from swift_gguf.errors import SwiftError, UnsupportedModelError
+from swift_gguf.model import Model
+from swift_gguf.prepare.calibration import answer, replay
+from swift_gguf.prepare.narrowing import Ffn, best_strength, ffns_of, most_important
+from swift_gguf.prepare.statistics import Energy, NormalEquations, TokenMass, refit
+from swift_gguf.prepare.texts import Text
+from swift_gguf.prepare.weights import BLOCK, Sidecar, Weights
+
+HELD_BACK = 8  # one answer of so many is not fitted to
+JUDGED_LAYERS = 5
+WEIGHED_TOKENS = 3000
+MAX_ACCUMULATED = 3 << 30  # bytes of normal equations held at once
+Report = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions:
+    """How a sidecar is derived.
+
+    Raises:
+        SwiftError: something is out of range.
+    """
+
+    width: float = 0.25
+    """Share of each FFN's neurons."""
+    n_head: int = 32768
+    """Tokens of the draft head; 0: drafts use the model's own."""
+    n_tokens: int = 12000
+    """Calibrated on."""
+    answer_tokens: int = 96
+    kind: str | None = None
+    """ggml's name of the type that draft weights are stored in; None: one that suits the model."""
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.width <= 1:
+            raise SwiftError(f"a width of {self.width}; give a share above 0, at most 1")
+        if self.n_head < 0 or self.n_tokens < 1 or self.answer_tokens < 1:
+            raise SwiftError("the head, the calibration and its answers need positive sizes")
+
+
+def narrow_width(n_ff: int, share: float) -> int:
+    """So many neurons, rounded to whole blocks."""
+    block = BLOCK if n_ff % BLOCK == 0 and n_ff * share >= BLOCK else 32
+    return min(n_ff, max(block, round(n_ff * share / block) * block))
+
+
+def share_at(layer: int, n_layer: int, width: float) -> float:
+    """The share of neurons kept at a depth, `width` on average where that is a quarter.
+
+    What late layers put out goes to the logits almost at once, and nothing after them makes up for
+    an error: narrowing the last eight of 28 FFNs did as much harm as narrowing all the others
+    (docs/benchmarks.md).
+    """
+    depth = layer / max(1, n_layer - 1)
+    return float(width ** (1.5 if depth < 0.57 else 1.0 if depth < 0.71 else 0.5))
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """What is kept of an FFN."""
+
+    ffn: Ffn
+    neurons: NDArray[np.int64]
+    """[k], in the order they are stored in."""
+    columns: NDArray[np.float32] | None = None
+    """[k + 1, n_embd], their down columns and last a bias; None: all neurons, as they are."""
+
+
+class Preparation:
+    """Derives the sidecar of a loaded model.
+
+    prompts: token ids of what is asked for calibration.
+    texts: what an earlier run has answered already.
+    report: called with what is being done and the share of it that is done.
+
+    Raises:
+        UnsupportedModelError: the model has no dense FFN.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        prompts: Sequence[Sequence[int]],
+        options: PrepareOptions | None = None,
+        *,
+        report: Report = lambda what, share: None,
+    ) -> None:
+        self.model = model
+        self.options = options or PrepareOptions()
+        self._prompts = prompts
+        self._report = report
+        self.weights = Weights(model.path)
+        self.ffns = ffns_of(self.weights, model.n_layer)
+        if not self.ffns:
+            raise UnsupportedModelError("nothing to prepare: this model has no dense FFN")
+        self.errors: dict[float, float] = {}
+        """Relative error of the narrow FFNs on held-back text, by strength of the ridge."""
+        self.strength = 0.0
+
+    @property
+    def error(self) -> float | None:
+        """Of what narrow FFNs put out on held-back text, relative; None: nothing was fitted."""
+        return self.errors.get(self.strength)
+
+    # -- what will be written ----------------------------------------------------------------------
+
+    def n_narrow(self, ffn: Ffn) -> int:
+        return narrow_width(ffn.n_ff, share_at(ffn.layer, self.model.n_layer, self.options.width))
+
+    def kind_of(self, name: str, row_length: int) -> GGMLQuantizationType:
+        """The type for draft weights made from the tensor `name`, in rows of this length."""
+        own = self.weights.kind(name)
+        if self.options.kind:
+            wanted = _kind_named(self.options.kind)
+        elif own in _SMALL:
+            wanted = own
+        else:
+            wanted = GGMLQuantizationType.Q4_K
+        is_k_quant = wanted.name.endswith("_K")
+        if is_k_quant and row_length % BLOCK:
+            wanted = GGMLQuantizationType.Q4_0
+        return GGMLQuantizationType.F32 if row_length % 32 else wanted
+
+    @property
+    def expected_bytes(self) -> int:
+        """What the sidecar's weights will take, nearly."""
+        total = 0.0
+        for ffn in self.ffns:
+            k = self.n_narrow(ffn)
+            rows = (2 if ffn.has_gate or ffn.is_joined else 1) * k
+            total += rows * ffn.n_embd * _bytes_each(self.kind_of(ffn.name("up"), ffn.n_embd))
+            total += k * ffn.n_embd * _bytes_each(self.kind_of(ffn.name("down"), k))
+        if name := self._head_name:
+            _, n_embd = self.weights.shape(name)
+            n_head = min(self.options.n_head, self.model.n_vocab)
+            total += n_head * n_embd * _bytes_each(self.weights.kind(name))
+        return round(total)
+
+    @property
+    def _head_name(self) -> str | None:
+        names = ("output.weight", "token_embd.weight")
+        return next((name for name in names if self.weights.has(name)), None)
+
+    # -- steps -------------------------------------------------------------------------------------
+
+    def answers(self, texts: Sequence[Text] = ()) -> Iterator[Text]:
+        """Asks the model until there are tokens enough, beginning after `texts`."""
+        rng = np.random.default_rng([self.options.seed, len(texts)])
+        done, wanted = sum(text.n_tokens for text in texts), self.options.n_tokens
+        number = len(texts)
+        while done < wanted:
+            before = done
+
+            def count(n: int, before: int = before) -> None:
+                nonlocal done
+                done += n
+                self._report("answering", min(1.0, done / wanted))
+
+            prompt = self._prompts[number % len(self._prompts)]
+            text = answer(
+                self.model, prompt, n_tokens=self.options.answer_tokens, rng=rng, on_pass=count
+            )
+            done = before + text.n_tokens
+            number += 1
+            yield text
+
+    def weigh(self, texts: Sequence[Text]) -> tuple[Energy, TokenMass]:
+        """How active each neuron is, and how likely each token."""
+        energy, tokens = Energy(self.model.n_layer), TokenMass(self.model.n_vocab)
+        some, n_tokens = [], 0  # what matters shows soon
+        for text in texts:
+            some.append(text)
+            n_tokens += text.n_tokens
+            if n_tokens >= WEIGHED_TOKENS:
+                break
+        with self.model.observe_ffn(energy):
+            for i, text in enumerate(some):
+                for _, n_rows in replay(self.model, text):
+                    for row in range(n_rows):
+                        tokens.add(self.model.logits(row))
+                self._report("weighing neurons and tokens", (i + 1) / len(some))
+        return energy, tokens
+
+    def fitted(self, texts: Sequence[Text], energy: Energy) -> Iterator[Narrow]:
+        """Each FFN's neurons, and their new down columns."""
+        partial = [ffn for ffn in self.ffns if self.n_narrow(ffn) < ffn.n_ff]
+        for ffn in self.ffns:
+            if ffn not in partial:  # nothing is missing, nothing to be made up for
+                yield Narrow(ffn, np.arange(ffn.n_ff))
+        groups = list(self._groups(partial))
+        for number, group in enumerate(groups):
+
+            def report(what: str, share: float, number: int = number) -> None:
+                self._report(what, (number + share) / len(groups))
+
+            kept = {
+                ffn.layer: most_important(self.weights, ffn, energy, self.n_narrow(ffn))
+                for ffn in group
+            }
+            equations = self._equations(texts, kept, group, judges=number == 0, report=report)
+            originals = {
+                ffn.layer: self.weights.values(ffn.name("down"))[:, kept[ffn.layer]].T
+                for ffn in group
+            }
+            if number == 0:
+                self.strength, self.errors = best_strength(
+                    equations.fitted, equations.judged, originals
+                )
+            for i, ffn in enumerate(group):
+                problem = equations.fitted.pop(ffn.layer)
+                columns = refit(problem, originals[ffn.layer], self.strength)
+                report("solving", (i + 1) / len(group))
+                yield Narrow(ffn, kept[ffn.layer], columns)
+
+    def _equations(
+        self,
+        texts: Sequence[Text],
+        kept: Mapping[int, NDArray[np.int64]],
+        group: Sequence[Ffn],
+        *,
+        judges: bool,
+        report: Report,
+    ) -> NormalEquations:
+        step = max(1, len(group) // JUDGED_LAYERS)
+        judged = frozenset(ffn.layer for ffn in group[step // 2 :: step]) if judges else frozenset()
+        equations = NormalEquations(kept, group[0].n_embd, judged)
+        with self.model.observe_ffn(equations):
+            for i, text in enumerate(texts):
+                for answer_number, _ in replay(self.model, text):
+                    is_held_back = answer_number % HELD_BACK == HELD_BACK - 1
+                    equations.settle(is_held_back=is_held_back and answer_number >= 0)
+                report("fitting", (i + 1) / len(texts))
+        return equations
+
+    def _groups(self, ffns: Sequence[Ffn]) -> Iterator[list[Ffn]]:
+        """As many FFNs at a time as memory allows."""
+        group: list[Ffn] = []
+        size = 0
+        for ffn in ffns:
+            k = self.n_narrow(ffn)
+            more = 4 * k * (k + ffn.n_embd)
+            if group and size + more > MAX_ACCUMULATED:
+                yield group
+                group, size = [], 0
+            group.append(ffn)
+            size += more
+        if group:
+            yield group
+
+    def head_tokens(self, tokens: TokenMass, texts: Sequence[Text]) -> NDArray[np.int64]:
+        """The tokens of the draft head, ascending: the likeliest, and all that end an answer."""
+        mass = tokens.mass.copy()
+        for text in texts:
+            for ids in (text.prompt, *text.answers):
+                np.add.at(mass, np.asarray(ids, np.int64), 1.0)
+        mass[[t for t in range(len(mass)) if self.model.is_eog(t)]] += 1.0
+        return np.sort(np.argsort(-mass, kind="stable")[: self.options.n_head])
+
+    def write(self, out: Path, texts: Sequence[Text]) -> int:
+        """All remaining steps.  Returns the size of the file's weights."""
+        sidecar = Sidecar(out)
+        widths = [0] * self.model.n_layer
+        energy, tokens = self.weigh(texts)
+        for narrow in self.fitted(texts, energy):
+            self._add_ffn(sidecar, narrow)
+            widths[narrow.ffn.layer] = len(narrow.neurons)
+        n_head = self._add_head(sidecar, self.head_tokens(tokens, texts))
+        sidecar.finish(self.model.path, widths, n_head)
+        return sidecar.n_bytes
+
+    def _add_ffn(self, sidecar: Sidecar, narrow: Narrow) -> None:
+        ffn, neurons = narrow.ffn, narrow.neurons
+        parts = [("up", ffn.rows(neurons)), *([("gate", neurons)] if ffn.has_gate else [])]
+        for part, chosen in parts:
+            name, bias = ffn.name(part), ffn.name(part, "bias")
+            sidecar.add_rows(name, self.weights, chosen, self.kind_of(name, ffn.n_embd))
+            if self.weights.has(bias):
+                sidecar.add_array(bias, self.weights.values(bias).reshape(-1)[chosen])
+        self._add_down(sidecar, narrow)
+
+    def _add_down(self, sidecar: Sidecar, narrow: Narrow) -> None:
+        name, bias_name = narrow.ffn.name("down"), narrow.ffn.name("down", "bias")
+        kind = self.kind_of(name, len(narrow.neurons))
+        has_bias = self.weights.has(bias_name)
+        bias = self.weights.values(bias_name).reshape(-1) if has_bias else None
+        if narrow.columns is None:
+            sidecar.add_rows(name, self.weights, np.arange(narrow.ffn.n_embd), kind)
+        else:
+            sidecar.add_values(name, narrow.columns[:-1].T, kind)
+            bias = narrow.columns[-1] if bias is None else bias + narrow.columns[-1]
+        if bias is not None:
+            sidecar.add_array(bias_name, bias)
+
+    def _add_head(self, sidecar: Sidecar, tokens: NDArray[np.int64]) -> int:
+        name = self._head_name
+        if name is None or not len(tokens):
+            return 0
+        kind = self.weights.kind(name)
+        sidecar.add_rows("output.weight", self.weights, tokens, kind, of=name)
+        sidecar.add_array("output.ids", tokens.astype(np.int32))
+        return len(tokens)
+
+
+_SMALL = frozenset(
+    {
+        GGMLQuantizationType.Q4_0,
+        GGMLQuantizationType.Q4_1,
+        GGMLQuantizationType.Q4_K,
+        GGMLQuantizationType.Q3_K,
+        GGMLQuantizationType.Q2_K,
+        GGMLQuantizationType.IQ4_NL,
+    }
+)
+
+
+def _bytes_each(kind: GGMLQuantizationType) -> float:
+    """Bytes a weight."""
+    n_block, n_bytes = GGML_QUANT_SIZES[kind]
+    return float(n_bytes / n_block)
+
+
+def _kind_named(name: str) -> GGMLQuantizationType:
+    try:
+        return GGMLQuantizationType[name.upper()]
+    except KeyError:
+        raise SwiftError(f"there is no type {name!r}; use Q4_0, Q4_K or Q8_0") from None

@@ -1,0 +1,50 @@
+"""Calibration text, and how it is kept between runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from swift_gguf.identity import fingerprint, weights_digest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """A prompt and what the model answered, in token ids."""
+
+    prompt: Sequence[int]
+    answers: Sequence[Sequence[int]]
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.prompt) + sum(map(len, self.answers))
+
+
+def texts_key(model: Path, prompts: Sequence[Sequence[int]], seed: int) -> str:
+    """Texts of one model, asked the same: others are not to be gone on with."""
+    asked = json.dumps(
+        [fingerprint(model), weights_digest(model), seed, [list(p) for p in prompts]]
+    )
+    return hashlib.sha256(asked.encode()).hexdigest()[:32]
+
+
+def load_texts(path: Path, key: str) -> list[Text]:
+    """What `save_texts` wrote; nothing where that is not whole, or of something else."""
+    try:
+        values = json.loads(path.read_text())
+        if values["key"] != key:
+            return []
+        return [Text(prompt=prompt, answers=answers) for prompt, answers in values["texts"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def save_texts(path: Path, key: str, texts: Sequence[Text]) -> None:
+    """Keeps what was answered, for a run that goes on."""
+    rows = [[list(text.prompt), [list(a) for a in text.answers]] for text in texts]
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps({"key": key, "texts": rows}))
+    part.replace(path)

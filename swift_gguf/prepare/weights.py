@@ -1,0 +1,107 @@
+"""Reads a model's weights row by row, and writes those of a sidecar."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize
+from numpy.typing import NDArray
+
+from swift_gguf import sidecar
+from swift_gguf.native import library
+
+BLOCK = 256  # weights in a block of the k-quants
+PLAIN = frozenset({GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16})
+
+
+class Weights:
+    """The tensors of a GGUF, mapped."""
+
+    def __init__(self, path: Path) -> None:
+        self._tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+
+    def has(self, name: str) -> bool:
+        return name in self._tensors
+
+    def kind(self, name: str) -> GGMLQuantizationType:
+        """The type it is stored in."""
+        return self._tensors[name].tensor_type
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """In numpy's order: rows first."""
+        return tuple(int(n) for n in reversed(self._tensors[name].shape))
+
+    def rows(self, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Some rows as they are stored: uint8 [n, bytes a row], or [n, length] of plain types."""
+        return np.ascontiguousarray(self._tensors[name].data[rows])
+
+    def values(self, name: str, rows: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """All or some rows as numbers."""
+        data = self._tensors[name].data
+        stored = data if rows is None else data[rows]
+        return np.asarray(dequantize(stored, self.kind(name)), np.float32)
+
+
+class Sidecar:
+    """A sidecar being written; nothing is under its name before `finish`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._tensors: list[tuple[str, NDArray[Any], GGMLQuantizationType | None]] = []
+
+    def add_rows(
+        self,
+        name: str,
+        source: Weights,
+        rows: NDArray[np.int64],
+        kind: GGMLQuantizationType,
+        *,
+        of: str | None = None,
+    ) -> None:
+        """Rows of the model's matrix `of` (default: of the same name); as they are stored, if that
+        is of this type."""
+        of = of or name
+        if source.kind(of) == kind:
+            self._tensors.append((name, source.rows(of, rows), kind))
+        else:
+            self.add_values(name, source.values(of, rows), kind)
+
+    def add_values(self, name: str, rows: NDArray[np.float32], kind: GGMLQuantizationType) -> None:
+        """A matrix of numbers, quantised."""
+        if kind == GGMLQuantizationType.F32:
+            self._tensors.append((name, np.ascontiguousarray(rows, np.float32), None))
+        else:
+            self._tensors.append((name, library().quantize(rows, kind.value), kind))
+
+    def add_array(self, name: str, values: NDArray[Any]) -> None:
+        """Numbers that are not weights, or a bias: in numpy's own type."""
+        self._tensors.append((name, values, None))
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(data.nbytes for _, data, _ in self._tensors)
+
+    def finish(self, model: Path, n_narrow: Sequence[int], n_head: int) -> None:
+        """Writes the file, whole or not at all."""
+        part = self.path.with_name(self.path.name + ".part")
+        writer = GGUFWriter(part, sidecar.ARCHITECTURE)
+        writer.add_type("swift-sidecar")
+        writer.add_name(f"{model.stem}: draft weights")
+        writer.add_uint32("swift.version", sidecar.VERSION)
+        for key, value in sidecar.identity(model).items():
+            writer.add_string(key, value)
+        writer.add_array("swift.n_narrow", list(n_narrow))
+        writer.add_uint32("swift.n_head", n_head)
+        for name, data, kind in self._tensors:
+            writer.add_tensor(name, data, raw_dtype=kind)
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            part.replace(self.path)
+        finally:
+            part.unlink(missing_ok=True)
