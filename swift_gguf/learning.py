@@ -24,14 +24,14 @@ QUICK_WIDTHS = tuple(width for width in WIDTHS if width <= 8)
 WARM_UP_TOKENS = 32
 
 
-def space_of(model: Model) -> Space | None:
+def space_of(model: Model, *, with_sidecar: bool = True) -> Space | None:
     """The sub-layers of a model that a draft may leave out, or run narrower where it has a sidecar;
     None if there are none."""
     attn, ffn = (
         [i for i, sublayer in enumerate(kind) if sublayer.status == "ok"]
         for kind in model.sublayers
     )
-    if model.sidecar and model.sidecar.narrow_layers:
+    if with_sidecar and model.sidecar and model.sidecar.narrow_layers:
         narrow = sorted(model.sidecar.narrow_layers)
         return Space(model.n_layer, attn, narrow, is_narrow=True, has_head=model.sidecar.n_head > 0)
     inner = set(range(1, model.n_layer - 1))
@@ -68,12 +68,14 @@ class Learning:
         *,
         store: Store | None = None,
         options: SearchOptions | None = None,
+        with_sidecar: bool = True,
     ) -> None:
         options = options or SearchOptions()
         self.store = store or Store()
         self.meter = Meter()
         self._model = model
-        self._fingerprint = profile_key(model.path, model.sidecar.path if model.sidecar else None)
+        sidecar = model.sidecar.path if model.sidecar and with_sidecar else None
+        self._fingerprint = profile_key(model.path, sidecar)
         self._saved = Meter()
         profile = self.store.load(self._fingerprint)
         if profile is not None and profile.n_layer != model.n_layer:

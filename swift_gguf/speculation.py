@@ -24,6 +24,7 @@ from swift_gguf.profile import Store
 from swift_gguf.search.drivers import IdleSearch, OnTheFly
 from swift_gguf.search.optimizer import Search, Searcher
 from swift_gguf.search.paper import PaperOptions
+from swift_gguf.search.space import Space
 from swift_gguf.search.window import Windows
 from swift_gguf.subnetwork import SubNetwork, format_layers
 
@@ -88,6 +89,8 @@ class SpeculationOptions:
     """One of `TREES`; None: the planner's to say."""
     fixed: bool = False
     """Draft `draft_max` tokens where there are so many, whatever they cost; to compare with."""
+    sidecar: bool = True
+    """Draft with the model's sidecar, if it has one; False: to compare with."""
     sampled: bool = False
     """Drafts are drawn, for speculative sampling; by layer-skip alone."""
 
@@ -205,15 +208,19 @@ class Speculation:
         if self.options.is_by_hand:
             self._subnetwork = _by_hand(self._model, self.options)
             return bool(self._subnetwork.skip_attn or self._subnetwork.skip_ffn)
-        return space_of(self._model) is not None
+        return self._space() is not None
+
+    def _space(self) -> Space | None:
+        return space_of(self._model, with_sidecar=self.options.sidecar)
 
     def _learn(self, can_skip: bool, store: Store | None) -> Learning:
         options = self.options
         searches = can_skip and not options.is_by_hand
         return Learning(
             self._model,
-            space_of(self._model) if searches else None,
+            self._space() if searches else None,
             store=store,
+            with_sidecar=options.sidecar,
             options=SearchOptions(
                 paper=options.paper if options.search == "paper" else None,
                 draft_max=options.draft_max or SEARCHED_LENGTH,

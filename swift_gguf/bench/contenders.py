@@ -10,7 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
 
-from swift_gguf.bench.modes import AUTO, LOOKUP, PLAIN, Mode
+from swift_gguf.bench.modes import AUTO, BARE, LOOKUP, PLAIN, Mode
 from swift_gguf.engine import generate
 from swift_gguf.model import Model
 from swift_gguf.profile import Store
@@ -96,6 +96,8 @@ def speculation_options(mode: Mode, *, draft_model: Path | None) -> SpeculationO
         return SpeculationOptions(mode="off")
     if mode.base == AUTO:
         return SpeculationOptions(mode=AUTO)
+    if mode.base == BARE:
+        return SpeculationOptions(mode=AUTO, sidecar=False)
     names = ",".join(mode.sources)
     if "draft-model" not in mode.sources:
         draft_model = None

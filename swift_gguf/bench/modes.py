@@ -8,6 +8,7 @@ from swift_gguf.errors import SwiftError
 
 PLAIN = "plain"
 AUTO = "auto"
+BARE = "auto-bare"
 LOOKUP = "prompt-lookup"
 SOURCES = ("layer-skip", "ngram", "recycling", "draft-model")
 PEERS = {
@@ -25,7 +26,7 @@ class Mode:
     """A way to answer; of several, plain decoding is what the others are compared with."""
 
     base: str
-    """``plain``, ``auto``, a peer, or sources joined by ``+``."""
+    """``plain``, ``auto``, ``auto-bare`` (no sidecar), a peer, or sources joined by ``+``."""
     draft_max: int | None = None
     """Tokens of a draft at most, all else fixed too: no search goes on.  None: the default, and a
     search."""
@@ -37,7 +38,7 @@ class Mode:
     @property
     def sources(self) -> tuple[str, ...]:
         """What drafts, if it is named."""
-        return () if self.base in (PLAIN, AUTO, *PEERS) else tuple(self.base.split("+"))
+        return () if self.base in (PLAIN, AUTO, BARE, *PEERS) else tuple(self.base.split("+"))
 
     @property
     def is_fixed(self) -> bool:
@@ -62,10 +63,10 @@ def parse_modes(text: str) -> list[Mode]:
 def _parse(name: str) -> Mode:
     base, colon, length = name.partition(":")
     sources = base.split("+")
-    is_single = base in (PLAIN, AUTO, *PEERS)
+    is_single = base in (PLAIN, AUTO, BARE, *PEERS)
     if not is_single and (set(sources) - set(SOURCES) or len(set(sources)) < len(sources)):
         raise SwiftError(
-            f"there is no mode {name!r}; use {', '.join((PLAIN, AUTO, *PEERS))}, "
+            f"there is no mode {name!r}; use {', '.join((PLAIN, AUTO, BARE, *PEERS))}, "
             f"or {', '.join(SOURCES)} joined by +"
         )
     if not colon:

@@ -37,9 +37,9 @@ def _modes(ctx: click.Context, parameter: click.Parameter, value: str) -> list[M
               help="JSON lines in Spec-Bench's form, or a name: everyday, code-editing; may be "
               "repeated.  [default: both names]")  # fmt: skip
 @click.option("--modes", default="auto", show_default=True, callback=_modes, metavar="LIST",
-              help="auto; layer-skip, ngram, recycling, draft-model, or several joined by +, with "
-              ":N for drafts of N tokens and no search; peers: llama-cpp-python, prompt-lookup.  "
-              "Plain decoding always runs beside them.")  # fmt: skip
+              help="auto; auto-bare (no sidecar); layer-skip, ngram, recycling, draft-model, or "
+              "several joined by +, with :N for drafts of N tokens and no search; peers: "
+              "llama-cpp-python, prompt-lookup.  Plain decoding always runs beside them.")  # fmt: skip
 @click.option("--oracle", is_flag=True,
               help="Sweep fixed settings too: the best is the limit.")  # fmt: skip
 @click.option("--draft-model", type=click.Path(path_type=Path), metavar="FILE",

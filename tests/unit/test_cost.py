@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -29,6 +30,7 @@ from swift_gguf.errors import (
 )
 from swift_gguf.measuring import measure
 from swift_gguf.model import Model, Sublayer
+from swift_gguf.sidecar import Sidecar
 from swift_gguf.subnetwork import SubNetwork
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -39,6 +41,9 @@ TEXT = [7, 11, 13, 17]
 
 def sublayer(weight_bytes: int, kv_bytes: int = 0, status: str = "ok") -> Sublayer:
     return Sublayer(status=status, weight_bytes=weight_bytes, kv_bytes=kv_bytes, n_nodes=1)
+
+
+NARROW_SHARE, HEAD_MS = 0.75, 3.0  # saved by a sidecar
 
 
 class TimedModel:
@@ -54,6 +59,7 @@ class TimedModel:
 
     rollback_refusal: str | None = None
     n_batch = 64
+    sidecar: Sidecar | None = None
 
     def __init__(
         self,
@@ -122,6 +128,8 @@ class TimedModel:
                 ms -= sum(times[layer] for layer in skipped)
             if subnetwork.skip_attn and subnetwork.skip_ffn:
                 ms -= self.interaction_ms
+            ms -= NARROW_SHARE * sum(self.ffn_ms[layer] for layer in subnetwork.narrow_ffn)
+            ms -= HEAD_MS if subnetwork.draft_head else 0.0
         self.now_s += self.noise() * ms / 1e3
         if len(self.passes) == self.fail_at:
             raise self.fail_with()
@@ -142,6 +150,16 @@ def measured(model: TimedModel, **options: Any) -> Costs:
 
 
 # -- measuring -------------------------------------------------------------------------------------
+
+
+def test_what_a_sidecar_saves_is_measured() -> None:
+    model = TimedModel()
+    costs = measured(model)
+    assert (costs.narrow_ms, costs.draft_head_ms) == ((), 0.0)
+    model.sidecar = Sidecar(path=Path("x"), n_narrow=(8, 0, 8), n_head=100)
+    costs = measured(model)
+    assert costs.narrow_ms == pytest.approx((7.5, 0.0, 22.5))
+    assert costs.draft_head_ms == pytest.approx(HEAD_MS)
 
 
 def test_measured_is_what_was_planted() -> None:
