@@ -39,7 +39,7 @@ def _modes(ctx: click.Context, parameter: click.Parameter, value: str) -> list[M
 @click.option("--modes", default="auto", show_default=True, callback=_modes, metavar="LIST",
               help="auto; auto-bare (no sidecar); layer-skip, ngram, recycling, draft-model, or "
               "several joined by +, with :N for drafts of N tokens and no search; peers: "
-              "llama-cpp-python, prompt-lookup.  Plain decoding always runs beside them.")  # fmt: skip
+              "llama-cpp-python, prompt-lookup.  Plain decoding always runs, too.")  # fmt: skip
 @click.option("--oracle", is_flag=True,
               help="Sweep fixed settings too: the best is the limit.")  # fmt: skip
 @click.option("--draft-model", type=click.Path(path_type=Path), metavar="FILE",
