@@ -31,9 +31,10 @@ def space_of(model: Model, *, with_sidecar: bool = True) -> Space | None:
         [i for i, sublayer in enumerate(kind) if sublayer.status == "ok"]
         for kind in model.sublayers
     )
-    if with_sidecar and model.sidecar and model.sidecar.narrow_layers:
-        narrow = sorted(model.sidecar.narrow_layers)
-        return Space(model.n_layer, attn, narrow, is_narrow=True, has_head=model.sidecar.n_head > 0)
+    sidecar = model.usable_sidecar() if with_sidecar else None
+    if sidecar and sidecar.narrow_layers:
+        narrow, has_head = sorted(sidecar.narrow_layers), sidecar.n_head > 0
+        return Space(model.n_layer, attn, narrow, is_narrow=True, has_head=has_head)
     inner = set(range(1, model.n_layer - 1))
     if not inner & {*attn, *ffn}:
         return None

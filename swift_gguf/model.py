@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -509,9 +509,44 @@ class Model:
             self._sidecar_handle = self._library.sidecar(self._model, self.sidecar.path)
         return self._sidecar_handle
 
-    def observe_ffn(self, observer: FfnObserver) -> AbstractContextManager[None]:
-        """See `Library.observe_ffn`."""
-        return self._library.observe_ffn(self.ctx, observer, self._sidecar_handle)
+    def usable_sidecar(self) -> Sidecar | None:
+        """The sidecar, loaded; one that was found beside the model and cannot be, is left aside.
+
+        Raises:
+            SidecarError: the one that was asked for cannot be loaded.
+        """
+        try:
+            if self.sidecar is not None:
+                self._load_sidecar()
+        except SidecarError as error:
+            if self.options.sidecar != "auto":
+                raise
+            self.sidecar, self.sidecar_refusal = None, str(error)
+        return self.sidecar
+
+    @contextmanager
+    def observe_ffn(self, observer: FfnObserver) -> Iterator[None]:
+        """See `Library.observe_ffn`.  Where the observer raises, a Ctrl-C included, passes stop."""
+        failed: list[BaseException] = []
+
+        def guarded(layer: int, activations: Any, output: Any) -> None:
+            try:
+                observer(layer, activations, output)
+            except BaseException as error:
+                failed.append(error)
+                self.stop.raise_()
+
+        try:
+            with self._library.observe_ffn(self.ctx, guarded, self._sidecar_handle):
+                yield
+        except StoppedError:
+            if not failed:
+                raise
+        finally:
+            if failed:
+                self.stop.lower()
+        if failed:
+            raise failed[0]
 
     def pass_cost(
         self,

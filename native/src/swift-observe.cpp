@@ -17,7 +17,7 @@ struct swift_gguf_ffn_observer {
     // ggml_backend_sched_eval_callback: asked before (ask) which nodes are wanted, then called after those
     static bool on_node(ggml_tensor * node, bool ask, void * user) {
         auto &     self = *static_cast<swift_gguf_ffn_observer *>(user);
-        const auto it   = node->op == GGML_OP_MUL_MAT ? self.layers.find(node->src[0]) : self.layers.end();
+        const auto it   = is_product(node) ? self.layers.find(node->src[0]) : self.layers.end();
         if (it == self.layers.end()) {
             return !ask; // not wanted; go on
         }
@@ -30,8 +30,15 @@ struct swift_gguf_ffn_observer {
         return true;
     }
 
+    // One matrix by another, numbers in rows without gaps
+    static bool is_product(const ggml_tensor * node) {
+        const ggml_tensor * columns = node->src[1];
+        return node->op == GGML_OP_MUL_MAT && columns->type == GGML_TYPE_F32 && ggml_is_contiguous(columns) && ggml_is_contiguous(node) &&
+                node->ne[2] == 1 && node->ne[3] == 1;
+    }
+
     static const float * fetched(const ggml_tensor * t, std::vector<float> & copy) {
-        if (ggml_backend_buffer_is_host(t->buffer) && ggml_is_contiguous(t)) {
+        if (ggml_backend_buffer_is_host(t->buffer)) {
             return (const float *) t->data;
         }
         copy.resize(ggml_nelements(t));

@@ -103,7 +103,7 @@ private:
     ggml_tensor * place(ggml_backend_buffer_type_t buft, const ggml_tensor * source, const ggml_tensor * like) {
         auto & [ctx, tensors] = plan[buft];
         if (ctx == nullptr) {
-            const ggml_init_params params = { (model.layers.size() * 5 + 8) * ggml_tensor_overhead(), nullptr, true };
+            const ggml_init_params params = { (model.layers.size() * 6 + 8) * ggml_tensor_overhead(), nullptr, true };
             sidecar->contexts.emplace_back(ggml_init(params));
             ctx = sidecar->contexts.back().get();
         }
@@ -118,6 +118,9 @@ private:
         if (source == nullptr || source->ne[0] != ne0 || source->ne[1] != ne1 || ggml_n_dims(source) > 2) {
             throw refused(name + (source != nullptr ? " has the shape " + shape_of(source) : " is missing"));
         }
+        if (source->type != GGML_TYPE_F32 && ggml_get_type_traits(source->type)->to_float == nullptr) {
+            throw refused(name + " is of a type that no weights have"); // backends would take it and crash
+        }
         return place(memory_for_matrix(device_of(whole), source), source, source);
     }
 
@@ -126,7 +129,7 @@ private:
             return nullptr;
         }
         const ggml_tensor * source = find(name);
-        if (source == nullptr || source->type != GGML_TYPE_F32 || ggml_nelements(source) != ne0) {
+        if (source == nullptr || source->type != GGML_TYPE_F32 || source->ne[0] != ne0 || ggml_nelements(source) != ne0) {
             throw refused(name + " is missing or has another shape");
         }
         return place(ggml_backend_dev_buffer_type(device_of(whole)), source, source);
@@ -139,7 +142,7 @@ private:
             return; // this one stays whole
         }
         if (layer.ffn_down == nullptr || layer.ffn_up == nullptr || layer.ffn_down_s != nullptr || layer.ffn_up_s != nullptr ||
-            layer.ffn_gate_s != nullptr) {
+            layer.ffn_gate_s != nullptr || layer.ffn_act != nullptr) {
             throw refused("layer " + std::to_string(il) + " of the model has no FFN that can be narrowed");
         }
         const int64_t n_embd = layer.ffn_up->ne[0], n_narrow = down->ne[0];
@@ -167,7 +170,7 @@ private:
             return;
         }
         const ggml_tensor * whole = model.output;
-        if (whole == nullptr || head == nullptr || ids == nullptr || ids->type != GGML_TYPE_I32 || ggml_nelements(ids) != head->ne[1] ||
+        if (whole == nullptr || head == nullptr || ids == nullptr || ids->type != GGML_TYPE_I32 || ids->ne[0] != head->ne[1] || ggml_nelements(ids) != head->ne[1] ||
             head->ne[1] > whole->ne[1]) {
             throw refused("its head does not fit the model's");
         }
@@ -207,18 +210,22 @@ private:
             }
             uses_mapping = use_in_place(buft, tensors) || uses_mapping;
             // what has no memory yet gets some
+            std::vector<planned> rest;
+            for (const planned & each : tensors) {
+                if (each.target->buffer == nullptr) {
+                    rest.push_back(each);
+                }
+            }
             ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft);
             if (buffer != nullptr) {
                 sidecar->buffers.emplace_back(buffer);
                 ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
             }
-            for (const planned & each : tensors) {
+            for (const planned & each : rest) {
                 if (each.target->buffer == nullptr) {
                     throw refused("there is no memory for it");
                 }
-                if (each.target->buffer == buffer) {
-                    copy(each);
-                }
+                copy(each);
             }
         }
         if (!uses_mapping) {

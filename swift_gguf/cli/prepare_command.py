@@ -103,8 +103,6 @@ def _prompts(model: Model, file: Path | None) -> list[list[int]]:
         texts = [row.turns[0] for row in read_suite(file)]
     else:
         texts = [line for line in read_text(file).splitlines() if line.strip()]
-    if not texts:
-        raise click.ClickException(f"{file} holds no prompt")
     has_template = model.metadata("tokenizer.chat_template") is not None
     longest = CONTEXT // 4
 
@@ -113,7 +111,10 @@ def _prompts(model: Model, file: Path | None) -> list[list[int]]:
             text = render_chat(model, [{"role": "user", "content": text}])
         return encode(model, text)
 
-    return [ids for ids in map(tokens, texts) if 0 < len(ids) <= longest]
+    prompts = [ids for ids in map(tokens, texts) if 0 < len(ids) <= longest]
+    if not prompts:
+        raise click.ClickException(f"{file} holds no prompt of at most {longest} tokens")
+    return prompts
 
 
 def _try_out(path: Path, minutes: float, values: dict[str, Any]) -> None:

@@ -45,6 +45,7 @@ def ffns_of(weights: Weights, n_layer: int) -> list[Ffn]:
         scaled = any(
             weights.has(f"blk.{layer}.ffn_{part}.scale") for part in ("up", "gate", "down")
         )
+        scaled = scaled or weights.has(f"blk.{layer}.ffn.act.scales")
         if not (weights.has(down) and weights.has(up)) or scaled:
             continue
         n_embd, n_ff = weights.shape(down)

@@ -49,6 +49,8 @@ class PrepareOptions:
             raise SwiftError(f"a width of {self.width}; give a share above 0, at most 1")
         if self.n_head < 0 or self.n_tokens < 1 or self.answer_tokens < 1:
             raise SwiftError("the head, the calibration and its answers need positive sizes")
+        if self.kind:
+            _kind_named(self.kind)
 
 
 def narrow_width(n_ff: int, share: float) -> int:
@@ -102,6 +104,10 @@ class Preparation:
         self.options = options or PrepareOptions()
         self._prompts = prompts
         self._report = report
+        if int(model.metadata("split.count") or 0) > 1:
+            raise UnsupportedModelError(
+                "a model in several files cannot be prepared; join them first (llama-gguf-split)"
+            )
         self.weights = Weights(model.path)
         self.ffns = ffns_of(self.weights, model.n_layer)
         if not self.ffns:
@@ -129,10 +135,10 @@ class Preparation:
             wanted = own
         else:
             wanted = GGMLQuantizationType.Q4_K
-        is_k_quant = wanted.name.endswith("_K")
-        if is_k_quant and row_length % BLOCK:
-            wanted = GGMLQuantizationType.Q4_0
-        return GGMLQuantizationType.F32 if row_length % 32 else wanted
+        for kind in (wanted, GGMLQuantizationType.Q4_0):
+            if row_length % GGML_QUANT_SIZES[kind][0] == 0:
+                return kind
+        return GGMLQuantizationType.F32
 
     @property
     def expected_bytes(self) -> int:
@@ -332,8 +338,23 @@ def _bytes_each(kind: GGMLQuantizationType) -> float:
     return float(n_bytes / n_block)
 
 
+_OFFERED = (
+    "F32",
+    "F16",
+    "Q8_0",
+    "Q6_K",
+    "Q5_K",
+    "Q4_K",
+    "Q3_K",
+    "Q2_K",
+    "Q5_0",
+    "Q5_1",
+    "Q4_0",
+    "Q4_1",
+)
+
+
 def _kind_named(name: str) -> GGMLQuantizationType:
-    try:
-        return GGMLQuantizationType[name.upper()]
-    except KeyError:
-        raise SwiftError(f"there is no type {name!r}; use Q4_0, Q4_K or Q8_0") from None
+    if name.upper() not in _OFFERED:
+        raise SwiftError(f"there is no type {name!r} for draft weights; use {', '.join(_OFFERED)}")
+    return GGMLQuantizationType[name.upper()]

@@ -71,8 +71,9 @@ class Sidecar:
 
     def add_values(self, name: str, rows: NDArray[np.float32], kind: GGMLQuantizationType) -> None:
         """A matrix of numbers, quantised."""
-        if kind == GGMLQuantizationType.F32:
-            self._tensors.append((name, np.ascontiguousarray(rows, np.float32), None))
+        if kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
+            plain = np.float32 if kind == GGMLQuantizationType.F32 else np.float16
+            self._tensors.append((name, np.ascontiguousarray(rows, plain), None))
         else:
             self._tensors.append((name, library().quantize(rows, kind.value), kind))
 

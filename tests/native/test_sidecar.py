@@ -197,6 +197,28 @@ def test_models_without_a_dense_ffn_are_refused(tiny: Tiny) -> None:
         Preparation(loaded, [PROMPT])
 
 
+def test_what_an_observer_raises_stops_the_run(tiny: Tiny, open_model: Opener) -> None:
+    model = open_model(tiny("llama"))
+    seen = []
+
+    def interrupted(layer: int, activations: np.ndarray, output: np.ndarray) -> None:
+        seen.append(layer)
+        raise KeyboardInterrupt
+
+    def run() -> None:
+        with model.observe_ffn(interrupted):
+            for _ in range(50):
+                model.decode([7])
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert seen == [0]
+    assert model.n_past <= 1
+    model.clear()
+    model.decode(PROMPT)  # and nobody observes any more
+    assert seen == [0]
+
+
 # -- files -----------------------------------------------------------------------------------------
 
 
@@ -281,7 +303,8 @@ def rewrite(path: Path, change: Callable[[str, np.ndarray], np.ndarray | None]) 
     for name, data, kind in tensors:
         changed = change(name, data)
         if changed is not None:
-            writer.add_tensor(name, changed, raw_dtype=kind)
+            quantised = kind if changed.dtype == np.uint8 else None
+            writer.add_tensor(name, changed, raw_dtype=quantised)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -298,6 +321,8 @@ def rewrite(path: Path, change: Callable[[str, np.ndarray], np.ndarray | None]) 
         ("output.ids", lambda data: data + 1_000_000),
         ("output.ids", lambda data: -data - 1),
         ("output.weight", lambda data: data[:, :34]),
+        ("output.ids", lambda data: data.reshape(-1, 1)),
+        ("blk.0.ffn_up.weight", lambda data: np.zeros((32, 64), np.int32)),
     ],
 )
 def test_tensors_that_do_not_fit_the_model_are_refused(
@@ -311,6 +336,11 @@ def test_tensors_that_do_not_fit_the_model_are_refused(
     with pytest.raises(SidecarError, match="cannot be used"):
         model.decode(PROMPT, subnetwork=narrow(model))
     model.decode(PROMPT)  # the model goes on without
+    found = open_model(pair[0])
+    space = space_of(found)  # beside the model nobody asked for it: drafts do without
+    assert space is not None
+    assert not space.is_narrow
+    assert found.sidecar_refusal
 
 
 def test_an_interrupted_write_leaves_nothing(tiny: Tiny, tmp_path: Path) -> None:

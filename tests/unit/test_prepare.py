@@ -99,8 +99,10 @@ def test_late_layers_are_wider_and_a_whole_width_is_whole() -> None:
     assert {share_at(layer, 28, 1.0) for layer in range(28)} == {1.0}
 
 
-@pytest.mark.parametrize("options", [{"width": 0.0}, {"width": 1.5}, {"n_head": -1}])
-def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "options", [{"width": 0.0}, {"width": 1.5}, {"n_head": -1}, {"kind": "IQ2_XXS"}]
+)
+def test_options_out_of_range_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(SwiftError):
         PrepareOptions(**options)  # type: ignore[arg-type]
 
