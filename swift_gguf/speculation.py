@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -323,21 +324,28 @@ class Speculation:
             windows.first = prompt_n
         return self._on_the_fly if self._is_promising else None
 
-    def idle_search(self) -> IdleSearch | None:
+    def idle_search(self, *, on_step: Callable[[], None] = lambda: None) -> IdleSearch | None:
         """A search on the model's live context for the time in which nobody uses the model.
 
         The caller uses the model inside `IdleSearch.paused` only, and closes it before the model.
+
+        on_step: called after every step, in the search's thread, while the model is its own.
         """
         if not self._on_the_fly or self.learning is None or self.learning.searcher is None:
             return None
         chunk = max(1, min(IDLE_WINDOW, int(IDLE_HEAD_MS / max(self.learning.costs.head_ms, 1e-3))))
         self._idle_windows = Windows(self._model, n=IDLE_WINDOW, chunk=chunk)
         self._idle_windows.first = self._windows.first
+
+        def step() -> None:
+            self._refresh()
+            on_step()
+
         return IdleSearch(
             self._model,
             self.learning.searcher,
             self._idle_windows,
-            on_step=self._refresh,
+            on_step=step,
             meter=self.learning.meter,
         )
 

@@ -13,15 +13,16 @@ Message = Mapping[str, str]
 """``{"role": "system" | "user" | "assistant", "content": ...}``."""
 
 
-def encode(model: Model, text: str, *, special: bool = True) -> list[int]:
+def encode(model: Model, text: str, *, special: bool = True, start: bool = True) -> list[int]:
     """Token ids of `text`, with the model's own start token.
 
     special: read ``<|im_start|>`` and the like as the control tokens they name.
+    start: False for text that goes on after other tokens.
     """
     ids = library().tokenize(
         model.vocab,
         text.encode("utf-8", "surrogateescape"),
-        add_special=True,
+        add_special=start,
         parse_special=special,
     )
     # a chat template that writes the start token itself would double it

@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +24,8 @@ from swift_gguf.cli.options import (
 
 if TYPE_CHECKING:
     from swift_gguf.model import Model
-    from swift_gguf.sampling import SamplingOptions
+    from swift_gguf.session import Answer, Session
     from swift_gguf.speculation import Speculation
-    from swift_gguf.stats import Stats
 
 
 @click.command()
@@ -52,6 +50,7 @@ if TYPE_CHECKING:
 @model_flags
 def generate(model: str, as_json: bool, compare: bool, **values: Any) -> None:
     """Answer one prompt, streaming to the terminal; figures go to standard error."""
+    from swift_gguf.session import Session
     from swift_gguf.speculation import Speculation
 
     text = _prompt_text(values)
@@ -60,96 +59,40 @@ def generate(model: str, as_json: bool, compare: bool, **values: Any) -> None:
     with ExitStack() as stack:
         loaded = stack.enter_context(load_model(model, values))
         prompt = _prompt_tokens(loaded, text, values)
-        speculation = stack.enter_context(closing(Speculation(loaded, speculation_wanted)))
-        job = _Job(loaded, prompt, options, values["n_predict"])
-        answer = job.run(
-            speculation,
-            show=None if as_json else _show,
-            draws=values["speculative_sampling"],
-        )
-        speculation.save()
+        speculation = Speculation(loaded, speculation_wanted)
+        session = stack.enter_context(closing(Session(loaded, speculation)))
+        n_predict = values["n_predict"]
+        limit = n_predict if n_predict >= 0 else None
+
+        def answer_with(session: Session, show: Callable[[str], None]) -> Answer:
+            return _run(session.answer(prompt, options, max_tokens=limit), show)
+
+        answer = answer_with(session, (lambda text: None) if as_json else _show)
+        session.save()
         if not as_json:
             click.echo()
         plain, interrupted = None, answer.interrupted
         if compare and speculation.drafter and not interrupted:
             loaded.clear()
-            plain = job.run(None, show=None)
+            plain = answer_with(Session(loaded), lambda text: None)
             if plain.interrupted:
                 plain, interrupted = None, True
         if as_json:
-            click.echo(
-                json.dumps(_as_json(answer, speculation, plain, options), ensure_ascii=False)
-            )
+            click.echo(json.dumps(_as_json(answer, speculation, plain), ensure_ascii=False))
         else:
             click.echo("\n" + _footer(answer, speculation, plain), err=True)
     if interrupted:
         raise KeyboardInterrupt
 
 
-@dataclass
-class _Answer:
-    tokens: list[int]
-    text: str
-    stats: Stats
-    is_drawn: bool = False
-    """By speculative sampling: the same distribution, not the same text."""
-    interrupted: bool = False
+def _run(answer: Answer, show: Callable[[str], None]) -> Answer:
+    from swift_gguf.session import stopped_by_ctrl_c
 
-
-@dataclass
-class _Job:
-    """One prompt, to be answered with speculation or without."""
-
-    model: Model
-    prompt: list[int]
-    options: SamplingOptions
-    n_predict: int
-
-    def run(
-        self,
-        speculation: Speculation | None,
-        *,
-        show: Callable[[str], None] | None,
-        draws: bool = False,
-    ) -> _Answer:
-        """draws: speculative sampling."""
-        from swift_gguf.engine import generate as generate_tokens
-        from swift_gguf.sampling import Sampler, SpeculativeSampler
-        from swift_gguf.stats import Stats
-        from swift_gguf.text import StreamDecoder
-
-        answer = _Answer([], "", Stats(), is_drawn=draws)
-        if self.n_predict == 0:
-            answer.stats.stop_reason = "length"
-            return answer
-        decoder = StreamDecoder(self.model)
-        show = show or (lambda _: None)
-        kind = SpeculativeSampler if draws else Sampler
-        with kind(self.model, self.options, prompt=self.prompt) as sampler:
-            drawing = sampler if isinstance(sampler, SpeculativeSampler) else None
-            search = speculation.begin(len(self.prompt), sampler=drawing) if speculation else None
-            stream = generate_tokens(
-                self.model,
-                self.prompt,
-                sampler=sampler,
-                drafter=speculation.drafter if speculation else None,
-                search=search,
-                draft_max=speculation.draft_max if speculation else 1,
-                max_tokens=self.n_predict if self.n_predict > 0 else None,
-                stats=answer.stats,
-            )
-            try:
-                for token in stream:
-                    answer.tokens.append(token.id)
-                    piece = decoder.feed(token.id)
-                    answer.text += piece
-                    show(piece)
-            except KeyboardInterrupt:
-                answer.interrupted = True
-        rest = decoder.finish()
-        answer.text += rest
-        show(rest)
-        return answer
+    with stopped_by_ctrl_c(answer):
+        for piece in answer:
+            show(piece.text)
+    show(answer.finish())
+    return answer
 
 
 def _prompt_text(values: dict[str, Any]) -> str:
@@ -189,14 +132,12 @@ def _show(text: str) -> None:
     sys.stdout.flush()
 
 
-def _as_json(
-    answer: _Answer, speculation: Speculation, plain: _Answer | None, options: SamplingOptions
-) -> dict[str, Any]:
+def _as_json(answer: Answer, speculation: Speculation, plain: Answer | None) -> dict[str, Any]:
     report = {
         "text": answer.text,
         "tokens": answer.tokens,
         "stop_reason": answer.stats.stop_reason,
-        "seed": options.seed,
+        "seed": answer.options.seed,
         "timings": answer.stats.timings(),
         "speculation": {
             "enabled": speculation.enabled,
@@ -212,16 +153,16 @@ def _as_json(
     return report
 
 
-def _verdict(answer: _Answer, plain: _Answer) -> str:
+def _verdict(answer: Answer, plain: Answer, *, is_drawn: bool) -> str:
     if plain.tokens == answer.tokens:
         return "the same text"
-    if answer.is_drawn:
+    if is_drawn:  # by speculative sampling
         return "another draw of the same distribution"
     return "ANOTHER TEXT (a near tie? see the README)"
 
 
-def _footer(answer: _Answer, speculation: Speculation, plain: _Answer | None) -> str:
-    stats = answer.stats
+def _footer(answer: Answer, speculation: Speculation, plain: Answer | None) -> str:
+    stats, is_drawn = answer.stats, speculation.options.sampled
     lines = [
         f"prompt {stats.prompt_n} tokens in {stats.prompt_s:.2f} s, "
         f"answer {stats.predicted_n} tokens ({stats.stop_reason})"
@@ -236,7 +177,8 @@ def _footer(answer: _Answer, speculation: Speculation, plain: _Answer | None) ->
     else:
         lines.append(f"no drafts   {stats.tokens_per_second:8.1f} tok/s   {speculation.why}")
     if plain is not None:
-        line = f"plain       {plain.stats.tokens_per_second:8.1f} tok/s   {_verdict(answer, plain)}"
+        verdict = _verdict(answer, plain, is_drawn=is_drawn)
+        line = f"plain       {plain.stats.tokens_per_second:8.1f} tok/s   {verdict}"
         if plain.stats.tokens_per_second:
             ratio = stats.tokens_per_second / plain.stats.tokens_per_second
             line += f"; the first is {ratio:.2f}x plain, each measured once"

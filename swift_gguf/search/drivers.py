@@ -78,6 +78,8 @@ class OnTheFly:
         start = perf_counter()
         try:
             self._score()
+        except StoppedError:  # whoever stopped it wants the text stopped, not the search
+            raise
         except SwiftError as error:  # the text is what matters
             _log.warning("the search stops: %s", error)
             self._failed = True

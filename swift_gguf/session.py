@@ -1,0 +1,256 @@
+"""Prompt tokens in, a stream of text out: what answers people and programs one after another.
+
+`generate` and `chat` share it.  The context keeps the text of the latest answer, so that of a
+prompt that begins with it only the rest is decoded.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from swift_gguf.engine import generate
+from swift_gguf.errors import StoppedError
+from swift_gguf.model import Model
+from swift_gguf.sampling import Sampler, SamplingOptions, SpeculativeSampler
+from swift_gguf.search.drivers import IdleSearch
+from swift_gguf.speculation import Speculation
+from swift_gguf.stats import Stats
+from swift_gguf.text import StreamDecoder
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A token of an answer."""
+
+    text: str
+    """What the token completes; empty where a character goes on in the next token."""
+    token: int
+    source: str
+    """Who proposed it: a source of drafts, or ``target``."""
+
+
+class Answer:
+    """One answer, decoded while it is iterated; may be iterated once."""
+
+    def __init__(
+        self,
+        session: Session,
+        prompt: Sequence[int],
+        options: SamplingOptions,
+        *,
+        max_tokens: int | None,
+        decoder: StreamDecoder | None,
+    ) -> None:
+        self.prompt = list(prompt)
+        self.options = options
+        self.tokens: list[int] = []
+        self.text = ""
+        self.stats = Stats()
+        self.plain_ms: float | None = None
+        """What a token takes by plain decoding, here and by measured passes; None: not known."""
+        self.interrupted = False
+        self.decoder = decoder or StreamDecoder(session.model)
+        self._session, self._max_tokens = session, max_tokens
+        self._running = False
+        self._lock = threading.Lock()
+
+    def __iter__(self) -> Iterator[Piece]:
+        """The pieces, in order.
+
+        Raises: as `engine.generate`, and GrammarError.
+        """
+        with self._session.exclusive(), self._stoppable():
+            try:
+                yield from self._pieces()
+            except StoppedError:
+                if not self.interrupted:
+                    raise
+
+    def _pieces(self) -> Iterator[Piece]:
+        session, speculation = self._session, self._session.speculation
+        is_drawn = speculation is not None and speculation.options.sampled
+        kind = SpeculativeSampler if is_drawn else Sampler
+        before_ms: float | None = None
+        with kind(session.model, self.options, prompt=self.prompt) as sampler:
+            drawing = sampler if isinstance(sampler, SpeculativeSampler) else None
+            search = speculation.begin(len(self.prompt), sampler=drawing) if speculation else None
+            stream = generate(
+                session.model,
+                self.prompt,
+                sampler=sampler,
+                drafter=speculation.drafter if speculation else None,
+                search=search,
+                draft_max=speculation.draft_max if speculation else 1,
+                max_tokens=self._max_tokens,
+                stats=self.stats,
+            )
+            for token in stream:
+                if before_ms is None:
+                    before_ms = session.plain_ms()
+                self.tokens.append(token.id)
+                text = self.decoder.feed(token.id)
+                self.text += text
+                yield Piece(text, token.id, token.source)
+                if self.interrupted:
+                    stream.close()  # type: ignore[attr-defined]
+                    break
+        after_ms = session.plain_ms()
+        if before_ms is not None and after_ms is not None:
+            self.plain_ms = (before_ms + after_ms) / 2
+
+    def finish(self) -> str:
+        """What is left of a torn character, when no answer goes on with it."""
+        rest = self.decoder.finish()
+        self.text += rest
+        return rest
+
+    def stop(self) -> None:
+        """Ends the answer, within one operation of a pass; any thread may call it."""
+        with self._lock:
+            self.interrupted = True
+            if self._running:
+                self._session.model.stop.raise_()
+
+    @contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        with self._lock:
+            self._running = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running = False
+                self._session.model.stop.lower()
+
+    @property
+    def gain(self) -> float | None:
+        """Times as fast as plain decoding, which takes `plain_ms` and the draw for every token."""
+        stats = self.stats
+        if self.plain_ms is None or not stats.cycle_s:
+            return None
+        return (stats.cycle_n * self.plain_ms / 1e3 + stats.sample_s) / stats.cycle_s
+
+
+class Session:
+    """A model, and what speculates for it.  Owns the speculation, not the model.
+
+    Not safe for use by several threads at once, `Answer.stop` excepted.
+    """
+
+    def __init__(self, model: Model, speculation: Speculation | None = None) -> None:
+        self.model = model
+        self.speculation = speculation
+        self.idle: IdleSearch | None = None
+        self._on_step: Callable[[], None] | None = None
+
+    def answer(
+        self,
+        prompt: Sequence[int],
+        options: SamplingOptions,
+        *,
+        max_tokens: int | None = None,
+        decoder: StreamDecoder | None = None,
+    ) -> Answer:
+        """What the model says to `prompt`; nothing is decoded before it is iterated.
+
+        max_tokens: None: to the end, or until the context is full.
+        decoder: of the answer that this one goes on with.
+        """
+        return Answer(self, prompt, options, max_tokens=max_tokens, decoder=decoder)
+
+    def plain_ms(self) -> float | None:
+        """What a token takes by plain decoding, at the present length of the context."""
+        learning = self.speculation.learning if self.speculation else None
+        return learning.here.verify_ms(1) if learning else None
+
+    def search_when_idle(self, on_step: Callable[[], None] = lambda: None) -> None:
+        """From now on, between answers, look for better drafts.
+
+        on_step: called after every step, in the search's thread; the model is its own then.
+        """
+        self._on_step = on_step
+        if self.speculation and self.idle is None:
+            self.idle = self.speculation.idle_search(on_step=on_step)
+
+    def exclusive(self) -> AbstractContextManager[Any]:
+        """The model, without a search that goes on beside."""
+        return self.idle.paused() if self.idle else nullcontext()
+
+    def speculate(self, make: Callable[[], Speculation]) -> None:
+        """Goes on with another speculation; if it cannot be made, with the present one.
+
+        Raises: what `make` raises.
+        """
+        with self.exclusive():
+            speculation = make()
+        self.save()
+        self.close()
+        self.speculation = speculation
+        if self._on_step:
+            self.search_when_idle(self._on_step)
+
+    def save(self) -> None:
+        """Keeps what was learned."""
+        if self.speculation:
+            with self.exclusive():
+                self.speculation.save()
+
+    def close(self) -> None:
+        """Ends the search and frees a draft model; safe to call twice."""
+        idle, self.idle = self.idle, None
+        try:
+            if idle:
+                idle.close()
+        finally:
+            if self.speculation:
+                self.speculation.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@contextmanager
+def stopped_by_ctrl_c(answer: Answer) -> Iterator[None]:
+    """Inside, Ctrl-C stops the answer, a long pass under way included; a second one interrupts.
+
+    Python runs signal handlers between its own instructions only, and a pass over a long prompt may
+    take seconds; but it writes the signal to a descriptor at once, which a thread waits for.  For
+    the main thread.
+    """
+    received = 0
+
+    def handle(*_: object) -> None:
+        nonlocal received
+        received += 1
+        if received > 1:
+            raise KeyboardInterrupt
+        answer.stop()
+
+    def watch() -> None:
+        while signals := os.read(reading, 64):
+            if signal.SIGINT in signals:
+                answer.stop()
+
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    thread = threading.Thread(target=watch, name="swift-gguf-ctrl-c", daemon=True)
+    thread.start()
+    wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    handler = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        signal.set_wakeup_fd(wakeup)
+        os.close(writing)
+        thread.join()
+        os.close(reading)
