@@ -26,6 +26,8 @@ PATCHES = sorted((NATIVE / "patches").glob("*.patch"))
 
 # What libllama is built from; models, docs and tools are 80 % of the archive.
 NEEDED = ("CMakeLists.txt", "LICENSE", "cmake/", "ggml/", "include/", "src/", "vendor/")
+# llama.cpp's converter of Hugging Face checkpoints, which is Python and installed as it is.
+CONVERTER = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/gguf/", "gguf-py/LICENSE")
 STAMP = ".swift-gguf-source"
 
 
@@ -117,7 +119,7 @@ def unpack(archive: Path, dest: Path, version: str) -> None:
     with tarfile.open(archive) as tar:
         for member in tar:
             name = member.name.removeprefix(prefix)
-            if name == member.name or not member.isfile() or not name.startswith(NEEDED):
+            if name == member.name or not member.isfile() or not name.startswith(NEEDED + CONVERTER):
                 continue
             source = tar.extractfile(member)
             assert source is not None  # a regular file
@@ -153,6 +155,7 @@ def apply_patches(tree: Path, *, pin: Pin) -> None:
 def provide(dest: Path, *, pin: Pin, patched: bool) -> None:
     """The pinned source in `dest`, patched or as it came.  Does nothing if it is there already."""
     state = pin.sha256 + "".join(sha256_of(patch) for patch in PATCHES if patched)
+    state += "".join(NEEDED + CONVERTER)
     stamp = dest / STAMP
     if stamp.exists() and stamp.read_text() == state:
         return
