@@ -1,0 +1,157 @@
+"""Conversations as files."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from swift_gguf.chat.conversation import Turn
+from swift_gguf.chat.thinking import read
+from swift_gguf.errors import SwiftError
+from swift_gguf.model import Model
+from swift_gguf.text import StreamDecoder, encode
+
+FORMAT, VERSION = "swift-gguf conversation", 1
+MAX_BYTES = 64 << 20
+
+
+def save(path: Path, model: Model, *, system: str | None, turns: Sequence[Turn]) -> None:
+    """Writes a conversation: all of it, or nothing.  Only its owner may read it.
+
+    Raises:
+        SwiftError: it cannot be written, or would replace a file that is something else.
+    """
+    if path.exists() and not _is_ours(path):
+        raise SwiftError(f"{path} exists and is no saved conversation; choose another name")
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": model.metadata("general.name") or model.path.stem,
+        "system": system,
+        "turns": [
+            {
+                "user": turn.user,
+                "assistant": turn.text,
+                "tokens": list(turn.tokens),
+                "sources": list(turn.sources),
+                "seed": turn.seed,
+                "stop_reason": turn.stop_reason,
+            }
+            for turn in turns
+        ],
+    }
+    try:
+        _write(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    except OSError as error:
+        raise SwiftError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _write(path: Path, text: str) -> None:
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(descriptor, "w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _is_ours(path: Path) -> bool:
+    with suppress(SwiftError):
+        _content(path)
+        return True
+    return False
+
+
+def load(path: Path, model: Model) -> tuple[str | None, list[Turn]]:
+    """System message and turns.  Answers whose tokens spell something else in this model's
+    vocabulary are tokenised anew.
+
+    Raises:
+        SwiftError: the file cannot be read, or is no conversation.
+    """
+    content = _content(path)
+    try:
+        system = _text(content["system"]) if content["system"] is not None else None
+        return system, [_turn(model, values) for values in _list(content["turns"])]
+    except (KeyError, TypeError, ValueError) as error:
+        raise SwiftError(f"{path} is a damaged conversation: {_reason(error)}") from error
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError("it is too large")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SwiftError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise SwiftError(f"{path} is no saved conversation: {_reason(error)}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise SwiftError(f"{path} is no saved conversation; /save writes one")
+    if content.get("version") != VERSION:
+        raise SwiftError(f"{path} was saved by another version of swift-gguf; use that one")
+    return content
+
+
+def _turn(model: Model, values: Any) -> Turn:
+    if not isinstance(values, dict):
+        raise ValueError("a turn is not an object")
+    text, tokens = _text(values["assistant"]), [_token(token) for token in _list(values["tokens"])]
+    sources = [_text(source) for source in _list(values["sources"])]
+    if not _spell(model, tokens, text):
+        tokens = encode(model, text, special=False, start=False)
+        sources = []
+    if len(sources) not in (0, len(tokens)):
+        raise ValueError("tokens and sources of different numbers")
+    seed = values["seed"]
+    return Turn(
+        user=_text(values["user"]),
+        tokens=tuple(tokens),
+        text=text,
+        sources=tuple(sources),
+        thought_n=read(model, tokens)[1],
+        seed=None if seed is None else _token(seed),
+        stop_reason=_text(values["stop_reason"]),
+    )
+
+
+def _spell(model: Model, tokens: Sequence[int], text: str) -> bool:
+    if any(token >= model.n_vocab for token in tokens):
+        return False
+    decoder = StreamDecoder(model)
+    return "".join(map(decoder.feed, tokens)) + decoder.finish() == text
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r:.40} is not a text")
+    # escapes may name halves of characters, which nothing can encode
+    return value.encode("utf-8", "replace").decode()
+
+
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{value!r:.40} is not a list")
+    return value
+
+
+def _token(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 32:
+        raise ValueError(f"{str(value)[:40]!r} is not a number of a token")
+    return value
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, KeyError):
+        return f"{error.args[0]!r} is missing"
+    return str(error) or type(error).__name__

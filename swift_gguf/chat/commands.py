@@ -1,0 +1,183 @@
+"""Lines that begin with a slash."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from swift_gguf.chat.chat import Chat
+from swift_gguf.chat.thinking import read
+from swift_gguf.errors import SwiftError
+from swift_gguf.speculation import SOURCES, Speculation
+
+QUOTES = '"""'
+
+
+class Leave(Exception):
+    """The person has had enough."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a command takes, what it does in a line, and how."""
+
+    argument: str
+    help: str
+    run: Callable[[Chat, str], None]
+    takes_path: bool = False
+    values: tuple[str, ...] = ()
+    """What may be completed."""
+
+
+def handle(chat: Chat, line: str) -> None:
+    """A message or a command, as it was typed.
+
+    Raises:
+        Leave: it was time to go.
+        SwiftError: it could not be done, or there is no such command.
+    """
+    line = unquoted(line)
+    name, _, argument = line.strip().partition(" ")
+    if not name.startswith("/") or "/" in name[1:] or "\n" in name:  # paths are no commands
+        if line.strip():
+            chat.say(line)
+        return
+    name = ALIASES.get(name, name)
+    if name not in COMMANDS:
+        raise SwiftError(f"there is no command {name}; /help lists them")
+    COMMANDS[name].run(chat, argument.strip())
+
+
+def unquoted(line: str) -> str:
+    """A message of several lines without the quotes around it."""
+    stripped = line.strip()
+    if is_open(stripped) or not stripped.startswith(QUOTES) or len(stripped) < 2 * len(QUOTES):
+        return line
+    return stripped[len(QUOTES) : -len(QUOTES)].strip("\n")
+
+
+def is_open(text: str) -> bool:
+    """Does a message of several lines go on after `text`?"""
+    stripped = text.strip()
+    if not stripped.startswith(QUOTES):
+        return False
+    return len(stripped) < 2 * len(QUOTES) or not stripped.endswith(QUOTES)
+
+
+def _help(chat: Chat, _: str) -> None:
+    rows = [(f"{name} {command.argument}", command.help) for name, command in COMMANDS.items()]
+    rows += [
+        ('"""', "begins and ends a message of several lines; Alt-Enter breaks a line"),
+        ("Ctrl-C", "stops an answer, keeps what was said"),
+        ("Ctrl-D", "leaves"),
+    ]
+    chat.screen.lines([f"{left:<20} {right}" for left, right in rows])
+
+
+def _path(argument: str, command: str) -> Path:
+    try:
+        words = shlex.split(argument)
+    except ValueError:  # an apostrophe
+        words = [argument]
+    if not argument:
+        raise SwiftError(f"{command} needs the name of a file")
+    return Path(words[0] if len(words) == 1 else argument)
+
+
+def _read(chat: Chat, argument: str) -> None:
+    chat.attach(_path(argument, "/read"))
+
+
+def _save(chat: Chat, argument: str) -> None:
+    chat.save(_path(argument, "/save"))
+
+
+def _load(chat: Chat, argument: str) -> None:
+    chat.load(_path(argument, "/load"))
+
+
+def _clear(chat: Chat, _: str) -> None:
+    chat.clear()
+    chat.screen.note("the conversation is forgotten")
+
+
+def _undo(chat: Chat, _: str) -> None:
+    turn = chat.conversation.undo()
+    if turn is None:
+        raise SwiftError("there is nothing to take back")
+    chat.screen.note(f"taken back: {_shortened(turn.user)}")
+
+
+def _shortened(text: str, n: int = 50) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= n else text[: n - 1] + "…"
+
+
+def _system(chat: Chat, argument: str) -> None:
+    if argument:
+        chat.conversation.system = None if argument == "none" else unquoted(argument)
+    system = chat.conversation.system
+    chat.screen.note(f"system message: {_shortened(system)}" if system else "no system message")
+
+
+def _set(chat: Chat, argument: str) -> None:
+    key, _, value = argument.partition(" ")
+    if not key:
+        chat.screen.lines([f"{key:<20} {value}" for key, value in chat.settings.values().items()])
+        return
+    if not value.strip():
+        raise SwiftError("/set needs a key and a value: /set temp 0.2; /set alone lists them")
+    chat.settings = chat.settings.set(key, value.strip())
+    key = key.lower().replace("_", "-")
+    chat.screen.note(f"{key} is {chat.settings.values()[key]}")
+
+
+def _speculation(chat: Chat, argument: str) -> None:
+    model = chat.session.model
+    if argument:
+        chat.speculate(argument, lambda options: Speculation(model, options))
+    speculation = chat.session.speculation
+    with chat.session.exclusive():
+        chat.screen.note(f"speculation: {speculation.why if speculation else 'switched off'}")
+
+
+def _show(chat: Chat, argument: str) -> None:
+    if argument == "thinking":
+        turns = chat.conversation.turns
+        parts = read(chat.session.model, turns[-1].tokens)[0] if turns else []
+        thought = "".join(part.text for part in parts if part.is_thought)
+        if not thought:
+            raise SwiftError("there are no thoughts in the latest answer")
+        chat.screen.lines([thought])
+    elif argument:
+        raise SwiftError("/show shows the latest answer by source; /show thinking its thoughts")
+    else:
+        chat.screen.sources(*chat.show())
+
+
+def _leave(chat: Chat, _: str) -> None:
+    raise Leave
+
+
+COMMANDS = {
+    "/help": Command("", "shows this", _help),
+    "/clear": Command("", "forgets what was said, but for the system message", _clear),
+    "/regen": Command("", "answers the latest message anew", lambda chat, _: chat.regenerate()),
+    "/undo": Command("", "takes the latest message and its answer back", _undo),
+    "/read": Command("FILE", "a text file goes with the next message", _read, takes_path=True),
+    "/system": Command("TEXT", "sets the system message; none: without", _system),
+    "/set": Command("KEY VALUE", "changes a setting; alone: lists them", _set),
+    "/save": Command("FILE", "writes the conversation to a file", _save, takes_path=True),
+    "/load": Command("FILE", "goes on with a saved conversation", _load, takes_path=True),
+    "/stats": Command("", "figures of the latest answer and the session",
+                      lambda chat, _: chat.screen.lines(chat.stats())),
+    "/speculation": Command("MODE", "auto, off, or sources joined by commas",
+                            _speculation, values=("auto", "off", *SOURCES)),
+    "/show": Command("[thinking]", "colours the latest answer by who proposed it", _show,
+                     values=("thinking",)),
+    "/exit": Command("", "leaves", _leave),
+}  # fmt: skip
+
+ALIASES = {"/quit": "/exit", "/bye": "/exit", "/?": "/help"}

@@ -1,0 +1,165 @@
+"""What an answer's figures say, in lines: the footer, `/stats`, `/show`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from swift_gguf.engine import TARGET
+from swift_gguf.model import Model
+from swift_gguf.session import Answer, Session
+from swift_gguf.text import StreamDecoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Of the latest answer, and of where the session stands."""
+
+    tokens_per_second: float = 0.0
+    gain: float | None = None
+    """Against plain decoding, whose passes were measured here."""
+    plain_ms: float | None = None
+    acceptance_rate: float | None = None
+    """None: nothing was drafted."""
+    mean_acceptance_length: float = 1.0
+    sources: tuple[tuple[str, float], ...] = ()
+    """Shares of the answer's tokens by who proposed them, the target's own first."""
+    why: str = ""
+    """What drafts, or why nothing does."""
+    n_past: int = 0
+    n_ctx: int = 0
+    found: str = ""
+    """What the idle search has found since."""
+
+    @classmethod
+    def of(cls, session: Session, answer: Answer, sources: Sequence[str]) -> Figures:
+        """Read while nobody else uses the model."""
+        stats, speculation = answer.stats, session.speculation
+        return cls(
+            tokens_per_second=stats.tokens_per_second,
+            gain=answer.gain,
+            plain_ms=answer.plain_ms,
+            acceptance_rate=stats.acceptance_rate if stats.drafted else None,
+            mean_acceptance_length=stats.mean_acceptance_length,
+            sources=shares(sources),
+            why=speculation.why if speculation else "switched off",
+            n_past=session.model.n_past,
+            n_ctx=session.model.n_ctx,
+        )
+
+    def with_found(self, found: str) -> Figures:
+        return replace(self, found=found)
+
+
+def shares(sources: Sequence[str]) -> tuple[tuple[str, float], ...]:
+    """(source, share) of tokens, the target first, then by share."""
+    counts = Counter(sources)
+    ordered = sorted(counts.items(), key=lambda item: (item[0] != TARGET, -item[1], item[0]))
+    return tuple((source, n / len(sources)) for source, n in ordered)
+
+
+def footer(figures: Figures, *, width: int) -> list[str]:
+    """At most three lines of at most `width` columns."""
+    items = list(_footer_items(figures))
+    lines = [""]
+    for item in items:
+        joined = f"{lines[-1]} · {item}" if lines[-1] else item
+        if len(joined) > width and lines[-1]:
+            lines.append(item)
+        else:
+            lines[-1] = joined
+    return [_cut(line, width) for line in lines[:3] if line]
+
+
+def _footer_items(figures: Figures) -> Iterator[str]:
+    if figures.found:
+        yield f"idle search: {figures.found}"
+    if figures.tokens_per_second:
+        yield f"{figures.tokens_per_second:.1f} tok/s"
+    if figures.acceptance_rate is not None:
+        if figures.gain is not None and figures.plain_ms is not None:
+            yield f"{figures.gain:.2f}x plain (by its passes, {figures.plain_ms:.1f} ms here)"
+        yield f"accepted {figures.acceptance_rate:.0%}"
+        yield f"{figures.mean_acceptance_length:.2f} tokens a pass"
+        yield ", ".join(f"{source} {share:.0%}" for source, share in figures.sources)
+    if figures.n_ctx:
+        yield f"context {figures.n_past}/{figures.n_ctx}"
+    if figures.acceptance_rate is None and figures.why:
+        yield f"no drafts: {figures.why}"
+
+
+def _cut(line: str, width: int) -> str:
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+@dataclass
+class Totals:
+    """Of a session's answers."""
+
+    answers: int = 0
+    tokens: int = 0
+    prompt_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    seconds: float = 0.0
+
+    def count(self, answer: Answer) -> None:
+        stats = answer.stats
+        self.answers += 1
+        self.tokens += stats.predicted_n
+        self.prompt_tokens += stats.prompt_n
+        self.drafted += stats.drafted
+        self.accepted += stats.accepted
+        self.seconds += stats.prompt_s + stats.cycle_s
+
+
+def details(answer: Answer, figures: Figures, totals: Totals, *, idle: str) -> list[str]:
+    """The lines of `/stats`.
+
+    idle: how the idle search stands.
+    """
+    stats = answer.stats
+    lines = [
+        f"prompt     {len(answer.prompt)} tokens, of which {stats.prompt_n} were new, "
+        f"in {stats.prompt_s:.2f} s",
+        f"answer     {stats.predicted_n} tokens ({stats.stop_reason}), "
+        f"{stats.tokens_per_second:.1f} tok/s, seed {answer.options.seed}",
+    ]
+    if stats.drafted and figures.gain is not None and figures.plain_ms is not None:
+        lines.append(
+            f"gain       {figures.gain:.2f}x plain decoding, whose passes take "
+            f"{figures.plain_ms:.1f} ms here: measured, and corrected by every pass since"
+        )
+    if stats.drafted:
+        lines.append(
+            f"drafts     {stats.accepted} of {stats.drafted} tokens accepted "
+            f"({stats.acceptance_rate:.0%}), {stats.mean_acceptance_length:.2f} tokens a pass"
+        )
+    for name, source in stats.sources.items():
+        lines.append(
+            f"  {name:<12} {source.accepted} of {source.drafted} in {source.drafts} drafts"
+        )
+    other = stats.sample_s + stats.overhead_s
+    lines += [
+        f"time       draft {stats.draft_s:.2f} s, verify {stats.verify_s:.2f} s, "
+        f"search {stats.search_s:.2f} s, other {other:.2f} s",
+        f"source     {figures.why}",
+        f"idle       {idle}",
+        f"context    {figures.n_past} of {figures.n_ctx} tokens",
+        f"session    {totals.answers} answers, {totals.tokens} tokens, {totals.accepted} of "
+        f"{totals.drafted} draft tokens accepted, {totals.seconds:.1f} s",
+    ]
+    return lines
+
+
+def runs(model: Model, tokens: Sequence[int], sources: Sequence[str]) -> list[tuple[str, str]]:
+    """(source, text) of neighbouring tokens from the same source."""
+    decoder = StreamDecoder(model)
+    pieces = [(source, decoder.feed(token)) for token, source in zip(tokens, sources, strict=True)]
+    if pieces:
+        pieces[-1] = (pieces[-1][0], pieces[-1][1] + decoder.finish())
+    grouped = groupby(pieces, key=lambda item: item[0])
+    found = ((source, "".join(text for _, text in group)) for source, group in grouped)
+    return [(source, text) for source, text in found if text]

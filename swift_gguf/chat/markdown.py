@@ -1,0 +1,127 @@
+"""Markdown as it comes in: finished blocks are printed for good, the last one is redrawn.
+
+Colours are the terminal's own sixteen, without backgrounds, so that light and dark look right.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, ClassVar
+
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from pygments import token as kinds
+from rich import markdown as rich_markdown
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.padding import Padding
+from rich.segment import Segment
+from rich.style import Style
+from rich.syntax import ANSISyntaxTheme, Syntax
+from rich.theme import Theme
+
+THEME = Theme(
+    {
+        "markdown.code": "cyan",
+        "markdown.code_block": "none",
+        "markdown.h1": "bold underline",
+        "markdown.h2": "bold underline",
+        "markdown.h3": "bold",
+        "markdown.h4": "bold",
+        "markdown.item.bullet": "dim",
+        "markdown.item.number": "dim",
+        "markdown.block_quote": "italic",
+        "markdown.hr": "dim",
+        "markdown.link": "underline",
+        "markdown.link_url": "underline",
+        "markdown.table.header": "bold",
+        "markdown.table.border": "dim",
+    }
+)
+
+CODE = ANSISyntaxTheme(
+    {
+        kinds.Comment: Style(dim=True, italic=True),
+        kinds.Keyword: Style(color="magenta"),
+        kinds.Operator.Word: Style(color="magenta"),
+        kinds.Name.Function: Style(bold=True),
+        kinds.Name.Class: Style(bold=True),
+        kinds.Name.Decorator: Style(color="magenta"),
+        kinds.Name.Builtin: Style(color="cyan"),
+        kinds.Name.Tag: Style(color="magenta"),
+        kinds.String: Style(color="green"),
+        kinds.Number: Style(color="cyan"),
+        kinds.Generic.Deleted: Style(color="red"),
+        kinds.Generic.Inserted: Style(color="green"),
+    }
+)
+
+
+class _Heading(rich_markdown.Heading):
+    """At the left, like the text."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        self.text.justify = "left"
+        yield self.text
+
+
+class _CodeBlock(rich_markdown.CodeBlock):
+    """Without a background; indented, so that it can be told from the text."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        code = Syntax(str(self.text).rstrip("\n"), self.lexer_name, theme=CODE, word_wrap=True)
+        yield Padding(code, (0, 0, 0, 2))
+
+
+class Markdown(rich_markdown.Markdown):
+    """Keeps line breaks as the model made them, and shows HTML instead of swallowing it."""
+
+    elements: ClassVar = {
+        **rich_markdown.Markdown.elements,
+        "heading_open": _Heading,
+        "fence": _CodeBlock,
+        "code_block": _CodeBlock,
+    }
+
+    def __init__(self, text: str) -> None:
+        super().__init__("", hyperlinks=False)
+        self.markup = text
+        self.parsed = parse(text)
+        for token in self.parsed:
+            for child in token.children or ():
+                if child.type == "softbreak":
+                    child.type = "hardbreak"
+
+
+def parse(text: str) -> list[Token]:
+    """CommonMark with tables and strikethrough; HTML is text."""
+    parser = MarkdownIt().enable(["strikethrough", "table"]).disable(["html_block", "html_inline"])
+    return parser.parse(text)
+
+
+def split(text: str) -> tuple[list[str], str]:
+    """The blocks that no further text can change, and the rest: the last block."""
+    starts = [
+        token.map[0]
+        for token in parse(text)
+        if token.level == 0 and token.map and token.nesting >= 0
+    ]
+    *full, last = text.split("\n")
+    lines = [*(f"{line}\n" for line in full), last]
+    cuts = list(dict.fromkeys([0, *starts[1:]]))
+    blocks = ["".join(lines[a:b]) for a, b in pairwise(cuts)]
+    return [block for block in blocks if block.strip()], "".join(lines[cuts[-1] :])
+
+
+def rendered(console: Console, renderable: Any) -> list[list[Segment]]:
+    """Lines of segments, without the blanks that fill them up to the width of the terminal."""
+    lines = console.render_lines(renderable, pad=False)
+    return [_without_end(line) for line in lines]
+
+
+def _without_end(line: list[Segment]) -> list[Segment]:
+    while line and not line[-1].text.strip():
+        line = line[:-1]
+    if line:
+        text, style, control = line[-1]
+        line = [*line[:-1], Segment(text.rstrip(), style, control)]
+    return line

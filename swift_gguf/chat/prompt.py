@@ -1,0 +1,157 @@
+"""Where a person types: several lines, history across sessions, completion, a footer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output.color_depth import ColorDepth
+from prompt_toolkit.styles import Style
+
+from swift_gguf.chat.commands import COMMANDS, is_open
+from swift_gguf.chat.settings import CONTEXT, KEYS, THINKING
+
+if TYPE_CHECKING:
+    from prompt_toolkit.formatted_text import StyleAndTextTuples
+    from prompt_toolkit.key_binding import KeyBindingsBase
+
+STYLE = Style.from_dict(
+    {
+        "prompt": "bold",
+        "placeholder": "ansibrightblack",
+        "bottom-toolbar": "noreverse",
+        "bottom-toolbar.text": "noreverse ansibrightblack",
+        "completion-menu": "noinherit reverse",
+    }
+)
+REFRESH_S = 1.0
+"""How often the footer looks for news."""
+
+
+def data_dir() -> Path:
+    """Where what a person typed is kept: `$SWIFT_GGUF_DATA`, or the user's data folder."""
+    if folder := os.environ.get("SWIFT_GGUF_DATA"):
+        return Path(folder).expanduser()
+    import platformdirs
+
+    return platformdirs.user_data_path("swift-gguf")
+
+
+class Prompt:
+    """Asks for lines.
+
+    footer: lines shown below, for a width in columns.
+    """
+
+    def __init__(self, footer: Callable[[int], list[str]]) -> None:
+        self._footer = footer
+        self._session: PromptSession[str] = PromptSession(
+            message=[("class:prompt", ">>> ")],
+            multiline=True,
+            prompt_continuation=lambda width, number, is_soft: (" " if is_soft else "... ").rjust(
+                width
+            ),
+            history=history(data_dir() / "chat_history"),
+            completer=ChatCompleter(),
+            complete_while_typing=False,
+            key_bindings=bindings(),
+            bottom_toolbar=self._toolbar,
+            refresh_interval=REFRESH_S,
+            placeholder=[("class:placeholder", "a message, or /help")],
+            style=STYLE,
+            color_depth=ColorDepth.DEPTH_1_BIT if os.environ.get("NO_COLOR") else None,
+        )
+
+    def ask(self) -> str:
+        """What was typed, several lines at once where they were quoted, pasted or broken by hand.
+
+        Raises:
+            EOFError: Ctrl-D.
+            KeyboardInterrupt: Ctrl-C.
+        """
+        text = self._session.prompt()
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+    def _toolbar(self) -> StyleAndTextTuples:
+        width = self._session.output.get_size().columns
+        return [("class:bottom-toolbar.text", "\n".join(self._footer(width)))]
+
+
+def bindings() -> KeyBindingsBase:
+    """Enter sends, but not inside quotes; Alt-Enter breaks the line."""
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if is_open(buffer.text):
+            buffer.newline(copy_margin=False)
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.newline(copy_margin=False)
+
+    return keys
+
+
+class PrivateHistory(FileHistory):
+    """A file that only its owner reads; a full disk costs a line of history, not the chat."""
+
+    def store_string(self, string: str) -> None:
+        """See `History`."""
+        with suppress(OSError):
+            super().store_string(string.encode("utf-8", "replace").decode())
+
+
+def history(path: Path) -> History:
+    """What was typed in earlier sessions, or nothing where that cannot be kept."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        path.chmod(0o600)  # one that others could read
+    except OSError:
+        return InMemoryHistory()
+    return PrivateHistory(str(path))
+
+
+class ChatCompleter(Completer):
+    """Commands, what they take, and paths."""
+
+    def __init__(self) -> None:
+        self._paths = PathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, event: CompleteEvent) -> Iterable[Completion]:
+        """See `Completer`."""
+        text = document.text_before_cursor
+        if not text.startswith("/") or "\n" in text:
+            return
+        name, space, argument = text.partition(" ")
+        if not space:
+            yield from _matching(COMMANDS, name)
+        elif name == "/set":
+            yield from _set_completions(argument)
+        elif command := COMMANDS.get(name):
+            if command.takes_path:
+                yield from self._paths.get_completions(Document(argument), event)
+            else:
+                yield from _matching(command.values, argument.rpartition(",")[2])
+
+
+def _set_completions(argument: str) -> Iterable[Completion]:
+    key, space, value = argument.partition(" ")
+    values = {"thinking": THINKING, "context": CONTEXT, "markdown": ("on", "off")}
+    return _matching(values.get(key, ()), value) if space else _matching(KEYS, key)
+
+
+def _matching(words: Iterable[str], begin: str) -> Iterable[Completion]:
+    return [Completion(word, -len(begin)) for word in words if word.startswith(begin)]

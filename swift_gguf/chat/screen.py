@@ -1,0 +1,81 @@
+"""Where a chat shows itself: what it needs of a screen, and the one for pipes and files."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol, TextIO
+
+from swift_gguf.chat.settings import Settings
+from swift_gguf.chat.thinking import Part
+from swift_gguf.engine import TARGET
+
+
+class View(Protocol):
+    """An answer while it comes in."""
+
+    def feed(self, text: str, parts: Sequence[Part]) -> None:
+        """A token's text, and the same as parts, from which marks are gone."""
+        ...
+
+
+class Screen(Protocol):
+    """Where a chat shows itself."""
+
+    def note(self, text: str) -> None:
+        """A line on what has happened."""
+        ...
+
+    def lines(self, lines: Sequence[str]) -> None:
+        """What was asked for."""
+        ...
+
+    def sources(self, runs: Sequence[tuple[str, str]], legend: str) -> None:
+        """An answer by who proposed it: (source, text)."""
+        ...
+
+    def answer(self, settings: Settings) -> AbstractContextManager[View]:
+        """An answer begins; it ends with the context."""
+        ...
+
+
+class Plain:
+    """Answers to standard output as they come, notes to standard error."""
+
+    def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
+        self._out, self._err = out or sys.stdout, err or sys.stderr
+
+    def note(self, text: str) -> None:
+        """See `Screen`."""
+        print(text, file=self._err, flush=True)
+
+    def lines(self, lines: Sequence[str]) -> None:
+        """See `Screen`."""
+        print("\n".join(lines), file=self._out, flush=True)
+
+    def sources(self, runs: Sequence[tuple[str, str]], legend: str) -> None:
+        """See `Screen`; drafted text in braces."""
+        shown = (text if source == TARGET else f"{{{source}:{text}}}" for source, text in runs)
+        self.lines(["".join(shown), legend])
+
+    def answer(self, settings: Settings) -> AbstractContextManager[View]:
+        """See `Screen`."""
+        return _PlainView(self._out, hides_thoughts=settings.thinking == "hide")
+
+
+class _PlainView:
+    def __init__(self, out: TextIO, *, hides_thoughts: bool) -> None:
+        self._out, self._hides_thoughts = out, hides_thoughts
+
+    def feed(self, text: str, parts: Sequence[Part]) -> None:
+        """See `View`."""
+        if self._hides_thoughts:
+            text = "".join(part.text for part in parts if not part.is_thought)
+        print(text, end="", file=self._out, flush=True)
+
+    def __enter__(self) -> _PlainView:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        print(file=self._out, flush=True)

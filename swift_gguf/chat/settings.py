@@ -1,0 +1,116 @@
+"""What `/set` changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from swift_gguf.errors import SwiftError
+from swift_gguf.sampling import SamplingOptions
+
+THINKING = ("fold", "show", "hide")
+CONTEXT = ("shift", "stop")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How answers are drawn and shown."""
+
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    n_predict: int = -1
+    """Tokens of an answer at most; below 0: to the end."""
+    thinking: str = "fold"
+    """``fold``: thoughts are seen while they come and give way to a line; ``show``; ``hide``."""
+    markdown: bool = True
+    context: str = "shift"
+    """When the context is full: ``shift``: the oldest turns leave it; ``stop``."""
+
+    @property
+    def max_tokens(self) -> int | None:
+        return self.n_predict if self.n_predict >= 0 else None
+
+    def set(self, key: str, value: str) -> Settings:
+        """With another value, given as text.
+
+        Raises:
+            SwiftError: there is no such key, or this is no value for it.
+        """
+        key = key.lower().replace("_", "-")
+        if key not in KEYS:
+            raise SwiftError(f"there is nothing to set by the name {key!r}; {', '.join(KEYS)}")
+        parsed = _parsed(key, value)
+        if key in _SAMPLING:
+            changed = replace(self.sampling, **{_SAMPLING[key]: parsed})
+            return replace(self, sampling=changed)
+        return replace(self, **{key.replace("-", "_"): parsed})
+
+    def values(self) -> dict[str, str]:
+        """What `set` would set, as text."""
+        sampling = {key: getattr(self.sampling, name) for key, name in _SAMPLING.items()}
+        own = {key: getattr(self, key.replace("-", "_")) for key in KEYS if key not in _SAMPLING}
+        shown = {True: "on", False: "off", None: "random"}
+        return {
+            key: shown[value] if isinstance(value, bool | None) else str(value)
+            for key, value in {**sampling, **own}.items()
+        }
+
+
+def _parsed(key: str, value: str) -> Any:
+    kind, what = KEYS[key]
+    try:
+        return kind(value)
+    except (ValueError, KeyError) as error:
+        raise SwiftError(f"{key} is {what}; {value!r} is not") from error
+
+
+def _seed(value: str) -> int | None:
+    if value == "random":
+        return None
+    number = int(value)
+    return None if number < 0 else number
+
+
+def _natural(value: str) -> int:
+    number = int(value)
+    if number < 0:
+        raise ValueError(value)
+    return number
+
+
+def _switch(value: str) -> bool:
+    return {"on": True, "off": False}[value.lower()]
+
+
+def _one_of(*values: str) -> Callable[[str], str]:
+    return lambda value: values[values.index(value.lower())]
+
+
+_SAMPLING = {
+    "temp": "temperature",
+    "top-k": "top_k",
+    "top-p": "top_p",
+    "min-p": "min_p",
+    "repeat-penalty": "repeat_penalty",
+    "repeat-last-n": "repeat_last_n",
+    "presence-penalty": "presence_penalty",
+    "frequency-penalty": "frequency_penalty",
+    "seed": "seed",
+}
+
+KEYS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "temp": (float, "a number"),
+    "top-k": (_natural, "a whole number, 0 for all tokens"),
+    "top-p": (float, "a number"),
+    "min-p": (float, "a number"),
+    "repeat-penalty": (float, "a number"),
+    "repeat-last-n": (int, "a whole number"),
+    "presence-penalty": (float, "a number"),
+    "frequency-penalty": (float, "a number"),
+    "seed": (_seed, "a whole number, or random"),
+    "n-predict": (int, "a whole number, -1 for no limit"),
+    "thinking": (_one_of(*THINKING), f"one of {', '.join(THINKING)}"),
+    "markdown": (_switch, "on or off"),
+    "context": (_one_of(*CONTEXT), f"one of {', '.join(CONTEXT)}"),
+}
+"""Names are the command line's; how a value is read, and what it may be."""

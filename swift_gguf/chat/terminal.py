@@ -1,0 +1,233 @@
+"""The terminal's screen: answers as Markdown, drawn while they come in."""
+
+from __future__ import annotations
+
+import os
+import sys
+import termios
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from time import perf_counter
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.segment import Segment, Segments
+from rich.text import Text
+
+from swift_gguf.chat.markdown import THEME, Markdown, rendered, split
+from swift_gguf.chat.screen import View
+from swift_gguf.chat.settings import Settings
+from swift_gguf.chat.thinking import Part
+
+SOURCE_STYLES = {
+    "ngram": "green underline",
+    "recycling": "yellow underline",
+    "layer-skip": "cyan underline",
+    "draft-model": "magenta underline",
+}
+
+THOUGHT_LINES = 6
+"""Of thoughts under way, where they are folded afterwards."""
+
+DRAWING_SHARE = 0.03
+"""Of the time; drawing takes it from decoding."""
+MIN_INTERVAL_S = 0.04
+
+
+def console() -> Console:
+    """Standard output, in colours that suit light and dark backgrounds; NO_COLOR is respected."""
+    return Console(theme=THEME, highlight=False, soft_wrap=False)
+
+
+class Terminal:
+    """A `Screen` for people."""
+
+    def __init__(self, output: Console | None = None) -> None:
+        self.console = output or console()
+
+    def note(self, text: str) -> None:
+        """See `Screen`."""
+        self.console.print(Text(text, style="dim"))
+
+    def error(self, text: str) -> None:
+        """What went wrong, in a line."""
+        self.console.print(Text(text, style="red"))
+
+    def lines(self, lines: Sequence[str]) -> None:
+        """See `Screen`."""
+        self.console.print(Text("\n".join(lines)))
+
+    def sources(self, runs: Sequence[tuple[str, str]], legend: str) -> None:
+        """See `Screen`."""
+        text = Text()
+        for source, words in runs:
+            text.append(words, style=SOURCE_STYLES.get(source, ""))
+        self.console.print(text)
+        line = Text("\n" + legend, style="dim")
+        for source, style in SOURCE_STYLES.items():
+            line.highlight_words([source], style=f"not dim {style}")
+        self.console.print(line)
+
+    @contextmanager
+    def answer(self, settings: Settings) -> Iterator[View]:
+        """See `Screen`."""
+        with _silent_keyboard(), _Drawing(self.console, settings) as view:
+            yield view
+
+
+@contextmanager
+def _silent_keyboard() -> Iterator[None]:
+    """What is typed meanwhile is not echoed into the answer; it waits for the next prompt."""
+    try:
+        descriptor = sys.stdin.fileno()
+        before = termios.tcgetattr(descriptor)
+    except (OSError, ValueError, AttributeError, termios.error):  # no terminal
+        yield
+        return
+    silent = [*before]
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(descriptor, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSANOW, before)
+
+
+class _Drawing(AbstractContextManager["_Drawing"]):
+    """An answer on the terminal: what is finished scrolls away, the rest is redrawn."""
+
+    def __init__(self, output: Console, settings: Settings) -> None:
+        self._console, self._settings = output, settings
+        self._live = Live(console=output, auto_refresh=False, transient=True)
+        self._thought, self._text = "", ""
+        self._thought_n = 0
+        self._n_printed = 0  # lines of the last block, where it is too tall to be redrawn
+        self._has_gap = False  # an empty line comes before the last block
+        self._begun = perf_counter()
+        self._thought_s: float | None = None
+        self._next = 0.0
+        self._n = 0
+
+    def __enter__(self) -> _Drawing:
+        self._live.start()
+        self._draw(Text("reading …", style="dim"))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._end_thought()
+            self._print_text(final=True)
+        finally:
+            self._live.stop()
+        self._console.print()
+
+    def feed(self, text: str, parts: Sequence[Part]) -> None:
+        """See `View`."""
+        self._n += bool(text)
+        for part in parts:
+            if part.is_thought:
+                self._thought += part.text
+                self._thought_n += 1
+            else:
+                self._end_thought()
+                self._text += part.text
+        now = perf_counter()
+        if now < self._next:
+            return
+        self._refresh()
+        took = perf_counter() - now
+        self._next = now + max(MIN_INTERVAL_S, took / DRAWING_SHARE)
+
+    # -- thoughts ----------------------------------------------------------------------------------
+
+    def _end_thought(self) -> None:
+        """Thoughts give way to a line, or stay, as the person likes."""
+        if not self._thought or self._thought_s is not None:
+            return
+        self._thought_s = perf_counter() - self._begun
+        thought = self._thought.strip()
+        if self._settings.thinking != "show":
+            how = "" if self._settings.thinking == "hide" else "; /show thinking unfolds it"
+            thought = f"thought for {self._thought_s:.1f} s, {self._thought_n} tokens{how}"
+        self._print(rendered(self._console, Text(thought, style="dim italic")))
+        self._has_gap = True
+
+    def _thinking(self) -> RenderableType:
+        if self._settings.thinking == "hide":
+            return Text("thinking …", style="dim italic")
+        lines = rendered(self._console, Text(self._thought.strip(), style="dim italic"))
+        n = self._height if self._settings.thinking == "show" else THOUGHT_LINES
+        return _segments(lines[-n:])
+
+    # -- the answer --------------------------------------------------------------------------------
+
+    @property
+    def _height(self) -> int:
+        return max(3, self._console.height - 3)
+
+    def _refresh(self) -> None:
+        if self._thought and self._thought_s is None:
+            self._draw(self._thinking())
+            return
+        self._print_text()
+        if self._text:
+            lines = self._lines(self._text)
+            overflow = len(lines) - self._height
+            if overflow > self._n_printed:
+                self._print(lines[self._n_printed : overflow])
+                self._n_printed = overflow
+            self._draw(_segments(lines[self._n_printed :]))
+
+    def _print_text(self, *, final: bool = False) -> None:
+        """Blocks that are finished scroll away."""
+        if not self._settings.markdown:
+            blocks, rest = _finished_lines(self._text)
+        else:
+            blocks, rest = split(self._text)
+        if final:
+            blocks, rest = [*blocks, rest], ""
+        for block in blocks:
+            lines = self._lines(block)[self._n_printed :]
+            self._n_printed = 0
+            if lines:
+                self._print(lines)
+                self._has_gap = True
+        if blocks:
+            self._text = rest
+
+    def _lines(self, block: str) -> list[list[Segment]]:
+        """A block, after an empty line where something comes before it."""
+        if not self._settings.markdown:
+            return rendered(self._console, Text(block)) if block else []
+        if not block.strip():
+            return []
+        lines = rendered(self._console, Markdown(block))
+        return [[], *lines] if self._has_gap else lines
+
+    def _print(self, lines: Sequence[Sequence[Segment]]) -> None:
+        """For good, above what is redrawn."""
+        self._live.update(Text(""))
+        self._console.print(_segments(lines), end="")
+
+    def _draw(self, renderable: RenderableType) -> None:
+        seconds = perf_counter() - self._begun
+        status = Text(f"{self._n} tokens, {seconds:.0f} s; Ctrl-C stops", style="dim")
+        show = Group(renderable, status) if self._n else renderable
+        self._live.update(show, refresh=True)
+
+
+def _finished_lines(text: str) -> tuple[list[str], str]:
+    done, newline, rest = text.rpartition("\n")
+    return ([done], rest) if newline else ([], text)
+
+
+def _segments(lines: Sequence[Sequence[Segment]]) -> Segments:
+    return Segments([segment for line in lines for segment in (*line, Segment.line())])
+
+
+def is_usable() -> bool:
+    """Are both ends a terminal that can move its cursor?"""
+    ends = (sys.stdin, sys.stdout)
+    if not all(end is not None and end.isatty() for end in ends):
+        return False
+    return os.environ.get("TERM", "") not in ("", "dumb", "unknown")

@@ -1,0 +1,152 @@
+"""`swift-gguf chat`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from swift_gguf.cli.options import (
+    load_model,
+    model_flags,
+    sampling_flags,
+    sampling_options,
+    search_flags,
+    speculation_flags,
+    speculation_options,
+)
+from swift_gguf.errors import ModelError, SwiftError
+
+if TYPE_CHECKING:
+    from swift_gguf.chat.chat import Chat
+    from swift_gguf.chat.conversation import Conversation
+    from swift_gguf.chat.terminal import Terminal
+    from swift_gguf.model import Model
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "-n", "--n-predict", default=-1, metavar="N", help="At most N tokens an answer; -1: to the end."
+)
+@click.option("-sys", "--system-prompt", metavar="TEXT", help="A system message.")
+@click.option(
+    "--chat-template", metavar="JINJA", help="A template (text or file) instead of the model's."
+)
+@click.option("--thinking", type=click.Choice(["fold", "show", "hide"]), default="fold",
+              show_default=True, help="Thoughts, once the answer begins.")  # fmt: skip
+@click.option("--context", type=click.Choice(["shift", "stop"]), default="shift",
+              show_default=True, help="When the context is full: forget the oldest turns, or "
+              "stop.")  # fmt: skip
+@speculation_flags
+@search_flags
+@sampling_flags
+@model_flags
+def chat(model: str, **values: Any) -> None:
+    """Talk with a model.  /help lists what it understands beside messages.
+
+    Without a terminal, every line of standard input is a message or a command, answers go to
+    standard output and everything else to standard error.
+    """
+    from swift_gguf.chat import terminal
+    from swift_gguf.chat.chat import Chat
+    from swift_gguf.chat.screen import Plain
+    from swift_gguf.chat.settings import Settings
+    from swift_gguf.session import Session
+    from swift_gguf.speculation import Speculation
+
+    wanted = speculation_options(values)
+    settings = Settings(
+        sampling=sampling_options(values),
+        n_predict=values["n_predict"],
+        thinking=values["thinking"],
+        context=values["context"],
+    )
+    screen = terminal.Terminal() if terminal.is_usable() else None
+    with ExitStack() as stack:
+        loaded = stack.enter_context(load_model(model, values))
+        conversation = _conversation(loaded, values)
+        session = stack.enter_context(closing(Session(loaded, Speculation(loaded, wanted))))
+        talk = Chat(session, conversation, screen or Plain(), settings)
+        try:
+            if screen:
+                session.search_when_idle(talk.on_idle_step)
+                _talk(talk, screen)
+            else:
+                _answer_lines(talk)
+        finally:
+            session.save()
+
+
+def _conversation(model: Model, values: dict[str, Any]) -> Conversation:
+    from swift_gguf.chat.conversation import Conversation
+    from swift_gguf.text import chat_template, read_template
+
+    template = values["chat_template"] and read_template(values["chat_template"])
+    if template is None and chat_template(model) is None:
+        raise ModelError(
+            f"{model.path} has no chat template: it goes on with texts, see generate --raw; "
+            "or give a template with --chat-template"
+        )
+    return Conversation(model, system=values["system_prompt"], template=template)
+
+
+def _talk(talk: Chat, screen: Terminal) -> None:
+    """With a person at a terminal."""
+    from swift_gguf.chat.commands import Leave, handle
+    from swift_gguf.chat.figures import footer
+    from swift_gguf.chat.prompt import Prompt
+
+    model = talk.session.model
+    screen.note(f"{model.description}, {model.n_ctx} tokens of context; /help lists commands")
+    prompt = Prompt(lambda width: footer(talk.current_figures(), width=width))
+    while True:
+        try:
+            handle(talk, prompt.ask())
+        except (EOFError, Leave):
+            return
+        except KeyboardInterrupt:
+            screen.note("Ctrl-D or /exit leaves")
+        except (SwiftError, OSError) as error:
+            screen.error(" ".join(str(error).split()))
+
+
+def _answer_lines(talk: Chat) -> None:
+    """From a pipe or into one."""
+    from swift_gguf.chat.commands import Leave, handle
+
+    try:
+        for message in _messages():
+            handle(talk, message)
+            if talk.interrupted:
+                raise KeyboardInterrupt
+    except Leave:
+        return
+
+
+def _messages() -> Iterator[str]:
+    """Lines of standard input, those between quotes as one."""
+    from swift_gguf.chat.commands import is_open
+
+    if sys.stdin is None:
+        return
+    is_person = sys.stdin.isatty()
+    message = ""
+    while True:
+        if is_person:
+            click.echo("... " if message else ">>> ", nl=False, err=True)
+        line = sys.stdin.buffer.readline()
+        try:
+            message += line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise click.ClickException("standard input is not UTF-8 text") from error
+        if line and is_open(message):
+            continue
+        if message.strip():
+            yield message.removesuffix("\n")
+        message = ""
+        if not line:
+            return
