@@ -195,6 +195,28 @@ class Cells:
             self._remove(branch, 0)
             self._shared[branch] = 0
 
+    def only_trunk(self) -> bool:
+        """Nothing but the trunk is held any more.
+
+        Returns whether that left gaps before its cells, which llama.cpp would fill next.
+        """
+        self.forget_branches()
+        self._branches.clear()
+        self.nodes.clear()
+        has_gaps = bool(self._parked)
+        self._parked.clear()
+        if has_gaps:
+            self._remove(PARKED, 0)
+        return has_gaps
+
+    def assume(self, n_trunk: int) -> None:
+        """The cache was filled by somebody else: the trunk ends at `n_trunk`."""
+        self.n_trunk = n_trunk
+        self.only_trunk()
+        if self.n_sequences > PARKED:
+            self._remove(PARKED, 0)
+        self._remove(TRUNK, n_trunk)
+
     def clear(self) -> None:
         """Nothing is held any more; always possible."""
         self._api.llama_memory_clear(self._memory, False)

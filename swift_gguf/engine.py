@@ -15,7 +15,7 @@ from swift_gguf.drafting.tree import Tree
 from swift_gguf.errors import ContextFullError, UnsupportedModelError
 from swift_gguf.stats import Stats
 from swift_gguf.tokens import common_prefix
-from swift_gguf.verification import verify
+from swift_gguf.verification import Verdict, verify
 
 if TYPE_CHECKING:
     from swift_gguf.speculative_sampling import Distribution
@@ -134,7 +134,7 @@ def generate(
             if max_tokens is not None:
                 n_max = min(n_max, max_tokens - yielded - 1)
             if search and cycle_s:
-                _search(search, cycle_s, stats)
+                search_step(search, cycle_s, stats)
             start = perf_counter()
             path = _cycle(model, path[-1].id, sampler, drafter, n_max, stats)
             cycle_s = perf_counter() - start
@@ -142,7 +142,7 @@ def generate(
         _keep(model, len(prompt) + max(sampled - 1, 0))
 
 
-def _search(search: Search, cycle_s: float, stats: Stats) -> None:
+def search_step(search: Search, cycle_s: float, stats: Stats) -> None:
     """After the tokens of the latest cycle are out, before the next begins."""
     start = perf_counter()
     search.step(cycle_s)
@@ -193,31 +193,54 @@ def _cycle(
     Afterwards the context holds `pending` and all of these but the last.
     """
     start = perf_counter()
-    tree = drafter.draft(pending, n_max=n_max) if drafter and n_max > 0 else NO_DRAFT
-    drafted = perf_counter()
-
-    model.decode_tree([pending, *tree.tokens], [-1, *(parent + 1 for parent in tree.parents)])
-    decoded = perf_counter()
-
+    draft = propose(model, pending, drafter, n_max=n_max)
+    tree, decoded = draft.tree, perf_counter()
     verdict = verify(
         tree, choose=lambda node: _choose(model, sampler, tree, node), is_eog=model.is_eog
     )
-    verified = perf_counter()
-
-    model.keep([0, *(node + 1 for node in verdict.kept)])
-    cycle = Cycle(tree, verdict, draft_s=drafted - start, verify_s=decoded - drafted)
-    if drafter:
-        drafter.observe(cycle)
-    stats.count(tree, verdict.accepted)
-    stats.cycles += 1
-    stats.cycle_n += len(verdict.tokens)
-    stats.draft_s += cycle.draft_s
-    stats.verify_s += cycle.verify_s
-    stats.sample_s += verified - decoded
+    stats.sample_s += perf_counter() - decoded
+    conclude(model, draft, verdict, drafter, stats)
     stats.cycle_s += perf_counter() - start
     sources = [tree.sources[node] for node in verdict.accepted]
     sources[len(verdict.tokens) - 1 :] = [TARGET]
     return [Token(*token) for token in zip(verdict.tokens, sources, strict=True)]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A tree that was drafted and decoded: output row 0 follows the pending token, row i + 1 node
+    i."""
+
+    tree: Tree
+    draft_s: float
+    verify_s: float
+
+
+def propose(model: Target, pending: int, drafter: Drafter | None, *, n_max: int) -> Draft:
+    """The first half of a cycle: at most `n_max` draft tokens, and the target's pass over them."""
+    start = perf_counter()
+    tree = drafter.draft(pending, n_max=n_max) if drafter and n_max > 0 else NO_DRAFT
+    drafted = perf_counter()
+    model.decode_tree([pending, *tree.tokens], [-1, *(parent + 1 for parent in tree.parents)])
+    return Draft(tree, draft_s=drafted - start, verify_s=perf_counter() - drafted)
+
+
+def conclude(
+    model: Target, draft: Draft, verdict: Verdict, drafter: Drafter | None, stats: Stats
+) -> None:
+    """The second half: what the target agrees with becomes text, and whoever drafted hears of it.
+
+    drafter: None where the verdict was broken off, which tells nothing of the draft.
+    """
+    tree = draft.tree
+    model.keep([0, *(node + 1 for node in verdict.kept)])
+    if drafter:
+        drafter.observe(Cycle(tree, verdict, draft_s=draft.draft_s, verify_s=draft.verify_s))
+    stats.count(tree, verdict.accepted)
+    stats.cycles += 1
+    stats.cycle_n += len(verdict.tokens)
+    stats.draft_s += draft.draft_s
+    stats.verify_s += draft.verify_s
 
 
 def _choose(model: Target, sampler: SamplesRows, tree: Tree, node: int) -> int:

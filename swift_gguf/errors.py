@@ -15,7 +15,7 @@ class NativeLibraryError(SwiftError, ImportError):
     """The native library is missing, foreign, or built for another version of this package."""
 
 
-class ModelError(SwiftError):
+class ModelError(SwiftError, ValueError):
     """A model reference cannot be resolved, or its file cannot be loaded."""
 
 
@@ -23,11 +23,11 @@ class DownloadError(ModelError):
     """A model could not be fetched, or what arrived is not what was asked for."""
 
 
-class ContextFullError(SwiftError):
+class ContextFullError(SwiftError, RuntimeError):
     """A prompt or batch does not fit the context window."""
 
 
-class DecodeError(SwiftError):
+class DecodeError(SwiftError, RuntimeError):
     """llama.cpp could not evaluate a batch."""
 
 
@@ -57,3 +57,7 @@ class GrammarError(SwiftError, ValueError):
 
 class SuiteError(SwiftError, ValueError):
     """A file of prompts is not one."""
+
+
+class ConvertError(SwiftError):
+    """A checkpoint is not whole, or cannot be converted or quantised as asked."""

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from swift_gguf.cells import N_SEQUENCES, TRUNK, Cells
+from swift_gguf.cells import TRUNK, Cells
 from swift_gguf.errors import (
     ContextFullError,
     DecodeError,
-    ModelError,
     SidecarError,
     StoppedError,
     SubnetworkError,
     UnsupportedModelError,
 )
-from swift_gguf.gguf_check import check
+from swift_gguf.loading import DEFAULT_CONTEXT as DEFAULT_CONTEXT
+from swift_gguf.loading import Loaded, cause, load, n_sequences
+from swift_gguf.loading import ModelOptions as ModelOptions
 from swift_gguf.native import (
     SUBLAYER_STATUS,
     Cost,
@@ -33,32 +33,10 @@ from swift_gguf.native import (
 from swift_gguf.sidecar import Sidecar, path_beside
 from swift_gguf.sidecar import read as read_sidecar
 from swift_gguf.subnetwork import SubNetwork
-from swift_gguf.threads import default_threads
-
-DEFAULT_CONTEXT = 4096
 
 # From this width on (ggml_fa_tile_config::Q), CPU flash attention has a tiled kernel: right for
 # prefill; never used where several rows are asked for, as in a verification.
 PREFILL_WIDTH = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """How to load a model; names follow llama.cpp's command line."""
-
-    n_ctx: int = DEFAULT_CONTEXT
-    """Context size in tokens; 0: as long as the model was trained for."""
-    n_batch: int = 512
-    """Tokens decoded at once during prefill; at least 48, so that trees and windows fit, too."""
-    n_threads: int | None = None
-    """None: one a physical core, performance cores only where there are two kinds."""
-    n_gpu_layers: int = -1
-    """-1: all of them, where there is a GPU."""
-    flash_attn: bool | None = None
-    """None: where the backend has it.  Off, verified rows differ from plainly decoded ones by
-    rounding on CPUs, whatever the quantisation."""
-    sidecar: Path | Literal["auto"] | None = "auto"
-    """Weights for draft passes; ``auto``: those beside the model, if they are there and its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,25 +59,33 @@ class Model:
         ModelError: the file is missing, damaged or not a model llama.cpp can run.
     """
 
-    def __init__(self, path: str | Path, options: ModelOptions | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        options: ModelOptions | None = None,
+        *,
+        loaded: Loaded | None = None,
+    ) -> None:
+        """loaded: use these, made elsewhere of the same file, in a context that `fit_context` made
+        ready and that is empty; None: load it."""
         self.path = Path(path)
         self.options = options or ModelOptions()
         self.tokens: list[int] = []
         """The tokens the context holds, in order."""
-        self._model: Any = None
-        self.ctx: Any = None
+        self.n_passes = 0
+        """Passes so far: while it stands still, so do the rows of logits."""
         self._batch: Any = None
         self._outputs = range(0)
         self._handles: dict[SubNetwork, SubnetworkHandle] = {}
-        check(self.path)
         self._library = library()
         self._api = self._library.api
         self.sidecar: Sidecar | None = None
         self.sidecar_refusal: str | None = None
         """Why the sidecar beside the model is not used, if there is one."""
         self._sidecar_handle: SidecarHandle | None = None
+        self._loaded = loaded or load(self.path, self.options)
         try:
-            self._load()
+            self._set_up()
             self._find_sidecar()
         except BaseException:
             self.close()
@@ -107,55 +93,21 @@ class Model:
 
     # -- loading -----------------------------------------------------------------------------------
 
-    def _load(self) -> None:
-        api, options = self._api, self.options
-        params = api.llama_model_default_params()
-        params.n_gpu_layers = options.n_gpu_layers
-        with self._library.messages() as messages:
-            self._model = api.llama_model_load_from_file(os.fsencode(self.path), params)
-        if not self._model:
-            raise ModelError(f"{self.path} cannot be loaded: {_cause(messages)}")
-        self.vocab = api.llama_model_get_vocab(self._model)
-        self.n_layer: int = api.llama_model_n_layer(self._model)
+    def _set_up(self) -> None:
+        api, model, ctx = self._api, self._loaded.model, self._loaded.ctx
+        self.vocab = api.llama_model_get_vocab(model)
+        self.n_layer: int = api.llama_model_n_layer(model)
         self.n_vocab: int = api.llama_vocab_n_tokens(self.vocab)
-        if self.n_vocab == 0 or api.llama_vocab_type(self.vocab) == 0:
-            raise ModelError(f"{self.path} has no tokenizer; convert the model again, with one")
-
-        self._n_threads = options.n_threads or default_threads()
-        params = api.llama_context_default_params()
-        n_ctx = options.n_ctx or api.llama_model_n_ctx_train(self._model)
-        params.n_ctx = -(-n_ctx // 256) * 256  # as llama.cpp pads it, but before it limits n_batch
-        has_state = api.llama_model_is_recurrent(self._model) or api.llama_model_is_hybrid(
-            self._model
-        )
-        n_sequences = 1 if has_state else N_SEQUENCES  # each sequence would have a state of its own
-        params.n_seq_max, params.kv_unified = n_sequences, True
-        # llama.cpp reserves a row of logits for every sequence, and aborts if a batch has fewer
-        params.n_batch = params.n_ubatch = max(options.n_batch, n_sequences)
-        params.n_threads = params.n_threads_batch = self._n_threads
-        params.flash_attn_type = -1 if options.flash_attn is None else int(options.flash_attn)
-        params.no_perf = True
-        params.swa_full = True  # a sliding-window cache of the window's size cannot be rolled back
-        with self._library.messages() as messages:
-            self.ctx = api.llama_init_from_model(self._model, params)
-        if not self.ctx:
-            raise ModelError(
-                f"{self.path}: no context of {params.n_ctx} tokens: {_cause(messages)}; "
-                "try a smaller --ctx-size"
-            )
-        self._memory = api.llama_get_memory(self.ctx)
-        if not self._memory or api.llama_model_has_encoder(self._model):
-            raise UnsupportedModelError(
-                f"{self.path} does not generate text token by token; use a decoder-only model"
-            )
-        self.n_ctx: int = api.llama_n_ctx(self.ctx)
-        self.n_batch: int = api.llama_n_batch(self.ctx)
-        self._batch = api.llama_batch_init(self.n_batch, 0, n_sequences)
+        self.n_ctx: int = api.llama_n_ctx(ctx)
+        self.n_batch: int = api.llama_n_batch(ctx)
+        n_branches = n_sequences(model)
+        self._memory = api.llama_get_memory(ctx)
+        self._batch = api.llama_batch_init(self.n_batch, 0, n_branches)
         self._invariant = False
         self._prefilled: list[tuple[int, int]] = []  # what was decoded in wide batches, start, end
-        self.cells = Cells(api, self._memory, capacity=self.n_ctx, n_sequences=n_sequences)
+        self.cells = Cells(api, self._memory, capacity=self.n_ctx, n_sequences=n_branches)
         self.stop = StopFlag()
-        self._library.set_stop_flag(self.ctx, self.stop)
+        self._library.set_stop_flag(ctx, self.stop)
 
     def _find_sidecar(self) -> None:
         """Looks at its header; the weights are loaded when a pass first needs them."""
@@ -173,19 +125,23 @@ class Model:
                 raise
             self.sidecar_refusal = str(error)
 
+    @property
+    def ctx(self) -> Any:
+        """llama.cpp's context; None once it is closed."""
+        return self._loaded.ctx
+
+    @property
+    def _model(self) -> Any:
+        return self._loaded.model
+
     def close(self) -> None:
-        """Frees everything; safe to call twice."""
+        """Frees everything that is its own; safe to call twice."""
         self._handles.clear()
         self._sidecar_handle = None
         if self._batch is not None:
             self._api.llama_batch_free(self._batch)
             self._batch = None
-        if self.ctx:
-            self._api.llama_free(self.ctx)
-            self.ctx = None
-        if self._model:
-            self._api.llama_model_free(self._model)
-            self._model = None
+        self._loaded.close()
 
     def __enter__(self) -> Model:
         return self
@@ -194,14 +150,14 @@ class Model:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_model", None):
+        if hasattr(self, "_loaded"):
             self.close()
 
     # -- what the model is -------------------------------------------------------------------------
 
     @property
     def n_threads(self) -> int:
-        return self._n_threads
+        return self._loaded.n_threads
 
     @property
     def n_ctx_train(self) -> int:
@@ -446,12 +402,13 @@ class Model:
             for k, sequence in enumerate(sequences[i]):
                 batch.seq_id[i][k] = sequence
             batch.logits[i] = i >= first
+        self.n_passes += 1
         with self._library.messages() as messages:
             code = self._api.llama_decode(self.ctx, batch)
         if code == 2:
             raise StoppedError("the pass was stopped")
         if code != 0:
-            raise DecodeError(f"llama.cpp could not decode (code {code}): {_cause(messages)}")
+            raise DecodeError(f"llama.cpp could not decode (code {code}): {cause(messages)}")
         self._outputs = range(first, len(tokens))
 
     def output_index(self, row: int) -> int:
@@ -464,7 +421,11 @@ class Model:
 
     def logits(self, row: int) -> Any:
         """A copy of an output row's logits, float32 [n_vocab]."""
-        return self._library.logits(self.ctx, self._outputs[row], self.n_vocab)
+        return self.logits_at(self._outputs[row])
+
+    def logits_at(self, index: int) -> Any:
+        """As `logits`, of an index that `output_index` gave."""
+        return self._library.logits(self.ctx, index, self.n_vocab)
 
     def rollback(self, n_past: int) -> None:
         """Forgets all tokens from position `n_past` on, exactly, and any tree.
@@ -486,6 +447,25 @@ class Model:
         self.cells.clear()
         self.tokens.clear()
         self._prefilled.clear()
+
+    # -- for others that use the context -----------------------------------------------------------
+
+    def hand_over(self) -> bool:
+        """Makes the context llama.cpp's as it comes: the text in one sequence, the whole model.
+
+        Returns whether gaps were left between the text's cells: whoever saves the context's state
+        must load it again before the text goes on, which closes them.
+        """
+        self._library.set_subnetwork(self.ctx, None)
+        self._library.set_batch_invariant(self.ctx, False)
+        self._invariant = False
+        return self.cells.only_trunk()
+
+    def assume(self, tokens: Sequence[int]) -> None:
+        """The context was filled by somebody else, with these tokens or more."""
+        self.cells.assume(len(tokens))
+        self.tokens[:] = tokens
+        self._prefilled = [(0, len(tokens))] if tokens else []
 
     # -- sub-networks ------------------------------------------------------------------------------
 
@@ -565,9 +545,3 @@ class Model:
         return self._library.pass_cost(
             self.ctx, handle, n_tokens=n_tokens, n_outputs=n_outputs, n_kv=n_kv
         )
-
-
-def _cause(messages: Sequence[str]) -> str:
-    """The most telling of llama.cpp's messages: the first is the cause, the rest its echo."""
-    lines = [line.strip(" .") for line in messages if line.strip(" .")]
-    return lines[0].split("\n")[0] if lines else "llama.cpp gives no reason"

@@ -34,6 +34,29 @@ class Verdict:
         return self.accepted[: len(self.tokens) - 1]
 
 
+class Walk:
+    """Down a tree by the target's choices, one after another.
+
+    is_eog: after an end of generation nothing more is chosen.
+    """
+
+    def __init__(self, tree: Tree, *, is_eog: Callable[[int], bool]) -> None:
+        self.node = ROOT
+        """Where the target chooses next; ROOT: after the pending token."""
+        self.done = False
+        self.verdict = Verdict([], [])
+        self._tree, self._is_eog = tree, is_eog
+
+    def take(self, token: int) -> None:
+        """The target has chosen `token`."""
+        child = self._tree.child(self.node, token)
+        self.verdict.tokens.append(token)
+        if child is not None:
+            self.verdict.accepted.append(child)
+            self.node = child
+        self.done = child is None or self._is_eog(token)
+
+
 def verify(tree: Tree, *, choose: Callable[[int], int], is_eog: Callable[[int], bool]) -> Verdict:
     """Follows the target's choices down the tree.
 
@@ -41,15 +64,7 @@ def verify(tree: Tree, *, choose: Callable[[int], int], is_eog: Callable[[int], 
         a node, in order, and for no node that is not on the path: samplers have state.
     is_eog: after an end of generation nothing more is chosen.
     """
-    tokens: list[int] = []
-    accepted: list[int] = []
-    node = ROOT
-    while True:
-        token = choose(node)
-        tokens.append(token)
-        child = tree.child(node, token)
-        if child is not None:
-            accepted.append(child)
-        if child is None or is_eog(token):
-            return Verdict(tokens, accepted)
-        node = child
+    walk = Walk(tree, is_eog=is_eog)
+    while not walk.done:
+        walk.take(choose(walk.node))
+    return walk.verdict

@@ -1,0 +1,147 @@
+"""What `SwiftLlama.swift` is: how answers are sped up, and how that went."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from time import monotonic
+
+from swift_gguf.errors import SwiftError, UnsupportedModelError
+from swift_gguf.model import Model
+from swift_gguf.search.drivers import IdleSearch
+from swift_gguf.speculation import Speculation, SpeculationOptions
+from swift_gguf.stats import Stats
+
+SAVE_EVERY_S = 60.0
+
+_log = logging.getLogger("swift_gguf")
+
+
+class Swift:
+    """Speculation for one `SwiftLlama`.
+
+    model: the llama's model in our hands; None: llama_cpp decodes on its own.
+    refusal: why that is so.
+    settle: breaks off what the llama is about to do with the model.
+
+    Raises:
+        UnsupportedModelError: drafts are asked for by name, and there can be none.
+    """
+
+    def __init__(
+        self,
+        options: SpeculationOptions,
+        *,
+        model: Model | None = None,
+        refusal: str = "",
+        settle: Callable[[], Callable[[], None] | None] = lambda: None,
+    ) -> None:
+        self.stats = Stats()
+        """Of the latest generation."""
+        self.model = model
+        self.current: Speculation | None = None
+        """What drafts, and what it learns."""
+        self.options = options
+        self._refusal = refusal
+        self._settle = settle
+        self._idle: IdleSearch | None = None
+        self._saved_at = -SAVE_EVERY_S
+        self._set(options)
+
+    @property
+    def speculation(self) -> str:
+        """``auto``, ``off``, or sources by name, joined by commas; may be set, to a list, too."""
+        return self.options.mode
+
+    @speculation.setter
+    def speculation(self, mode: str | Sequence[str] | SpeculationOptions) -> None:
+        self._set(options_of(mode))
+
+    def _set(self, options: SpeculationOptions) -> None:
+        if self.model is None:
+            if options.mode not in ("auto", "off"):
+                raise UnsupportedModelError(f"no speculation: {self._refusal}")
+            self.options = options
+            return
+        self._end_idle()
+        with self.busy():
+            fresh = Speculation(self.model, options)
+        self._let_go()
+        self.current, self.options = fresh, options
+
+    @property
+    def enabled(self) -> bool:
+        """Are drafts made, or where that depends, were there some lately?"""
+        return self.current is not None and self.current.enabled
+
+    @property
+    def why(self) -> str:
+        """The reason for what drafts, or for why nothing does."""
+        return self.current.why if self.current else self._refusal
+
+    def idle(self) -> IdleSearch | None:
+        """Searches for better drafts while nobody uses the model, until closed; None where there
+        is nothing to search.
+
+        Generations pause it by themselves.  It is a context manager, and is closed with the llama.
+        """
+        self._end_idle()
+        self._idle = self.current.idle_search() if self.current else None
+        return self._idle
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """The model is the caller's inside, and its context holds the text alone."""
+        with self._idle.paused() if self._idle else nullcontext():
+            if settle := self._settle():
+                settle()
+            yield
+
+    def save(self) -> None:
+        """Keeps what was learned in the model's profile; happens now and then, and at the end."""
+        if self.current:
+            with self.busy():
+                self.current.save()
+            self._saved_at = monotonic()
+
+    def answered(self) -> None:
+        """A generation is over."""
+        if monotonic() - self._saved_at >= SAVE_EVERY_S:
+            self.save()
+
+    def close(self) -> None:
+        """Keeps what was learned, and gives the model back; safe to call twice."""
+        self._end_idle()
+        self._let_go()
+        self.current = None
+        if self.model:
+            self.model.close()
+
+    def _let_go(self) -> None:
+        if self.current is None:
+            return
+        try:
+            self.current.save()
+        except (SwiftError, OSError) as error:
+            _log.warning("what was learned is lost: %s", error)
+        self.current.close()
+
+    def _end_idle(self) -> None:
+        idle, self._idle = self._idle, None
+        if idle:
+            try:
+                idle.close()
+            except SwiftError as error:
+                _log.warning("the search in idle time ended: %s", error)
+
+
+def options_of(mode: str | Sequence[str] | SpeculationOptions) -> SpeculationOptions:
+    """What the user asked for, as options.
+
+    Raises:
+        SwiftError: a source that does not exist.
+    """
+    if isinstance(mode, SpeculationOptions):
+        return mode
+    return SpeculationOptions(mode=mode if isinstance(mode, str) else ",".join(mode))
