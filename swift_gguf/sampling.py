@@ -242,7 +242,7 @@ def _filters(model: Model, options: SamplingOptions, prompt: Sequence[int]) -> I
     """The parts of a chain that come before its temperature."""
     api = library().api
     if options.grammar is not None:
-        yield _grammar(model, options.grammar)
+        yield grammar_sampler(model.vocab, options.grammar)
     if options.has_penalties:
         yield _penalties(model, options, prompt)
     if options.temperature > 0:
@@ -251,9 +251,14 @@ def _filters(model: Model, options: SamplingOptions, prompt: Sequence[int]) -> I
         yield api.llama_sampler_init_min_p(options.min_p, 1)
 
 
-def _grammar(model: Model, grammar: str) -> Any:
+def grammar_sampler(vocab: Any, grammar: str) -> Any:
+    """llama.cpp's sampler for GBNF with a rule named root; the caller's to free.
+
+    Raises:
+        GrammarError: the grammar does not parse.
+    """
     with _captured_stderr() as lines:
-        part = library().api.llama_sampler_init_grammar(model.vocab, grammar.encode(), b"root")
+        part = library().api.llama_sampler_init_grammar(vocab, grammar.encode(), b"root")
     if not part:
         detail = next((line for line in lines if line.strip()), "it does not parse")
         raise GrammarError(f"the grammar is not valid GBNF with a rule named root: {detail}")

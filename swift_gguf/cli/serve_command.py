@@ -1,0 +1,121 @@
+"""`swift-gguf serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from swift_gguf.cli.options import (
+    model_flags,
+    model_options,
+    read_text,
+    sampling_flags,
+    sampling_options,
+    search_flags,
+    speculation_flags,
+    speculation_options,
+)
+
+if TYPE_CHECKING:
+    from swift_gguf.server.options import ServerOptions
+
+
+@click.command()
+@click.argument("model")
+@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS",
+              help="Where to listen; another address opens the server to the network.")  # fmt: skip
+@click.option("--port", default=8080, show_default=True, metavar="N",
+              type=click.IntRange(0, 65535), help="0: a free one.")  # fmt: skip
+@click.option("--api-key", envvar="SWIFT_GGUF_API_KEY", show_envvar=True, metavar="KEY",
+              help="What clients must send; other users of this machine can read a command's "
+              "flags, so rather use the variable or the next flag.")  # fmt: skip
+@click.option("--api-key-file", type=click.Path(path_type=Path), metavar="FILE",
+              help="The key, in a file.")  # fmt: skip
+@click.option("-a", "--alias", metavar="NAME", help="The model's name in answers.")
+@click.option("--cors", "origins", multiple=True, metavar="ORIGIN",
+              help="Let pages of this web origin call the server (https://chat.example.org; *: "
+              "any); may be repeated.")  # fmt: skip
+@click.option("-n", "--n-predict", type=click.IntRange(1), metavar="N",
+              help="Tokens of an answer at most.  [default: what the context holds]")  # fmt: skip
+@click.option("--queue-size", default=64, show_default=True, metavar="N", type=click.IntRange(0),
+              help="Requests that may wait; beyond, 503.")  # fmt: skip
+@click.option("--max-body", default=4 << 20, show_default=True, metavar="BYTES",
+              type=click.IntRange(1024), help="Size of a request at most.")  # fmt: skip
+@click.option("--timeout", "timeout_s", default=600.0, show_default=True, metavar="SECONDS",
+              type=click.FloatRange(0, min_open=True),
+              help="For a request, from the queue to its last token.")  # fmt: skip
+@click.option("--receive-timeout", "receive_s", default=30.0, show_default=True,
+              metavar="SECONDS", type=click.FloatRange(0, min_open=True),
+              help="For a client to send its request.")  # fmt: skip
+@click.option("--drain", "drain_s", default=30.0, show_default=True, metavar="SECONDS",
+              type=click.FloatRange(0),
+              help="How long a running answer may go on after SIGTERM or Ctrl-C.")  # fmt: skip
+@click.option("--cache-ram", "cache_mib", default=1024, show_default=True, metavar="MIB",
+              type=click.IntRange(0),
+              help="Memory for conversations besides the latest; 0: none.")  # fmt: skip
+@speculation_flags
+@search_flags
+@sampling_flags
+@model_flags
+def serve(model: str, **values: Any) -> None:
+    """Serve a model over HTTP, as OpenAI's API; a page to chat with is at /.
+
+    \b
+    swift-gguf serve smollm2-135m
+    curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' \\
+      -d '{"messages": [{"role": "user", "content": "Hello!"}]}'
+    """
+    from swift_gguf.server.extra import require
+
+    require()
+    from swift_gguf.cli.progress import download_progress
+    from swift_gguf.models import resolve
+
+    options = _options(model, values)
+    with download_progress() as progress:
+        path = resolve(model, progress=progress)
+    from swift_gguf.server.run import serve as serve_model
+    from swift_gguf.server.served import ServedLlama
+
+    speculation, loading = speculation_options(values), model_options(values)
+    if not options.is_loopback and options.api_key is None:
+        click.echo(
+            f"swift-gguf: warning: everybody who reaches {options.host} can use this server; "
+            "set --api-key",
+            err=True,
+        )
+    serve_model(
+        lambda: ServedLlama.load(path, loading, speculation, options),
+        options,
+        on_listening=lambda url: click.echo(f"listening on {url}", err=True),
+        on_ready=lambda served: click.echo(
+            f"ready: {options.alias}; speculation: {served.speculation()['why']}", err=True
+        ),
+    )
+
+
+def _options(model: str, values: dict[str, Any]) -> ServerOptions:
+    from swift_gguf.server.options import ServerOptions
+
+    key = values["api_key"]
+    if values["api_key_file"] is not None:
+        key = read_text(values["api_key_file"]).strip()
+    if key is not None and not (key and key.isascii() and key.isprintable()):
+        raise click.UsageError("the API key must be some printable ASCII characters")
+    return ServerOptions(
+        host=values["host"],
+        port=values["port"],
+        api_key=key,
+        origins=values["origins"],
+        alias=values["alias"] or Path(model).stem,
+        queue_size=values["queue_size"],
+        max_body=values["max_body"],
+        n_predict=values["n_predict"],
+        timeout_s=values["timeout_s"],
+        receive_s=values["receive_s"],
+        drain_s=values["drain_s"],
+        cache_bytes=values["cache_mib"] << 20,
+        sampling=sampling_options(values),
+    )

@@ -1,0 +1,278 @@
+"""Requests to answers, on the model's thread: llama_cpp's completions in OpenAI's envelope."""
+
+from __future__ import annotations
+
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from swift_gguf.errors import GrammarError, SwiftError
+from swift_gguf.server import grammars, tools
+from swift_gguf.server.errors import ApiError, bad_request, one_line
+from swift_gguf.server.options import ServerOptions
+from swift_gguf.server.requests import (
+    ChatRequest,
+    CompletionRequest,
+    FunctionName,
+    Sampling,
+    ToolChoice,
+)
+from swift_gguf.server.served import ServedLlama, Tally
+from swift_gguf.server.worker import Job
+
+Work = Callable[[ServedLlama, Job[ServedLlama]], Iterator[object]]
+OnEnd = Callable[[Tally, float], None]
+"""Called with what a request came to and the seconds it waited."""
+Call = Callable[..., Any]
+"""`create_completion` or `create_chat_completion`, with all but stream and seed."""
+
+_TOO_LONG = "exceed context window"  # of llama_cpp's ValueError
+
+
+def chat(request: ChatRequest, options: ServerOptions, on_end: OnEnd) -> Work:
+    """Yields the response, or, for a stream, `chat.completion.chunk` after chunk."""
+
+    def calls(llama: ServedLlama) -> Iterator[Call]:
+        arguments = _chat_arguments(request, options, llama)
+        for _ in range(request.n):
+            yield lambda **more: llama.create_chat_completion(**arguments, **more)
+
+    return _Envelope(
+        "chat.completion", request, options, calls, on_end, **_tool_reading(request)
+    ).work
+
+
+def complete(request: CompletionRequest, options: ServerOptions, on_end: OnEnd) -> Work:
+    """Yields the response, or, for a stream, `text_completion` after `text_completion`."""
+
+    def calls(llama: ServedLlama) -> Iterator[Call]:
+        arguments = _completion_arguments(request, options, llama)
+        for prompt in [_prompt(given, llama) for given in request.prompts]:
+            for _ in range(request.n):
+                yield lambda prompt=prompt, **more: llama.create_completion(
+                    prompt, **arguments, **more
+                )
+
+    return _Envelope("text_completion", request, options, calls, on_end).work
+
+
+Choice = dict[str, Any]
+
+
+class _Envelope:
+    """One or several of llama_cpp's answers as one of OpenAI's."""
+
+    def __init__(
+        self,
+        kind: str,
+        request: ChatRequest | CompletionRequest,
+        options: ServerOptions,
+        calls: Callable[[ServedLlama], Iterator[Call]],
+        on_end: OnEnd,
+        *,
+        finish: Callable[[Choice], Choice] = lambda choice: choice,
+        finish_stream: Callable[[Iterator[Choice]], Iterator[Choice]] = lambda choices: choices,
+    ) -> None:
+        """finish, finish_stream: what is still to be done to llama_cpp's choices."""
+        self._kind, self._request, self._options = kind, request, options
+        self._finish, self._finish_stream = finish, finish_stream
+        self._calls, self._on_end = calls, on_end
+        prefix = "chatcmpl" if isinstance(request, ChatRequest) else "cmpl"
+        self._head = {
+            "id": f"{prefix}-{uuid.uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": options.alias,
+            "system_fingerprint": "swift-gguf",
+        }
+
+    def work(self, llama: ServedLlama, job: Job[ServedLlama]) -> Iterator[object]:
+        with llama.working_for(job) as tally, _telling(tally):
+            try:
+                if self._request.stream:
+                    yield from self._stream(llama, job, tally)
+                else:
+                    yield self._whole(llama, job, tally)
+            finally:
+                self._on_end(tally, job.queue_s)
+
+    def _seeds(self) -> Iterator[int]:
+        default = self._options.sampling.seed
+        for i in range(2**32):
+            seed = self._request.seed_of(i, default)
+            yield random.getrandbits(32) if seed is None else seed
+
+    def _whole(self, llama: ServedLlama, job: Job[ServedLlama], tally: Tally) -> dict[str, Any]:
+        choices: list[Choice] = []
+        for call, seed in zip(self._calls(llama), self._seeds(), strict=False):
+            choice = self._finish(call(seed=seed)["choices"][0])
+            choices.append({**choice, "index": len(choices)})
+        return {
+            **self._head,
+            "choices": choices,
+            "usage": usage(tally, self._request.n),
+            "timings": timings(tally, job.queue_s),
+        }
+
+    def _stream(
+        self, llama: ServedLlama, job: Job[ServedLlama], tally: Tally
+    ) -> Iterator[dict[str, Any]]:
+        head = {**self._head, "object": self._kind + ".chunk" * (self._kind != "text_completion")}
+        for i, (call, seed) in enumerate(zip(self._calls(llama), self._seeds(), strict=False)):
+            for choice in self._finish_stream(
+                c["choices"][0] for c in call(seed=seed, stream=True)
+            ):
+                ends = {"timings": timings(tally, job.queue_s)} if choice["finish_reason"] else {}
+                yield {**head, "choices": [{**choice, "index": i}], **ends}
+        if self._request.wants_usage:
+            yield {**head, "choices": [], "usage": usage(tally, self._request.n)}
+
+
+@contextmanager
+def _telling(tally: Tally) -> Iterator[None]:
+    """What fails before the first token is the request's fault, and said so."""
+    try:
+        yield
+    except (ApiError, GeneratorExit):
+        raise
+    except Exception as error:
+        if _TOO_LONG in str(error):
+            raise bad_request(
+                f"the prompt is too long: {one_line(error)}", code="context_length_exceeded"
+            ) from error
+        if isinstance(error, GrammarError):
+            raise bad_request(one_line(error), param="grammar") from error
+        if tally.prompt_tokens == 0 and not isinstance(error, (SwiftError, MemoryError)):
+            raise bad_request(f"the prompt cannot be made: {one_line(error)}") from error
+        raise
+
+
+def usage(tally: Tally, n: int) -> dict[str, Any]:
+    """OpenAI's `usage`; a prompt counts once, however many choices `n` it got."""
+    prompt = tally.prompt_tokens // n
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": tally.completion_tokens,
+        "total_tokens": prompt + tally.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": max(prompt - tally.prompt_n, 0)},
+    }
+
+
+def timings(tally: Tally, queue_s: float) -> dict[str, Any]:
+    """llama-server's `timings`, and how long the request waited for its turn."""
+    return {
+        "cache_n": tally.prompt_tokens - tally.prompt_n,
+        "prompt_n": tally.prompt_n,
+        "prompt_ms": tally.prompt_s * 1e3,
+        "prompt_per_token_ms": _ratio(tally.prompt_s * 1e3, tally.prompt_n),
+        "prompt_per_second": _ratio(tally.prompt_n, tally.prompt_s),
+        "predicted_n": tally.predicted_n,
+        "predicted_ms": tally.predicted_s * 1e3,
+        "predicted_per_token_ms": _ratio(tally.predicted_s * 1e3, tally.predicted_n),
+        "predicted_per_second": _ratio(tally.predicted_n, tally.predicted_s),
+        "draft_n": tally.drafted,
+        "draft_n_accepted": tally.accepted,
+        "queue_ms": queue_s * 1e3,
+    }
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else 0.0
+
+
+# -- arguments -------------------------------------------------------------------------------------
+
+
+def _chat_arguments(
+    request: ChatRequest, options: ServerOptions, llama: ServedLlama
+) -> dict[str, Any]:
+    arguments = _common(request, options, llama)
+    arguments["max_tokens"] = request.limit(options.n_predict)
+    arguments["messages"] = [message.as_dict() for message in request.messages]
+    if request.logprobs:
+        arguments |= {"logprobs": True, "top_logprobs": request.top_logprobs or 0}
+    if (wanted := _schema(request)) is not None:
+        if request.grammar is not None:
+            raise bad_request("give a grammar or a response_format, not both", param="grammar")
+        gbnf = grammars.from_schema(wanted, param="response_format")
+        arguments["grammar"] = _grammar(gbnf, llama, param="response_format")
+    if not request.offered:
+        return arguments
+    arguments["tools"] = [tool.model_dump(exclude_none=True) for tool in request.offered]
+    if (choice := _only_choice(request)) is not None:
+        arguments["tool_choice"] = choice.model_dump()
+    elif request.tool_choice == "required":
+        gbnf = grammars.from_schema(tools.any_call(request.offered), param="tools")
+        arguments["grammar"] = _grammar(gbnf, llama, param="tools")
+    return arguments
+
+
+def _only_choice(request: ChatRequest) -> ToolChoice | None:
+    """The tool that must be called, if there is just one."""
+    if isinstance(request.tool_choice, ToolChoice):
+        return request.tool_choice
+    if request.tool_choice == "required" and len(request.offered) == 1:
+        return ToolChoice(function=FunctionName(name=request.offered[0].function.name))
+    return None
+
+
+def _tool_reading(request: ChatRequest) -> dict[str, Any]:
+    """How calls are found in what llama_cpp answers."""
+    if not request.offered:
+        return {}
+    if _only_choice(request) is not None:
+        return {"finish_stream": tools.once_named}
+    bare = request.tool_choice == "required"
+    return {
+        "finish": partial(tools.in_message, bare=bare),
+        "finish_stream": partial(tools.in_stream, bare=bare),
+    }
+
+
+def _schema(request: ChatRequest) -> dict[str, Any] | None:
+    return request.response_format.wanted if request.response_format else None
+
+
+def _completion_arguments(
+    request: CompletionRequest, options: ServerOptions, llama: ServedLlama
+) -> dict[str, Any]:
+    if request.suffix:
+        raise bad_request("a suffix is not supported", param="suffix")
+    if request.best_of not in (None, 1, request.n):
+        raise bad_request("best_of is not supported", param="best_of")
+    return _common(request, options, llama) | {
+        "max_tokens": request.limit(options.n_predict),
+        "echo": request.echo,
+        "logprobs": request.logprobs,
+    }
+
+
+def _common(request: Sampling, options: ServerOptions, llama: ServedLlama) -> dict[str, Any]:
+    arguments = request.sampling(options.sampling)
+    if any(token >= llama.n_vocab() for token in arguments.get("logit_bias", ())):
+        raise bad_request("there is no such token", param="logit_bias")
+    gbnf = options.sampling.grammar if request.grammar is None else request.grammar
+    if gbnf is not None:
+        arguments["grammar"] = _grammar(gbnf, llama, param="grammar")
+    return arguments
+
+
+def _grammar(gbnf: str, llama: ServedLlama, *, param: str) -> Any:
+    from llama_cpp import LlamaGrammar
+
+    grammars.check(llama.vocab, gbnf, param=param)
+    return LlamaGrammar.from_string(gbnf, verbose=False)
+
+
+def _prompt(given: str | list[int], llama: ServedLlama) -> str | list[int]:
+    if given == "":
+        given = [token for token in [llama.token_bos()] if token >= 0]
+    if not given:
+        raise bad_request("the prompt is empty", param="prompt")
+    if not isinstance(given, str) and any(token >= llama.n_vocab() for token in given):
+        raise bad_request("there is no such token", param="prompt")
+    return given

@@ -1,0 +1,293 @@
+"""The HTTP side: routes, and how a job's events become a response."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from hashlib import sha256
+from importlib.resources import files
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from sse_starlette import EventSourceResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from swift_gguf import __version__
+from swift_gguf.server import answers, embedding
+from swift_gguf.server.errors import ApiError, bad_request
+from swift_gguf.server.guard import Guard
+from swift_gguf.server.requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+)
+from swift_gguf.server.served import ServedLlama, Started
+from swift_gguf.server.service import Service
+from swift_gguf.server.worker import Job
+
+_log = logging.getLogger("swift_gguf")
+_T = TypeVar("_T")
+
+GONE = ApiError(499, "the client has gone", code="client_gone")
+PAGE_POLICY = (
+    "default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application; its lifespan is the model's."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(service.close)
+
+    options = service.options
+    app = FastAPI(
+        title="swift-gguf", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
+    app.add_middleware(Guard, options=options)
+    if options.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=options.origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
+    openai = _openai_routes(service)
+    app.include_router(openai, prefix="/v1")
+    app.include_router(openai, include_in_schema=False)  # as llama-server has them, too
+    app.include_router(_native_routes(service))
+    app.include_router(_page_route())
+    app.add_exception_handler(ApiError, _told)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _unexpected)
+    return app
+
+
+# -- routes ----------------------------------------------------------------------------------------
+
+
+def _openai_routes(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/chat/completions")
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        job = service.submit(answers.chat(body, service.options, service.count))
+        return await _answer(service, job, request, stream=body.stream)
+
+    @router.post("/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        job = service.submit(answers.complete(body, service.options, service.count))
+        return await _answer(service, job, request, stream=body.stream)
+
+    @router.post("/embeddings")
+    async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
+        job = service.submit(embedding.embed(body, service.options))
+        return await _answer(service, job, request, stream=False)
+
+    @router.get("/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [service.model_card()]}
+
+    return router
+
+
+def _native_routes(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/health")
+    @router.get("/v1/health", include_in_schema=False)
+    async def health() -> dict[str, str]:
+        service.require_model()
+        return {"status": "ok"}
+
+    @router.get("/props")
+    async def props() -> dict[str, Any]:
+        return service.props()
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @router.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        return await asyncio.to_thread(_tokenize, service.require_model(), body)
+
+    @router.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        return await asyncio.to_thread(_detokenize, service.require_model(), body)
+
+    return router
+
+
+def _page_route() -> APIRouter:
+    """The built-in page; read once, from the package.  It may run what it holds, nothing else."""
+    router = APIRouter(include_in_schema=False)
+    page = (files("swift_gguf.server") / "page.html").read_text(encoding="utf-8")
+    policy = PAGE_POLICY.format(**{tag: _hash(page, tag) for tag in ("script", "style")})
+    headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
+
+    @router.get("/")
+    async def index() -> Response:
+        return HTMLResponse(page, headers=headers)
+
+    return router
+
+
+def _hash(page: str, tag: str) -> str:
+    """Of what an element holds, as Content-Security-Policy names it."""
+    text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+    return f"'sha256-{base64.b64encode(sha256(text.encode()).digest()).decode()}'"
+
+
+def _tokenize(model: ServedLlama, body: TokenizeRequest) -> dict[str, Any]:
+    ids = model.tokenize(_utf8(body.content), add_bos=body.add_special, special=body.parse_special)
+    if not body.with_pieces:
+        return {"tokens": ids}
+    pieces = ((id, model.detokenize([id], special=True)) for id in ids)
+    return {"tokens": [{"id": id, "piece": _text_or_bytes(piece)} for id, piece in pieces]}
+
+
+def _detokenize(model: ServedLlama, body: DetokenizeRequest) -> dict[str, Any]:
+    if any(token >= model.n_vocab() for token in body.tokens):
+        raise bad_request("there is no such token", param="tokens")
+    text = model.detokenize(body.tokens, special=True)
+    return {"content": text.decode("utf-8", "replace")}
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise bad_request("a lone surrogate is no character", param="content") from None
+
+
+def _text_or_bytes(piece: bytes) -> str | list[int]:
+    try:
+        return piece.decode("utf-8")
+    except UnicodeDecodeError:
+        return list(piece)
+
+
+# -- from jobs to responses ------------------------------------------------------------------------
+
+
+async def _answer(
+    service: Service, job: Job[ServedLlama], request: Request, *, stream: bool
+) -> Response:
+    """The job's response; the job ends when the client leaves."""
+    events = job.events()
+    try:
+        first = await _unless_gone(request, anext(events))
+        if stream:
+            # from here on the response itself watches the client
+            return EventSourceResponse(
+                _sse(service, job, events), sep="\n", send_timeout=service.options.timeout_s
+            )
+        async with aclosing(events):
+            while isinstance(first, Started):
+                first = await _unless_gone(request, anext(events))
+            return JSONResponse(first)
+    except BaseException as error:
+        service.stop(job, GONE)
+        await events.aclose()
+        if error is GONE:
+            return Response(status_code=GONE.status)
+        raise
+
+
+async def _sse(
+    service: Service, job: Job[ServedLlama], events: AsyncIterator[object]
+) -> AsyncIterator[dict[str, str]]:
+    try:
+        async for event in events:
+            if not isinstance(event, Started):
+                yield {"data": json.dumps(event, ensure_ascii=False)}
+        yield {"data": "[DONE]"}
+    except ApiError as error:
+        yield {"data": json.dumps(error.body)}
+    except Exception as error:
+        _log.exception("an answer failed")
+        yield {"data": json.dumps(ApiError(500, _failed(error)).body)}
+    finally:
+        service.stop(job, GONE)
+
+
+async def _unless_gone(request: Request, awaitable: Awaitable[_T]) -> _T:
+    """What is awaited, unless the client leaves first.
+
+    Raises:
+        ApiError: GONE, then.
+    """
+    wanted = asyncio.ensure_future(awaitable)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({wanted, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if wanted.done():
+            return wanted.result()
+        raise GONE
+    finally:
+        gone.cancel()
+        if not wanted.done():
+            wanted.cancel()
+            await asyncio.wait({wanted})
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+# -- errors ----------------------------------------------------------------------------------------
+
+Handler = Callable[[Request, Exception], Awaitable[Response]]
+
+
+def _response(error: ApiError) -> JSONResponse:
+    return JSONResponse(error.body, error.status, error.headers)
+
+
+async def _told(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return _response(error)
+
+
+async def _invalid(_: Request, error: Exception) -> Response:
+    """OpenAI says 400 where FastAPI says 422."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"] if part != "body"]
+    if first["type"] == "json_invalid":
+        return _response(bad_request("the body is not valid JSON"))
+    param = ".".join(place) or None
+    message = first["msg"].removeprefix("Value error, ")
+    return _response(bad_request(f"{param}: {message}" if param else message, param=param))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return _response(ApiError(error.status_code, message, code=str(error.detail).lower()))
+
+
+async def _unexpected(_: Request, error: Exception) -> Response:
+    return _response(ApiError(500, _failed(error)))
+
+
+def _failed(error: Exception) -> str:
+    return f"the server failed: {type(error).__name__}"

@@ -1,0 +1,79 @@
+"""What the server did, in Prometheus' form and by llama-server's names."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from swift_gguf.server.served import Tally
+
+_WAITS_S = (0.001, 0.01, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+class Metrics(Collector):
+    """Sums over all requests.
+
+    waiting, running: how many requests do so now.
+    """
+
+    def __init__(self, *, waiting: Callable[[], int], running: Callable[[], int]) -> None:
+        self._waiting, self._running = waiting, running
+        self._lock = threading.Lock()
+        self._total = Tally()
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+        self._wait = Histogram(
+            "swift_gguf:queue_seconds",
+            "Time requests waited for their turn.",
+            buckets=_WAITS_S,
+            registry=self._registry,
+        )
+
+    def count(self, tally: Tally, queue_s: float) -> None:
+        """Adds a request."""
+        self._wait.observe(queue_s)
+        with self._lock:
+            total = self._total
+            total.prompt_n += tally.prompt_n
+            total.prompt_s += tally.prompt_s
+            total.predicted_n += tally.predicted_n
+            total.predicted_s += tally.predicted_s
+            total.passes += tally.passes
+            total.drafted += tally.drafted
+            total.accepted += tally.accepted
+            total.n_past = max(total.n_past, tally.n_past)
+
+    def text(self) -> bytes:
+        """The page that Prometheus reads."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """See `Collector`."""
+        with self._lock:
+            yield from self._metrics(self._total)
+
+    def _metrics(self, total: Tally) -> Iterator[Metric]:
+        prompt_rate = total.prompt_n / total.prompt_s if total.prompt_s else 0.0
+        rate = total.predicted_n / total.predicted_s if total.predicted_s else 0.0
+        for name, text, value in (
+            ("prompt_tokens", "Number of prompt tokens processed.", total.prompt_n),
+            ("prompt_seconds", "Prompt process time.", total.prompt_s),
+            ("tokens_predicted", "Number of generation tokens processed.", total.predicted_n),
+            ("tokens_predicted_seconds", "Predict process time.", total.predicted_s),
+            ("n_decode", "Passes of the whole model.", total.passes),
+            ("n_drafted", "Number of tokens drafted.", total.drafted),
+            ("n_drafted_accepted", "Number of draft tokens accepted.", total.accepted),
+        ):
+            yield CounterMetricFamily(f"llamacpp:{name}", text, value=value)
+        for name, text, gauge in (
+            ("prompt_tokens_seconds", "Average prompt throughput in tokens/s.", prompt_rate),
+            ("predicted_tokens_seconds", "Average generation throughput in tokens/s.", rate),
+            ("requests_processing", "Number of requests processing.", self._running()),
+            ("requests_deferred", "Number of requests deferred.", self._waiting()),
+            ("n_tokens_max", "Largest observed number of tokens in the context.", total.n_past),
+        ):
+            yield GaugeMetricFamily(f"llamacpp:{name}", text, value=gauge)

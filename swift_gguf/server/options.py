@@ -1,0 +1,69 @@
+"""How the server serves; and how much of what a client sends it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+
+from swift_gguf.sampling import SamplingOptions
+
+MAX_CHOICES = 8
+MAX_MESSAGES = 2048
+MAX_INPUTS = 64
+"""Prompts or texts to embed in one request."""
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
+MAX_TOOLS = 128
+MAX_TOP_LOGPROBS = 20
+MAX_BIASES = 1024
+MAX_NAME_LENGTH = 256
+MAX_GRAMMAR_LENGTH = 64 * 1024
+"""Of GBNF, given or made from a schema, in characters."""
+MAX_DEPTH = 64
+"""Of brackets in a grammar, and of a JSON schema."""
+MAX_REPETITION = 2000
+"""Of an item in a grammar or a schema; llama.cpp's own limit for `{m,n}`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """Names follow llama-server's command line."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    """0: a free one."""
+    api_key: str | None = field(default=None, repr=False)
+    origins: tuple[str, ...] = ()
+    """Web origins whose pages may call the server; ``*``: all."""
+    alias: str = "model"
+    """The model's name in answers."""
+    queue_size: int = 64
+    """Requests that may wait while one is answered."""
+    max_body: int = 4 << 20
+    """Bytes of a request."""
+    n_predict: int | None = None
+    """Tokens of an answer at most; None: as many as the context holds."""
+    timeout_s: float = 600.0
+    """For one request, its wait in the queue included; also how long a reader may stall."""
+    receive_s: float = 30.0
+    """For a client to send its request."""
+    drain_s: float = 30.0
+    """How long running answers may go on after SIGTERM."""
+    cache_bytes: int = 1 << 30
+    """Memory for conversations that are not the present one."""
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    """What a request gets that does not say."""
+
+    @property
+    def is_loopback(self) -> bool:
+        """Can only this machine reach the server?"""
+        return is_loopback(self.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Is this the name or address of the machine itself, as seen by itself?"""
+    name = host.strip("[]").lower()
+    try:
+        return ip_address(name).is_loopback
+    except ValueError:
+        return name == "localhost" or name.endswith(".localhost")

@@ -1,0 +1,329 @@
+"""What clients may ask for: OpenAI's requests, with limits, as arguments of `llama_cpp.Llama`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
+
+from swift_gguf.sampling import SamplingOptions
+from swift_gguf.server.options import (
+    MAX_BIASES,
+    MAX_CHOICES,
+    MAX_DEPTH,
+    MAX_GRAMMAR_LENGTH,
+    MAX_INPUTS,
+    MAX_MESSAGES,
+    MAX_NAME_LENGTH,
+    MAX_STOP_LENGTH,
+    MAX_STOPS,
+    MAX_TOOLS,
+    MAX_TOP_LOGPROBS,
+)
+
+MAX_SEED = 2**32 - 1
+SAMPLED = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repeat_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+"""Fields whose defaults are the server's `SamplingOptions`."""
+
+
+def _plain_json(value: Any) -> Any:
+    """Refuses what JSON text can hold and UTF-8 or a number cannot, and what is nested too deep."""
+
+    def depth(item: Any, left: int) -> None:
+        if left == 0:
+            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+        for child in item.values() if isinstance(item, dict) else item:
+            if isinstance(child, (dict, list)):
+                depth(child, left - 1)
+
+    if isinstance(value, (dict, list)):
+        depth(value, MAX_DEPTH)
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("a lone surrogate is no character") from None
+    return value
+
+
+def _no_null(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("a null character is not allowed here")
+    return text
+
+
+Name = Annotated[str, StringConstraints(max_length=MAX_NAME_LENGTH)]
+Json = Annotated[dict[str, Any], AfterValidator(_plain_json)]
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_LENGTH)]
+Grammar = Annotated[
+    str, StringConstraints(min_length=1, max_length=MAX_GRAMMAR_LENGTH), AfterValidator(_no_null)
+]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Finite = Field(default=None, allow_inf_nan=False)
+
+
+class Message(BaseModel):
+    """One of a conversation; further fields are the chat template's business."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[dict[str, Any]] | None = None
+
+    @field_validator("content")
+    @classmethod
+    def _only_text(cls, content: str | list[dict[str, Any]] | None) -> str | None:
+        if not isinstance(content, list):
+            return content
+        texts = [part.get("text") for part in content if part.get("type") in ("text", "refusal")]
+        if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
+            raise ValueError("only text parts are understood; this model sees no images or sound")
+        return "".join(map(str, texts))
+
+    @model_validator(mode="after")
+    def _is_plain(self) -> Message:
+        _plain_json(self.model_extra)
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a template, which knows no ``developer``."""
+        role = "system" if self.role == "developer" else self.role
+        return {**(self.model_extra or {}), "role": role, "content": self.content or ""}
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class Sampling(BaseModel):
+    """What completions and chat completions share; other fields are ignored, as elsewhere."""
+
+    model: Name | None = None
+    temperature: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
+    top_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    top_k: int | None = Field(default=None, ge=0, lt=2**31)
+    min_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    typical_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    repeat_penalty: float | None = Field(default=None, gt=0, le=10, allow_inf_nan=False)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
+    mirostat: Literal[0, 1, 2] = 0
+    mirostat_tau: float = Field(default=5.0, gt=0, le=100, allow_inf_nan=False)
+    mirostat_eta: float = Field(default=0.1, gt=0, le=10, allow_inf_nan=False)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
+    """-1: a new one."""
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    grammar: Grammar | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        default=None, max_length=MAX_BIASES
+    )
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _of_tokens(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
+        if bias and not all(key.isascii() and key.isdigit() and len(key) < 10 for key in bias):
+            raise ValueError("its keys must be token ids")
+        return bias
+
+    @property
+    def wants_usage(self) -> bool:
+        """In a chunk of its own, at the end of a stream."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(self, defaults: SamplingOptions) -> dict[str, Any]:
+        """Arguments of `create_completion` and `create_chat_completion`."""
+        wanted: dict[str, Any] = {
+            name: getattr(defaults, name) if getattr(self, name) is None else getattr(self, name)
+            for name in SAMPLED
+        }
+        if self.typical_p is not None:
+            wanted["typical_p"] = self.typical_p
+        if self.mirostat:
+            wanted |= {
+                "mirostat_mode": self.mirostat,
+                "mirostat_tau": self.mirostat_tau,
+                "mirostat_eta": self.mirostat_eta,
+            }
+        if self.stop is not None:
+            wanted["stop"] = [self.stop] if isinstance(self.stop, str) else list(self.stop)
+        if self.logit_bias:
+            wanted["logit_bias"] = {int(key): value for key, value in self.logit_bias.items()}
+        return wanted
+
+    def seed_of(self, choice: int, default: int | None) -> int | None:
+        """Of the answer's choices, the first has the seed that was asked for."""
+        seed = default if self.seed is None else self.seed
+        return None if seed is None or seed == -1 else (seed + choice) & MAX_SEED
+
+
+def _limit(wanted: int | None, limit: int | None) -> int | None:
+    wanted = None if wanted == -1 else wanted
+    return limit if wanted is None else wanted if limit is None else min(wanted, limit)
+
+
+MaxTokens = Annotated[int, Field(ge=-1, lt=2**31)]
+
+
+def _some_tokens(value: int | None) -> int | None:
+    if value == 0:
+        raise ValueError("must be at least 1")
+    return value
+
+
+TokenLimit = Annotated[MaxTokens | None, AfterValidator(_some_tokens)]
+"""-1, as None: no limit."""
+
+
+class JsonSchema(BaseModel):
+    model_config = ConfigDict(populate_by_name=True)
+
+    name: Name = "schema"
+    json_schema: Json | None = Field(default=None, alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    """``json_object`` may carry a schema, as in llama-server."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+    plain_schema: Json | None = Field(default=None, alias="schema")
+
+    @property
+    def wanted(self) -> dict[str, Any] | None:
+        """The schema, empty for any JSON object; None for text."""
+        if self.type == "text":
+            return None
+        given = self.json_schema.json_schema if self.json_schema else self.plain_schema
+        return given or {"type": "object"}
+
+
+class Function(BaseModel):
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: Json = Field(default_factory=lambda: {"type": "object"})
+
+
+class Tool(BaseModel):
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class FunctionName(BaseModel):
+    name: Name
+
+
+class ToolChoice(BaseModel):
+    type: Literal["function"] = "function"
+    function: FunctionName
+
+
+class ChatRequest(Sampling):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_tokens: TokenLimit = None
+    max_completion_tokens: TokenLimit = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that may be called."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    def limit(self, n_predict: int | None) -> int | None:
+        """Of tokens, for each choice."""
+        asked = self.max_completion_tokens
+        return _limit(self.max_tokens if asked is None else asked, n_predict)
+
+
+class CompletionRequest(Sampling):
+    """POST /v1/completions."""
+
+    prompt: (
+        str
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)]
+        | Annotated[
+            list[Annotated[list[TokenId], Field(min_length=1)]],
+            Field(min_length=1, max_length=MAX_INPUTS),
+        ]
+    )
+    max_tokens: TokenLimit = 16
+    echo: bool = False
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    suffix: str | None = None
+    best_of: int | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        prompt = self.prompt
+        if isinstance(prompt, str) or isinstance(prompt[0], int):
+            return [prompt]  # type: ignore[list-item]
+        return list(prompt)  # type: ignore[arg-type]
+
+    def limit(self, n_predict: int | None) -> int | None:
+        """Of tokens, for each choice."""
+        return _limit(self.max_tokens, n_predict)
+
+
+class EmbeddingRequest(BaseModel):
+    """POST /v1/embeddings."""
+
+    model: Name | None = None
+    input: (
+        str
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)]
+        | Annotated[
+            list[Annotated[list[TokenId], Field(min_length=1)]],
+            Field(min_length=1, max_length=MAX_INPUTS),
+        ]
+    )
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        if isinstance(self.input, str) or isinstance(self.input[0], int):
+            return [self.input]  # type: ignore[list-item]
+        return list(self.input)  # type: ignore[arg-type]
+
+
+class TokenizeRequest(BaseModel):
+    """POST /tokenize; llama-server's names."""
+
+    content: str
+    add_special: bool = False
+    parse_special: bool = True
+    with_pieces: bool = False
+
+
+class DetokenizeRequest(BaseModel):
+    """POST /detokenize."""
+
+    tokens: list[TokenId]

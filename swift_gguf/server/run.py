@@ -1,0 +1,161 @@
+"""Listening, signals and the end: uvicorn with our manners."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from swift_gguf.errors import SwiftError
+from swift_gguf.server.app import create_app
+from swift_gguf.server.options import ServerOptions
+from swift_gguf.server.served import ServedLlama
+from swift_gguf.server.service import Service
+
+FAREWELL_S = 5.0
+"""For the last words to reach clients, after `drain_s`."""
+
+
+def serve(
+    load: Callable[[], ServedLlama],
+    options: ServerOptions,
+    *,
+    on_listening: Callable[[str], None] = lambda url: None,
+    on_ready: Callable[[ServedLlama], None] = lambda model: None,
+) -> None:
+    """Listens, loads the model behind, and serves until SIGTERM or Ctrl-C.
+
+    Running answers then have `drain_s` to finish; what waits is told at once.  A second signal
+    ends everything.
+
+    on_listening: called with the address; on_ready: called in the model's thread.
+
+    Raises:
+        SwiftError: the address cannot be had.
+        KeyboardInterrupt: it was Ctrl-C, at the end.
+        Whatever `load` raises.
+    """
+    listener = _bind(options)
+    port = listener.getsockname()[1]
+    host = f"[{options.host}]" if ":" in options.host else options.host
+
+    def on_loaded() -> None:
+        if service.model is not None:
+            on_ready(service.model)
+        elif loop := server.loop:
+            loop.call_soon_threadsafe(server.leave)
+
+    service = Service(load, options, on_loaded=on_loaded)
+    config = uvicorn.Config(
+        create_app(service),
+        http=partial(_PatientProtocol, patience_s=options.receive_s),  # type: ignore[arg-type]
+        ws="none",
+        loop="asyncio",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=int(options.drain_s + FAREWELL_S),
+    )
+    server = _Server(config, service)
+    with listener:
+        on_listening(f"http://{host}:{port}")
+        server.run(sockets=[listener])
+    if service.error:
+        raise service.error
+    if server.interrupted:
+        raise KeyboardInterrupt
+
+
+def _bind(options: ServerOptions) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(128)
+        except BaseException:
+            listener.close()
+            raise
+    except OSError as error:
+        raise SwiftError(
+            f"cannot listen on {options.host}, port {options.port}: {error.strerror or error}; "
+            "use another --host or --port"
+        ) from error
+    return listener
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self.interrupted = False
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self._service = service
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+        """Handlers of the loop's, not methods of this: sse_starlette would look for those, and cut
+        every stream at once."""
+        self.loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.loop.add_signal_handler(number, self._on_signal, number)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.loop.remove_signal_handler(number)
+
+    def _on_signal(self, number: int) -> None:
+        self.interrupted = self.interrupted or number == signal.SIGINT
+        if self.should_exit:
+            self._service.stop_current()
+            self.force_exit = True
+        self.leave()
+
+    def leave(self) -> None:
+        """Begins the end."""
+        if not self.should_exit and self.loop:
+            self.should_exit = True
+            self._service.drain(reason="the server shuts down")
+            self.loop.call_later(self._service.options.drain_s, self._service.stop_current)
+
+
+class _PatientProtocol(H11Protocol):
+    """uvicorn waits for ever for the first request of a connection; this one does not."""
+
+    def __init__(self, *args: Any, patience_s: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._patience_s = patience_s
+        self._patience: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._patience = self.loop.call_later(self._patience_s, self._give_up)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._patience:
+            self._patience.cancel()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._patience:
+            self._patience.cancel()
+        if not self.transport.is_closing():
+            patience_s = self._patience_s + self.timeout_keep_alive
+            self._patience = self.loop.call_later(patience_s, self._give_up)
+
+    def _give_up(self) -> None:
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        if not is_answering and not self.transport.is_closing():
+            self.transport.close()

@@ -1,0 +1,200 @@
+"""The model as the server uses it: every generation is watched, counted and can be stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from swift_gguf.errors import SwiftError
+from swift_gguf.llama import SwiftLlama
+from swift_gguf.model import ModelOptions
+from swift_gguf.native import StopFlag, library
+from swift_gguf.server.conversations import Conversations
+from swift_gguf.server.embedding import Embedder
+from swift_gguf.server.options import ServerOptions
+from swift_gguf.server.worker import Job
+from swift_gguf.speculation import SpeculationOptions
+from swift_gguf.stats import Stats
+
+
+@dataclass
+class Tally:
+    """What the generations for one request came to."""
+
+    prompt_tokens: int = 0
+    """Of every choice's prompt."""
+    completion_tokens: int = 0
+    prompt_n: int = 0
+    """Prompt tokens that were decoded."""
+    prompt_s: float = 0.0
+    predicted_n: int = 0
+    predicted_s: float = 0.0
+    passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    n_past: int = 0
+    """The longest text in the context."""
+
+    def add(self, stats: Stats) -> None:
+        """Counts a generation."""
+        self.prompt_n += stats.prompt_n
+        self.prompt_s += stats.prompt_s
+        self.predicted_n += stats.predicted_n
+        self.predicted_s += stats.cycle_s
+        self.passes += stats.cycles + 1
+        self.drafted += stats.drafted
+        self.accepted += stats.accepted
+
+
+class Started:
+    """Event: the prompt is known to fit, and is being decoded."""
+
+
+class ServedLlama(SwiftLlama):
+    """Not safe for use by several threads at once, `interrupt` excepted."""
+
+    _conversations: Conversations | None = None
+    _embedder: Embedder | None = None
+    _job: Job[ServedLlama] | None = None
+    _tally: Tally
+    _stop: StopFlag
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        loading: ModelOptions,
+        speculation: SpeculationOptions,
+        options: ServerOptions,
+    ) -> ServedLlama:
+        """Loads a model to serve, and searches for better drafts whenever nobody asks.
+
+        Raises:
+            ModelError: the file is missing, damaged or not a model llama.cpp can run.
+            UnsupportedModelError: drafts are asked for by name, and there can be none.
+        """
+        if isinstance(loading.sidecar, Path):
+            raise SwiftError("serve takes the sidecar beside the model, or --sidecar none")
+        llama = cls(
+            str(path),
+            speculation=replace(speculation, sidecar=loading.sidecar is not None),
+            n_ctx=loading.n_ctx,
+            n_threads=loading.n_threads,
+            n_gpu_layers=loading.n_gpu_layers,
+            flash_attn=loading.flash_attn,
+            last_n_tokens_size=options.sampling.repeat_last_n,
+            verbose=False,
+        )
+        llama.prepare(cache_bytes=options.cache_bytes)
+        return llama
+
+    def prepare(self, *, cache_bytes: int) -> None:
+        """Makes it ready for jobs."""
+        if self.swift.model:
+            self._stop = self.swift.model.stop
+        else:
+            self._stop = StopFlag()
+            library().set_stop_flag(self.ctx, self._stop)
+        if "tokenizer.chat_template" not in self.metadata and self.chat_format == "llama-2":
+            self.chat_format = "chatml"  # llama_cpp's guess fits one old family only
+        self._conversations = Conversations(self, budget=cache_bytes)
+        self.swift.idle()
+
+    # -- jobs --------------------------------------------------------------------------------------
+
+    @contextmanager
+    def working_for(self, job: Job[ServedLlama]) -> Iterator[Tally]:
+        """Generations inside belong to the job, and end when it is stopped."""
+        self._job, self._tally = job, Tally()
+        try:
+            yield self._tally
+        finally:
+            self._job = None
+
+    def generate(
+        self, tokens: Sequence[int], *args: Any, **kwargs: Any
+    ) -> Generator[int, Sequence[int] | None, None]:
+        """As `Llama.generate`.
+
+        Raises:
+            ApiError: the job was stopped.
+        """
+        job = self._job
+        if job is None:
+            yield from super().generate(tokens, *args, **kwargs)
+            return
+        tally, prompt = self._tally, list(tokens)
+        job.check()
+        tally.prompt_tokens += len(prompt)
+        job.post(Started())
+        # from here on a raised flag stays up: the search, which lowers it, has left the model
+        with self.swift.busy():
+            if self._conversations:
+                self._conversations.enter(prompt)
+            job.check()
+            stats = self.swift.stats
+            try:
+                with closing(super().generate(prompt, *args, **kwargs)) as stream:
+                    for token in stream:
+                        tally.completion_tokens += not self._ends(token)
+                        yield token
+                        job.check()
+            finally:
+                if self.swift.stats is not stats:
+                    tally.add(self.swift.stats)
+                tally.n_past = max(tally.n_past, self.n_tokens)
+
+    def _ends(self, token: int) -> bool:
+        return bool(library().api.llama_vocab_is_eog(self.vocab, token))
+
+    def interrupt(self) -> None:
+        """The pass under way ends early; called from any thread."""
+        self._stop.raise_()
+
+    def resume(self) -> None:
+        """Takes `interrupt` back."""
+        self._stop.lower()
+
+    def close(self) -> None:
+        """Frees the model."""
+        self._conversations = None
+        if self._embedder:
+            self._embedder.close()
+            self._embedder = None
+        super().close()
+
+    # -- what it is --------------------------------------------------------------------------------
+
+    @property
+    def vocab(self) -> Any:
+        """llama.cpp's."""
+        return self._model.vocab
+
+    def embedder(self) -> Embedder:
+        """Made when it is first needed."""
+        if self._embedder is None:
+            self._embedder = Embedder(
+                self.model,
+                n_threads=self.n_threads,
+                pools=any(key.endswith(".pooling_type") for key in self.metadata),
+                stop=self._stop,
+            )
+        return self._embedder
+
+    def meta(self) -> dict[str, Any]:
+        """For /v1/models; llama-server's names."""
+        return {
+            "n_vocab": self.n_vocab(),
+            "n_ctx": self.n_ctx(),
+            "n_ctx_train": self._model.n_ctx_train(),
+            "n_embd": self.n_embd(),
+            "n_params": self._model.n_params(),
+            "size": self._model.size(),
+        }
+
+    def speculation(self) -> dict[str, Any]:
+        """For /props."""
+        return {"enabled": self.swift.enabled, "why": self.swift.why}

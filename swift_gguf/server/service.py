@@ -1,0 +1,119 @@
+"""What the routes share: the model's thread, the counts, and what there is to tell of the model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from swift_gguf import __version__
+from swift_gguf.server.answers import Work
+from swift_gguf.server.errors import unavailable
+from swift_gguf.server.metrics import Metrics
+from swift_gguf.server.options import ServerOptions
+from swift_gguf.server.served import ServedLlama, Tally
+from swift_gguf.server.worker import LOADING_RETRY_S, Job, Worker
+
+
+class Service:
+    """One model and those who wait for it.
+
+    load: makes the model, in the model's thread.
+    on_loaded: called there when it is made, or when that failed (`error`).
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], ServedLlama],
+        options: ServerOptions,
+        *,
+        on_loaded: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.options = options
+        self._worker = Worker(load, queue_size=options.queue_size, on_loaded=on_loaded)
+        self.metrics = Metrics(
+            waiting=lambda: self._worker.n_waiting, running=lambda: self._worker.n_running
+        )
+        self._created = int(time.time())
+        self.start, self.stop, self.close = (
+            self._worker.start,
+            self._worker.stop,
+            self._worker.close,
+        )
+        self.drain, self.stop_current = self._worker.drain, self._worker.stop_current
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why there is no model and will be none."""
+        return self._worker.error
+
+    @property
+    def model(self) -> ServedLlama | None:
+        """None while it is loaded."""
+        return self._worker.model
+
+    def require_model(self) -> ServedLlama:
+        """The model.
+
+        Raises:
+            ApiError: 503: it is still being loaded.
+        """
+        if self._worker.model is None:
+            raise unavailable("loading the model", code="loading", retry_s=LOADING_RETRY_S)
+        return self._worker.model
+
+    def submit(self, work: Work) -> Job[ServedLlama]:
+        """Queues work on the model.
+
+        Raises:
+            ApiError: 503: as `Worker.submit`.
+        """
+        return self._worker.submit(work, timeout_s=self.options.timeout_s)
+
+    def count(self, tally: Tally, queue_s: float) -> None:
+        """Keeps what a request came to."""
+        self.metrics.count(tally, queue_s)
+
+    # -- about the model ---------------------------------------------------------------------------
+
+    def model_card(self) -> dict[str, Any]:
+        """For /v1/models."""
+        card = {
+            "id": self.options.alias,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "swift-gguf",
+        }
+        if model := self._worker.model:
+            card["meta"] = model.meta()
+        return card
+
+    def props(self) -> dict[str, Any]:
+        """For /props.
+
+        Raises:
+            ApiError: 503: the model is still being loaded.
+        """
+        model, sampling = self.require_model(), self.options.sampling
+        return {
+            "default_generation_settings": {
+                "n_ctx": model.n_ctx(),
+                "params": {
+                    "n_predict": self.options.n_predict or -1,
+                    "seed": -1 if sampling.seed is None else sampling.seed,
+                    "temperature": sampling.temperature,
+                    "top_k": sampling.top_k,
+                    "top_p": sampling.top_p,
+                    "min_p": sampling.min_p,
+                    "repeat_penalty": sampling.repeat_penalty,
+                    "presence_penalty": sampling.presence_penalty,
+                    "frequency_penalty": sampling.frequency_penalty,
+                },
+            },
+            "total_slots": 1,
+            "model_alias": self.options.alias,
+            "modalities": {"vision": False, "audio": False},
+            "chat_template": model.metadata.get("tokenizer.chat_template", ""),
+            "build_info": f"swift-gguf {__version__}",
+            "speculation": model.speculation(),
+        }
