@@ -1,0 +1,599 @@
+"""Conversations on generated models: which tokens are decoded, what is kept, what is saved."""
+
+from __future__ import annotations
+
+import io
+import json
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from swift_gguf.chat import archive
+from swift_gguf.chat.chat import Chat
+from swift_gguf.chat.commands import Leave, handle
+from swift_gguf.chat.conversation import Conversation, Turn
+from swift_gguf.chat.screen import Plain
+from swift_gguf.chat.settings import Settings
+from swift_gguf.chat.thinking import read
+from swift_gguf.engine import generate
+from swift_gguf.errors import ContextFullError, ModelError, SwiftError
+from swift_gguf.model import Model
+from swift_gguf.sampling import Sampler, SamplingOptions
+from swift_gguf.session import Session, stopped_by_ctrl_c
+from swift_gguf.speculation import Speculation, SpeculationOptions
+from swift_gguf.text import encode, render_chat
+from swift_gguf.text import piece as bytes_of
+from tests.fixtures.tokenizer import CHATML
+
+OpenModel = Callable[..., Model]
+SEEDED = SamplingOptions(seed=7, temperature=0.9)
+
+# Answers lose their blanks and their thoughts, and the last answer is marked, as in templates of
+# reasoning models: text that was rendered once is rendered otherwise later.
+REASONING = (
+    "{% for message in messages %}"
+    "{% set content = message['content'].split('</think>')[-1] | trim %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + content + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+class Talk:
+    """A chat whose screen is kept."""
+
+    def __init__(self, model: Model, *, mode: str = "off", template: str | None = None,
+                 settings: Settings | None = None, system: str | None = None) -> None:  # fmt: skip
+        self.out, self.err = io.StringIO(), io.StringIO()
+        speculation = Speculation(model, SpeculationOptions(mode=mode))
+        self.session = Session(model, speculation)
+        self.conversation = Conversation(model, system=system, template=template)
+        settings = settings or Settings(sampling=SEEDED, n_predict=20)
+        self.chat = Chat(self.session, self.conversation, Plain(self.out, self.err), settings)
+
+    def say(self, text: str) -> str:
+        """What comes to standard output."""
+        before = len(self.out.getvalue())
+        handle(self.chat, text)
+        return self.out.getvalue()[before:].removesuffix("\n")
+
+    @property
+    def prompt_n(self) -> int:
+        """Prompt tokens decoded for the latest answer."""
+        assert self.chat._latest is not None
+        return self.chat._latest.stats.prompt_n
+
+    @property
+    def turns(self) -> list[Turn]:
+        return self.conversation.turns
+
+    @property
+    def notes(self) -> str:
+        return self.err.getvalue()
+
+
+def spelt(talk: Talk) -> str:
+    """The text of the next prompt, control tokens included."""
+    model = talk.session.model
+    tokens = talk.conversation.prompt("x")
+    return b"".join(bytes_of(model, token, special=True) for token in tokens).decode()
+
+
+@pytest.fixture
+def model(tiny: Callable[..., Path], open_model: OpenModel) -> Model:
+    return open_model(tiny("llama", noop_ffn=(1,)), n_ctx=512)
+
+
+@pytest.fixture
+def talk(model: Model) -> Iterator[Talk]:
+    made = Talk(model)
+    yield made
+    made.session.close()
+
+
+# -- tokens ----------------------------------------------------------------------------------------
+
+
+def test_only_what_is_new_is_decoded(talk: Talk, model: Model) -> None:
+    """An answer cut by its limit, one that ended by itself, whatever its tokens spell."""
+    talk.say("Hello")
+    for n, text in enumerate(("and then?", "漢字 🎉", "!"), start=1):
+        undecoded = [*talk.turns[-1].tokens] != model.tokens[-len(talk.turns[-1].tokens) :]
+        new = f"<|im_end|>\n<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+        talk.say(text)
+        assert talk.prompt_n == len(encode(model, new, start=False)) + undecoded
+        assert len(talk.turns) == n + 1
+
+
+def test_the_models_own_tokens_are_kept_whatever_their_text_is_tokenised_to(
+    talk: Talk, model: Model
+) -> None:
+    """Byte by byte, as no tokenizer would."""
+    strange = tuple(b"the question of the token")
+    assert tuple(encode(model, bytes(strange).decode())) != strange
+    talk.turns.append(Turn(user="Hi", tokens=strange, text=bytes(strange).decode()))
+    prompt = talk.conversation.prompt("So?")
+    first = encode(model, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert prompt[: len(first)] == first
+    assert tuple(prompt[len(first) : len(first) + len(strange)]) == strange
+    new = "<|im_end|>\n<|im_start|>user\nSo?<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt[len(first) + len(strange) :] == encode(model, new, start=False)
+
+
+def test_a_template_that_renders_answers_otherwise_later_changes_no_token(model: Model) -> None:
+    talk = Talk(model, template=REASONING)
+    blank = tuple(b" \n yes \n")
+    talk.turns.append(Turn(user="Hi", tokens=blank, text=" \n yes \n"))
+    prompt = talk.conversation.prompt("So?")
+    assert blank in [tuple(prompt[i : i + len(blank)]) for i in range(len(prompt))]
+
+
+def test_thoughts_stay_out_where_the_template_leaves_them_out(model: Model) -> None:
+    tokens = tuple(b"<think>\nhm\n</think>\n\nyes")
+    parts, thought_n = read(model, tokens)
+    assert [(part.text, part.is_thought) for part in parts if part.text.strip()][-1][0] == "s"
+    assert bytes(tokens[thought_n:]) == b"yes"
+    turn = Turn(user="Hi", tokens=tokens, text=bytes(tokens).decode(), thought_n=thought_n)
+    for template, kept in ((REASONING, b"yes"), (CHATML, bytes(tokens))):
+        conversation = Conversation(model, template=template)
+        conversation.turns.append(turn)
+        prompt = conversation.prompt("So?")
+        start = len(encode(model, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"))
+        assert bytes(prompt[start : start + len(kept)]) == kept
+        assert prompt[start + len(kept)] == encode(model, "<|im_end|>")[0]
+
+
+def test_a_template_that_rewrites_answers_is_rendered_as_a_whole(model: Model) -> None:
+    upper = CHATML.replace("message['content']", "(message['content'] | replace('\ue000', '?'))")
+    conversation = Conversation(model, template=upper)
+    conversation.turns.append(Turn(user="Hi", tokens=(65,), text="A"))
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "A"},
+                {"role": "user", "content": "So?"}]  # fmt: skip
+    assert conversation.prompt("So?") == encode(model, render_chat(model, messages))
+
+
+@pytest.mark.parametrize("mode", ["off", "auto", "ngram,recycling", "layer-skip"])
+def test_answers_are_what_plain_decoding_gives(model: Model, mode: str) -> None:
+    """Turn by turn, with the same seed, whatever drafts and whatever the context holds."""
+    talk = Talk(model, mode=mode, system="Be brief.")
+    prompts = []
+    for text in ("Tell me", "more of it", "and more"):
+        prompts.append(talk.conversation.prompt(text))
+        talk.say(text)
+    talk.session.close()
+    assert prompts[0] == encode(
+        model,
+        render_chat(
+            model,
+            [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Tell me"}],
+        ),
+    )
+    for prompt, turn in zip(prompts, talk.turns, strict=True):
+        model.clear()
+        with Sampler(model, SEEDED, prompt=prompt) as sampler:
+            plain = generate(model, prompt, sampler=sampler, max_tokens=20)
+            assert tuple(token.id for token in plain) == turn.tokens
+    if mode == "layer-skip":
+        assert "layer-skip" in {source for turn in talk.turns for source in turn.sources}
+
+
+def test_models_without_rollback_chat_too(tiny: Callable[..., Path], open_model: OpenModel) -> None:
+    talk = Talk(open_model(tiny("mamba"), n_ctx=512), mode="auto")
+    for text in ("one", "two"):
+        talk.say(text)
+    assert [len(turn.tokens) > 0 for turn in talk.turns] == [True, True]
+    assert "recurrent" in talk.chat.figures.why
+
+
+# -- commands --------------------------------------------------------------------------------------
+
+
+def test_regen_answers_anew_and_undo_takes_back(talk: Talk) -> None:
+    first = talk.say("Hello")
+    again = talk.say("/regen")
+    assert again != first
+    assert talk.prompt_n == 1  # the prompt is there, its last token gets the logits
+    assert [turn.user for turn in talk.turns] == ["Hello"]
+    assert talk.turns[0].seed == 8
+    talk.say("More")
+    assert talk.turns[1].seed == 7
+    talk.say("/undo")
+    talk.say("/undo")
+    assert talk.turns == []
+    assert "taken back: More\ntaken back: Hello" in talk.notes
+    assert talk.say("Hello") == first
+    talk.say("/clear")
+    assert talk.turns == []
+    with pytest.raises(SwiftError, match="nothing to take back"):
+        talk.say("/undo")
+    with pytest.raises(SwiftError, match="say something first"):
+        talk.say("/regen")
+
+
+def test_regen_that_fails_keeps_the_answer(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk.say("Hello")
+    turns = list(talk.turns)
+    monkeypatch.setattr(talk.chat, "_fitting", lambda user: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        talk.say("/regen")
+    assert talk.turns == turns
+
+
+def test_a_file_goes_with_the_next_message(talk: Talk, tmp_path: Path) -> None:
+    path = tmp_path / "my notes.txt"
+    path.write_text("über ```\nall")
+    talk.say(f'/read "{path}"')
+    talk.say(f"/read {path}")
+    assert "my notes.txt (" in talk.notes
+    talk.say("Well?")
+    content = "my notes.txt:\n````\nüber ```\nall\n````\n\n"
+    assert talk.turns[0].user == f"{content}{content}Well?"
+    talk.say("And?")
+    assert talk.turns[1].user == "And?"
+
+
+def test_settings_hold_for_the_next_answer(talk: Talk) -> None:
+    talk.say("/set n-predict 3")
+    talk.say("/set temp 0")
+    talk.say("Hello")
+    assert len(talk.turns[0].tokens) == 3
+    assert "n-predict is 3\ntemp is 0.0\nended after 3 tokens" in talk.notes
+    assert "seed                 7" in talk.say("/set")
+    talk.say("/system Answer in German.")
+    assert "system\nAnswer in German.<|im_end|>" in spelt(talk)
+    talk.say("/system none")
+    assert talk.conversation.system is None
+
+
+def test_figures_and_sources_are_shown(model: Model) -> None:
+    talk = Talk(model, mode="layer-skip")
+    talk.say("Hello")
+    stats = talk.say("/stats")
+    for figure in ("seed 7", "layer-skip", "x plain decoding", "tokens a pass", "of 512 tokens"):
+        assert figure in stats
+    shown, _, legend = talk.say("/show").rpartition("\nproposed by: ")
+    assert "layer-skip" in legend
+    assert "{layer-skip:" in shown
+    assert shown.replace("{layer-skip:", "").replace("}", "") == talk.turns[0].text.replace("}", "")
+    talk.session.close()
+
+
+def test_speculation_changes_between_answers_and_the_text_does_not(talk: Talk) -> None:
+    plain = talk.say("Hello")
+    talk.say("/speculation layer-skip")
+    assert "speculation: layer-skip" in talk.notes
+    assert talk.say("/undo") == ""
+    assert talk.say("Hello") == plain
+    assert "layer-skip" in talk.turns[0].sources
+    with pytest.raises(SwiftError, match="no source of drafts 'magic'"):
+        talk.say("/speculation magic")
+    assert "layer-skip" in talk.say("/undo") + talk.say("Hello") + talk.say("/show")
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("/nonsense", "/help lists them"),
+        ("/read", "needs the name of a file"),
+        ("/read /no/such/file", "cannot be read: No such file"),
+        ("/read /", "cannot be read: Is a directory"),
+        ("/load /no/such/file", "cannot be read"),
+        ("/save /no/such/folder/x", "cannot be written: No such file"),
+        ("/set temp", "needs a key and a value"),
+        ("/stats", "say something first"),
+        ("/show", "say something first"),
+        ("/show thinking", "no thoughts"),
+        ("/show me", "/show thinking"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line(talk: Talk, line: str, says: str) -> None:
+    with pytest.raises(SwiftError, match=says) as raised:
+        talk.say(line)
+    assert "\n" not in str(raised.value)
+    assert talk.turns == []
+
+
+def test_what_is_no_command(talk: Talk) -> None:
+    talk.say("/etc/passwd is a file")
+    talk.say(" \n")
+    talk.say('"""\n/help\nme"""')
+    assert [turn.user for turn in talk.turns] == ["/etc/passwd is a file", "/help\nme"]
+    with pytest.raises(Leave):
+        talk.say("/bye")
+
+
+def test_a_file_that_is_no_text_or_too_long(talk: Talk, tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    (tmp_path / "long").write_text("x" * 600)
+    with pytest.raises(SwiftError, match="not UTF-8"):
+        talk.say(f"/read {tmp_path}/binary")
+    with pytest.raises(SwiftError, match="has 600 tokens and the context 512"):
+        talk.say(f"/read {tmp_path}/long")
+
+
+def test_a_template_that_refuses_a_message(model: Model) -> None:
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
+    talk = Talk(model, template=template, system="Be.")
+    with pytest.raises(ModelError, match="no system"):
+        talk.say("Hello")
+    talk.say("/system none")
+    talk.say("Hello")
+    assert len(talk.turns) == 1
+
+
+# -- a full context --------------------------------------------------------------------------------
+
+# every token is a letter, and it never ends
+ENDLESS = SamplingOptions(seed=3, temperature=0.9, grammar="root ::= [a-z] root")
+
+
+@pytest.fixture
+def small(tiny: Callable[..., Path], open_model: OpenModel) -> Model:
+    return open_model(tiny("llama", noop_ffn=(1,)), n_ctx=256)
+
+
+def test_the_oldest_turns_leave_a_full_context(small: Model) -> None:
+    talk = Talk(small, settings=Settings(sampling=ENDLESS, n_predict=50))
+    for number in range(8):
+        talk.say(f"message {number}")
+        assert len(talk.turns[-1].tokens) == 50
+    assert "the context is full: the oldest " in talk.notes
+    assert talk.conversation.first > 0
+    text = spelt(talk)
+    assert "message 0" not in text
+    assert "message 7" in text
+
+
+def test_an_answer_goes_on_when_turns_have_left(small: Model) -> None:
+    """After the prompt without those turns, and what was said before they left."""
+    talk = Talk(small, settings=Settings(sampling=ENDLESS, n_predict=100))
+    talk.say("one")
+    talk.chat.settings = Settings(sampling=ENDLESS, n_predict=180)
+    talk.say("two")
+    turn = talk.turns.pop()
+    assert len(turn.tokens) == 180
+    assert turn.stop_reason == "length"
+    assert "the oldest turn has left it" in talk.notes
+    assert small.tokens == talk.conversation.prompt("two", said=turn.tokens[:-1])
+    assert len(small.tokens) < 256 < len(small.tokens) + 100
+
+
+def test_a_context_that_stops_says_so(small: Model) -> None:
+    settings = Settings(sampling=ENDLESS, context="stop")
+    talk = Talk(small, settings=settings)
+    talk.say("one")
+    assert "the context of 256 tokens is full, the answer ends here" in talk.notes
+    with pytest.raises(ContextFullError, match="/undo, /clear, or /set context shift"):
+        talk.say("two")
+    assert len(talk.turns) == 1
+
+
+def test_a_lone_answer_that_fills_the_context_ends(small: Model) -> None:
+    talk = Talk(small, settings=Settings(sampling=ENDLESS))
+    talk.say("one")
+    assert "the answer ends here" in talk.notes
+
+
+def test_a_message_longer_than_the_context_is_refused(talk: Talk) -> None:
+    talk.say("Hello")
+    turns = list(talk.turns)
+    with pytest.raises(ContextFullError, match="too long: 6.. tokens, and the context has 512"):
+        talk.say("x" * 600)
+    assert talk.turns == turns
+    assert talk.conversation.first == 0
+    talk.say("Hello again")
+    assert len(talk.turns) == 2
+
+
+def test_undo_brings_turns_back(talk: Talk) -> None:
+    talk.turns.extend(Turn(user=str(i), tokens=(65,), text="A") for i in range(3))
+    talk.conversation.first = 2
+    talk.say("/undo")
+    assert talk.conversation.first == 0
+
+
+# -- stopping --------------------------------------------------------------------------------------
+
+
+def test_an_answer_can_be_stopped_from_another_thread(model: Model) -> None:
+    """In the middle of a pass or between two: the context holds what was said, and goes on."""
+    session = Session(model, Speculation(model, SpeculationOptions(mode="layer-skip")))
+    prompt = encode(model, "once upon a time")
+    whole = list(session.answer(prompt, ENDLESS, max_tokens=60))
+    for n in (1, 2, 30):
+        model.clear()
+        answer = session.answer(prompt, ENDLESS)
+        pieces = []
+        for piece in answer:
+            pieces.append(piece)
+            if len(pieces) == n:
+                thread = threading.Thread(target=answer.stop)
+                thread.start()
+                thread.join()
+        assert answer.interrupted
+        assert answer.stats.stop_reason == "stopped"
+        assert [piece.token for piece in pieces] == [piece.token for piece in whole[:n]]
+        assert model.tokens == [*prompt, *answer.tokens[:-1]]
+    answer.stop()  # too late, and no harm to the next
+    assert [piece.token for piece in session.answer(prompt, ENDLESS, max_tokens=60)] == [
+        piece.token for piece in whole
+    ]
+    session.close()
+
+
+def test_stopped_before_the_first_word_leaves_nothing(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk.say("Hello")
+    kept = list(talk.turns)
+    answer_with = talk.session.answer
+
+    def stopped(*arguments: object, **options: object) -> object:
+        answer = answer_with(*arguments, **options)  # type: ignore[arg-type]
+        decode = type(talk.session.model).decode
+
+        def stop_first(model: Model, *rest: object, **more: object) -> None:
+            answer.stop()
+            decode(model, *rest, **more)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(type(talk.session.model), "decode", stop_first)
+        return answer
+
+    monkeypatch.setattr(talk.session, "answer", stopped)
+    talk.say("And now?")
+    assert "stopped before the first word" in talk.notes
+    assert talk.turns == kept
+
+
+def test_ctrl_c_stops_a_pass_under_way(model: Model) -> None:
+    """The handler that Python would run only afterwards is not what stops it."""
+    import os
+    import signal
+
+    session = Session(model)
+    answer = session.answer(encode(model, "once"), ENDLESS)
+    before = signal.getsignal(signal.SIGINT)
+    with stopped_by_ctrl_c(answer):
+        for piece in answer:
+            assert piece
+            if len(answer.tokens) == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+    assert 5 <= len(answer.tokens) < 20
+    assert answer.interrupted
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def test_a_saved_conversation_goes_on_as_if_it_had_never_stopped(
+    tiny: Callable[..., Path], open_model: OpenModel, model: Model, tmp_path: Path
+) -> None:
+    talk = Talk(model, system="Be brief.")
+    talk.say("Grüße 🎉")
+    talk.say("More")
+    path = tmp_path / "talk.json"
+    talk.say(f"/save {path}")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert sorted(tmp_path.iterdir()) == [path]
+    third = talk.say("And?")
+
+    other = Talk(open_model(tiny("llama", noop_ffn=(1,)), n_ctx=512))
+    other.say("something else")
+    other.say(f"/load {path}")
+    assert other.turns == talk.turns[:2]
+    assert other.conversation.system == "Be brief."
+    assert other.say("And?") == third
+    assert "loaded 2 turns" in other.notes
+    other.say(f"/save {path}")  # its own file may be replaced
+    assert len(json.loads(path.read_text())["turns"]) == 3
+
+
+def test_tokens_of_another_vocabulary_are_made_anew(model: Model, tmp_path: Path) -> None:
+    path = tmp_path / "talk.json"
+    turn = Turn(user="Hi", tokens=(99999, 3), text="yes", sources=("target", "ngram"), seed=1)
+    archive.save(path, model, system=None, turns=[turn])
+    _, (loaded,) = archive.load(path, model)
+    assert loaded.tokens == tuple(encode(model, "yes"))
+    assert loaded.sources == ()
+    assert (loaded.user, loaded.text, loaded.seed) == ("Hi", "yes", 1)
+
+
+def test_other_files_are_not_replaced(talk: Talk, tmp_path: Path) -> None:
+    path = tmp_path / "program.py"
+    path.write_text("print()")
+    with pytest.raises(SwiftError, match="no saved conversation; choose another name"):
+        talk.say(f"/save {path}")
+    assert path.read_text() == "print()"
+
+
+SAVED = {"format": archive.FORMAT, "version": 1, "model": "m", "system": None}
+TURN = {"user": "a", "assistant": "b", "tokens": [98], "sources": ["target"], "seed": 1,
+        "stop_reason": "eos"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "no saved conversation"),
+        ("{", "no saved conversation"),
+        ("[" * 100_000, "no saved conversation"),
+        ("[]", "/save writes one"),
+        ({**SAVED, "version": 9, "turns": []}, "another version"),
+        (SAVED, "'turns' is missing"),
+        ({**SAVED, "turns": {}}, "not a list"),
+        ({**SAVED, "turns": [1]}, "not an object"),
+        ({**SAVED, "turns": [], "system": 1}, "not a text"),
+        ({**SAVED, "turns": [{**TURN, "tokens": [-1]}]}, "number of a token"),
+        ({**SAVED, "turns": [{**TURN, "tokens": [True]}]}, "number of a token"),
+        ({**SAVED, "turns": [{**TURN, "tokens": [1e400]}]}, "number of a token"),
+        ({**SAVED, "turns": [{**TURN, "sources": ["a", "b"]}]}, "different numbers"),
+        ({**SAVED, "turns": [{**TURN, "user": None}]}, "not a text"),
+        ({**SAVED, "turns": [{"user": "a"}]}, "is missing"),
+    ],
+)
+def test_a_damaged_conversation_is_refused_and_the_present_one_stays(
+    talk: Talk, tmp_path: Path, content: object, says: str
+) -> None:
+    path = tmp_path / "talk.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    talk.say("Hello")
+    turns = list(talk.turns)
+    with pytest.raises(SwiftError, match=says) as raised:
+        talk.say(f"/load {path}")
+    assert str(path) in str(raised.value)
+    assert talk.turns == turns
+    path.write_bytes(b"\xff\x00")
+    with pytest.raises(SwiftError, match="no saved conversation"):
+        talk.say(f"/load {path}")
+
+
+def test_half_a_character_in_a_file(model: Model, tmp_path: Path) -> None:
+    path = tmp_path / "talk.json"
+    path.write_text(json.dumps({**SAVED, "turns": [{**TURN, "user": "\ud83c"}]}))
+    _, (turn,) = archive.load(path, model)
+    assert turn.user == "?"
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(
+    talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "talk.json"
+    talk.say("Hello")
+    talk.say(f"/save {path}")
+    before = path.read_text()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(SwiftError, match="cannot be written: No space left"):
+        talk.say(f"/save {path}")
+    assert path.read_text() == before
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
+# -- the idle search -------------------------------------------------------------------------------
+
+
+def test_the_idle_search_finds_better_drafts_and_says_so(model: Model) -> None:
+    """Planted: FFN 1 adds nothing, so leaving it out is free."""
+    import time
+
+    talk = Talk(model, mode="layer-skip", settings=Settings(sampling=SEEDED, n_predict=120))
+    talk.session.search_when_idle(talk.chat.on_idle_step)
+    first = talk.say("Hello")
+    idle = talk.session.idle
+    assert idle is not None
+    deadline = time.monotonic() + 20
+    while idle.meter.steps < 20 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert idle.meter.steps >= 20
+    assert " steps in " in talk.say("/stats")
+    talk.say("/undo")
+    assert talk.say("Hello") == first  # the search leaves no trace
+    talk.session.save()
+    talk.session.close()
