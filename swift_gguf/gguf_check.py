@@ -88,6 +88,16 @@ class Tensor:
     shape: tuple[int, ...]  # ggml's order: the row length first
     type: int
 
+    @property
+    def size(self) -> int:
+        """Weights."""
+        return math.prod(self.shape)
+
+    @property
+    def n_bytes(self) -> int:
+        block, block_bytes = _TYPES[self.type]
+        return self.size // block * block_bytes
+
 
 @dataclasses.dataclass
 class Header:

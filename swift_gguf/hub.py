@@ -6,7 +6,8 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from swift_gguf.downloads import Meter, Progress, disk_reason, failed, not_downloaded, watch
@@ -25,44 +26,82 @@ def fetch(ref: str, *, download: bool, progress: Progress | None) -> Path:
     if match is None:
         raise ModelError(f"{ref} is not of the form hf:owner/repo or hf:owner/repo/file.gguf")
     repo, file = match.groups()
-    import huggingface_hub
-    from huggingface_hub import constants, errors
-
-    # The hub's own constant is fixed at its first import.
-    endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
-    storage = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
-    local: ModelError = not_downloaded(ref)  # to raise where only this machine can be asked
-    if download:
-        try:
-            info = huggingface_hub.HfApi(endpoint=endpoint).model_info(repo, files_metadata=True)
-            sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-        except Exception as error:  # the HTTP library, hence its errors, differs by hub version
-            local = _hub_failure(ref, error, storage)
-            if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
-                raise local from error
-            download = False  # no connection: what was fetched before still serves
-    if not download and not (sizes := _hub_cached(storage)):
-        raise local
-    names = _pieces(file or _choose(ref, sizes))
-    if missing := [name for name in names if name not in sizes]:
-        if not download:
-            raise local
-        has = ", ".join(sorted(name for name in sizes if name.endswith(".gguf"))) or "no GGUF"
+    hub = _Repository(ref, repo, download=download)
+    names = _pieces(file or _choose(ref, hub.sizes))
+    if missing := [name for name in names if name not in hub.sizes]:
+        if not hub.is_online:
+            raise hub.local
+        has = ", ".join(sorted(name for name in hub.sizes if name.endswith(".gguf"))) or "no GGUF"
         raise ModelError(f"{ref}: the repository has no {missing[0]}; it has {has}")
-    meter = Meter(progress, sum(sizes[name] for name in names))
-    paths, done = [], 0
-    for name in names:
-        try:
-            with _quiet_hub(), watch(storage / "blobs", "*.incomplete", done, meter):
-                path = huggingface_hub.hf_hub_download(
-                    repo, name, endpoint=endpoint, local_files_only=not download
-                )
-        except Exception as error:
-            raise _hub_failure(ref, error, storage) from error
-        paths.append(Path(path))
-        done += sizes[name]
-        meter(done)
-    return paths[0]
+    return hub.fetch(names, progress)[0]
+
+
+def fetch_folder(ref: str, patterns: Sequence[str], *, progress: Progress | None) -> Path:
+    """The folder with the files at the top of ``hf:owner/repo`` whose names fit one of `patterns`.
+
+    Raises ModelError if the reference is not clear, DownloadError if the files cannot be had.
+    """
+    match = re.fullmatch(r"[\w.-]+/[\w.-]+", ref.removeprefix(PREFIX))
+    if match is None:
+        raise ModelError(f"{ref} is not of the form hf:owner/repo")
+    hub = _Repository(ref, match[0], download=True)
+    top = sorted(name for name in hub.sizes if "/" not in name)
+    names = [name for name in top if any(fnmatch(name, pattern) for pattern in patterns)]
+    if not names:
+        raise ModelError(f"{ref} holds no checkpoint")
+    return hub.fetch(names, progress)[0].parent
+
+
+class _Repository:
+    """A repository of the hub, or what its cache holds where there is no connection."""
+
+    def __init__(self, ref: str, repo: str, *, download: bool) -> None:
+        import huggingface_hub
+        from huggingface_hub import constants, errors
+
+        # The hub's own constant is fixed at its first import.
+        self._endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
+        self._storage = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+        self._ref, self._repo = ref, repo
+        self.local: ModelError = not_downloaded(ref)
+        """To raise where only this machine can be asked."""
+        self.is_online = download
+        if download:
+            try:
+                api = huggingface_hub.HfApi(endpoint=self._endpoint)
+                info = api.model_info(repo, files_metadata=True)
+                self.sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+            except Exception as error:  # the HTTP library, hence its errors, differs by version
+                self.local = _hub_failure(ref, error, self._storage)
+                if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
+                    raise self.local from error
+                self.is_online = False  # no connection: what was fetched before still serves
+        if not self.is_online:
+            self.sizes = _hub_cached(self._storage)
+            if not self.sizes:
+                raise self.local
+
+    def fetch(self, names: Sequence[str], progress: Progress | None) -> list[Path]:
+        """Where these files are, once they are there."""
+        import huggingface_hub
+
+        meter = Meter(progress, sum(self.sizes[name] for name in names))
+        paths, done = [], 0
+        for name in names:
+            try:
+                with _quiet_hub(), watch(self._storage / "blobs", "*.incomplete", done, meter):
+                    path = huggingface_hub.hf_hub_download(
+                        self._repo,
+                        name,
+                        endpoint=self._endpoint,
+                        local_files_only=not self.is_online,
+                    )
+            except Exception as error:
+                raise _hub_failure(self._ref, error, self._storage) from error
+            paths.append(Path(path))
+            done += self.sizes[name]
+            meter(done)
+        return paths
 
 
 def _hub_failure(ref: str, error: Exception, storage: Path) -> DownloadError:

@@ -10,7 +10,7 @@ from swift_gguf.drafting.recycling import Recycling
 from swift_gguf.identity import profile_key
 from swift_gguf.measuring import measure
 from swift_gguf.model import Model
-from swift_gguf.profile import Known, Profile, Seen, Store
+from swift_gguf.profile import EMBEDDED, Known, Profile, Seen, Store, embedded
 from swift_gguf.search.drivers import Meter
 from swift_gguf.search.optimizer import Knowledge, Search, Searcher
 from swift_gguf.search.paper import PaperOptions, PaperSearch
@@ -79,6 +79,9 @@ class Learning:
         self._fingerprint = profile_key(model.path, sidecar)
         self._saved = Meter()
         profile = self.store.load(self._fingerprint)
+        if profile is None and sidecar is None:
+            text = model.metadata(EMBEDDED)
+            profile = embedded(text, fingerprint=self._fingerprint)
         if profile is not None and profile.n_layer != model.n_layer:
             profile = None
         stored = stored_costs(model, profile.costs) if profile else None

@@ -40,6 +40,8 @@ class ModelOptions:
     rounding on CPUs, whatever the quantisation."""
     sidecar: Path | Literal["auto"] | None = "auto"
     """Weights for draft passes; ``auto``: those beside the model, if they are there and its own."""
+    exact_kv: bool = False
+    """Keys and values in 32 bits, where llama.cpp rounds them to 16: to compare, not to be fast."""
     watch: ProductWatch | None = None
     """Sees every product of a weight that a pass computes; slow."""
 
@@ -145,6 +147,8 @@ def _make_context(path: Path, options: ModelOptions, loaded: Loaded) -> Any:
     params.flash_attn_type = -1 if options.flash_attn is None else int(options.flash_attn)
     params.no_perf = True
     fit_context(params, loaded.model)
+    if options.exact_kv:
+        params.type_k = params.type_v = api.GGML_TYPE_F32
     if options.watch:
         params.cb_eval = options.watch.callback
     with library().messages() as messages:

@@ -28,6 +28,9 @@ MAX_KNOWN = 8
 MAX_SEEN = 16
 MAX_TOKEN = 1 << 31
 LOCK_SECONDS = 2.0
+EMBEDDED = "swift.profile"
+"""The key of a GGUF's metadata that may hold a profile."""
+MAX_EMBEDDED = 1 << 20  # characters
 
 _log = logging.getLogger("swift_gguf")
 
@@ -275,6 +278,28 @@ def _seen(window: dict[str, Any]) -> Seen:
     if not isinstance(agrees, str) or set(agrees) - {"0", "1"}:
         raise ValueError("agreement that is not written in 0 and 1")
     return Seen(agrees=tuple(bit == "1" for bit in agrees), confidence=tuple(window["confidence"]))
+
+
+def portable(profile: Profile) -> str:
+    """What may travel with a model, as text: its sub-networks and what was seen of them; neither
+    the costs of this machine nor words of what was asked on it."""
+    shared = replace(
+        profile, fingerprint="0" * 32, costs={}, recycling=(), search_s=0.0, evaluations=0
+    )
+    return _to_json(shared).strip()
+
+
+def embedded(text: str | None, *, fingerprint: str) -> Profile | None:
+    """The profile that came with a model (the metadata key `EMBEDDED`), where there is one."""
+    if text is None:
+        return None
+    try:
+        if len(text) > MAX_EMBEDDED:
+            raise _UnusableError("", "it is too long")
+        return replace(_from_json(text.encode()), fingerprint=fingerprint)
+    except _UnusableError as error:
+        _log.warning("the profile inside the model is not used: %s", error)
+        return None
 
 
 # -- the folder ------------------------------------------------------------------------------------

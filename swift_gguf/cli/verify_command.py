@@ -1,0 +1,91 @@
+"""`swift-gguf verify`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from swift_gguf.cli.options import read_text
+
+if TYPE_CHECKING:
+    from swift_gguf.convert.verify import Comparison
+
+EPILOG = """\b
+Examples:
+  swift-gguf verify ./SmolLM2-135M-Instruct smollm2-Q4_K_M.gguf
+  swift-gguf verify hf:owner/repo a-Q8_0.gguf a-Q4_0.gguf -f text.txt --tokens 512
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("source")
+@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-p", "--text", help="[default: some built in, of several languages]")
+@click.option("-f", "--file", type=click.Path(path_type=Path), help="Text to compare on.")
+@click.option("--tokens", default=256, show_default=True, metavar="N",
+              type=click.IntRange(2, 8192), help="Of it at most.")  # fmt: skip
+@click.option("-t", "--threads", type=click.IntRange(1), metavar="N")
+@click.option("--allow-pickle", is_flag=True, help="Take pytorch_model.bin, too.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoint brings.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+@click.pass_context
+def verify(context: click.Context, source: str, models: tuple[Path, ...], **values: Any) -> None:
+    """Compare GGUFs with the checkpoint they were made of: logits, likeliest tokens, perplexity.
+
+    SOURCE is the checkpoint, a folder or hf:owner/repo; it runs in transformers, in 32 bits.  The
+    exit code is 1 if a model differs by more than its quantisation accounts for.
+    """
+    if values["text"] and values["file"]:
+        raise click.UsageError("give --text or --file, not both")
+    from swift_gguf import gguf_check
+    from swift_gguf.convert import checkpoint, converter
+    from swift_gguf.convert.verify import TEXT, compare, reference
+
+    converter.require_packages()
+    for path in models:
+        gguf_check.check(path)  # before the checkpoint is loaded, which takes longer
+    trust = {"allow_pickle": values["allow_pickle"], "trust_code": values["trust_remote_code"]}
+    folder = checkpoint.fetch(source, **trust)
+    checkpoint.read(folder, **trust)
+    text = values["text"] or (read_text(values["file"]) if values["file"] else TEXT)
+    expected = reference(
+        folder, text, n_tokens=values["tokens"], trust_code=values["trust_remote_code"]
+    )
+    found = [(path, compare(path, expected, n_threads=values["threads"])) for path in models]
+    click.echo(
+        json.dumps([_values(*pair) for pair in found])
+        if values["as_json"]
+        else "\n".join(_lines(*pair) for pair in found)
+    )
+    if any(comparison.failures for _, comparison in found):
+        context.exit(1)
+
+
+def _values(path: Path, comparison: Comparison) -> dict[str, Any]:
+    failures = comparison.failures
+    return {
+        "model": str(path),
+        **dataclasses.asdict(comparison),
+        "failures": failures,
+        "ok": not failures,
+    }
+
+
+def _lines(path: Path, found: Comparison) -> str:
+    verdict = "; ".join(found.failures)
+    return "\n".join(
+        [
+            f"{path}: {found.kind}, {found.bits:.2f} bits a weight",
+            f"  logits      differ by {found.mean_difference:.2g} on average, "
+            f"{found.max_difference:.2g} at most, over {found.n_tokens} tokens",
+            f"  likeliest   the same at {found.agreement:.1%} of positions; "
+            f"divergence {found.divergence:.2g} nats a token",
+            f"  perplexity  {found.perplexity:.3f}, of the checkpoint "
+            f"{found.reference_perplexity:.3f}",
+            f"  FAILED: {verdict}" if verdict else f"  ok for {found.bits:.1f} bits a weight",
+        ]
+    )

@@ -1,0 +1,266 @@
+"""What a checkpoint folder holds: looked at before anything is done with it.
+
+Only headers are read.  Of safetensors the layout is checked against the file's size, so that what
+was cut short in a download is found in a moment, not by a converter at the end of an hour.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from swift_gguf import hub
+from swift_gguf.downloads import Progress
+from swift_gguf.errors import ConvertError
+
+MAX_HEADER = 100_000_000  # bytes; the limit of safetensors' own reader
+_AGAIN = "download it again"
+# Bytes of an element.
+_DTYPES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8,
+    "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+}  # fmt: skip
+_TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model",
+    "*.tiktoken", "*vocab*.txt", "tokenization_*.py",
+)  # fmt: skip
+_CONFIGS = ("config.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """Of a checkpoint, as its header has it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """In safetensors' words; ``?`` in a pickle, which is not read."""
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A folder that can be converted."""
+
+    folder: Path
+    architecture: str
+    """As transformers names it: ``LlamaForCausalLM``."""
+    parts: tuple[Path, ...]
+    """The files with the weights."""
+    tensors: Mapping[str, Tensor]
+    """Empty where the weights are pickled."""
+    ties_embeddings: bool
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(part.stat().st_size for part in self.parts)
+
+    @property
+    def largest_part(self) -> int:
+        """Bytes."""
+        return max(part.stat().st_size for part in self.parts)
+
+    @property
+    def n_params(self) -> int:
+        """Weights, nearly so where they are pickled."""
+        return sum(tensor.size for tensor in self.tensors.values()) or self.n_bytes // 2
+
+    @property
+    def outtype(self) -> str:
+        """What loses least in 16 bits."""
+        kinds = [tensor.dtype for tensor in self.tensors.values() if len(tensor.shape) > 1]
+        return "bf16" if kinds and kinds[0] == "BF16" else "f16"
+
+    @property
+    def key(self) -> str:
+        """32 hex digits of all that a conversion reads: names, sizes and times of files."""
+        digest = hashlib.sha256()
+        for path in sorted(self.folder.iterdir()):
+            if path.is_file():
+                stat = path.stat()
+                digest.update(f"{path.name}|{stat.st_size}|{stat.st_mtime_ns};".encode())
+        return digest.hexdigest()[:32]
+
+
+def read(folder: Path, *, allow_pickle: bool = False, trust_code: bool = False) -> Checkpoint:
+    """Looks at a checkpoint.
+
+    allow_pickle: take weights from ``pytorch_model.bin``, too.
+    trust_code: let Python files of the checkpoint run, where its tokenizer is one.
+
+    Raises:
+        ConvertError: something is missing, damaged, or not to be trusted.
+    """
+    if not folder.is_dir():
+        what = "no folder" if folder.exists() else "no such folder"
+        raise ConvertError(f"{folder}: {what}; name a checkpoint's folder, or hf:owner/repo")
+    config = _config(folder / "config.json")
+    if not trust_code:
+        _refuse_code(folder)
+    if not any(any(folder.glob(pattern)) for pattern in _TOKENIZERS):
+        raise ConvertError(
+            f"{folder} has no tokenizer (tokenizer.json or tokenizer.model); copy it there from "
+            "where the checkpoint comes from"
+        )
+    parts = _parts(folder, allow_pickle=allow_pickle)
+    tensors: dict[str, Tensor] = {}
+    for part in parts:
+        if part.suffix == ".safetensors":
+            tensors |= read_safetensors(part)
+    _compare_with_index(folder, tensors)
+    return Checkpoint(
+        folder=folder,
+        architecture=_architecture(folder, config),
+        parts=parts,
+        tensors=tensors,
+        ties_embeddings=not any(name.endswith("lm_head.weight") for name in tensors),
+    )
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConvertError(
+            f"{path.parent} has no config.json; name the folder that holds it and the weights"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ConvertError(f"{path} is damaged ({error!s:.80}); {_AGAIN}") from None
+    if not isinstance(config, dict):
+        raise ConvertError(f"{path} is no configuration of a model; {_AGAIN}")
+    return config
+
+
+def _architecture(folder: Path, config: Mapping[str, Any]) -> str:
+    """Of the language model inside, as llama.cpp's converter has it."""
+    text = config.get("text_config")
+    for values in (text if isinstance(text, dict) else {}, config):
+        names = values.get("architectures")
+        if isinstance(names, list) and names and isinstance(names[0], str):
+            return names[0]
+    if isinstance(config.get("ssm_cfg"), dict):  # Mamba's own checkpoints
+        return str(config["ssm_cfg"].get("layer", "Mamba")) + "ForCausalLM"
+    raise ConvertError(f"{folder}: its config.json names no architecture; take the original one")
+
+
+def _refuse_code(folder: Path) -> None:
+    for name in _CONFIGS:
+        path = folder / name
+        mapped = _config(path).get("auto_map") if path.exists() else None
+        if isinstance(mapped, dict) and "AutoTokenizer" in mapped:
+            raise ConvertError(
+                f"the tokenizer of {folder} is a Python program of the checkpoint's own, which "
+                "could do anything; read it, then pass --trust-remote-code to run it"
+            )
+
+
+def _parts(folder: Path, *, allow_pickle: bool) -> tuple[Path, ...]:
+    """The files with weights, by the index where there is one."""
+    for index, pattern in (
+        ("model.safetensors.index.json", "model*.safetensors"),
+        ("pytorch_model.bin.index.json", "pytorch_model*.bin"),
+    ):
+        names = set(_weight_map(folder / index).values())
+        parts = sorted(folder / name for name in names) or sorted(folder.glob(pattern))
+        if parts and pattern.endswith(".bin") and not allow_pickle:
+            raise ConvertError(
+                f"{folder} holds pickled weights ({parts[0].name}), and a pickle is a program that "
+                "runs when it is read; take a safetensors version, or pass --allow-pickle if you "
+                "trust where it comes from"
+            )
+        if missing := [part.name for part in parts if not part.is_file()]:
+            raise ConvertError(
+                f"{folder} lacks {len(missing)} of {len(parts)} files of weights: "
+                f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; download them"
+            )
+        if parts:
+            return tuple(parts)
+    raise ConvertError(
+        f"{folder} has no weights (model.safetensors); download the whole checkpoint, or pass "
+        "--allow-pickle if it has only pickled ones"
+    )
+
+
+def _weight_map(index: Path) -> Mapping[str, str]:
+    if not index.exists():
+        return {}
+    weights = _config(index).get("weight_map")
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in weights.values()
+    ):
+        raise ConvertError(f"{index} does not say where the weights are; {_AGAIN}")
+    return weights
+
+
+def _compare_with_index(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    named = _weight_map(folder / "model.safetensors.index.json")
+    if tensors and (missing := sorted(set(named) - set(tensors))):
+        part = named[missing[0]]
+        raise ConvertError(f"{folder / part} lacks the tensor {missing[0]}; {_AGAIN}")
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of safetensors.
+
+    Raises:
+        ConvertError: its header is damaged, or its size is another than the header says.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(MAX_HEADER, size - 8):
+            raise _damaged(path, "it does not begin as safetensors do")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        rows = {name: row for name, row in header.items() if name != "__metadata__"}
+        tensors, end = {}, 0
+        for name, row in sorted(rows.items(), key=lambda item: item[1]["data_offsets"][0]):
+            tensor = Tensor(shape=tuple(row["shape"]), dtype=row["dtype"])
+            start, stop = row["data_offsets"]
+            if min(tensor.shape, default=0) < 0 or start != end:
+                raise _damaged(path, f"the tensor {name!r:.80} is not where it should be")
+            if tensor.dtype in _DTYPES and stop - start != tensor.size * _DTYPES[tensor.dtype]:
+                raise _damaged(path, f"the tensor {name!r:.80} is not as long as it should be")
+            tensors[name], end = tensor, stop
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
+        raise _damaged(path, "its header cannot be read") from None
+    if end != size - 8 - length:
+        raise _damaged(path, f"it has {size} bytes where its tensors need {end + 8 + length}")
+    return tensors
+
+
+def _damaged(path: Path, why: str) -> ConvertError:
+    return ConvertError(f"{path} is damaged or was cut short: {why}; {_AGAIN}")
+
+
+_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "model*.safetensors")
+
+
+def fetch(
+    reference: str,
+    *,
+    allow_pickle: bool = False,
+    trust_code: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """The folder of a checkpoint: a folder's path, or ``hf:owner/repo``, fetched if need be.
+
+    Raises:
+        ModelError: the reference is not clear; DownloadError: it cannot be fetched.
+    """
+    if not reference.startswith(hub.PREFIX):
+        return Path(reference).expanduser()
+    patterns = [*_FILES]
+    if allow_pickle:
+        patterns.append("pytorch_model*.bin")
+    if trust_code:
+        patterns.append("*.py")
+    return hub.fetch_folder(reference, patterns, progress=progress)

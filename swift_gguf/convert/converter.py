@@ -1,0 +1,68 @@
+"""llama.cpp's converter, which lies beside the library: of the same commit, with its gguf-py."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import sys
+from pathlib import Path
+
+from swift_gguf.errors import ConvertError, NativeLibraryError
+from swift_gguf.native import REINSTALL
+
+SCRIPT = "convert_hf_to_gguf.py"
+PACKAGES = ("torch", "transformers", "safetensors", "sentencepiece")
+INSTALL = "pip install 'swift-gguf[convert]'"
+
+
+def find() -> Path:
+    """The folder of the converter.
+
+    Raises:
+        NativeLibraryError: it was not installed.
+    """
+    # An editable install has two roots: the sources, and the built files in site-packages.
+    roots = [Path(root) / "converter" for root in sys.modules["swift_gguf"].__path__]
+    for root in roots:
+        if (root / SCRIPT).is_file():
+            return root
+    raise NativeLibraryError(f"llama.cpp's converter is not in {roots[-1]}; {REINSTALL}")
+
+
+def require_packages() -> None:
+    """What the converter imports; nothing is imported here.
+
+    Raises:
+        ConvertError: something is not installed.
+    """
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConvertError(f"converting needs {', '.join(missing)}; install them: {INSTALL}")
+
+
+def architectures(converter: Path) -> frozenset[str]:
+    """The names of architectures that the converter knows, read from its source: importing it takes
+    torch, and seconds."""
+    tree = ast.parse((converter / "conversion" / "__init__.py").read_text(encoding="utf-8"))
+    for node in tree.body:
+        if not isinstance(node, ast.AnnAssign) or ast.unparse(node.target) != "TEXT_MODEL_MAP":
+            continue
+        if node.value is not None:
+            return frozenset(ast.literal_eval(node.value))
+    raise NativeLibraryError(f"{converter} is no converter that is known here; {REINSTALL}")
+
+
+def require_architecture(name: str, known: frozenset[str]) -> None:
+    """
+    Raises:
+        ConvertError: the converter does not know it; the message lists what it does know.
+    """
+    if name in known:
+        return
+    near = difflib.get_close_matches(name, sorted(known), 1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    raise ConvertError(
+        f"llama.cpp's converter does not know the architecture {name!r:.80}{hint}; it knows "
+        + ", ".join(sorted(known))
+    )

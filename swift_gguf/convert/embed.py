@@ -1,0 +1,58 @@
+"""Adds keys to a GGUF's metadata, all else being copied byte by byte.
+
+Keys that begin with ``swift.`` mean nothing to llama.cpp, which skips keys that it does not know:
+
+    swift.profile      what was learned of the model (`profile.portable`); a first run begins there
+    swift.ffn_sorted   the neurons of every FFN lie in order of importance
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+from swift_gguf import gguf_check
+from swift_gguf.errors import ConvertError
+
+SORTED_KEY = "swift.ffn_sorted"
+_BOOL, _STRING = 7, 8
+_ALIGNMENT = 32
+
+
+def embed(source: Path, out: Path, keys: Mapping[str, str | bool]) -> None:
+    """Writes `source` with more keys to `out`, which is not whole before the end.
+
+    Raises:
+        ModelError: the file is no sound GGUF.
+        ConvertError: it has one of the keys already.
+    """
+    header = gguf_check.read(source)
+    if doubled := sorted(set(keys) & set(header.metadata)):
+        raise ConvertError(f"{source} has the key {doubled[0]} already; convert it again")
+    alignment = int(header.metadata.get("general.alignment", _ALIGNMENT))
+    with source.open("rb") as file, out.open("wb") as target:
+        fixed = bytearray(file.read(24))  # magic, version, numbers of tensors and of keys
+        (n_keys,) = struct.unpack_from("<Q", fixed, 16)
+        struct.pack_into("<Q", fixed, 16, n_keys + len(keys))
+        target.write(fixed)
+        # the new keys first: where the old ones end, only a reader of all values knows
+        for key, value in keys.items():
+            target.write(_pair(key, value))
+        target.write(file.read(header.length - 24))
+        target.write(bytes(-target.tell() % alignment))
+        file.seek(header.length + -header.length % alignment)
+        shutil.copyfileobj(file, target, 16 << 20)
+        target.flush()
+        os.fsync(target.fileno())
+
+
+def _pair(key: str, value: str | bool) -> bytes:
+    name = key.encode()
+    head = struct.pack("<Q", len(name)) + name
+    if isinstance(value, bool):
+        return head + struct.pack("<I?", _BOOL, value)
+    text = value.encode()
+    return head + struct.pack("<IQ", _STRING, len(text)) + text

@@ -1,0 +1,228 @@
+"""Does a GGUF say what its checkpoint says?  The same text through transformers and llama.cpp.
+
+Both see the ids of the checkpoint's own tokenizer, each token after all before it.  Where the
+GGUF's tokenizer makes other ids of the text, that is a failure of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from swift_gguf import gguf_check
+from swift_gguf.errors import ConvertError
+from swift_gguf.model import Model, ModelOptions
+from swift_gguf.text import encode
+
+Floats = NDArray[np.float32]
+N_TOKENS = 256
+BATCH = 64
+
+TEXT = """\
+The lighthouse keeper had counted the steps every evening for thirty years: two hundred and twelve
+from the kitchen to the lamp. Tonight there were two hundred and thirteen. He stopped on the last of
+them and listened. Below, the sea was doing what it always did, and the wind was no worse than it
+had been in March, when the windows broke. "You are getting old," he said to himself, and lit the
+lamp.
+
+def count_steps(tower, since=1994):
+    \"\"\"How many steps were climbed, one evening at a time.\"\"\"
+    return sum(day.steps for day in tower.log if day.year >= since)
+
+Die Küstenwache meldete um 21:40 Uhr leichten Nebel. Le gardien n'avait pas vu de bateau depuis
+trois jours. 灯台の光は二十海里先まで届く。Маяк светил до самого утра, and nobody asked why.
+
+To compute the distance to the horizon in kilometres, multiply the square root of the height in
+metres by 3.57: from 64 metres one sees 28.56 km far.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a GGUF may differ by."""
+
+    divergence: float
+    """Mean Kullback-Leibler divergence from the checkpoint's distribution, in nats a token."""
+    agreement: float
+    """Least share of positions with the same likeliest token."""
+
+
+# By bits a weight, at least so many.  About twice what a model of 135M weights showed, which small
+# models suffer more from than large ones (docs/convert.md).
+_LIMITS = (
+    (24.0, Limits(divergence=1e-5, agreement=0.99)),
+    (12.0, Limits(divergence=0.001, agreement=0.97)),
+    (8.0, Limits(divergence=0.01, agreement=0.94)),
+    (6.2, Limits(divergence=0.03, agreement=0.90)),
+    (5.2, Limits(divergence=0.08, agreement=0.86)),
+    (4.2, Limits(divergence=0.25, agreement=0.75)),
+    (3.2, Limits(divergence=0.8, agreement=0.55)),
+    (0.0, Limits(divergence=3.0, agreement=0.20)),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What a GGUF and its checkpoint make of the same text."""
+
+    kind: str
+    """llama.cpp's name of the architecture, size and quantisation."""
+    bits: float
+    """A weight, on average."""
+    n_tokens: int
+    max_difference: float
+    """Of logits."""
+    mean_difference: float
+    divergence: float
+    agreement: float
+    perplexity: float
+    reference_perplexity: float
+    same_tokens: bool
+    """Do both tokenizers read the text alike?"""
+
+    @property
+    def limits(self) -> Limits:
+        return next(limits for bits, limits in _LIMITS if self.bits >= bits)
+
+    @property
+    def failures(self) -> list[str]:
+        """What is worse than a quantisation of this size accounts for."""
+        limits, found = self.limits, []
+        if not self.same_tokens:
+            found.append("its tokenizer reads the text differently")
+        if not self.divergence <= limits.divergence:
+            found.append(f"it diverges by {self.divergence:.2g} nats, over {limits.divergence:g}")
+        if not self.agreement >= limits.agreement:
+            found.append(f"it agrees on {self.agreement:.1%}, under {limits.agreement:.0%}")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What the checkpoint makes of a text."""
+
+    text: str
+    tokens: Sequence[int]
+    logits: Floats
+    """[n_tokens, n_vocab]."""
+
+
+def reference(
+    folder: Path, text: str = TEXT, *, n_tokens: int = N_TOKENS, trust_code: bool = False
+) -> Reference:
+    """Runs a checkpoint through transformers, in 32 bits on the CPU.
+
+    Raises:
+        ConvertError: transformers cannot load it.
+    """
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    options: dict[str, Any] = {"trust_remote_code": trust_code, "local_files_only": True}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", **options
+        )
+    except Exception as error:  # of a dozen kinds, most of them ValueError or OSError
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ConvertError(f"transformers cannot load {folder} ({why})") from error
+    tokens = list(tokenizer(text)["input_ids"])[:n_tokens]
+    if len(tokens) < 2:
+        raise ConvertError("the text is too short to compare anything on")
+    model.eval()
+    with torch.inference_mode():
+        logits = model(torch.tensor([tokens])).logits[0].float().numpy()
+    return Reference(text=text, tokens=tokens, logits=logits)
+
+
+def compare(
+    path: Path,
+    expected: Reference,
+    *,
+    n_threads: int | None = None,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Comparison:
+    """Runs a GGUF over the same tokens.
+
+    Raises:
+        ModelError: it cannot be loaded; ConvertError: its vocabulary is another.
+    """
+    n = len(expected.tokens)
+    bits = _bits(path)
+    options = ModelOptions(
+        n_ctx=n + 1,
+        n_batch=BATCH,
+        n_threads=n_threads,
+        flash_attn=False,
+        exact_kv=True,
+        sidecar=None,
+    )
+    tally = _Tally()
+    with Model(path, options) as model:
+        n_vocab = min(expected.logits.shape[1], model.n_vocab)
+        if max(expected.tokens) >= n_vocab:
+            raise ConvertError(f"{path} has a vocabulary of {n_vocab} tokens, the checkpoint more")
+        mine = encode(model, expected.text)
+        kind = model.description
+        for start in range(0, n, BATCH):
+            piece = expected.tokens[start : start + BATCH]
+            model.decode(piece, n_outputs=len(piece))
+            for row in range(len(piece)):
+                at = start + row
+                following = expected.tokens[at + 1] if at + 1 < n else None
+                logits = model.logits(row)[:n_vocab]
+                tally.add(expected.logits[at, :n_vocab], logits, following)
+            report(start + len(piece), n)
+    return Comparison(
+        kind=kind,
+        bits=bits,
+        n_tokens=n,
+        max_difference=tally.largest,
+        mean_difference=tally.difference / n,
+        divergence=tally.divergence / n,
+        agreement=tally.agreeing / n,
+        perplexity=float(np.exp(tally.surprise[1] / (n - 1))),
+        reference_perplexity=float(np.exp(tally.surprise[0] / (n - 1))),
+        same_tokens=mine[:n] == list(expected.tokens),
+    )
+
+
+class _Tally:
+    """Sums over positions."""
+
+    def __init__(self) -> None:
+        self.largest = self.difference = self.divergence = 0.0
+        self.agreeing = 0
+        self.surprise = np.zeros(2)
+
+    def add(self, theirs: Floats, ours: Floats, following: int | None) -> None:
+        """One position: logits [n_vocab], and the token that follows in the text."""
+        apart = np.abs(theirs - ours)
+        self.largest = max(self.largest, float(apart.max()))
+        self.difference += float(apart.mean())
+        p, q = _log_softmax(theirs), _log_softmax(ours)
+        self.divergence += float(np.sum(np.exp(p) * (p - q)))
+        self.agreeing += int(theirs.argmax() == ours.argmax())
+        if following is not None:
+            self.surprise -= p[following], q[following]
+
+
+def _log_softmax(logits: Floats) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max()
+    return np.asarray(shifted - np.log(np.exp(shifted).sum()))
+
+
+def _bits(path: Path) -> float:
+    """A weight of a matrix, on average."""
+    header = gguf_check.read(path)
+    matrices = [tensor for tensor in header.tensors.values() if len(tensor.shape) > 1]
+    n_weights = sum(tensor.size for tensor in matrices)
+    return 8 * sum(tensor.n_bytes for tensor in matrices) / max(1, n_weights)

@@ -1,0 +1,77 @@
+"""The process of a step: `python -m swift_gguf.convert.worker STEP`, the job as JSON on a line of
+standard input.  Ends when standard input does, so that nothing outlives who started it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+
+def convert(job: dict[str, Any]) -> None:
+    """Runs llama.cpp's converter as it is, with the gguf-py beside it: before anything imports
+    another."""
+    root = Path(job["converter"])
+    sys.path[:0] = [str(root / "gguf-py"), str(root)]
+    script = str(root / "convert_hf_to_gguf.py")
+    sys.argv = [script, job["folder"], "--outfile", job["out"], "--outtype", job["outtype"]]
+    if job["name"]:
+        sys.argv += ["--model-name", job["name"]]
+    runpy.run_path(script, run_name="__main__")
+
+
+def quantize(job: dict[str, Any]) -> None:
+    from swift_gguf.convert import imatrix
+    from swift_gguf.native_convert import Quantization, quantize_file
+
+    fields = job["quantization"]
+    overrides = tuple((pattern, name) for pattern, name in fields.pop("overrides"))
+    means = imatrix.read(Path(job["imatrix"])) if job["imatrix"] else None
+    quantize_file(
+        Path(job["source"]),
+        Path(job["out"]),
+        Quantization(**fields, overrides=overrides),
+        imatrix=means,
+        n_threads=job["n_threads"],
+    )
+
+
+def peak_bytes() -> int:
+    """Of this process; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024)
+
+
+def _end_with_parent() -> None:
+    while os.read(0, 1):  # not through sys.stdin: the interpreter could not end meanwhile
+        pass
+    os._exit(1)
+
+
+def main() -> None:
+    job = json.loads(sys.stdin.buffer.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    answers = os.dup(1)
+    os.dup2(2, 1)  # what libraries print is no answer
+    from swift_gguf.errors import SwiftError
+
+    try:
+        {"convert": convert, "quantize": quantize}[sys.argv[1]](job)
+        with open(job["out"], "rb") as file:
+            os.fsync(file.fileno())
+    except (SwiftError, OSError, MemoryError) as error:
+        sys.exit(f"swift-gguf: {error}")
+    os.write(answers, json.dumps({"peak_bytes": peak_bytes()}).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()
