@@ -6,7 +6,7 @@ import asyncio
 import base64
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from hashlib import sha256
 from importlib.resources import files
@@ -212,7 +212,7 @@ async def _answer(
 
 
 async def _sse(
-    service: Service, job: Job[ServedLlama], events: AsyncIterator[object]
+    service: Service, job: Job[ServedLlama], events: AsyncGenerator[object, None]
 ) -> AsyncIterator[dict[str, str]]:
     try:
         async for event in events:

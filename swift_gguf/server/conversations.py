@@ -31,7 +31,7 @@ class _Kept:
     @property
     def size(self) -> int:
         """Bytes, near enough."""
-        return int(self.state.llama_state_size) + self.state.input_ids.nbytes + 8 * len(self.tokens)
+        return int(self.state.llama_state_size + self.state.input_ids.nbytes) + 8 * len(self.tokens)
 
 
 class Conversations:

@@ -283,8 +283,8 @@ class CompletionRequest(Sampling):
     def prompts(self) -> list[str | list[int]]:
         prompt = self.prompt
         if isinstance(prompt, str) or isinstance(prompt[0], int):
-            return [prompt]  # type: ignore[list-item]
-        return list(prompt)  # type: ignore[arg-type]
+            return [prompt]
+        return list(prompt)
 
     def limit(self, n_predict: int | None) -> int | None:
         """Of tokens, for each choice."""
@@ -310,8 +310,8 @@ class EmbeddingRequest(BaseModel):
     @property
     def inputs(self) -> list[str | list[int]]:
         if isinstance(self.input, str) or isinstance(self.input[0], int):
-            return [self.input]  # type: ignore[list-item]
-        return list(self.input)  # type: ignore[arg-type]
+            return [self.input]
+        return list(self.input)
 
 
 class TokenizeRequest(BaseModel):

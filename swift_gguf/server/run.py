@@ -103,7 +103,7 @@ class _Server(uvicorn.Server):
         self._service = service
 
     @contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+    def capture_signals(self) -> Iterator[None]:
         """Handlers of the loop's, not methods of this: sse_starlette would look for those, and cut
         every stream at once."""
         self.loop = asyncio.get_running_loop()

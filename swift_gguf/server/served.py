@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,8 @@ class ServedLlama(SwiftLlama):
         else:
             self._stop = StopFlag()
             library().set_stop_flag(self.ctx, self._stop)
-        if "tokenizer.chat_template" not in self.metadata and self.chat_format == "llama-2":
-            self.chat_format = "chatml"  # llama_cpp's guess fits one old family only
+        if "tokenizer.chat_template" not in self.metadata:
+            self.chat_format: str | None = "chatml"  # llama_cpp's guess fits one old family only
         self._conversations = Conversations(self, budget=cache_bytes)
         self.swift.idle()
 
@@ -114,19 +115,13 @@ class ServedLlama(SwiftLlama):
         finally:
             self._job = None
 
-    def generate(
-        self, tokens: Sequence[int], *args: Any, **kwargs: Any
-    ) -> Generator[int, Sequence[int] | None, None]:
-        """As `Llama.generate`.
-
-        Raises:
-            ApiError: the job was stopped.
-        """
+    @wraps(SwiftLlama.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         job = self._job
         if job is None:
-            yield from super().generate(tokens, *args, **kwargs)
+            yield from super().generate(*args, **kwargs)
             return
-        tally, prompt = self._tally, list(tokens)
+        tally, prompt = self._tally, list(kwargs["tokens"] if "tokens" in kwargs else args[0])
         job.check()
         tally.prompt_tokens += len(prompt)
         job.post(Started())
@@ -137,7 +132,7 @@ class ServedLlama(SwiftLlama):
             job.check()
             stats = self.swift.stats
             try:
-                with closing(super().generate(prompt, *args, **kwargs)) as stream:
+                with closing(super().generate(*args, **kwargs)) as stream:
                     for token in stream:
                         tally.completion_tokens += not self._ends(token)
                         yield token

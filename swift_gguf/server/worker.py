@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from statistics import fmean
 from time import perf_counter
 from typing import Generic, Protocol, TypeVar
@@ -73,7 +73,7 @@ class Job(Generic[M]):
         except RuntimeError:  # the loop has ended; nobody awaits anything any more
             _log.debug("an event came after the end of the loop")
 
-    async def events(self) -> AsyncIterator[object]:
+    async def events(self) -> AsyncGenerator[object, None]:
         """What the work yields, as it comes; what it raises is raised."""
         try:
             while (event := await self._events.get()) is not None:
