@@ -238,6 +238,9 @@ def conclude(
         drafter.observe(Cycle(tree, verdict, draft_s=draft.draft_s, verify_s=draft.verify_s))
     stats.count(tree, verdict.accepted)
     stats.cycles += 1
+    if not tree.tokens:
+        stats.plain_cycles += 1
+        stats.plain_s += draft.verify_s
     stats.cycle_n += len(verdict.tokens)
     stats.draft_s += draft.draft_s
     stats.verify_s += draft.verify_s

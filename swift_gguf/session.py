@@ -23,6 +23,9 @@ from swift_gguf.speculation import Speculation
 from swift_gguf.stats import Stats
 from swift_gguf.text import StreamDecoder
 
+ENOUGH = 8
+"""Plain passes within an answer that tell what plain decoding would have taken."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -52,8 +55,7 @@ class Answer:
         self.tokens: list[int] = []
         self.text = ""
         self.stats = Stats()
-        self.plain_ms: float | None = None
-        """What a token takes by plain decoding, here and by measured passes; None: not known."""
+        self._known_ms: float | None = None
         self.interrupted = False
         self.decoder = decoder or StreamDecoder(session.model)
         self._session, self._max_tokens = session, max_tokens
@@ -102,7 +104,7 @@ class Answer:
                     break
         after_ms = session.plain_ms()
         if before_ms is not None and after_ms is not None:
-            self.plain_ms = (before_ms + after_ms) / 2
+            self._known_ms = (before_ms + after_ms) / 2
 
     def finish(self) -> str:
         """What is left of a torn character, when no answer goes on with it."""
@@ -127,6 +129,15 @@ class Answer:
             with self._lock:
                 self._running = False
                 self._session.model.stop.lower()
+
+    @property
+    def plain_ms(self) -> float | None:
+        """What a pass of plain decoding takes: by those of this answer, or where these are few by
+        what passes took before on this machine; None: not known."""
+        stats = self.stats
+        if stats.plain_cycles >= ENOUGH:
+            return 1e3 * stats.plain_s / stats.plain_cycles
+        return self._known_ms
 
     @property
     def gain(self) -> float | None:

@@ -47,10 +47,14 @@ class Stats:
     predicted_n: int = 0
     cycles: int = 0
     """Target passes after the prompt."""
+    plain_cycles: int = 0
+    """Of these passes, those that verified no draft."""
     cycle_n: int = 0
     """Tokens these passes gave, an end of generation included."""
     draft_s: float = 0.0
     verify_s: float = 0.0
+    plain_s: float = 0.0
+    """Of which the plain cycles' passes."""
     sample_s: float = 0.0
     search_s: float = 0.0
     cycle_s: float = 0.0

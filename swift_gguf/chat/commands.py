@@ -66,14 +66,15 @@ def is_open(text: str) -> bool:
     return len(stripped) < 2 * len(QUOTES) or not stripped.endswith(QUOTES)
 
 
-def _help(chat: Chat, _: str) -> None:
+def help_lines() -> list[str]:
+    """What there is beside messages."""
     rows = [(f"{name} {command.argument}", command.help) for name, command in COMMANDS.items()]
     rows += [
-        ('"""', "begins and ends a message of several lines; Alt-Enter breaks a line"),
+        ('"""', "begins and ends several lines; Alt-Enter breaks one"),
         ("Ctrl-C", "stops an answer, keeps what was said"),
         ("Ctrl-D", "leaves"),
     ]
-    chat.screen.lines([f"{left:<20} {right}" for left, right in rows])
+    return [f"{left:<20} {right}" for left, right in rows]
 
 
 def _path(argument: str, command: str) -> Path:
@@ -162,7 +163,7 @@ def _leave(chat: Chat, _: str) -> None:
 
 
 COMMANDS = {
-    "/help": Command("", "shows this", _help),
+    "/help": Command("", "shows this", lambda chat, _: chat.screen.lines(help_lines())),
     "/clear": Command("", "forgets what was said, but for the system message", _clear),
     "/regen": Command("", "answers the latest message anew", lambda chat, _: chat.regenerate()),
     "/undo": Command("", "takes the latest message and its answer back", _undo),

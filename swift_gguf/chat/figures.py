@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from textwrap import wrap
 
 from swift_gguf.engine import TARGET
 from swift_gguf.model import Model
-from swift_gguf.session import Answer, Session
+from swift_gguf.session import ENOUGH, Answer, Session
+from swift_gguf.stats import Stats
 from swift_gguf.text import StreamDecoder
 
 
@@ -61,16 +63,16 @@ def shares(sources: Sequence[str]) -> tuple[tuple[str, float], ...]:
 
 
 def footer(figures: Figures, *, width: int) -> list[str]:
-    """At most three lines of at most `width` columns."""
-    items = list(_footer_items(figures))
+    """At most four lines of at most `width` columns."""
     lines = [""]
-    for item in items:
+    for item in _footer_items(figures):
         joined = f"{lines[-1]} · {item}" if lines[-1] else item
         if len(joined) > width and lines[-1]:
             lines.append(item)
         else:
             lines[-1] = joined
-    return [_cut(line, width) for line in lines[:3] if line]
+    wrapped = [part for line in lines for part in wrap(line, width)]
+    return [*wrapped[:3], _cut(" ".join(wrapped[3:]), width)][: min(4, len(wrapped))]
 
 
 def _footer_items(figures: Figures) -> Iterator[str]:
@@ -80,7 +82,7 @@ def _footer_items(figures: Figures) -> Iterator[str]:
         yield f"{figures.tokens_per_second:.1f} tok/s"
     if figures.acceptance_rate is not None:
         if figures.gain is not None and figures.plain_ms is not None:
-            yield f"{figures.gain:.2f}x plain (by its passes, {figures.plain_ms:.1f} ms here)"
+            yield f"{figures.gain:.2f}x plain (by plain passes of {figures.plain_ms:.1f} ms here)"
         yield f"accepted {figures.acceptance_rate:.0%}"
         yield f"{figures.mean_acceptance_length:.2f} tokens a pass"
         yield ", ".join(f"{source} {share:.0%}" for source, share in figures.sources)
@@ -130,7 +132,7 @@ def details(answer: Answer, figures: Figures, totals: Totals, *, idle: str) -> l
     if stats.drafted and figures.gain is not None and figures.plain_ms is not None:
         lines.append(
             f"gain       {figures.gain:.2f}x plain decoding, whose passes take "
-            f"{figures.plain_ms:.1f} ms here: measured, and corrected by every pass since"
+            f"{figures.plain_ms:.1f} ms: {_how(stats)}"
         )
     if stats.drafted:
         lines.append(
@@ -152,6 +154,12 @@ def details(answer: Answer, figures: Figures, totals: Totals, *, idle: str) -> l
         f"{totals.drafted} draft tokens accepted, {totals.seconds:.1f} s",
     ]
     return lines
+
+
+def _how(stats: Stats) -> str:
+    if stats.plain_cycles >= ENOUGH:
+        return f"by {stats.plain_cycles} of them in this answer"
+    return "measured here before, and corrected by every pass since"
 
 
 def runs(model: Model, tokens: Sequence[int], sources: Sequence[str]) -> list[tuple[str, str]]:

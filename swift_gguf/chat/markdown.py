@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 from markdown_it import MarkdownIt
+from markdown_it.rules_inline import StateInline
 from markdown_it.token import Token
 from pygments import token as kinds
 from rich import markdown as rich_markdown
@@ -73,7 +74,7 @@ class _CodeBlock(rich_markdown.CodeBlock):
 
 
 class Markdown(rich_markdown.Markdown):
-    """Keeps line breaks as the model made them, and shows HTML instead of swallowing it."""
+    """Keeps lines as the model broke and indented them, and shows HTML instead of swallowing it."""
 
     elements: ClassVar = {
         **rich_markdown.Markdown.elements,
@@ -86,16 +87,22 @@ class Markdown(rich_markdown.Markdown):
         super().__init__("", hyperlinks=False)
         self.markup = text
         self.parsed = parse(text)
-        for token in self.parsed:
-            for child in token.children or ():
-                if child.type == "softbreak":
-                    child.type = "hardbreak"
 
 
 def parse(text: str) -> list[Token]:
-    """CommonMark with tables and strikethrough; HTML is text."""
+    """CommonMark with tables and strikethrough; HTML is text, and a line break is one."""
     parser = MarkdownIt().enable(["strikethrough", "table"]).disable(["html_block", "html_inline"])
+    parser.inline.ruler.at("newline", _newline)
     return parser.parse(text)
+
+
+def _newline(state: StateInline, silent: bool) -> bool:
+    if state.src[state.pos] != "\n":
+        return False
+    if not silent:
+        state.push("hardbreak", "br", 0)
+    state.pos += 1
+    return True
 
 
 def split(text: str) -> tuple[list[str], str]:

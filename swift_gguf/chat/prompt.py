@@ -137,7 +137,10 @@ class ChatCompleter(Completer):
             return
         name, space, argument = text.partition(" ")
         if not space:
-            yield from _matching(COMMANDS, name)
+            for word in COMMANDS:
+                if word.startswith(name):
+                    end = " " if COMMANDS[word].argument else ""
+                    yield Completion(word + end, -len(name), display=word)
         elif name == "/set":
             yield from _set_completions(argument)
         elif command := COMMANDS.get(name):

@@ -53,6 +53,10 @@ class Terminal:
         """What went wrong, in a line."""
         self.console.print(Text(text, style="red"))
 
+    def busy(self, what: str) -> AbstractContextManager[object]:
+        """Something takes a while."""
+        return self.console.status(Text(what, style="dim"))
+
     def lines(self, lines: Sequence[str]) -> None:
         """See `Screen`."""
         self.console.print(Text("\n".join(lines)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -69,7 +69,9 @@ def chat(model: str, **values: Any) -> None:
     with ExitStack() as stack:
         loaded = stack.enter_context(load_model(model, values))
         conversation = _conversation(loaded, values)
-        session = stack.enter_context(closing(Session(loaded, Speculation(loaded, wanted))))
+        with screen.busy("getting ready") if screen else nullcontext():
+            speculation = Speculation(loaded, wanted)
+        session = stack.enter_context(closing(Session(loaded, speculation)))
         talk = Chat(session, conversation, screen or Plain(), settings)
         try:
             if screen:

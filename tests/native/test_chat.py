@@ -380,7 +380,7 @@ def test_a_lone_answer_that_fills_the_context_ends(small: Model) -> None:
 def test_a_message_longer_than_the_context_is_refused(talk: Talk) -> None:
     talk.say("Hello")
     turns = list(talk.turns)
-    with pytest.raises(ContextFullError, match="too long: 6.. tokens, and the context has 512"):
+    with pytest.raises(ContextFullError, match="and the context has 512"):
         talk.say("x" * 600)
     assert talk.turns == turns
     assert talk.conversation.first == 0

@@ -64,6 +64,7 @@ def test_no_word_of_an_answer_is_swallowed() -> None:
                   "return a + b", "quoted"):  # fmt: skip
         assert words in text
     assert "text with code,\non two lines." in text  # the model's own line breaks
+    assert shown("def f():\n    return 1") == "def f():\n    return 1\n"  # no fence
 
 
 def test_colours_are_the_terminals_own_and_never_a_background() -> None:
@@ -183,8 +184,8 @@ def completed(text: str) -> list[str]:
 
 
 def test_commands_keys_and_values_are_completed() -> None:
-    assert completed("/re") == ["/regen", "/read"]
-    assert set(completed("/")) == set(COMMANDS)
+    assert completed("/re") == ["/regen", "/read "]
+    assert {word.strip() for word in completed("/")} == set(COMMANDS)
     assert completed("/set te") == ["/set temp"]
     assert completed("/set thinking ") == [f"/set thinking {x}" for x in ("fold", "show", "hide")]
     assert completed("/speculation ngram,rec") == ["/speculation ngram,recycling"]
