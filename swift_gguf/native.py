@@ -247,6 +247,7 @@ class Library:
         self._check_versions()
         self._log: deque[str] = deque(maxlen=50)
         self._interrupted = False
+        self.show_log(False)
         self._callback = self.api.llama_log_callback(self._on_log)
         self.api.llama_log_set(self._callback, ctypes.c_void_p(0))
         self.api.llama_backend_init()
@@ -286,10 +287,14 @@ class Library:
         try:
             if level in (3, 4):  # GGML_LOG_LEVEL_WARN, _ERROR
                 self._log.append(text.decode("utf-8", "replace").strip())
-            if os.environ.get("SWIFT_GGUF_LOG"):
+            if self._shows_log:
                 sys.stderr.write(text.decode("utf-8", "replace"))
         except KeyboardInterrupt:
             self._interrupted = True  # ctypes drops what a callback raises
+
+    def show_log(self, wanted: bool) -> None:
+        """Shows llama.cpp's own log on standard error, or not unless SWIFT_GGUF_LOG is set."""
+        self._shows_log = wanted or bool(os.environ.get("SWIFT_GGUF_LOG"))
 
     @contextmanager
     def messages(self) -> Iterator[deque[str]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from time import monotonic
 
 from swift_gguf.errors import SwiftError, UnsupportedModelError
+from swift_gguf.llama.generation import Generation
 from swift_gguf.model import Model
 from swift_gguf.search.drivers import IdleSearch
 from swift_gguf.speculation import Speculation, SpeculationOptions
@@ -46,7 +48,8 @@ class Swift:
         self._refusal = refusal
         self._settle = settle
         self._idle: IdleSearch | None = None
-        self._saved_at = -SAVE_EVERY_S
+        self._saved_at = -math.inf
+        self._closed = False
         self._set(options)
 
     @property
@@ -92,7 +95,13 @@ class Swift:
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """The model is the caller's inside, and its context holds the text alone."""
+        """The model is the caller's inside, and its context holds the text alone.
+
+        Raises:
+            SwiftError: it is closed.
+        """
+        if self._closed:
+            raise SwiftError("this llama is closed; make another one")
         with self._idle.paused() if self._idle else nullcontext():
             if settle := self._settle():
                 settle()
@@ -105,13 +114,22 @@ class Swift:
                 self.current.save()
             self._saved_at = monotonic()
 
+    def begin(self, prompt_n: int, *, limit: int | None) -> Generation:
+        """A generation after a prompt of `prompt_n` tokens, of at most `limit` tokens."""
+        assert self.model is not None
+        assert self.current is not None
+        generation = Generation(self.model, self.current, prompt_n=prompt_n, limit=limit)
+        self.stats = generation.stats
+        return generation
+
     def answered(self) -> None:
         """A generation is over."""
-        if monotonic() - self._saved_at >= SAVE_EVERY_S:
+        if not self._closed and monotonic() - self._saved_at >= SAVE_EVERY_S:
             self.save()
 
     def close(self) -> None:
         """Keeps what was learned, and gives the model back; safe to call twice."""
+        self._closed = True
         self._end_idle()
         self._let_go()
         self.current = None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
-from llama_cpp import Llama
+from llama_cpp import Llama, LlamaState
 from numpy.typing import NDArray
 
 Row: TypeAlias = NDArray[np.float32]
@@ -52,7 +52,7 @@ class Records:
 
 class Scores:
     """In the place of llama_cpp's `_scores`, [n_tokens, n_vocab], of which it has some rows: those
-    recorded, as log-probabilities, and the latest, as logits."""
+    recorded, as log-probabilities, and the latest, as logits; the others are not a number."""
 
     def __init__(
         self, n_tokens: int, n_vocab: int, records: Records | None, latest: Callable[[], Row | None]
@@ -84,12 +84,21 @@ class Scores:
             row = self._records.row(position, self._n_vocab)
         if row is None and position == self._n_tokens - 1:
             row = self._latest()
-        if row is None:
-            raise IndexError(
-                f"the logits after token {position} were not kept; logits_all=True keeps them all"
-            )
-        return row
+        # llama_cpp looks at more rows than it needs
+        return np.broadcast_to(np.float32(np.nan), self._n_vocab) if row is None else row
 
     def copy(self) -> Row:
         """What a saved state holds of it: no rows."""
         return np.empty((0, self._n_vocab), np.float32)
+
+
+def without_scores(state: Any) -> Any:
+    """A `LlamaState` without its logits."""
+    return LlamaState(
+        input_ids=state.input_ids,
+        scores=state.scores[:0],
+        n_tokens=state.n_tokens,
+        llama_state=state.llama_state,
+        llama_state_size=state.llama_state_size,
+        seed=state.seed,
+    )

@@ -1,0 +1,86 @@
+"""Making a context of llama_cpp's one that can speculate, and what is refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from swift_gguf import gguf_check
+from swift_gguf.errors import ModelError
+from swift_gguf.loading import Loaded, ModelOptions, cause, generates_text
+from swift_gguf.model import Model
+from swift_gguf.native import library
+from swift_gguf.sampling import grammar_sampler
+
+ALL_LAYERS = 0x7FFFFFFF
+"""llama_cpp's n_gpu_layers for -1."""
+AUTO = -1
+"""LLAMA_FLASH_ATTN_TYPE_AUTO"""
+
+
+def context_length(path: str) -> int:
+    """What the model was trained for, by its file.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    return gguf_check.read(path).integer("context_length") or 512
+
+
+def refusal(model: Any, options: dict[str, Any]) -> str:
+    """Why a model that llama_cpp loaded with these options is left to it; empty if it is not."""
+    from llama_cpp.llama_chat_format import Llava15ChatHandler, MTMDChatHandler
+
+    api = library().api
+    if options.get("vocab_only"):
+        return "only the vocabulary is loaded"
+    if options.get("draft_model") is not None:
+        return "the draft_model drafts"
+    if isinstance(options.get("chat_handler"), (Llava15ChatHandler, MTMDChatHandler)):
+        return "images are decoded by llama_cpp alone"
+    if api.llama_model_has_encoder(model):
+        return "the model does not generate text token by token"
+    has_state = api.llama_model_is_recurrent(model) or api.llama_model_is_hybrid(model)
+    if has_state and options.get("embedding"):
+        return "the model has a running state, and is loaded for embeddings"
+    return ""
+
+
+def adopt(llama: Any, *, flash_attn: bool | None) -> Model | None:
+    """A llama's model and context as our `Model`; None if it does not generate text."""
+    loaded = Loaded(llama.model, llama.ctx, llama.n_threads, is_ours=False)
+    if not generates_text(loaded):
+        return None
+    n_gpu_layers = llama.model_params.n_gpu_layers
+    options = ModelOptions(
+        n_ctx=llama.n_ctx(),
+        n_batch=llama.n_batch,
+        n_threads=llama.n_threads,
+        n_gpu_layers=-1 if n_gpu_layers == ALL_LAYERS else n_gpu_layers,
+        flash_attn=flash_attn,
+    )
+    return Model(llama.model_path, options, loaded=loaded)
+
+
+@contextmanager
+def our_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """One line with llama.cpp's reason, where llama_cpp only says that it failed."""
+    with library().messages() as messages:
+        try:
+            yield
+        except ValueError as error:
+            if not str(error).startswith("Failed to "):
+                raise
+            raise ModelError(f"{path} cannot be loaded: {cause(messages)}") from error
+
+
+def check_grammar(vocab: Any, grammar: Any) -> None:
+    """llama_cpp would crash on a `LlamaGrammar` that does not parse.
+
+    Raises:
+        GrammarError: it does not.
+    """
+    if grammar is not None:
+        library().api.llama_sampler_free(grammar_sampler(vocab, grammar._grammar))
