@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from swift_gguf.cli.help import examples, model_argument
 from swift_gguf.cli.options import load_model, model_flags, sampling_flags, sampling_options
 from swift_gguf.errors import SwiftError
 
@@ -31,8 +32,15 @@ def _modes(ctx: click.Context, parameter: click.Parameter, value: str) -> list[M
 
 
 # greedy unless asked otherwise, so that texts can be compared
-@click.command(context_settings={"default_map": {"temp": 0.0}})
-@click.argument("model")
+@click.command(
+    context_settings={"default_map": {"temp": 0.0}},
+    epilog=examples(
+        "swift-gguf bench smollm2-135m --limit 8",
+        "swift-gguf bench model.gguf --suite mine.jsonl --json report.json --plot report.png",
+        "swift-gguf bench model.gguf --modes auto,ngram:4,prompt-lookup --oracle",
+    ),
+)
+@model_argument
 @click.option("--suite", "suites", multiple=True, metavar="FILE",
               help="JSON lines in Spec-Bench's form, or a name: everyday, code-editing; may be "
               "repeated.  [default: both names]")  # fmt: skip

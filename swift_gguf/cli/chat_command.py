@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from swift_gguf.cli.help import examples, model_argument
 from swift_gguf.cli.options import (
     load_model,
     model_flags,
@@ -27,8 +28,15 @@ if TYPE_CHECKING:
     from swift_gguf.model import Model
 
 
-@click.command()
-@click.argument("model")
+@click.command(
+    epilog=examples(
+        "swift-gguf chat smollm2-135m",
+        "swift-gguf chat model.gguf -sys 'Answer in one sentence.' --temp 0.2",
+        "swift-gguf chat hf:owner/repo/model-Q4_K_M.gguf -c 16384 --context stop",
+        "printf '/read notes.md\\nSum that up.\\n' | swift-gguf chat model.gguf",
+    )
+)
+@model_argument
 @click.option(
     "-n", "--n-predict", default=-1, metavar="N", help="At most N tokens an answer; -1: to the end."
 )

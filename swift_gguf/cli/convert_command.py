@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from swift_gguf.cli.help import examples
 from swift_gguf.cli.progress import download_progress
 
 if TYPE_CHECKING:
@@ -22,15 +23,14 @@ if TYPE_CHECKING:
     from swift_gguf.convert.run import Conversion, ConvertOptions
     from swift_gguf.convert.steps import Report
 
-EPILOG = """\b
-Examples:
-  swift-gguf convert ./SmolLM2-135M-Instruct --quantize Q4_K_M
-  swift-gguf convert hf:owner/repo -o model.gguf --quantize IQ3_XXS --imatrix auto
-  swift-gguf convert ./checkpoint -o model.gguf --quantize Q4_0 --prepare --tune
-"""
 
-
-@click.command(epilog=EPILOG)
+@click.command(
+    epilog=examples(
+        "swift-gguf convert ./SmolLM2-135M-Instruct --quantize Q4_K_M",
+        "swift-gguf convert hf:owner/repo -o model.gguf --quantize IQ3_XXS --imatrix auto",
+        "swift-gguf convert ./checkpoint -o model.gguf --quantize Q4_0 --prepare --tune",
+    )
+)
 @click.argument("source")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE",
               help="[default: here, SOURCE-TYPE.gguf]")  # fmt: skip

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from swift_gguf.cli.help import examples, model_argument
 from swift_gguf.cli.options import (
     load_model,
     model_flags,
@@ -28,8 +29,15 @@ if TYPE_CHECKING:
     from swift_gguf.speculation import Speculation
 
 
-@click.command()
-@click.argument("model")
+@click.command(
+    epilog=examples(
+        'swift-gguf generate smollm2-135m -p "Why is the sky blue?"',
+        "swift-gguf generate model.gguf -f prompt.txt -n 256 --temp 0 --compare",
+        "git diff | swift-gguf generate model.gguf -sys 'Write a commit message.'",
+        "swift-gguf generate model.gguf --raw -p 'Once upon a time' --json | jq .timings",
+    )
+)
+@model_argument
 @click.option("-p", "--prompt", help="The prompt.  [default: standard input]")
 @click.option("-f", "--file", type=click.Path(path_type=Path), help="Read the prompt from a file.")
 @click.option(

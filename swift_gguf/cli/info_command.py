@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from swift_gguf.cli.help import examples, model_argument
 from swift_gguf.cli.options import load_model, model_flags
 from swift_gguf.subnetwork import format_layers
 
@@ -22,8 +23,14 @@ BAR = 32  # characters
 PLOTS = (".png", ".svg")
 
 
-@click.command()
-@click.argument("model")
+@click.command(
+    epilog=examples(
+        "swift-gguf info model.gguf",
+        "swift-gguf info model.gguf --costs --plot costs.png",
+        "swift-gguf info model.gguf --json | jq .learned",
+    )
+)
+@model_argument
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--costs", "with_costs", is_flag=True,
               help="Show what passes take on this machine; measured, where that is not "

@@ -7,10 +7,15 @@ import json
 import click
 
 from swift_gguf import models as library
+from swift_gguf.cli.help import complete_model, examples
 from swift_gguf.cli.progress import download_progress
 
 
-@click.group("models", invoke_without_command=True)
+@click.group(
+    "models",
+    invoke_without_command=True,
+    epilog=examples("swift-gguf models", "swift-gguf models pull smollm2-135m"),
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list instead of a table.")
 @click.pass_context
 def models(context: click.Context, as_json: bool) -> None:
@@ -25,8 +30,13 @@ def models(context: click.Context, as_json: bool) -> None:
     click.echo(_as_json() if as_json else _as_table())
 
 
-@models.command()
-@click.argument("name")
+@models.command(
+    epilog=examples(
+        "swift-gguf models pull smollm2-135m",
+        "swift-gguf models pull hf:owner/repo/model-Q4_K_M.gguf",
+    )
+)
+@click.argument("name", shell_complete=complete_model)
 def pull(name: str) -> None:
     """Fetch a model (a name of the list, or hf:owner/repo[/file.gguf]) and print its path."""
     with download_progress(name) as progress:

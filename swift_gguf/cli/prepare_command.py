@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from swift_gguf.cli.help import examples, model_argument
 from swift_gguf.cli.options import load_model, model_flags, read_text
 
 if TYPE_CHECKING:
@@ -20,8 +21,14 @@ CONTEXT = 2048  # tokens, of which a prompt and all its answers need some
 BATCH = 128  # tokens decoded at once, each with logits
 
 
-@click.command()
-@click.argument("model")
+@click.command(
+    epilog=examples(
+        "swift-gguf prepare model.gguf                # writes model.swift.gguf",
+        "swift-gguf prepare model.gguf --calibration mine.jsonl --tokens 50000",
+        "swift-gguf prepare model.gguf -o elsewhere.gguf --width 0.125 --tune 0",
+    )
+)
+@model_argument
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE",
               help="[default: beside the model, MODEL.swift.gguf]")  # fmt: skip
 @click.option("--width", default=0.25, show_default=True, metavar="SHARE",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from swift_gguf.cli.help import examples, model_argument
 from swift_gguf.cli.options import (
     model_flags,
     model_options,
@@ -22,8 +23,16 @@ if TYPE_CHECKING:
     from swift_gguf.server.options import ServerOptions
 
 
-@click.command()
-@click.argument("model")
+@click.command(
+    epilog=examples(
+        "swift-gguf serve smollm2-135m                # then open http://127.0.0.1:8080",
+        "swift-gguf serve model.gguf --port 9000 --alias my-model --queue-size 32",
+        "swift-gguf serve model.gguf --host 0.0.0.0 --api-key-file key.txt",
+        "curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' \\",
+        """  -d '{"messages": [{"role": "user", "content": "Hello!"}]}'""",
+    )
+)
+@model_argument
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS",
               help="Where to listen; another address opens the server to the network.")  # fmt: skip
 @click.option("--port", default=8080, show_default=True, metavar="N",
@@ -60,13 +69,7 @@ if TYPE_CHECKING:
 @sampling_flags
 @model_flags
 def serve(model: str, **values: Any) -> None:
-    """Serve a model over HTTP, as OpenAI's API; a page to chat with is at /.
-
-    \b
-    swift-gguf serve smollm2-135m
-    curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' \\
-      -d '{"messages": [{"role": "user", "content": "Hello!"}]}'
-    """
+    """Serve a model over HTTP, as OpenAI's API; a page to chat with is at /."""
     from swift_gguf.server.extra import require
 
     require()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
+from swift_gguf.cli.help import examples, model_argument
 from swift_gguf.cli.options import load_model, model_flags, paper_options, search_flags
 
 if TYPE_CHECKING:
@@ -23,8 +24,14 @@ DEFAULT_MINUTES = 3.0
 SAVE_EVERY = 50  # steps
 
 
-@click.command()
-@click.argument("model")
+@click.command(
+    epilog=examples(
+        "swift-gguf tune model.gguf --minutes 10",
+        "swift-gguf tune model.gguf --suite mine.jsonl --json",
+        "swift-gguf tune model.gguf --reset           # forget what was learned",
+    )
+)
+@model_argument
 @click.option("--suite", type=click.Path(path_type=Path), metavar="FILE",
               help="Prompts as JSON lines with `turns`; default: some built in.")  # fmt: skip
 @click.option("--minutes", default=DEFAULT_MINUTES, show_default=True, metavar="M",

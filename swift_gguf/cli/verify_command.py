@@ -9,21 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from swift_gguf.cli.help import complete_model, examples
 from swift_gguf.cli.options import read_text
 
 if TYPE_CHECKING:
     from swift_gguf.convert.verify import Comparison
 
-EPILOG = """\b
-Examples:
-  swift-gguf verify ./SmolLM2-135M-Instruct smollm2-Q4_K_M.gguf
-  swift-gguf verify hf:owner/repo a-Q8_0.gguf a-Q4_0.gguf -f text.txt --tokens 512
-"""
 
-
-@click.command(epilog=EPILOG)
+@click.command(
+    epilog=examples(
+        "swift-gguf verify ./SmolLM2-135M-Instruct smollm2-Q4_K_M.gguf",
+        "swift-gguf verify hf:owner/repo a-Q8_0.gguf a-Q4_0.gguf -f text.txt --tokens 512",
+    )
+)
 @click.argument("source")
-@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path),
+                shell_complete=complete_model)  # fmt: skip
 @click.option("-p", "--text", help="[default: some built in, of several languages]")
 @click.option("-f", "--file", type=click.Path(path_type=Path), help="Text to compare on.")
 @click.option("--tokens", default=256, show_default=True, metavar="N",
