@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-ABI = 3
+ABI = 4
 """SWIFT_GGUF_ABI of native/include/swift_gguf.h that this module is written for."""
 
 REINSTALL = "reinstall swift-gguf (pip install --force-reinstall swift-gguf, or make)"

@@ -318,7 +318,7 @@ class Store:
 
     def load(self, fingerprint: str) -> Profile | None:
         """What is known of a model, if anything is."""
-        path = self._path(fingerprint)
+        path = self.path(fingerprint)
         with _forgiving(path, "read"):
             try:
                 return _read(path)  # without the lock: the file is only ever replaced as a whole
@@ -332,7 +332,7 @@ class Store:
 
         learned: `search_s` and `evaluations` are increments, and stored totals grow by them.
         """
-        path = self._path(learned.fingerprint)
+        path = self.path(learned.fingerprint)
         with _forgiving(path, "written"):
             self.folder.mkdir(parents=True, exist_ok=True)
             with _locked(path):
@@ -347,7 +347,7 @@ class Store:
 
     def forget(self, fingerprint: str) -> bool:
         """Removes what is known of a model; was there anything?"""
-        path = self._path(fingerprint)
+        path = self.path(fingerprint)
         with _forgiving(path, "removed"):
             if self.folder.exists():
                 with _locked(path):
@@ -357,7 +357,8 @@ class Store:
                     return found
         return False
 
-    def _path(self, fingerprint: str) -> Path:
+    def path(self, fingerprint: str) -> Path:
+        """Where a model's profile is, if there is one."""
         _require_fingerprint(fingerprint)
         return self.folder / f"{fingerprint}.json"
 

@@ -12,6 +12,7 @@
 
 #include "llama.h"
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -19,7 +20,7 @@
 extern "C" {
 #endif
 
-#define SWIFT_GGUF_ABI 3
+#define SWIFT_GGUF_ABI 4
 
 /* Error codes of the functions that return int32_t. llama_decode's own codes are passed through
  * offset by SWIFT_GGUF_ERROR_DECODE: -100 - code. */
@@ -44,6 +45,10 @@ LLAMA_API const char * swift_gguf_llama_commit(void);
  * "llama_token_data_array", or of this header's "swift_gguf_cost", "swift_gguf_sublayer",
  * "swift_gguf_draft_params". 0 for an unknown name. */
 LLAMA_API size_t swift_gguf_struct_size(const char * name);
+
+/* Was this program compiled with the headers of the library it runs with? Structs are passed by value: where
+ * they differ nothing fails, and wrong values arrive. */
+static inline bool swift_gguf_is_compatible(void);
 
 /*
  * Sidecars: weights derived from a model for its draft passes, FFNs of fewer neurons and an output head
@@ -93,6 +98,20 @@ LLAMA_API struct swift_gguf_subnetwork * swift_gguf_subnetwork_init(
         bool                              draft_head);
 
 LLAMA_API void swift_gguf_subnetwork_free(struct swift_gguf_subnetwork * subnetwork);
+
+/* The best sub-network that was found for a model.
+ *
+ * path: its profile, the file in which swift-gguf keeps what it learns (swift-gguf config --profile MODEL); NULL: the
+ *   profile that came with the model (metadata "swift.profile").
+ * sidecar: what narrow FFNs and the draft head come from; NULL if there is none.
+ *
+ * Returns NULL and an English clause in `error` (n_error bytes, may be NULL) if there is none that can be used. */
+LLAMA_API struct swift_gguf_subnetwork * swift_gguf_subnetwork_load(
+        const struct llama_model *        model,
+        const char *                      path,
+        const struct swift_gguf_sidecar * sidecar,
+        char *                            error,
+        size_t                            n_error);
 
 /* The following passes of the context leave out what `subnetwork` says; NULL runs the whole model
  * again. The context keeps its own reference: the handle may be freed at once.
@@ -198,7 +217,9 @@ LLAMA_API int32_t swift_gguf_sublayers(
         int32_t                      n_layer);
 
 /*
- * Drafting.
+ * Drafting and verifying. A cycle: draft (swift_gguf_ngram, swift_gguf_draft, or any other guess), then verify. Its
+ * tokens are those of plain decoding, which is a cycle without a draft; on CPUs to the bit once
+ * swift_gguf_set_batch_invariant is on. native/examples/speculate.c is a whole program.
  */
 
 /* The k most likely tokens of output row i (as llama_get_logits_ith counts: index into the batch, or -1
@@ -234,6 +255,50 @@ LLAMA_API int32_t swift_gguf_draft(
         llama_pos                              pos,
         llama_token *                          tokens,
         float *                                probabilities);
+
+/* What followed when the text last went as it ends now: the longest end counts (up to 32 tokens), of equally long ones
+ * the latest. Where that place is so near that the text runs out, it is taken to repeat itself.
+ *
+ * text: prompt and answer so far, n_text tokens. n_match: a shorter match, in tokens, is none; 1 or more.
+ * tokens: room for n_max entries. Returns n_max, or 0 without a match, or SWIFT_GGUF_ERROR_ARGUMENT. */
+LLAMA_API int32_t swift_gguf_ngram(
+        const llama_token * text,
+        int32_t             n_text,
+        int32_t             n_match,
+        int32_t             n_max,
+        llama_token *       tokens);
+
+/* Decodes `token` at position `pos` and n_draft draft tokens behind it in one pass of the whole model, then samples
+ * as decoding one by one would: row after row by the caller's own chain (llama_sampler_sample, which accepts what it
+ * samples), as long as each token is the next one of the draft. What is not verified is removed from the memory.
+ *
+ * sampler: ends in one that chooses (llama_sampler_init_dist, _greedy, ...).
+ * pos: of the first position that the memory does not hold. n_draft: less than llama_n_batch(ctx); may be 0.
+ * tokens: room for n_draft + 1 entries.
+ *
+ * Returns how many tokens were sampled, n >= 1: all but the last are draft tokens. On return the context holds
+ * positions < pos + n, the last token sampled is the next to be decoded, at pos + n. Ends with an end of generation.
+ * Or returns an error code: the context holds positions < pos then, and nothing was sampled. */
+LLAMA_API int32_t swift_gguf_verify(
+        struct llama_context * ctx,
+        struct llama_sampler * sampler,
+        llama_seq_id           seq_id,
+        llama_token            token,
+        llama_pos              pos,
+        const llama_token *    draft,
+        int32_t                n_draft,
+        llama_token *          tokens);
+
+static inline bool swift_gguf_is_compatible(void) {
+    return swift_gguf_abi() == SWIFT_GGUF_ABI &&
+            swift_gguf_struct_size("llama_model_params") == sizeof(struct llama_model_params) &&
+            swift_gguf_struct_size("llama_context_params") == sizeof(struct llama_context_params) &&
+            swift_gguf_struct_size("llama_batch") == sizeof(struct llama_batch) &&
+            swift_gguf_struct_size("llama_sampler_chain_params") == sizeof(struct llama_sampler_chain_params) &&
+            swift_gguf_struct_size("swift_gguf_cost") == sizeof(struct swift_gguf_cost) &&
+            swift_gguf_struct_size("swift_gguf_sublayer") == sizeof(struct swift_gguf_sublayer) &&
+            swift_gguf_struct_size("swift_gguf_draft_params") == sizeof(struct swift_gguf_draft_params);
+}
 
 #ifdef __cplusplus
 }

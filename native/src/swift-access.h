@@ -9,6 +9,8 @@
 #include "llama-memory.h"
 #include "llama-model.h"
 
+#include <cstdio>
+
 struct swift_gguf_subnetwork {
     swift_subnetwork_ptr value;
 };
@@ -64,3 +66,11 @@ private:
     swift_subnetwork_ptr & current;
     swift_subnetwork_ptr   previous;
 };
+
+// For functions that return NULL and say why in the caller's buffer.
+inline std::nullptr_t swift_refuse(char * error, size_t n_error, const char * why) {
+    if (error != nullptr && n_error > 0) {
+        std::snprintf(error, n_error, "%s", why);
+    }
+    return nullptr;
+}

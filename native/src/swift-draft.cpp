@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 // A vocabulary has up to some 260 000 tokens and is read after every pass of a draft. Compilers turn the
 // loops below into vector instructions because each lane has a sum or a maximum of its own.
@@ -184,6 +185,111 @@ int32_t swift_gguf_draft(
     // Skipped layers stored nothing for these positions: nobody may build on them.
     if (!llama_memory_seq_rm(memory, params->seq_id, pos, -1)) {
         return SWIFT_GGUF_ERROR_ROLLBACK;
+    }
+    return n;
+}
+
+int32_t swift_gguf_ngram(const llama_token * text, int32_t n_text, int32_t n_match, int32_t n_max, llama_token * tokens) {
+    if ((text == nullptr && n_text != 0) || n_text < 0 || n_match < 1 || n_max < 0 || tokens == nullptr) {
+        return SWIFT_GGUF_ERROR_ARGUMENT;
+    }
+    const int32_t longest = 32; // what tells places apart; bounds the time on texts that repeat a token
+    int32_t       best = 0, after = 0;
+    for (int32_t end = n_text - 1; end >= n_match && best < longest; --end) { // the latest place first
+        const int32_t most   = std::min(end, longest);
+        int32_t       length = 0;
+        while (length < most && text[end - 1 - length] == text[n_text - 1 - length]) {
+            ++length;
+        }
+        if (length > best) {
+            best  = length;
+            after = end;
+        }
+    }
+    if (best < n_match) {
+        return 0;
+    }
+    const int32_t n_shown = n_text - after;
+    for (int32_t i = 0; i < n_max; ++i) {
+        tokens[i] = i < n_shown ? text[after + i] : tokens[i - n_shown];
+    }
+    return n_max;
+}
+
+// Decodes `tokens` from position `pos` on, all with logits. Returns 0 or an error code.
+static int32_t decode_rows(llama_context * ctx, std::vector<llama_token> & tokens, llama_pos pos, llama_seq_id seq_id) {
+    const int32_t               n = (int32_t) tokens.size();
+    std::vector<llama_pos>      positions(n);
+    std::vector<int32_t>        n_seq_id(n, 1);
+    std::vector<llama_seq_id *> seq_ids(n, &seq_id);
+    std::vector<int8_t>         outputs(n, 1);
+    for (int32_t i = 0; i < n; ++i) {
+        positions[i] = pos + i;
+    }
+    llama_batch batch = {};
+    batch.n_tokens    = n;
+    batch.token       = tokens.data();
+    batch.pos         = positions.data();
+    batch.n_seq_id    = n_seq_id.data();
+    batch.seq_id      = seq_ids.data();
+    batch.logits      = outputs.data();
+
+    const int32_t code = llama_decode(ctx, batch);
+    return code == 0 ? 0 : SWIFT_GGUF_ERROR_DECODE - std::abs(code);
+}
+
+// Samples rows 0, 1, ... while they confirm the draft. Returns how many, or an error code.
+static int32_t sample_rows(llama_context * ctx, llama_sampler * sampler, const llama_token * draft, int32_t n_draft, llama_token * tokens) {
+    const llama_vocab * vocab   = llama_model_get_vocab(llama_get_model(ctx));
+    const int32_t       n_vocab = llama_vocab_n_tokens(vocab);
+    for (int32_t n = 0;; ++n) {
+        // a row of NaN would make a sampler abort; behind a draft token it is met again as the first row
+        const float * logits = llama_get_logits_ith(ctx, n);
+        if (logits == nullptr || !std::isfinite(max_of(logits, n_vocab))) {
+            return n > 0 ? n : SWIFT_GGUF_ERROR_LOGITS;
+        }
+        tokens[n] = llama_sampler_sample(sampler, ctx, n);
+        if (n == n_draft || tokens[n] != draft[n] || llama_vocab_is_eog(vocab, tokens[n])) {
+            return n + 1;
+        }
+    }
+}
+
+int32_t swift_gguf_verify(
+        llama_context *     ctx,
+        llama_sampler *     sampler,
+        llama_seq_id        seq_id,
+        llama_token         token,
+        llama_pos           pos,
+        const llama_token * draft,
+        int32_t             n_draft,
+        llama_token *       tokens) {
+    if (ctx == nullptr || sampler == nullptr || tokens == nullptr || pos < 0 || n_draft < 0 || (draft == nullptr && n_draft > 0) ||
+        n_draft >= (int64_t) llama_n_batch(ctx) || seq_id < 0 || seq_id >= (llama_seq_id) llama_n_seq_max(ctx) ||
+        (int64_t) pos + n_draft >= llama_n_ctx_seq(ctx)) {
+        return SWIFT_GGUF_ERROR_ARGUMENT;
+    }
+    if (n_draft > 0 && swift_gguf_rollback_refusal(ctx) != nullptr) {
+        return SWIFT_GGUF_ERROR_ROLLBACK;
+    }
+    const llama_memory_t memory = llama_get_memory(ctx);
+    if (memory == nullptr || llama_memory_seq_pos_max(memory, seq_id) != pos - 1) {
+        return SWIFT_GGUF_ERROR_ARGUMENT;
+    }
+
+    int32_t n = SWIFT_GGUF_ERROR_GRAPH;
+    try {
+        const swift_scope        scope(*ctx, nullptr); // whatever the context's passes run otherwise
+        std::vector<llama_token> batch(1, token);
+        batch.insert(batch.end(), draft, draft + n_draft);
+        n = decode_rows(ctx, batch, pos, seq_id);
+        if (n == 0) {
+            n = sample_rows(ctx, sampler, draft, n_draft, tokens);
+        }
+    } catch (...) { // llama_decode lets exceptions of the graph build and of allocations through
+    }
+    if (n <= n_draft && !llama_memory_seq_rm(memory, seq_id, pos + std::max(n, 0), -1)) {
+        return n < 0 ? n : SWIFT_GGUF_ERROR_ROLLBACK;
     }
     return n;
 }

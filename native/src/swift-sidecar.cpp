@@ -5,7 +5,6 @@
 #include "gguf.h"
 
 #include <cmath>
-#include <cstdio>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -276,19 +275,13 @@ private:
 } // namespace
 
 swift_gguf_sidecar * swift_gguf_sidecar_load(const llama_model * model, const char * path, char * error, size_t n_error) {
-    const auto fail = [&](const char * why) -> swift_gguf_sidecar * {
-        if (error != nullptr && n_error > 0) {
-            std::snprintf(error, n_error, "%s", why);
-        }
-        return nullptr;
-    };
     if (model == nullptr || path == nullptr) {
-        return fail("there is no model or no path");
+        return swift_refuse(error, n_error, "there is no model or no path");
     }
     try {
         return new swift_gguf_sidecar { loader(*model, path).load() };
     } catch (const std::exception & reason) {
-        return fail(reason.what());
+        return swift_refuse(error, n_error, reason.what());
     }
 }
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "prepare": ("prepare_command", "prepare", "Derive weights for faster drafts from a model."),
     "info": ("info_command", "info", "Show what a model is and what of it can be skipped."),
     "models": ("models_command", "models", "List the models known by name, or fetch one."),
+    "config": ("config_command", "config", "Say how to compile and link a program with it."),
 }
 
 

@@ -1,36 +1,55 @@
-"""The C program in native/examples builds against the installed library and drafts."""
+"""The C program in native/examples: built against the installed package, it speculates."""
 
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import pytest
-import source
 
-from swift_gguf.native import find_library
+from swift_gguf.profile import Known, Profile, Seen, Store
+from swift_gguf.sidecar import path_beside
+from swift_gguf.subnetwork import SubNetwork
 from tests.native.conftest import ROOT
+from tests.native.test_sidecar import prepared
+
+EXAMPLES = ROOT / "native" / "examples"
+WARNINGS = ["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]
+Tiny = Callable[..., Path]
+
+
+def done(*command: object, **options: object) -> str:
+    finished = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=300,
+        **options,  # type: ignore[call-overload]
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return str(finished.stdout)
+
+
+def config(*flags: str) -> str:
+    return done(sys.executable, "-m", "swift_gguf", "config", *flags).strip()
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compiled as `swift-gguf config` says."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     assert compiler
-    folder = tmp_path_factory.mktemp("example")
-    pin = source.read_pin()
-    source.unpack(source.fetch_sdist(pin), folder / "llama.cpp", pin.version)
-    includes = ["native/include", folder / "llama.cpp/include", folder / "llama.cpp/ggml/include"]
-    lib = find_library()
-    command = [compiler, "-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]
-    command += [f"-I{ROOT / include}" for include in includes]
-    command += [str(ROOT / "native/examples/draft.c"), "-o", str(folder / "draft")]
-    command += [f"-L{lib}", "-lllama", "-lggml", "-lggml-base", f"-Wl,-rpath,{lib}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return folder / "draft"
+    out = tmp_path_factory.mktemp("example") / "speculate"
+    flags = shlex.split(config("--cflags", "--libs"))
+    done(compiler, *WARNINGS, EXAMPLES / "speculate.c", "-o", out, *flags)
+    return out
 
 
 def run(program: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -38,19 +57,162 @@ def run(program: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120)
 
 
-def test_drafts_that_cannot_miss_are_all_accepted(program: Path, tiny: Callable[..., Path]) -> None:
-    """FFN 1 and 3, which the program leaves out of four layers, add nothing in this model."""
-    done = run(program, tiny("llama", noop_ffn=(1, 3)), "hello", 64)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
-    figures = re.search(r"drafted (\d+), accepted (\d+)", done.stderr)
-    assert figures, done.stderr
-    drafted, accepted = map(int, figures.groups())
-    assert drafted == accepted > 0
+def accepted(finished: subprocess.CompletedProcess[str]) -> tuple[int, int]:
+    """Accepted and drafted, of a run whose drafts changed nothing."""
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr.strip().endswith("the same text")
+    assert finished.stdout.strip()
+    figures = re.search(r"accepted (\d+) of (\d+)", finished.stderr)
+    assert figures, finished.stderr
+    return int(figures[1]), int(figures[2])
 
 
-def test_failures_are_one_line(program: Path, tiny: Callable[..., Path], tmp_path: Path) -> None:
-    for arguments in ((tmp_path / "missing.gguf", "x"), (tiny("mamba"), "x")):
-        done = run(program, *arguments)
-        assert done.returncode == 1
-        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+def profile_of(folder: Path, subnetwork: SubNetwork) -> Path:
+    """As `swift-gguf tune` leaves it."""
+    store = Store(folder)
+    seen = {"1": Seen(agrees=(True,), confidence=(1.0,))}
+    known = Known(subnetwork=subnetwork, seen=seen)
+    profile = Profile(
+        fingerprint="0" * 32, model="tiny", n_layer=subnetwork.n_layer, known=(known,)
+    )
+    assert store.add(profile)
+    return store.path(profile.fingerprint)
+
+
+NOOP = SubNetwork(n_layer=4, skip_ffn=frozenset({1, 3}))
+"""What `tiny("llama", noop_ffn=(1, 3))` does without: drafts cannot miss."""
+
+
+def test_it_is_short() -> None:
+    assert len((EXAMPLES / "speculate.c").read_text().splitlines()) < 150
+
+
+def test_cmake_finds_the_package(tiny: Tiny, tmp_path: Path) -> None:
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("no cmake")
+    found = f"-Dswift_gguf_DIR={config('--cmake-dir')}"
+    done(cmake, "-S", EXAMPLES, "-B", tmp_path, found)
+    done(cmake, "--build", tmp_path)
+    n_accepted, n_drafted = accepted(
+        run(tmp_path / "speculate", tiny("llama", noop_ffn=(1, 3)), "hello hello hello", 40, 0)
+    )
+    assert 0 <= n_accepted <= n_drafted
+
+
+def test_pkg_config_finds_it(tiny: Tiny, tmp_path: Path) -> None:
+    pkg_config = shutil.which("pkg-config")
+    if pkg_config is None:
+        pytest.skip("no pkg-config")
+    environment = {"PKG_CONFIG_PATH": config("--pkgconfig-dir")}
+    flags = shlex.split(done(pkg_config, "--cflags", "--libs", "swift_gguf", env=environment))
+    out = tmp_path / "speculate"
+    done(shutil.which("cc") or "cc", EXAMPLES / "speculate.c", "-o", out, *flags)
+    accepted(run(out, tiny("qwen2"), "hello", 20, 0))
+
+
+def test_a_profiles_sub_network_drafts(program: Path, tiny: Tiny, tmp_path: Path) -> None:
+    model, profile = tiny("llama", noop_ffn=(1, 3)), profile_of(tmp_path, NOOP)
+    n_accepted, n_drafted = accepted(run(program, model, "hello", 24, 0, profile))
+    assert n_accepted == n_drafted > 5
+    # the control: a sub-network that this model needs
+    needed = SubNetwork(n_layer=4, skip_attn=frozenset(range(4)), skip_ffn=frozenset({0, 2}))
+    other = profile_of(tmp_path / "other", needed)
+    n_accepted, n_drafted = accepted(run(program, model, "hello", 24, 0, other))
+    assert n_accepted < n_drafted
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7, 2])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3moe"])
+def test_any_temperature_gives_the_text_of_plain_decoding(
+    family: str, temperature: float, program: Path, tiny: Tiny, tmp_path: Path
+) -> None:
+    model = tiny(family, quant="Q8_0")
+    n_layer = 6 if family == "gemma3" else 4
+    subnetwork = SubNetwork(n_layer=n_layer, skip_attn=frozenset({1}), narrow_ffn=frozenset())
+    profile = profile_of(tmp_path, subnetwork)
+    accepted(run(program, model, "hello hello hello hello", 64, temperature, profile))
+
+
+def test_a_profile_inside_the_model_is_read(program: Path, tiny: Tiny, tmp_path: Path) -> None:
+    profile = profile_of(tmp_path, NOOP).read_text()
+    out = tmp_path / "x.gguf"
+    model = with_metadata(tiny("llama", noop_ffn=(1, 3)), out, {"swift.profile": profile})
+    n_accepted, n_drafted = accepted(run(program, model, "hello", 24, 0, "-"))
+    assert n_accepted == n_drafted > 5
+
+
+def test_a_sidecar_drafts(program: Path, tiny: Tiny, tmp_path: Path) -> None:
+    model = tiny("llama", quant="Q8_0")
+    sidecar = prepared(model, path_beside(tmp_path / "x.gguf"))
+    narrow = SubNetwork(n_layer=4, narrow_ffn=frozenset(range(4)), draft_head=True)
+    profile = profile_of(tmp_path, narrow)
+    _, n_drafted = accepted(run(program, model, "hello", 64, 0, profile, sidecar))
+    assert n_drafted > 0
+    refused = run(program, model, "hello", 64, 0, profile)
+    assert (refused.returncode, refused.stderr) == (
+        1,
+        "error: no sub-network: it needs the model's sidecar\n",
+    )
+
+
+def with_metadata(model: Path, out: Path, values: dict[str, str]) -> Path:
+    """A copy of a GGUF with more text in its metadata."""
+    reader = gguf.GGUFReader(model)
+    architecture = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(out, architecture)
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            sub = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub)
+    for key, text in values.items():
+        writer.add_string(key, text)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+DAMAGED = {
+    "missing": None,
+    "empty": "",
+    "no JSON": "{",
+    "deep": "[" * 200_000,
+    "no object": "[1]",
+    "another version": '{"version":2,"n_layer":4,"known":[{"skip_attn":"","skip_ffn":"1"}]}',
+    "another model": '{"version":1,"n_layer":5,"known":[{"skip_attn":"","skip_ffn":"1"}]}',
+    "nothing known": '{"version":1,"n_layer":4,"known":[]}',
+    "known is text": '{"version":1,"n_layer":4,"known":"1"}',
+    "no layer": '{"version":1,"n_layer":4,"known":[{"skip_attn":"","skip_ffn":"4"}]}',
+    "backwards": '{"version":1,"n_layer":4,"known":[{"skip_attn":"3-1","skip_ffn":""}]}',
+    "overflow": '{"version":1,"n_layer":4,"known":[{"skip_attn":"99999999999","skip_ffn":""}]}',
+    "words": '{"version":1,"n_layer":4,"known":[{"skip_attn":"1;2","skip_ffn":""}]}',
+    "numbers": '{"version":1,"n_layer":4,"known":[{"skip_attn":1,"skip_ffn":2}]}',
+    "head": '{"version":1,"n_layer":4,"known":[{"skip_attn":"","skip_ffn":"","draft_head":3}]}',
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED.keys())
+def test_a_profile_that_cannot_be_used_is_one_line(
+    content: str | None, program: Path, tiny: Tiny, tmp_path: Path
+) -> None:
+    path = tmp_path / "profile.json"
+    if content is not None:
+        path.write_text(content)
+    failed(run(program, tiny("llama"), "hello", 8, 0, path), "error: no sub-network: ")
+
+
+def test_failures_are_one_line(program: Path, tiny: Tiny, tmp_path: Path) -> None:
+    failed(run(program, tmp_path / "missing.gguf", "x"), "error: ")
+    failed(run(program, tiny("mamba"), "x"), "error: no speculation")
+    failed(run(program, tiny("llama"), ""), "error: the prompt")
+    failed(run(program, tiny("llama"), "x", 8, 0, "-"), "error: no sub-network: the model has no")
+
+
+def failed(finished: subprocess.CompletedProcess[str], words: str) -> None:
+    assert finished.returncode == 1, finished.stderr
+    assert finished.stderr.startswith(words), finished.stderr
+    assert len(finished.stderr.splitlines()) == 1, finished.stderr

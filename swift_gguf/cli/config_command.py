@@ -1,0 +1,84 @@
+"""`swift-gguf config`: what compilers and other programs need to know of the installed library."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import click
+
+from swift_gguf.errors import NativeLibraryError, SwiftError
+
+
+@click.command()
+@click.option("--cflags", is_flag=True, help="What the compiler is told.")
+@click.option("--libs", is_flag=True, help="What the linker is told; programs then find the "
+              "library where it lies now.")  # fmt: skip
+@click.option("--cmake-dir", is_flag=True, help="For CMake's -Dswift_gguf_DIR.")
+@click.option("--pkgconfig-dir", is_flag=True, help="For PKG_CONFIG_PATH.")
+@click.option("--lib-dir", is_flag=True, help="Where libllama lies, for other bindings, too.")
+@click.option("--include-dir", is_flag=True, help="Where swift_gguf.h and llama.h lie.")
+@click.option("--profile", metavar="MODEL", help="The file that keeps what is known of a model.")
+def config(profile: str | None, **wanted: bool) -> None:
+    """Say how to compile and link a program with swift_gguf.h.
+
+    \b
+    cc app.c $(swift-gguf config --cflags --libs)
+    cmake -B build -Dswift_gguf_DIR="$(swift-gguf config --cmake-dir)"
+    """
+    if any(wanted.values()) or not profile:
+        values = _values()
+        if not any(wanted.values()):
+            lines = [f"{name.replace('_', '-'):14} {value}" for name, value in values.items()]
+        else:  # on one line, as pkg-config has it
+            lines = [" ".join(value for name, value in values.items() if wanted[name])]
+        click.echo("\n".join(lines))
+    if profile:
+        click.echo(_profile(profile))
+
+
+def _values() -> dict[str, str]:
+    """What each flag prints.
+
+    Raises:
+        NativeLibraryError: there is no library, or it has no headers beside it.
+    """
+    from swift_gguf.native import REINSTALL, find_library
+
+    lib = find_library().resolve()
+    include = lib.parent / "include"
+    if not (include / "swift_gguf.h").exists():
+        raise NativeLibraryError(f"{lib} has no headers in {include}; {REINSTALL}")
+    libs = [f"-L{lib}", f"-Wl,-rpath,{lib}", "-lllama", "-lggml", "-lggml-base"]
+    return {
+        "cflags": shlex.join([f"-I{include}"]),
+        "libs": shlex.join(libs),
+        "cmake_dir": str(lib / "cmake" / "swift_gguf"),
+        "pkgconfig_dir": str(lib / "pkgconfig"),
+        "lib_dir": str(lib),
+        "include_dir": str(include),
+    }
+
+
+def _profile(reference: str) -> Path:
+    """The profile of a model, with the sidecar that lies beside it if it is the model's own.
+
+    Raises:
+        SwiftError: nothing is known of it yet.
+    """
+    from swift_gguf import sidecar
+    from swift_gguf.errors import SidecarError
+    from swift_gguf.identity import profile_key
+    from swift_gguf.models import resolve
+    from swift_gguf.profile import Store
+
+    model = resolve(reference)
+    beside = sidecar.path_beside(model)
+    try:
+        own = sidecar.read(beside, model=model).path if beside.exists() else None
+    except SidecarError:
+        own = None
+    path = Store().path(profile_key(model, own))
+    if not path.exists():
+        raise SwiftError(f"nothing is known of {model.name} yet; run swift-gguf tune {reference}")
+    return path
