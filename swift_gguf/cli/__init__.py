@@ -9,16 +9,22 @@ from importlib import import_module
 
 import click
 
+from swift_gguf.cli.help import examples
 from swift_gguf.errors import SwiftError
 
 # name -> (module, attribute, help); modules are imported when their command runs: --help is instant
 COMMANDS = {
+    "chat": ("chat_command", "chat", "Talk with a model."),
     "generate": ("generate_command", "generate", "Answer one prompt."),
+    "serve": ("serve_command", "serve", "Serve a model over HTTP, as OpenAI's API."),
     "bench": ("bench_command", "bench", "Measure modes against plain decoding."),
     "tune": ("tune_command", "tune", "Find out what a model's drafts can leave out."),
     "prepare": ("prepare_command", "prepare", "Derive weights for faster drafts from a model."),
+    "convert": ("convert_command", "convert", "Make a GGUF of a Hugging Face checkpoint."),
+    "verify": ("verify_command", "verify", "Compare a GGUF with the checkpoint it was made of."),
     "info": ("info_command", "info", "Show what a model is and what of it can be skipped."),
     "models": ("models_command", "models", "List the models known by name, or fetch one."),
+    "completion": ("completion_command", "completion", "Let Tab complete in your shell."),
     "config": ("config_command", "config", "Say how to compile and link a program with it."),
 }
 
@@ -50,7 +56,15 @@ def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         ctx.exit()
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=examples(
+        "swift-gguf models pull smollm2-135m          # a small model to begin with",
+        "swift-gguf chat smollm2-135m                 # talk with it",
+        "swift-gguf COMMAND --help                    # every command has examples",
+    ),
+)
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version)
 @click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
 def root(debug: bool) -> None:
