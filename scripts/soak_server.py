@@ -30,7 +30,29 @@ from typing import Any
 
 TOLD = (400, 404, 405, 408, 413, 415, 503)
 """Statuses that clients are promised."""
-WORDS = 'the a cat sat on mat and saw how many birds flew over there 東京 é 🙂 {} [] \\ "'.split()
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "sat",
+    "on",
+    "mat",
+    "and",
+    "saw",
+    "how",
+    "many",
+    "birds",
+    "flew",
+    "over",
+    "there",
+    "東京",
+    "é",
+    "🙂",
+    "{}",
+    "[]",
+    "\\",
+    '"',
+]
 
 
 class Server:

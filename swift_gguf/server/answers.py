@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from swift_gguf.errors import GrammarError, SwiftError
+from swift_gguf.errors import GrammarError, SwiftError, TemplateError
 from swift_gguf.server import grammars, tools
 from swift_gguf.server.errors import ApiError, bad_request, one_line
 from swift_gguf.server.options import ServerOptions
@@ -146,7 +146,10 @@ def _telling(tally: Tally) -> Iterator[None]:
             ) from error
         if isinstance(error, GrammarError):
             raise bad_request(one_line(error), param="grammar") from error
-        if tally.prompt_tokens == 0 and not isinstance(error, (SwiftError, MemoryError)):
+        is_ours = isinstance(error, (SwiftError, MemoryError)) and not isinstance(
+            error, TemplateError
+        )
+        if tally.prompt_tokens == 0 and not is_ours:
             raise bad_request(f"the prompt cannot be made: {one_line(error)}") from error
         raise
 

@@ -202,7 +202,7 @@ async def _answer(
         async with aclosing(events):
             while isinstance(first, Started):
                 first = await _unless_gone(request, anext(events))
-            return JSONResponse(first)
+            return Response(_json(first), media_type="application/json")
     except BaseException as error:
         service.stop(job, GONE)
         await events.aclose()
@@ -217,15 +217,20 @@ async def _sse(
     try:
         async for event in events:
             if not isinstance(event, Started):
-                yield {"data": json.dumps(event, ensure_ascii=False)}
+                yield {"data": _json(event)}
         yield {"data": "[DONE]"}
     except ApiError as error:
-        yield {"data": json.dumps(error.body)}
+        yield {"data": _json(error.body)}
     except Exception as error:
         _log.exception("an answer failed")
-        yield {"data": json.dumps(ApiError(500, _failed(error)).body)}
+        yield {"data": _json(ApiError(500, _failed(error)).body)}
     finally:
         service.stop(job, GONE)
+
+
+def _json(value: object) -> str:
+    """llama_cpp's log-probabilities are numpy's numbers."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=float)
 
 
 async def _unless_gone(request: Request, awaitable: Awaitable[_T]) -> _T:

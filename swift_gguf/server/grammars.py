@@ -39,6 +39,8 @@ def from_schema(schema: dict[str, Any], *, param: str) -> str:
         raise bad_request(
             f"the schema cannot be converted: {one_line(error)}", param=param
         ) from error
+    # JSON has no raw control characters in strings, which the converter forgets
+    gbnf = gbnf.replace(r'[^"\\]', r'[^"\\\x7F\x00-\x1F]')
     if len(gbnf) > 4 * MAX_GRAMMAR_LENGTH:
         raise bad_request("the schema describes too much; make it smaller", param=param)
     return gbnf

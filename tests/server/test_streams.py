@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.conftest import Server
+from tests.server.conftest import COMMAND, Server
 
 CHAT = "/v1/chat/completions"
 
@@ -215,9 +215,7 @@ def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
 
 def test_an_address_that_is_taken(server: Server, model: Path) -> None:
     port = server.host.rpartition(":")[2]
-    command = subprocess.run(
-        ["swift-gguf", "serve", str(model), "--port", port], capture_output=True, text=True
-    )
+    command = subprocess.run([*COMMAND, str(model), "--port", port], capture_output=True, text=True)
     assert command.returncode == 1
     assert "--port" in command.stderr
     assert command.stderr.count("\n") == 1
