@@ -17,8 +17,8 @@ VARIABLE = "_SWIFT_GGUF_COMPLETE"
 
 @click.command(
     epilog=examples(
-        """eval "$(swift-gguf completion bash)"                    # in ~/.bashrc""",
-        """eval "$(swift-gguf completion zsh)"                     # in ~/.zshrc, after compinit""",
+        """eval "$(swift-gguf completion bash)"     # in ~/.bashrc""",
+        """eval "$(swift-gguf completion zsh)"      # in ~/.zshrc, after compinit""",
         """swift-gguf completion fish > ~/.config/fish/completions/swift-gguf.fish""",
     )
 )

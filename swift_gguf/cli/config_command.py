@@ -7,10 +7,16 @@ from pathlib import Path
 
 import click
 
+from swift_gguf.cli.help import complete_model, examples
 from swift_gguf.errors import NativeLibraryError, SwiftError
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "cc app.c $(swift-gguf config --cflags --libs)",
+        'cmake -B build -Dswift_gguf_DIR="$(swift-gguf config --cmake-dir)"',
+    )
+)
 @click.option("--cflags", is_flag=True, help="What the compiler is told.")
 @click.option("--libs", is_flag=True, help="What the linker is told; programs then find the "
               "library where it lies now.")  # fmt: skip
@@ -18,14 +24,10 @@ from swift_gguf.errors import NativeLibraryError, SwiftError
 @click.option("--pkgconfig-dir", is_flag=True, help="For PKG_CONFIG_PATH.")
 @click.option("--lib-dir", is_flag=True, help="Where libllama lies, for other bindings, too.")
 @click.option("--include-dir", is_flag=True, help="Where swift_gguf.h and llama.h lie.")
-@click.option("--profile", metavar="MODEL", help="The file that keeps what is known of a model.")
+@click.option("--profile", metavar="MODEL", shell_complete=complete_model,
+              help="The file that keeps what is known of a model.")  # fmt: skip
 def config(profile: str | None, **wanted: bool) -> None:
-    """Say how to compile and link a program with swift_gguf.h.
-
-    \b
-    cc app.c $(swift-gguf config --cflags --libs)
-    cmake -B build -Dswift_gguf_DIR="$(swift-gguf config --cmake-dir)"
-    """
+    """Say how to compile and link a program with swift_gguf.h."""
     if any(wanted.values()) or not profile:
         values = _values()
         if not any(wanted.values()):
