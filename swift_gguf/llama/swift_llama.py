@@ -44,6 +44,7 @@ library()  # llama_cpp loads ours at its first import, which is the next line
 import llama_cpp  # noqa: E402
 from llama_cpp import Llama  # noqa: E402
 
+from swift_gguf.llama.chat_format import formats  # noqa: E402
 from swift_gguf.llama.completion import Criteria, Request, with_globals  # noqa: E402
 from swift_gguf.llama.scores import LogProbs, Scores, without_scores  # noqa: E402
 
@@ -94,7 +95,8 @@ class SwiftLlama(Llama):  # type: ignore[misc]
             n_ctx = n_ctx or context_length(path)
         library().show_log(verbose)
         with our_errors(path):
-            super().__init__(
+            _init(
+                self,
                 path,
                 n_ctx=padded(n_ctx),
                 n_batch=max(n_batch, N_SEQUENCES),
@@ -251,19 +253,21 @@ class SwiftLlama(Llama):  # type: ignore[misc]
             return int(super().sample(*args, idx=idx, **kwargs))
         start = perf_counter()
         if generation is None:
-            self._refresh(model)
-        if generation and generation.walking:
-            row = generation.row
-        else:
-            row = idx - self.n_tokens if idx is not None else -1
-        self._sampled_at = model.output_index(row)
-        # llama_cpp counts back from n_tokens; from the first on, llama.cpp counts itself
-        idx = self.n_tokens + self._sampled_at
-        token = int(super().sample(*args, idx=idx, **kwargs))
+            with self._swift.busy():
+                self._refresh(model)
+                return self._sample(model, idx, *args, **kwargs)
+        if generation.walking:
+            idx = self.n_tokens + generation.row
+        token = self._sample(model, idx, *args, **kwargs)
         self._record(token)
-        if generation:
-            generation.sampled(token, perf_counter() - start)
+        generation.sampled(token, perf_counter() - start)
         return token
+
+    def _sample(self, model: Model, idx: int | None, *args: Any, **kwargs: Any) -> int:
+        """idx: n_tokens and output row `idx - n_tokens`; None: the last one."""
+        self._sampled_at = model.output_index(-1 if idx is None else idx - self.n_tokens)
+        # llama_cpp passes on what is left of idx, which llama.cpp looks up among a batch's tokens
+        return int(super().sample(*args, idx=self.n_tokens + self._sampled_at, **kwargs))
 
     def _refresh(self, model: Model) -> None:
         """Evaluates the last token again if there were passes in between."""
@@ -312,7 +316,12 @@ class SwiftLlama(Llama):  # type: ignore[misc]
         if self._adopted is None or self._keeps_all:
             logits: deque[list[float]] = super().eval_logits
             return logits
-        return deque([self._latest_logits().tolist()] if self.n_tokens else [], maxlen=1)
+        if self.n_tokens == 0:
+            return deque(maxlen=1)
+        with self._swift.busy():
+            if self._generation is None:
+                self._refresh(self._adopted)
+            return deque([self._latest_logits().tolist()], maxlen=1)
 
     def _latest_logits(self) -> NDArray[np.float32]:
         """What the latest token was sampled from, or the next one will be."""
@@ -416,3 +425,5 @@ class SwiftLlama(Llama):  # type: ignore[misc]
 
 # llama_cpp names the class where it means its own: `Llama.logits_to_logprobs`
 _completion = with_globals(Llama._create_completion, Llama=SwiftLlama)
+# chat templates are rendered in a process of their own
+_init = with_globals(Llama.__init__, llama_chat_format=formats)

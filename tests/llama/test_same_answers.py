@@ -1,0 +1,246 @@
+"""The same seed, the same answer: `SwiftLlama` against `Llama`, whole responses."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from swift_gguf.llama import SwiftLlama
+from tests.llama.conftest import outcome, without_ids
+
+from llama_cpp import (  # isort: skip
+    Llama,
+    LlamaGrammar,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
+
+PROMPT = "the cat sat on the mat, the cat sat on the mat, the cat sat"
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 6}, "age": {"enum": [1, 2, 3]}},
+    "required": ["name", "age"],
+}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "look_up", "description": "Looks up.", "parameters": SCHEMA},
+    }
+]
+CHOICE = {"type": "function", "function": {"name": "look_up"}}
+MESSAGES = [
+    {"role": "system", "content": "You are a cat."},
+    {"role": "user", "content": "Where do you sit? On the mat, on the mat, on the"},
+]
+
+COMPLETIONS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "seed": {"seed": 7},
+    "hot": {"seed": 8, "temperature": 1.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
+    "typical": {"seed": 9, "typical_p": 0.7, "top_k": 20},
+    "the plain distribution": {"seed": 3, "temperature": -1.0},
+    "penalties": {
+        "seed": 1,
+        "repeat_penalty": 1.3,
+        "frequency_penalty": 0.2,
+        "presence_penalty": 0.3,
+    },
+    "mirostat": {"seed": 2, "mirostat_mode": 1, "mirostat_tau": 3.0},
+    "mirostat 2": {"seed": 2, "mirostat_mode": 2, "mirostat_eta": 0.2},
+    "logit bias": {"temperature": 0.0, "logit_bias": {5: 4.0, 70: -2.0}},
+    "echo": {"seed": 5, "echo": True},
+    "one token": {"seed": 5, "max_tokens": 1},
+    "no limit": {"seed": 6, "prompt": PROMPT * 10, "max_tokens": None},
+    "logprobs": {"seed": 4, "logprobs": 3},
+    "logprobs of nothing else": {"seed": 4, "logprobs": 0},
+    "logprobs of the prompt": {"seed": 4, "logprobs": 2, "echo": True},
+    "suffix": {"seed": 4, "suffix": " and so on"},
+    "tokens": {"seed": 4, "prompt": [20, 21, 22, 20, 21, 22, 20, 21]},
+    "an empty prompt": {"seed": 4, "prompt": ""},
+    "an empty prompt with logprobs": {"seed": 4, "prompt": "", "logprobs": 2},
+}
+
+
+def same(
+    plain: Llama, swift: SwiftLlama, ask: Any, *, may_fail: bool = False, drafts: bool = True
+) -> Any:
+    """Asks both, from an empty context, and returns what both say."""
+    answers = []
+    for llama in (plain, swift):
+        llama.reset()
+        if drafts and llama is swift:
+            llama.swift.stats.sources.clear()
+        answers.append(outcome(lambda llama=llama: without_ids(ask(llama))))
+    assert answers[0] == answers[1]
+    assert may_fail or not isinstance(answers[0], type), answers[0]
+    if drafts and not may_fail:
+        assert swift.swift.stats.drafted > 0, "nothing was drafted, so nothing was shown"
+    return answers[0]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("name", COMPLETIONS)
+def test_a_completion(plain: Llama, swift: SwiftLlama, name: str, stream: bool) -> None:
+    values = {"prompt": PROMPT, "max_tokens": 24, "stream": stream} | COMPLETIONS[name]
+    same(
+        plain,
+        swift,
+        lambda llama: llama.create_completion(**values),
+        may_fail=not values["prompt"],
+        drafts=values["max_tokens"] != 1,
+    )
+    assert swift.n_tokens == plain.n_tokens
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_stop_strings(plain: Llama, swift: SwiftLlama, stream: bool) -> None:
+    text = plain.create_completion(PROMPT, max_tokens=30, seed=11)["choices"][0]["text"]
+    stop = [text[12:15], "never said"]
+    answer = same(
+        plain,
+        swift,
+        lambda llama: llama.create_completion(
+            PROMPT, max_tokens=30, seed=11, stop=stop, stream=stream
+        ),
+    )
+    last = answer[-1] if stream else answer
+    assert last["choices"][0]["finish_reason"] == "stop"
+    assert swift.n_tokens == plain.n_tokens
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_grammar(plain: Llama, swift: SwiftLlama, stream: bool) -> None:
+    grammar = LlamaGrammar.from_string('root ::= ("yes" | "no" | "maybe") ", "  root | "end"')
+    same(
+        plain,
+        swift,
+        lambda llama: llama.create_completion(
+            PROMPT, max_tokens=30, seed=3, grammar=grammar, stream=stream
+        ),
+    )
+
+
+CHATS: dict[str, dict[str, Any]] = {
+    "chat": {},
+    "stop": {"stop": ["a", "e"]},
+    "logprobs": {"logprobs": True, "top_logprobs": 3},
+    "json": {"response_format": {"type": "json_object"}},
+    "json schema": {"response_format": {"type": "json_object", "schema": SCHEMA}},
+    "a tool": {"tools": TOOLS, "tool_choice": CHOICE},
+    "penalties": {"repeat_penalty": 1.2, "presence_penalty": 0.4},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("name", CHATS)
+def test_a_chat(plain: Llama, swift: SwiftLlama, name: str, stream: bool) -> None:
+    answer = same(
+        plain,
+        swift,
+        lambda llama: llama.create_chat_completion(
+            MESSAGES, seed=5, max_tokens=60, stream=stream, **CHATS[name]
+        ),
+        drafts=name != "stop",  # after a token or two
+    )
+    if name == "json schema" and not stream:
+        assert json.loads(answer["choices"][0]["message"]["content"], strict=False)["age"] in (
+            1,
+            2,
+            3,
+        )
+    if name == "a tool" and not stream:
+        assert answer["choices"][0]["message"]["tool_calls"]
+
+
+@pytest.mark.parametrize("choice", ["auto", CHOICE], ids=["auto", "named"])
+def test_tools_by_another_chat_format(
+    plain: Llama, swift: SwiftLlama, monkeypatch: pytest.MonkeyPatch, choice: Any
+) -> None:
+    for llama in (plain, swift):
+        monkeypatch.setattr(llama, "chat_format", "chatml-function-calling")
+    same(
+        plain,
+        swift,
+        lambda llama: llama.create_chat_completion(
+            [{"role": "user", "content": "sit"}],  # the tools' prompt nearly fills the context
+            seed=5,
+            max_tokens=12,
+            tools=TOOLS,
+            tool_choice=choice,
+        ),
+        drafts=False,
+    )
+
+
+def test_processors_and_criteria_see_the_same_in_the_same_order(
+    plain: Llama, swift: SwiftLlama
+) -> None:
+    """They may have a state of their own: called ahead of time they would say something else."""
+
+    def ask(llama: Llama) -> dict[str, Any]:
+        calls: list[Any] = []
+
+        def processor(input_ids: Any, scores: Any) -> Any:
+            calls.append(("process", input_ids.tolist()))
+            scores[len(calls) % 50] += 3.0  # depends on how often it was called
+            return scores
+
+        def criterion(input_ids: Any, logits: Any) -> bool:
+            calls.append(("stop?", input_ids.tolist(), logits.shape))
+            return len(input_ids) > 60
+
+        answer = llama.create_completion(
+            PROMPT,
+            max_tokens=60,
+            seed=2,
+            logits_processor=LogitsProcessorList([processor]),
+            stopping_criteria=StoppingCriteriaList([criterion]),
+        )
+        return {**answer, "calls": calls}
+
+    answer = same(plain, swift, ask)
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert swift.n_tokens == plain.n_tokens
+
+
+def test_criteria_get_the_logits_that_the_latest_token_was_drawn_from(swift: SwiftLlama) -> None:
+    swift.reset()
+    seen: list[int] = []
+
+    def criterion(_: Any, logits: Any) -> bool:
+        seen.append(int(np.argmax(logits)))
+        return False
+
+    tokens = swift.tokenize(PROMPT.encode())
+    stream = swift.generate(tokens, temp=0.0, stopping_criteria=StoppingCriteriaList([criterion]))
+    text = [token for token, _ in zip(stream, range(20), strict=False)]
+    stream.close()
+    assert swift.swift.stats.accepted > 0
+    assert seen[: len(text)] == text
+
+
+def test_accepting_whatever_was_drafted_is_noticed(
+    plain: Llama, swift: SwiftLlama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: were drafts accepted without asking the model, these tests would fail."""
+    sample = Llama.sample
+
+    def accepting(self: Any, *args: Any, **kwargs: Any) -> int:
+        token: int = sample(self, *args, **kwargs)
+        generation = getattr(self, "_generation", None)
+        if generation and generation.walking:
+            tree, node = generation._draft.tree, generation._walk.node
+            token = next((tree.tokens[child] for child in tree.children(node)), token)
+        return token
+
+    monkeypatch.setattr(Llama, "sample", accepting)
+    with pytest.raises(AssertionError):
+        same(
+            plain,
+            swift,
+            lambda llama: llama.create_completion(PROMPT, max_tokens=40, temperature=0.0),
+        )

@@ -1,0 +1,340 @@
+"""`SwiftLlama.swift`: what drafts, why, figures, idle search, what is kept; and what is refused."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import pickle
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swift_gguf.errors import GrammarError, ModelError, SwiftError, UnsupportedModelError
+from swift_gguf.identity import profile_key
+from swift_gguf.llama import SwiftLlama
+from swift_gguf.profile import Store
+from swift_gguf.speculation import SpeculationOptions
+from tests.llama.conftest import LOADING, without_ids
+
+from llama_cpp import Llama, LlamaGrammar  # isort: skip
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding  # isort: skip
+
+PROMPT = "one two three, one two three, one two three, one two"
+
+
+def say(llama: Llama, prompt: Any = PROMPT, **values: Any) -> Any:
+    return without_ids(llama.create_completion(prompt, **({"max_tokens": 20, "seed": 1} | values)))
+
+
+def test_figures(swift: SwiftLlama) -> None:
+    swift.reset()
+    answer = say(swift)
+    stats = swift.swift.stats
+    assert stats.prompt_n == answer["usage"]["prompt_tokens"]
+    assert stats.predicted_n == answer["usage"]["completion_tokens"] == 20
+    assert stats.stop_reason == "length"
+    assert stats.cycle_n == 19  # the first token comes with the prompt
+    assert 0 < stats.accepted <= stats.drafted
+    assert stats.cycle_s >= stats.draft_s + stats.verify_s > 0
+    stream = swift.create_completion(PROMPT, seed=1, stream=True, max_tokens=20)
+    list(itertools.islice(stream, 5))
+    stream.close()
+    assert swift.swift.stats is not stats
+    assert (swift.swift.stats.stop_reason, swift.swift.stats.prompt_n) == ("stopped", 1)
+    eos = swift.token_eos()
+    say(swift, logit_bias={eos: 1000.0})
+    assert (swift.swift.stats.stop_reason, swift.swift.stats.predicted_n) == ("eos", 0)
+
+
+def test_modes(open_llama: Callable[..., Any]) -> None:
+    llama = open_llama(speculation="auto")
+    assert llama.swift.speculation == "auto"
+    expected = say(llama)
+    for mode, name in (("off", "off"), ("ngram", "ngram"), (["ngram", "recycling"], None)):
+        llama.swift.speculation = mode
+        assert llama.swift.speculation == (name or "ngram,recycling")
+        assert llama.swift.enabled is (mode != "off")
+        llama.reset()
+        assert say(llama) == expected
+        assert (llama.swift.stats.drafted > 0) is (mode != "off")
+        assert set(llama.swift.stats.sources) <= {"ngram", "recycling"}
+    llama.swift.speculation = "off"
+    assert llama.swift.why == "switched off"
+    with pytest.raises(SwiftError, match="no source of drafts 'telepathy'"):
+        llama.swift.speculation = "telepathy"
+    assert llama.swift.speculation == "off"
+    with pytest.raises(SwiftError, match="telepathy"):
+        SwiftLlama(llama.model_path, speculation="telepathy", **LOADING)
+
+
+def test_a_mode_set_in_the_middle_of_an_answer(open_llama: Callable[..., Any]) -> None:
+    llama = open_llama()
+    expected = say(llama, max_tokens=30)
+    llama.reset()
+    prompt = llama.tokenize(PROMPT.encode())
+    tokens = list(itertools.islice(llama.generate(prompt, temp=0.0), 24))
+    llama.reset()
+    stream = llama.generate(prompt, temp=0.0)
+    found = []
+    for mode in ("off", "ngram", "auto", "ngram,layer-skip"):
+        found += itertools.islice(stream, 6)
+        llama.swift.speculation = mode
+    stream.close()
+    assert found == tokens
+    llama.reset()
+    assert say(llama, max_tokens=30) == expected
+
+
+def test_what_is_learned_is_kept(open_llama: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "own.gguf"
+    llama = open_llama(Llama)  # any file of its own: learning goes by its name and header
+    path.write_bytes(Path(llama.model_path).read_bytes() + b"\0" * 64)
+    learner = open_llama(path=str(path))
+    store = Store()
+    assert store.load(profile_key(path, None)) is None
+    say(learner)
+    profile = store.load(profile_key(path, None))  # after the first answer
+    assert profile is not None
+    assert profile.costs
+    rows = len(profile.recycling)
+    assert rows > 0
+    say(learner, "quite another text that teaches something new", max_tokens=60)
+    learner.close()
+    profile = store.load(profile_key(path, None))
+    assert profile is not None
+    assert len(profile.recycling) > rows
+
+
+def test_idle_search_yields_to_whoever_uses_the_model(open_llama: Callable[..., Any]) -> None:
+    llama = open_llama()
+    expected = [say(llama, seed=seed, max_tokens=40) for seed in range(3)]
+    state = llama.save_state()
+    llama.reset()
+    with llama.swift.idle() as idle:
+        for seed, answer in enumerate(expected):
+            assert say(llama, seed=seed, max_tokens=40) == answer
+            steps = idle.meter.steps
+            deadline = time.monotonic() + 20
+            while idle.meter.steps == steps and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert idle.meter.steps > steps, "nothing was searched"
+            assert llama.save_state().llama_state_size == state.llama_state_size or seed < 2
+        stream = llama.create_completion(PROMPT, seed=0, max_tokens=40, stream=True)
+        text = next(stream)["choices"][0]["text"]
+        steps = idle.meter.steps
+        time.sleep(0.1)
+        assert idle.meter.steps == steps, "searched in the middle of an answer"
+        text += "".join(chunk["choices"][0]["text"] for chunk in stream)
+        assert text == expected[0]["choices"][0]["text"]
+        llama.eval(llama.tokenize(b"one two"))
+        time.sleep(0.1)
+        assert isinstance(llama.sample(temp=0.0), int)
+        llama.load_state(state)
+        assert llama.n_tokens == state.n_tokens
+    say(llama)
+
+
+def test_idle_search_ends_with_the_llama(open_llama: Callable[..., Any]) -> None:
+    llama = open_llama()
+    say(llama)
+    idle = llama.swift.idle()
+    assert idle is not None
+    llama.close()
+    with idle.paused():
+        pass
+    llama.swift.speculation  # noqa: B018 - can still be read
+    off = open_llama(speculation="off")
+    assert off.swift.idle() is None
+
+
+def test_a_closed_llama_says_so(open_llama: Callable[..., Any]) -> None:
+    llama = open_llama()
+    say(llama)
+    llama.close()
+    llama.close()
+    with pytest.raises(SwiftError, match="closed"):
+        say(llama)
+    with pytest.raises(SwiftError, match="closed"):
+        llama.save_state()
+
+
+def test_it_goes_when_nobody_needs_it(tiny_path: str) -> None:
+    llama = SwiftLlama(tiny_path, **LOADING)
+    say(llama)
+    gone, model = weakref.ref(llama), llama.swift.model
+    assert model is not None
+    del llama
+    gc.collect()
+    assert gone() is None
+    assert model.ctx is None
+
+
+def test_no_matrix_of_logits(open_llama: Callable[..., Any]) -> None:
+    llama = open_llama()
+    assert llama.scores.nbytes == 0
+    assert say(llama, logprobs=2)["choices"][0]["logprobs"]["top_logprobs"]
+    assert llama.scores.nbytes == 0
+    assert llama._scores.copy().nbytes == 0
+    assert llama._scores.shape == (llama.n_tokens, llama.n_vocab())
+
+
+def test_logits_of_all_positions_for_those_who_ask(open_llama: Callable[..., Any]) -> None:
+    llamas = [open_llama(kind, logits_all=True) for kind in (Llama, SwiftLlama)]
+    for llama in llamas:
+        say(llama, temperature=0.0, logprobs=2, echo=True)
+    plain, swift = llamas
+    assert (plain.scores[: plain.n_tokens] == swift.scores[: swift.n_tokens]).all()
+    assert plain.eval_logits == swift.eval_logits
+
+
+def test_pickling(open_llama: Callable[..., Any]) -> None:
+    llama = open_llama(speculation=SpeculationOptions(mode="ngram", draft_max=3), seed=7)
+    expected = say(llama)
+    again = pickle.loads(pickle.dumps(llama))
+    try:
+        assert again.swift.options == llama.swift.options
+        assert again.context_params.flash_attn_type == -1
+        assert say(again) == expected
+    finally:
+        again.close()
+
+
+@pytest.mark.parametrize("flash_attn", [None, True, False])
+def test_flash_attention_is_the_callers_to_say(
+    open_llama: Callable[..., Any], flash_attn: bool | None
+) -> None:
+    llama = open_llama(flash_attn=flash_attn)
+    wanted = -1 if flash_attn is None else int(flash_attn)
+    assert llama.context_params.flash_attn_type == wanted
+    assert len(say(llama)["choices"][0]["text"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("n_ctx", "n_batch", "real"), [(16, 512, 256), (300, 8, 512), (0, 1, 512), (512, 64, 512)]
+)
+def test_small_contexts_and_batches(
+    open_llama: Callable[..., Any], n_ctx: int, n_batch: int, real: int
+) -> None:
+    llama = open_llama(n_ctx=n_ctx, n_batch=n_batch, n_ubatch=n_batch)
+    assert llama.n_ctx() == len(llama.input_ids) == real
+    long = [20 + i % 9 for i in range(200)]
+    expected = say(open_llama(n_ctx=512), long, temperature=0.0)["choices"]
+    assert say(llama, long, temperature=0.0)["choices"] == expected
+
+
+@pytest.mark.parametrize("family", ["mamba", "lfm2"])
+def test_models_with_a_running_state_decode_plainly(
+    tiny: Callable[..., Path], open_llama: Callable[..., Any], family: str
+) -> None:
+    path = str(tiny(family, quant="Q8_0"))
+    llama, plain = open_llama(path=path, speculation="auto"), open_llama(Llama, path=path)
+    assert not llama.swift.enabled
+    assert "state" in llama.swift.why
+    for prompt in (PROMPT, PROMPT + " three", "other", PROMPT):
+        assert say(llama, prompt) == say(plain, prompt)
+        assert llama.n_tokens == plain.n_tokens
+    assert llama.swift.idle() is None
+    with pytest.raises(UnsupportedModelError, match="no speculation"):
+        llama.swift.speculation = "ngram"
+    assert say(llama) == say(plain)
+
+
+def test_the_vocabulary_alone(open_llama: Callable[..., Any]) -> None:
+    llama = open_llama(vocab_only=True, speculation="auto")
+    assert not llama.swift.enabled
+    assert llama.swift.why == "only the vocabulary is loaded"
+    tokens = llama.tokenize(b"Hello world")
+    assert llama.detokenize(tokens) == b"Hello world"
+    assert llama.swift.idle() is None
+    llama.swift.save()
+    llama.swift.speculation = "off"
+    with pytest.raises(UnsupportedModelError, match="only the vocabulary"):
+        llama.swift.speculation = "ngram"
+
+
+def test_a_draft_model_of_the_callers_own(open_llama: Callable[..., Any]) -> None:
+    lookup = LlamaPromptLookupDecoding(num_pred_tokens=4)
+    llama = open_llama(draft_model=lookup, speculation="auto")
+    assert llama.swift.why == "the draft_model drafts"
+    expected = say(open_llama(Llama))
+    assert say(llama) == expected
+
+
+def test_embeddings_and_answers_from_one_llama(open_llama: Callable[..., Any]) -> None:
+    texts = ["Hello world", "a different text", "Hello world"]
+    plain, swift = (open_llama(kind, embedding=True) for kind in (Llama, SwiftLlama))
+    expected = say(open_llama(Llama))
+    for _ in range(2):
+        assert say(swift) == expected
+        assert swift.create_embedding(texts) == plain.create_embedding(texts)
+        assert swift.embed(texts[0], normalize=True) == plain.embed(texts[0], normalize=True)
+        assert swift.n_tokens == 0
+    assert say(swift) == expected
+    with pytest.raises(RuntimeError, match="embedding=True"):
+        open_llama().embed("x")
+
+
+BAD = {
+    "missing": (None, "cannot be read"),
+    "empty": (b"", "GGUF"),
+    "something else": (b"#!/bin/sh\n" * 100, "GGUF"),
+    "cut off": (0.6, "ends before|cut|beyond|damaged|shorter"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files(tiny_path: str, tmp_path: Path, name: str) -> None:
+    content, message = BAD[name]
+    path = tmp_path / "bad.gguf"
+    if isinstance(content, float):
+        data = Path(tiny_path).read_bytes()
+        content = data[: int(len(data) * content)]
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ModelError, match=message) as caught:
+        SwiftLlama(str(path), **LOADING)
+    assert isinstance(caught.value, ValueError)  # what users of Llama catch
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_grammar_that_does_not_parse(swift: SwiftLlama) -> None:
+    with pytest.raises(GrammarError, match="GBNF") as caught:
+        say(swift, grammar=LlamaGrammar.from_string('root ::= "a" (('))
+    assert isinstance(caught.value, ValueError)
+    assert say(swift)
+
+
+def test_a_process_ends_quietly_whatever_it_left_open(tiny_path: str) -> None:
+    """An answer in the middle, a search in idle time, no close."""
+    code = f"""
+from swift_gguf import SwiftLlama
+llama = SwiftLlama({tiny_path!r}, n_ctx=256, verbose=False, speculation="ngram,layer-skip")
+llama.create_completion("one two three, one two three", max_tokens=30)
+stream = llama.create_completion("one two three, one two", max_tokens=30, stream=True)
+next(stream)
+idle = llama.swift.idle()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_verbose_shows_what_llama_cpp_logs(tiny_path: str) -> None:
+    code = f"""
+from swift_gguf import SwiftLlama
+SwiftLlama({tiny_path!r}, n_ctx=256, verbose=True).close()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert "llama_context" in done.stderr
+
+
+def test_importing_the_package_is_cheap() -> None:
+    code = "import sys, swift_gguf; print({'numpy', 'llama_cpp', 'ctypes'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
