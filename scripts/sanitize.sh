@@ -2,7 +2,7 @@
 # Our native code under AddressSanitizer and UndefinedBehaviorSanitizer: the tests of the library on generated
 # models, the C program with leak detection, and a fuzzer on the reader of sidecars.
 #
-#     scripts/sanitize.sh [SECONDS [PYTEST ARGUMENTS]]      SECONDS of fuzzing: 30 unless told; 0: none
+#     scripts/sanitize.sh [SECONDS [TESTS ...]]      SECONDS of fuzzing: 30 unless told; 0: none. TESTS: tests/native
 #
 # Needs .venv (make dev), cmake, and clang with its runtimes (Debian: apt install clang libclang-rt-dev). Builds into
 # build/sanitize, some minutes the first time.
@@ -19,27 +19,29 @@ done
 runtime=$(clang -print-file-name="libclang_rt.asan-$(uname -m).so")
 [[ -e $runtime ]] || { echo "sanitize: clang has no shared runtime; Debian: apt install libclang-rt-dev" >&2; exit 1; }
 
+mkdir -p "$build"
 cmake -S . -B "$build" -DSWIFT_GGUF_SANITIZE=ON -DPython3_EXECUTABLE="$python" \
     -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++ > "$build.log"
 cmake --build "$build" --target swift_gguf fuzz_sidecar --parallel "$(nproc)" >> "$build.log"
 cmake --install "$build" --prefix "$build/installed" >> "$build.log"
 
 export SWIFT_GGUF_LIB_DIR=$build/installed/swift_gguf/lib
-export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 export ASAN_SYMBOLIZER_PATH=${ASAN_SYMBOLIZER_PATH:-$(command -v llvm-symbolizer || true)}
-# Python keeps what it allocates until it ends
-export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0
+# pytest would swallow what is written to standard error; Python keeps what it allocates until it ends
+rm -f "$build"/report.*
+export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1:log_path=$build/report
+export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0:log_path=$build/report
+trap 'cat "$build"/report.* 2> /dev/null || true' ERR
 
 echo "== tests"
-LD_PRELOAD=$runtime "$python" -m pytest -q -p no:cacheprovider tests/native \
-    --deselect tests/native/test_patch.py -k "not reference" "$@"
+LD_PRELOAD=$runtime "$python" -m pytest -q -p no:cacheprovider -m "not slow" "${@:-tests/native}"
 
 echo "== leaks"
-"$python" -m tests.fixtures.fuzz_corpus "$build/fuzz"
+LD_PRELOAD=$runtime "$python" -m tests.fixtures.fuzz_corpus "$build/fuzz"
 program=$build/speculate
 # shellcheck disable=SC2046
 clang native/examples/speculate.c -o "$program" $("$python" -m swift_gguf config --cflags --libs) -fsanitize=address -shared-libasan
-LD_LIBRARY_PATH=$(dirname "$runtime") ASAN_OPTIONS=detect_leaks=1 \
+LD_LIBRARY_PATH=$(dirname "$runtime") ASAN_OPTIONS=detect_leaks=1:log_path=$build/report \
     "$program" "$build/fuzz/model.gguf" "hello hello hello" 48 0.7 "$build/fuzz/profile.json" "$build/fuzz/corpus/whole"
 
 if ((seconds > 0)); then

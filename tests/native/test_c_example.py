@@ -100,6 +100,23 @@ def test_cmake_finds_the_package(tiny: Tiny, tmp_path: Path) -> None:
     assert 0 <= n_accepted <= n_drafted
 
 
+def test_the_package_may_be_moved(tiny: Tiny, tmp_path: Path) -> None:
+    """As a whole, to a folder with a space in its name."""
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("no cmake")
+    moved = tmp_path / "a folder"
+    for part in ("include", "lib"):
+        shutil.copytree(Path(config("--lib-dir")).parent / part, moved / part)
+    found = f"-Dswift_gguf_DIR={moved / 'lib' / 'cmake' / 'swift_gguf'}"
+    done(cmake, "-S", EXAMPLES, "-B", tmp_path / "build", found)
+    done(cmake, "--build", tmp_path / "build")
+    program = tmp_path / "build" / "speculate"
+    accepted(run(program, tiny("qwen2"), "hello", 20, 0))
+    shutil.rmtree(moved)
+    assert run(program, tiny("qwen2"), "hello", 20, 0).returncode == 127  # it was that library
+
+
 def test_pkg_config_finds_it(tiny: Tiny, tmp_path: Path) -> None:
     pkg_config = shutil.which("pkg-config")
     if pkg_config is None:
