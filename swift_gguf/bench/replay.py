@@ -1,0 +1,231 @@
+"""The planner's choices without the machine's noise: recorded answers, replayed on measured costs.
+
+An answer is recorded once, with the target's likeliest tokens at each of its positions, which is
+all that lookups learn from.  A replay then drafts, verifies and learns as in a generation, by the
+planner's and the sources' own code, and adds up what the passes would take.  So settings can be
+told apart that differ by less than a shared machine's mood, and repeated to the last digit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from swift_gguf.bench.modes import AUTO, PLAIN, Mode
+from swift_gguf.cost import Costs
+from swift_gguf.drafting.ngram import NGram
+from swift_gguf.drafting.policy import Threshold
+from swift_gguf.drafting.recycling import Recycling
+from swift_gguf.drafting.source import Cycle, Lookup
+from swift_gguf.drafting.tree import ROOT, Shape, Tree
+from swift_gguf.engine import generate
+from swift_gguf.model import Model
+from swift_gguf.planner import MAX_NODES, Planner
+from swift_gguf.sampling import Sampler, SamplingOptions
+from swift_gguf.verification import verify
+
+N_LIKELIEST = 4  # what the planner's recycling asks of a row
+CHUNK = 32
+
+SWEPT_SOURCES = (("ngram",), ("recycling",), ("ngram", "recycling"))
+SWEPT_LENGTHS = (1, 2, 3, 5, 7, 11)
+LOOKUPS: Mapping[str, Callable[[], Lookup]] = {"ngram": NGram, "recycling": Recycling}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """A prompt, the target's own greedy answer, and what it nearly said.
+
+    Raises:
+        ValueError: there are not as many rows of likeliest tokens as tokens and one.
+    """
+
+    category: str
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    """An end of generation excluded."""
+    likeliest: tuple[tuple[tuple[int, ...], tuple[float, ...]], ...]
+    """[len(answer) + 1], after the prompt and after each token: tokens and probabilities."""
+
+    def __post_init__(self) -> None:
+        if len(self.likeliest) != len(self.answer) + 1:
+            raise ValueError(f"{len(self.likeliest)} rows for {len(self.answer)} tokens")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types, for `from_dict`."""
+        rows = [[list(tokens), list(probabilities)] for tokens, probabilities in self.likeliest]
+        return {
+            "category": self.category,
+            "prompt": list(self.prompt),
+            "answer": list(self.answer),
+            "likeliest": rows,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recording:
+        """The inverse of `as_dict`."""
+        return cls(
+            category=values["category"],
+            prompt=tuple(values["prompt"]),
+            answer=tuple(values["answer"]),
+            likeliest=tuple((tuple(ids), tuple(ps)) for ids, ps in values["likeliest"]),
+        )
+
+
+def record(model: Model, category: str, prompt: Sequence[int], *, max_tokens: int) -> Recording:
+    """Answers a prompt plainly, and reads the likeliest tokens off in a second pass."""
+    with Sampler(model, SamplingOptions(temperature=0)) as sampler:
+        stream = generate(model, prompt, sampler=sampler, max_tokens=max_tokens)
+        answer = [token.id for token in stream]
+    model.rollback(len(prompt) - 1)
+    tokens = [prompt[-1], *answer]
+    likeliest = []
+    for start in range(0, len(tokens), CHUNK):
+        piece = tokens[start : start + CHUNK]
+        model.decode(piece, n_outputs=len(piece))
+        for row in range(len(piece)):
+            ids, probabilities = model.top(row, N_LIKELIEST)
+            likeliest.append((tuple(ids), tuple(round(p, 4) for p in probabilities)))
+    return Recording(
+        category=category, prompt=tuple(prompt), answer=tuple(answer), likeliest=tuple(likeliest)
+    )
+
+
+class Prices:
+    """Costs that neither change nor learn; see `planner.Prices`."""
+
+    def __init__(self, costs: Costs) -> None:
+        self._ms = [costs.verify_ms(width) for width in range(1, MAX_NODES + 2)]
+
+    def verify_ms(self, width: int) -> float:
+        return self._ms[width - 1]
+
+    def observe(self, width: int, ms: float) -> None:
+        pass
+
+
+class Text:
+    """What the planner asks of a model, from a recording."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.rows: dict[int, tuple[Sequence[int], Sequence[float]]] = {}
+        """What `top` gives for the rows of the latest pass that lie on the text."""
+
+    def is_eog(self, token: int) -> bool:
+        return False
+
+    def top(self, row: int, k: int = 1) -> tuple[Sequence[int], Sequence[float]]:
+        tokens, probabilities = self.rows[row]
+        return tokens[:k], probabilities[:k]
+
+
+class Replay:
+    """One mode, which learns from one recording to the next."""
+
+    def __init__(self, mode: Mode, costs: Costs) -> None:
+        """mode: ``auto``, or sources of `LOOKUPS` with a fixed length."""
+        self._text: Any = Text()
+        self._prices = Prices(costs)
+        self._n_max = mode.draft_max or MAX_NODES
+        self._planner = Planner(
+            self._text,
+            self._prices,
+            lookups=[LOOKUPS[name]() for name in mode.sources or LOOKUPS],
+            fixed=Threshold(0.0) if mode.is_fixed else None,
+            **({"shape": Shape(n_nodes=0)} if mode.is_fixed else {}),
+        )
+
+    def play(self, recording: Recording) -> float:
+        """Milliseconds of the answer after its first token, which comes with the prompt."""
+        self._planner.begin()
+        self._text.tokens = list(recording.prompt)
+        total, pending, last = 0.0, 0, len(recording.answer) - 1
+        while pending < last:
+            ms, n_tokens = self._cycle(recording, pending, min(self._n_max, last - pending - 1))
+            total, pending = total + ms, pending + n_tokens
+        return total
+
+    def _cycle(self, recording: Recording, pending: int, n_max: int) -> tuple[float, int]:
+        """Of which the answer's token `pending` is the first to be decoded."""
+        text, answer = self._text, recording.answer
+        tree = self._planner.draft(answer[pending], n_max=n_max) if n_max > 0 else Tree()
+        places = _places(tree, answer, pending)
+        text.rows = {
+            node + 1: recording.likeliest[place + 1]  # ROOT is row 0
+            for node, place in places.items()
+        }
+        verdict = verify(tree, choose=lambda node: answer[places[node] + 1], is_eog=text.is_eog)
+        text.tokens += [answer[pending], *(tree.tokens[node] for node in verdict.kept)]
+        ms = self._prices.verify_ms(len(tree) + 1)
+        self._planner.observe(Cycle(tree, verdict, draft_s=0.0, verify_s=ms / 1e3))
+        return ms, len(verdict.tokens)
+
+
+def _places(tree: Tree, answer: Sequence[int], pending: int) -> dict[int, int]:
+    """The nodes whose whole path is the answer's, and where in it they stand."""
+    places = {ROOT: pending}
+    for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
+        place = places.get(parent, len(answer)) + 1
+        if place < len(answer) and answer[place] == token:
+            places[node] = place
+    return places
+
+
+def sweep() -> list[Mode]:
+    """Fixed settings of lookups, of which the best is the limit."""
+    return [Mode("+".join(names), n) for names in SWEPT_SOURCES for n in SWEPT_LENGTHS]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A category, or all of them."""
+
+    category: str
+    auto: float
+    """Times plain decoding, by tokens over time."""
+    best: float
+    """Of the fixed settings, plain decoding among them."""
+    best_name: str
+
+
+def compare(recordings: Sequence[Recording], costs: Costs, *, cold: bool = False) -> list[Line]:
+    """`auto` against every fixed setting, by category and in all.
+
+    cold: each recording is the first that a mode meets.
+    """
+    recordings = [each for each in recordings if len(each.answer) > 1]
+    auto = _times(Mode(AUTO), recordings, costs, cold=cold)
+    plain = [(len(each.answer) - 1) * costs.verify_ms(1) for each in recordings]
+    fixed = {PLAIN: plain}
+    for mode in sweep():
+        fixed[mode.name] = _times(mode, recordings, costs, cold=cold)
+
+    def line(name: str, chosen: Sequence[int]) -> Line:
+        def total(times: Sequence[float]) -> float:
+            return sum(times[i] for i in chosen)
+
+        best = min(fixed, key=lambda name: total(fixed[name]))
+        base = total(plain)
+        return Line(
+            category=name,
+            auto=base / total(auto),
+            best=base / total(fixed[best]),
+            best_name=best,
+        )
+
+    names = list(dict.fromkeys(each.category for each in recordings))
+    lines = [
+        line(name, [i for i, each in enumerate(recordings) if each.category == name])
+        for name in names
+    ]
+    return [*lines, line("all", range(len(recordings)))]
+
+
+def _times(mode: Mode, recordings: Sequence[Recording], costs: Costs, *, cold: bool) -> list[float]:
+    replay = Replay(mode, costs)
+    times = []
+    for recording in recordings:
+        times.append((Replay(mode, costs) if cold else replay).play(recording))
+    return times
