@@ -21,7 +21,7 @@ from swift_gguf.drafting.source import Cycle, Lookup
 from swift_gguf.drafting.tree import ROOT, Shape, Tree
 from swift_gguf.engine import generate
 from swift_gguf.model import Model
-from swift_gguf.planner import MAX_NODES, Planner
+from swift_gguf.planner import MAX_NODES, WIDE, Planner
 from swift_gguf.sampling import Sampler, SamplingOptions
 from swift_gguf.verification import verify
 
@@ -134,7 +134,7 @@ class Replay:
             self._prices,
             lookups=[LOOKUPS[name]() for name in mode.sources or LOOKUPS],
             fixed=Threshold(0.0) if mode.is_fixed else None,
-            **({"shape": Shape(n_nodes=0)} if mode.is_fixed else {}),
+            shape=Shape(n_nodes=0) if mode.is_fixed else WIDE,
         )
 
     def play(self, recording: Recording) -> float:
