@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from swift_gguf.bench.modes import AUTO, PLAIN, Mode
 from swift_gguf.cost import Costs
@@ -126,11 +126,11 @@ class Replay:
 
     def __init__(self, mode: Mode, costs: Costs) -> None:
         """mode: ``auto``, or sources of `LOOKUPS` with a fixed length."""
-        self._text: Any = Text()
+        self._text = Text()
         self._prices = Prices(costs)
         self._n_max = mode.draft_max or MAX_NODES
         self._planner = Planner(
-            self._text,
+            cast(Model, self._text),
             self._prices,
             lookups=[LOOKUPS[name]() for name in mode.sources or LOOKUPS],
             fixed=Threshold(0.0) if mode.is_fixed else None,
