@@ -137,14 +137,23 @@ class Economy:
         least = min((price(n) - plain) / (n - 1) for n in WIDTHS) * rate
         self._least = max(FLOOR, 0.5 * least)  # some less likely ones fill a pass that is paid for
 
-    def pays(self, source: str, joint: float, covered: float, cost_ms: float) -> bool:
+    def pays(
+        self, source: str, joint: float, covered: float, cost_ms: float, *, n_nodes: int = 0
+    ) -> bool:
         """Is a pass worth its time that says what follows a node of joint probability `joint`?
 
         covered: the share that other offers there have already.
+        n_nodes: draft tokens that will be verified anyway; the next row's price depends on them.
         """
         gain = joint * max(0.0, self.calibration.first_acceptance(source) - covered)
-        width = (self._prices.verify_ms(5) - self.plain_ms) / 4  # of a row more, on average
-        return gain > self.rate * (cost_ms + width)
+        return gain > self.rate * (cost_ms + self._row_ms(n_nodes + 1))
+
+    def _row_ms(self, width: int) -> float:
+        """What a further row adds to a pass of `width`: as one of several, where those are cheaper
+        together (four rows may take less than three), for there may be more to come."""
+        price = self._prices.verify_ms
+        wider = {width + 1, *(each for each in WIDTHS if each > width)}
+        return max(0.0, min((price(each) - price(width)) / (each - width) for each in wider))
 
     def affordable(self, n_max: int, credit_ms: float) -> int:
         """Draft tokens at most whose verification loses no more than that, if all are wrong."""
@@ -342,7 +351,7 @@ class Planner:
                 ms += passes.lag() * cost_ms / LAG_DISCOUNT
             n = len(tree) + 1  # with what it will offer
             within = economy.affordable(n, self._credit_ms - ms) == n
-            if must or (within and economy.pays(passes.name, joint, covered, ms)):
+            if must or (within and economy.pays(passes.name, joint, covered, ms, n_nodes=n - 1)):
                 self._credit_ms -= ms
                 if passes not in begun:
                     begun.append(passes)

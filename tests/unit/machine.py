@@ -38,6 +38,10 @@ CURVES: dict[str, Callable[[int], float]] = {
     # Qwen2.5-Coder-1.5B on a CPU: rows are multiplied in groups of four
     "Q4_0": interpolated({1: 95, 2: 144, 3: 176, 4: 122, 8: 223, 16: 312, 33: 640}),
     "Q4_K_M": interpolated({1: 95, 2: 146, 3: 178, 4: 154, 8: 277, 16: 359, 33: 740}),
+    # the same Q4_0 with our kernels for few columns: a second row is free, further ones are not
+    "second row free": interpolated(
+        {1: 40, 2: 40.4, 3: 49, 4: 60, 6: 77, 8: 102, 16: 183, 33: 370}
+    ),
 }
 """Milliseconds of a pass by its width."""
 

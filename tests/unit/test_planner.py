@@ -60,6 +60,15 @@ def test_passes_that_pay_are_used(curve: str) -> None:
     assert machine.rate >= 0.9 * best_fixed(machine, N_TOKENS)
 
 
+@pytest.mark.parametrize("share", [0.55, 0.65, 0.75])
+def test_a_row_that_is_free_is_worth_a_pass(share: float) -> None:
+    """On average a further row takes a fifth of a pass, but the first one takes nothing."""
+    cost = CURVES["second row free"]
+    guesses = Guesses((share,), name="layer-skip")
+    machine = Machine(cost, passes=guesses, pass_ms=0.34 * cost(1), hiccups=0.0).run(N_TOKENS)
+    assert machine.rate >= 0.95 * best_fixed(machine, N_TOKENS)
+
+
 def test_hiccups_do_not_make_it_seem_that_drafts_pay() -> None:
     """A plain pass that takes five times as long says nothing of what plain passes take."""
     guesses = Guesses((0.9, 0.03, 0.02), seed=3)
