@@ -13,6 +13,7 @@ from swift_gguf.errors import SwiftError
 from swift_gguf.llama import SwiftLlama
 from swift_gguf.model import ModelOptions
 from swift_gguf.native import StopFlag, library
+from swift_gguf.server.characters import Said, whole
 from swift_gguf.server.conversations import Conversations
 from swift_gguf.server.embedding import Embedder
 from swift_gguf.server.options import ServerOptions
@@ -61,6 +62,7 @@ class ServedLlama(SwiftLlama):
     _embedder: Embedder | None = None
     _job: Job[ServedLlama] | None = None
     _tally: Tally
+    _said: Said
     _stop: StopFlag
 
     @classmethod
@@ -131,16 +133,30 @@ class ServedLlama(SwiftLlama):
                 self._conversations.enter(prompt)
             job.check()
             stats = self.swift.stats
+            said = self._said = Said()
             try:
                 with closing(super().generate(*args, **kwargs)) as stream:
                     for token in stream:
-                        tally.completion_tokens += not self._ends(token)
+                        if not self._ends(token):
+                            tally.completion_tokens += 1
+                            said.pieces.append(self.detokenize([token]))
                         yield token
                         job.check()
             finally:
+                said.is_over = True
                 if self.swift.stats is not stats:
                     tally.add(self.swift.stats)
                 tally.n_past = max(tally.n_past, self.n_tokens)
+
+    @wraps(SwiftLlama._create_completion)
+    def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        chunks = super()._create_completion(*args, **kwargs)
+        if self._job and kwargs.get("stream"):
+            by_token = kwargs.get("logprobs") is not None
+            chunks = whole(
+                chunks, lambda: self._said, stops=kwargs["stop"] or (), by_token=by_token
+            )
+        yield from chunks
 
     def _ends(self, token: int) -> bool:
         return bool(library().api.llama_vocab_is_eog(self.vocab, token))

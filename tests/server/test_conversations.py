@@ -1,0 +1,100 @@
+"""Several conversations on one context: each goes on as if it were alone, and nearly as fast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swift_gguf.llama import SwiftLlama
+from swift_gguf.server.conversations import MIN_TOKENS, Conversations
+from tests.server.conftest import Server
+
+TOPICS = ("cats and how they sleep ", "the tax law of 1913 ", "birds that swim ")
+
+
+def talk(server: Server, topics: tuple[str, ...], rounds: int = 3) -> dict[str, list[Any]]:
+    """Answers by topic, of conversations that take turns."""
+    messages = {topic: [{"role": "user", "content": topic * 20}] for topic in topics}
+    answers: dict[str, list[Any]] = {topic: [] for topic in topics}
+    for _ in range(rounds):
+        for topic in topics:
+            body = {"messages": messages[topic], "max_tokens": 30, "seed": 5, "temperature": 0.7}
+            status, answer = server.post("/v1/chat/completions", body)
+            assert status == 200, answer
+            text = answer["choices"][0]["message"]["content"]
+            answers[topic].append((text, answer["timings"]))
+            messages[topic] += [
+                {"role": "assistant", "content": text},
+                {"role": "user", "content": "And?"},
+            ]
+    return answers
+
+
+def test_turns_change_no_text_and_decode_little(serve: Callable[..., Server], model: Path) -> None:
+    alone = {}
+    for topic in TOPICS:
+        server = serve(model, "-c", 2048, "-t", 1).wait_until_ready()
+        alone |= talk(server, (topic,))
+        server.close()
+    together = talk(serve(model, "-c", 2048, "-t", 1).wait_until_ready(), TOPICS)
+    for topic in TOPICS:
+        assert [text for text, _ in together[topic]] == [text for text, _ in alone[topic]]
+        # with what the same conversation decodes that has the server for itself
+        for (_, here), (_, there) in zip(together[topic], alone[topic], strict=True):
+            assert here["prompt_n"] <= there["prompt_n"] + 8
+    kept_nothing = talk(
+        serve(model, "-c", 2048, "-t", 1, "--cache-ram", 0).wait_until_ready(), TOPICS
+    )
+    assert kept_nothing[TOPICS[0]][1][1]["prompt_n"] > 2 * MIN_TOKENS  # the control
+
+
+@pytest.fixture
+def llama(model: Path) -> Iterator[SwiftLlama]:
+    llama = SwiftLlama(str(model), n_ctx=1024, n_threads=1, speculation="off", verbose=False)
+    yield llama
+    llama.close()
+
+
+def visit(conversations: Conversations, llama: SwiftLlama, prompt: list[int]) -> int:
+    """As the server does; how many tokens the context held of the prompt."""
+    conversations.enter(prompt)
+    held = llama.n_tokens
+    next(iter(llama.generate(prompt, temp=0.0)))
+    return held
+
+
+def test_the_oldest_go_when_memory_is_full(llama: SwiftLlama) -> None:
+    prompts = [[i + 1] * 200 for i in range(6)]
+    unlimited = Conversations(llama, budget=1 << 40)
+    for prompt in prompts:
+        visit(unlimited, llama, prompt)
+    assert len(unlimited) == 5
+    size = unlimited.size / 5
+
+    some = Conversations(llama, budget=int(2.5 * size))
+    for prompt in prompts:
+        visit(some, llama, prompt)
+    assert len(some) == 2
+    assert some.size <= 2.5 * size
+    assert visit(some, llama, prompts[4]) == 200  # kept
+    assert visit(some, llama, prompts[0]) < 100  # forgotten
+
+
+def test_a_longer_state_takes_the_place_of_its_beginning(llama: SwiftLlama) -> None:
+    conversations = Conversations(llama, budget=1 << 40)
+    first, other = [5] * 200, [7] * 200
+    visit(conversations, llama, first)
+    visit(conversations, llama, other)
+    assert visit(conversations, llama, [*first, *[6] * 100]) == 200
+    visit(conversations, llama, other)
+    assert len(conversations) == 1
+
+
+def test_short_texts_are_not_worth_it(llama: SwiftLlama) -> None:
+    conversations = Conversations(llama, budget=1 << 40)
+    for token in range(1, 5):
+        visit(conversations, llama, [token] * (MIN_TOKENS - 5))
+    assert len(conversations) == 0
