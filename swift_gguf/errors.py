@@ -59,5 +59,9 @@ class SuiteError(SwiftError, ValueError):
     """A file of prompts is not one."""
 
 
+class TemplateError(ModelError):
+    """A chat template is none, refuses the messages, or wants more time or memory than it gets."""
+
+
 class ConvertError(SwiftError):
     """A checkpoint is not whole, or cannot be converted or quantised as asked."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
-from swift_gguf.errors import ModelError, SwiftError
+from swift_gguf.errors import ModelError, SwiftError, TemplateError
 from swift_gguf.model import Model
 from swift_gguf.native import library
+from swift_gguf.templates import ChatTemplate
 
 Message = Mapping[str, str]
 """``{"role": "system" | "user" | "assistant", "content": ...}``."""
@@ -62,29 +64,28 @@ def render_chat(model: Model, messages: Sequence[Message], *, template: str | No
     template: a Jinja template instead of the model's own.
 
     Raises:
-        ModelError: the model has no template, or it refuses the messages.
+        ModelError: the model has no template.
+        TemplateError: it is none, refuses the messages, or wants more time or memory than it gets.
     """
     source = template or chat_template(model)
     if source is None:
         raise ModelError(
             f"{model.path} has no chat template; use --raw, or give one with --chat-template"
         )
-    import jinja2
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
     api = library().api
     start, end = (
         piece(model, token, special=True).decode("utf-8", "replace") if token >= 0 else ""
         for token in (api.llama_vocab_bos(model.vocab), api.llama_vocab_eos(model.vocab))
     )
     try:
-        formatter = Jinja2ChatFormatter(source, eos_token=end, bos_token=start)
-        return str(formatter(messages=list(messages)).prompt)
-    except (jinja2.TemplateError, ValueError, TypeError, ArithmeticError, LookupError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(
-            f"the chat template fails: {reason}; try --raw or --chat-template"
-        ) from error
+        return _template(source, start, end).render(messages=list(messages))
+    except TemplateError as error:
+        raise TemplateError(f"{error}; try --raw or --chat-template") from error
+
+
+@lru_cache(maxsize=4)  # each keeps a process
+def _template(source: str, start: str, end: str) -> ChatTemplate:
+    return ChatTemplate(source, bos_token=start, eos_token=end)
 
 
 def read_template(value: str) -> str:
