@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from swift_gguf import __version__
+from swift_gguf.native import library
 from swift_gguf.server import answers, embedding
 from swift_gguf.server.errors import ApiError, bad_request
 from swift_gguf.server.guard import Guard
@@ -159,15 +160,15 @@ def _tokenize(model: ServedLlama, body: TokenizeRequest) -> dict[str, Any]:
     ids = model.tokenize(_utf8(body.content), add_bos=body.add_special, special=body.parse_special)
     if not body.with_pieces:
         return {"tokens": ids}
-    pieces = ((id, model.detokenize([id], special=True)) for id in ids)
+    pieces = ((id, library().token_bytes(model.vocab, id, special=True)) for id in ids)
     return {"tokens": [{"id": id, "piece": _text_or_bytes(piece)} for id, piece in pieces]}
 
 
 def _detokenize(model: ServedLlama, body: DetokenizeRequest) -> dict[str, Any]:
     if any(token >= model.n_vocab() for token in body.tokens):
         raise bad_request("there is no such token", param="tokens")
-    text = model.detokenize(body.tokens, special=True)
-    return {"content": text.decode("utf-8", "replace")}
+    pieces = (library().token_bytes(model.vocab, id, special=True) for id in body.tokens)
+    return {"content": b"".join(pieces).decode("utf-8", "replace")}
 
 
 def _utf8(text: str) -> bytes:

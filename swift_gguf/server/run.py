@@ -119,7 +119,8 @@ class _Server(uvicorn.Server):
         self.interrupted = self.interrupted or number == signal.SIGINT
         if self.should_exit:
             self._service.stop_current()
-            self.force_exit = True
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
         self.leave()
 
     def leave(self) -> None:

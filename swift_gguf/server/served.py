@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -63,6 +64,7 @@ class ServedLlama(SwiftLlama):
     _job: Job[ServedLlama] | None = None
     _tally: Tally
     _said: Said
+    _pieces: dict[int, bytes]
     _stop: StopFlag
 
     @classmethod
@@ -96,6 +98,7 @@ class ServedLlama(SwiftLlama):
 
     def prepare(self, *, cache_bytes: int) -> None:
         """Makes it ready for jobs."""
+        self._pieces = {}
         if self.swift.model:
             self._stop = self.swift.model.stop
         else:
@@ -139,7 +142,7 @@ class ServedLlama(SwiftLlama):
                     for token in stream:
                         if not self._ends(token):
                             tally.completion_tokens += 1
-                            said.pieces.append(self.detokenize([token]))
+                            said.pieces.append(self.piece(token))
                         yield token
                         job.check()
             finally:
@@ -157,6 +160,28 @@ class ServedLlama(SwiftLlama):
                 chunks, lambda: self._said, stops=kwargs["stop"] or (), by_token=by_token
             )
         yield from chunks
+
+    def detokenize(
+        self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False
+    ) -> bytes:
+        """As `Llama.detokenize`, without bytes that are no UTF-8; a character may be unfinished.
+
+        llama_cpp asks after every token for the whole text, and would wait for such a byte to
+        become a character to the end of the answer, looking for it at every token.
+        """
+        if special or self._job is None:
+            return bytes(super().detokenize(tokens, prev_tokens, special))
+        text = b"".join(map(self.piece, tokens))
+        if tokens[:1] == [self.token_bos()]:
+            text = text.removeprefix(b" ")
+        utf8 = codecs.getincrementaldecoder("utf-8")("ignore")
+        return utf8.decode(text).encode("utf-8") + utf8.getstate()[0]
+
+    def piece(self, token: int) -> bytes:
+        """What a token stands for in an answer."""
+        if token not in self._pieces:
+            self._pieces[token] = library().token_bytes(self.vocab, token, special=False)
+        return self._pieces[token]
 
     def _ends(self, token: int) -> bool:
         return bool(library().api.llama_vocab_is_eog(self.vocab, token))

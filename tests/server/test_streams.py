@@ -158,7 +158,7 @@ def test_concurrent_clients_get_their_own_answers(server: Server) -> None:
 
 
 def test_a_reader_that_stalls_does_not_hold_up_others(busy: Server) -> None:
-    stalled = Stream(busy, talk(3000))
+    stalled = Stream(busy, talk(2000))
     assert stalled.response.status == 200  # and reads no more
     assert busy.post(CHAT, talk(4, stream=False))[0] == 200
     assert list(stalled)[-1] == "[DONE]"  # everything was kept for it
@@ -222,7 +222,7 @@ def test_an_address_that_is_taken(server: Server, model: Path) -> None:
 
 
 def test_sigterm_lets_the_running_answer_finish(busy: Server) -> None:
-    stream = Stream(busy, talk(3000))
+    stream = Stream(busy, talk(2000))
     events = [next(iter(stream))]
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(busy.post, CHAT, talk(4, stream=False))
@@ -280,6 +280,15 @@ def test_characters_of_several_tokens_come_whole(server: Server) -> None:
             assert text(by_token) == word
             whole = server.post(CHAT, {**body, "stream": False})[1]
             assert whole["choices"][0]["message"]["content"] == word
+
+
+def test_bytes_that_are_no_character_hold_nothing_up(server: Server) -> None:
+    """At a high temperature any model says some."""
+    body = talk(400, temperature=50)
+    events = list(Stream(server, body))
+    assert len(events) > 200
+    whole = server.post(CHAT, {**body, "stream": False})[1]
+    assert whole["choices"][0]["message"]["content"] == text(events)
 
 
 def test_a_limit_in_the_middle_of_a_character(server: Server) -> None:
