@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -28,8 +29,8 @@ def test_folders_hold_what_they_are_for(cli: Cli) -> None:
 
 def test_flags_are_one_line_and_everything_a_table(cli: Cli) -> None:
     line = cli("config", "--libs", "--cflags").stdout
-    assert line.startswith("-I")
-    assert line.endswith("-lllama -lggml -lggml-base\n")
+    first, *_, last = shlex.split(line)
+    assert (first[:2], last) == ("-I", "-lggml-base")
     assert len(line.splitlines()) == 1
     table = cli("config").stdout
     assert len(table.splitlines()) == 6
