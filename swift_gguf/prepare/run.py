@@ -89,7 +89,7 @@ class Preparation:
     report: called with what is being done and the share of it that is done.
 
     Raises:
-        UnsupportedModelError: the model has no dense FFN.
+        UnsupportedModelError: the model has no dense FFN, or could not draft.
     """
 
     def __init__(
@@ -107,6 +107,10 @@ class Preparation:
         if int(model.metadata("split.count") or 0) > 1:
             raise UnsupportedModelError(
                 "a model in several files cannot be prepared; join them first (llama-gguf-split)"
+            )
+        if model.rollback_refusal:
+            raise UnsupportedModelError(
+                f"nothing to prepare for: {model.rollback_refusal}, so it cannot draft"
             )
         self.weights = Weights(model.path)
         self.ffns = ffns_of(self.weights, model.n_layer)

@@ -91,9 +91,9 @@ def test_templates_render_as_llama_cpp_renders_them(name: str) -> None:
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"ü": [1, 2.5, None]}}}]
     theirs = Jinja2ChatFormatter(REAL[name], eos_token="</s>", bos_token="<s>")
     ours = ChatTemplate(REAL[name], eos_token="</s>", bos_token="<s>")
-    assert ours.render(messages=MESSAGES, tools=tools) == theirs(
-        messages=MESSAGES, tools=tools
-    ).prompt
+    assert (
+        ours.render(messages=MESSAGES, tools=tools) == theirs(messages=MESSAGES, tools=tools).prompt
+    )
 
 
 def test_what_a_template_says_of_the_messages_is_told() -> None:
