@@ -134,6 +134,18 @@ def build_key(cmake_args):
     return digest.hexdigest()
 
 
+def build_tools():
+    """What the build needs.  It lies in .venv, so that building again needs no network."""
+    requires = re.search(r"^requires = (.*)", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    tools = re.findall(r'"([^"]+)"', requires.group(1))
+    cmake = re.search(r"(\d+)\.(\d+)", quiet("cmake", "--version") or "0.0")
+    if tuple(map(int, cmake.groups())) < (3, 21):
+        tools.append("cmake>=3.21")
+    if not shutil.which("ninja"):
+        tools.append("ninja")
+    return tools
+
+
 def read_state(venv):
     """What the last run left, {} if it left nothing whole."""
     try:
@@ -262,7 +274,9 @@ class Bootstrap:
         if built and not os.environ.get("SWIFT_LLAMA_CPP_DIR"):
             step = "development tools added", "installing the development tools"
         with self.step(*step):
-            self.pip_install("-e", ".[dev]" if dev else ".", CMAKE_ARGS=cmake_args)
+            self.pip_install(*build_tools())
+            package = ["-e", ".[dev]" if dev else "."]
+            self.pip_install("--no-build-isolation", *package, CMAKE_ARGS=cmake_args)
             self.save(key=key, cmake_args=cmake_args, dev=dev)
 
 
