@@ -27,6 +27,8 @@ NEED_IMATRIX = frozenset(
     {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S"}
 )
 """llama.cpp refuses these without an importance matrix."""
+_ONLY_CONVERTED = frozenset({"NVFP4"})
+"""What checkpoints may come in, and llama_model_quantize makes nothing of."""
 # no weights: numbers, and blocks of activations
 _NOT_FOR_WEIGHTS = frozenset({"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64", "COUNT"})
 MAX_BUFFER = 512 << 20
@@ -40,7 +42,7 @@ def file_types() -> Mapping[str, int]:
     found = {
         name.removeprefix(_FTYPE): int(value)
         for name, value in constants.items()
-        if name.startswith(_FTYPE)
+        if name.startswith(_FTYPE) and name.removeprefix(_FTYPE) not in _ONLY_CONVERTED
     }
     return {"F32": int(constants["LLAMA_FTYPE_ALL_F32"]), **found}
 

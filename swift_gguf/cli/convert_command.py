@@ -16,8 +16,6 @@ from swift_gguf.cli.help import examples
 from swift_gguf.cli.progress import download_progress
 
 if TYPE_CHECKING:
-    import rich.progress
-
     from swift_gguf.convert.checkpoint import Checkpoint
     from swift_gguf.convert.plan import Plan
     from swift_gguf.convert.run import Conversion, ConvertOptions
@@ -48,8 +46,8 @@ if TYPE_CHECKING:
 @click.option("--pure", is_flag=True, help="All tensors in one type, none at more bits.")
 @click.option("--imatrix", metavar="FILE|auto",
               help="Which columns matter: from llama-imatrix, or by own answers.")  # fmt: skip
-@click.option("--calibration-tokens", default=6000, show_default=True, metavar="N",
-              type=click.IntRange(1), help="Of own answers, for `auto` and sorting.")  # fmt: skip
+@click.option("--calibration-tokens", metavar="N", type=click.IntRange(1),
+              help="Of own answers.  [default: 6000; 12000 for --prepare]")  # fmt: skip
 @click.option("--sort-neurons", is_flag=True,
               help="Put neurons of FFNs in order of importance; changes no answer.")  # fmt: skip
 @click.option("--keep-intermediate", is_flag=True, help="Keep what was quantised, too.")
@@ -119,7 +117,7 @@ def _list_types() -> None:
 
 
 def _options(checkpoint: Checkpoint, values: dict[str, Any]) -> ConvertOptions:
-    from swift_gguf.convert.run import ConvertOptions
+    from swift_gguf.convert.run import N_TOKENS, ConvertOptions
     from swift_gguf.native_convert import Quantization
 
     imatrix = values["imatrix"]
@@ -138,7 +136,7 @@ def _options(checkpoint: Checkpoint, values: dict[str, Any]) -> ConvertOptions:
         outtype=values["outtype"] or checkpoint.outtype,
         imatrix=Path(imatrix) if imatrix not in (None, "auto") else None,
         auto_imatrix=imatrix == "auto",
-        calibration_tokens=values["calibration_tokens"],
+        calibration_tokens=values["calibration_tokens"] or N_TOKENS,
         sort_neurons=values["sort_neurons"],
         keep_intermediate=values["keep_intermediate"],
         name=values["model_name"],
@@ -181,7 +179,8 @@ def _make_fast(context: click.Context, out: Path, values: dict[str, Any]) -> Non
     from swift_gguf.cli.prepare_command import prepare
 
     if values["prepares"]:
-        extra = {"threads": values["threads"]} if values["threads"] else {}
+        given = {"threads": values["threads"], "tokens": values["calibration_tokens"]}
+        extra = {name: value for name, value in given.items() if value}
         context.invoke(prepare, model=str(out), minutes=0.0, **extra)
     if values["tunes"] and (values["prepares"] or not values["embed_profile"]):
         _tune(context, out, values, sidecar=None)
@@ -192,10 +191,9 @@ def _tune(
 ) -> None:
     from swift_gguf.cli.tune_command import tune
 
-    extra = {"threads": values["threads"]} if values["threads"] else {}
-    as_json = {"as_json": False}
+    threads = {"threads": values["threads"]} if values["threads"] else {}
     context.invoke(
-        tune, model=str(path), minutes=values["minutes"], sidecar=sidecar, **extra, **as_json
+        tune, model=str(path), minutes=values["minutes"], sidecar=sidecar, as_json=False, **threads
     )
 
 

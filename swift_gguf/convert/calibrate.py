@@ -20,7 +20,6 @@ from swift_gguf.prepare.texts import Text, load_texts, save_texts
 from swift_gguf.sampling import Sampler, SamplingOptions
 from swift_gguf.text import encode, render_chat
 
-N_TOKENS = 6000
 ANSWER_TOKENS = 96
 CONTEXT, BATCH = 2048, 128
 SEED = 1
@@ -38,7 +37,7 @@ def answers(
     kept: Path,
     *,
     key: str,
-    n_tokens: int = N_TOKENS,
+    n_tokens: int,
     report: Report = lambda *_: None,
 ) -> list[Text]:
     """The model's own answers to built-in prompts, `n_tokens` in all.

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from swift_gguf.prepare.texts import Text
 
 SUFFIX = ".convert"
+N_TOKENS = 6000
 LOCK_SECONDS = 1.0
 
 
@@ -52,7 +53,8 @@ class ConvertOptions:
     imatrix: Path | None = None
     auto_imatrix: bool = False
     """Computed on the model's own answers."""
-    calibration_tokens: int = 6000
+    calibration_tokens: int = N_TOKENS
+    """Of the model's own answers."""
     sort_neurons: bool = False
     keep_intermediate: bool = False
     name: str | None = None

@@ -33,10 +33,10 @@ CHAT = (
 )
 ADDED = ("<|im_start|>", "<|im_end|>")
 
-# family -> configuration and model class in transformers, tokenizer, and what is its own
+# family -> name in transformers, tokenizer, and what is its own
 FAMILIES: Mapping[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("Llama", "bpe", {"tie_word_embeddings": False}),
-    "qwen2": ("Qwen2", "bpe", {"tie_word_embeddings": True}),
+    "qwen2": ("Qwen2", "qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", "bpe", {"tie_word_embeddings": True, "head_dim": 32}),
     "qwen3moe": (
         "Qwen3Moe",
@@ -51,7 +51,7 @@ FAMILIES: Mapping[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "llama-spm": ("Llama", "spm", {"tie_word_embeddings": False}),
     "gemma3": (
-        "Gemma3Text",
+        "Gemma3",
         "spm",
         {
             "head_dim": 32,
@@ -62,12 +62,14 @@ FAMILIES: Mapping[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "phi3": (
         "Phi3",
-        "spm",
+        "spm-prefix",
         {"sliding_window": None, "pad_token_id": 0, "original_max_position_embeddings": 512},
     ),
     "mixtral": ("Mixtral", "spm", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
-N_EMBD, N_FF, N_LAYER = 128, 256, 3
+N_EMBD = {"bpe": 64, "qwen2": 64, "spm": 256, "spm-prefix": 256}
+"""By tokenizer: real vocabularies make large matrices; k-quants need rows of 256."""
+N_LAYER = 3
 N_SPM = 600
 
 
@@ -85,8 +87,8 @@ def make(
     n_vocab = json.loads((tokenizer / "vocab_size.json").read_text())
     options = {
         "vocab_size": n_vocab,
-        "hidden_size": N_EMBD,
-        "intermediate_size": N_FF,
+        "hidden_size": N_EMBD[reads],
+        "intermediate_size": 2 * N_EMBD[reads],
         "num_hidden_layers": N_LAYER,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -95,25 +97,35 @@ def make(
         "eos_token_id": 2,
         **own,
     }
-    config = getattr(transformers, f"{kind}Config")(**options)
+    text = "Text" if kind == "Gemma3" else ""
+    config = getattr(transformers, f"{kind}{text}Config")(**options)
     torch.manual_seed(seed)
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     for parameter in model.parameters():  # what is all ones and zeros would hide mistakes
         if parameter.dim() == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
         else:
-            parameter.data *= 4  # logits that tell tokens apart
+            parameter.data *= 2
+    heads = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    for parameter in heads:
+        # logits that tell tokens apart; Gemma's are large as they are, and its GELU is a table
+        parameter.data *= 0.5 if kind == "Gemma3" else 2
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_bytes or "5GB")
     for file in tokenizer.iterdir():
         if file.name != "vocab_size.json":
             (folder / file.name).write_bytes(file.read_bytes())
-    assert reads in ("bpe", "spm")
     return folder
 
 
-def bpe_tokenizer(folder: Path, gguf: Path) -> Path:
-    """SmolLM2's, from its GGUF: converters know BPE vocabularies by what they make of a text, so
-    that a made-up one would be refused."""
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def bpe_tokenizer(folder: Path, gguf: Path, *, kind: str = "bpe") -> Path:
+    """The BPE tokenizer of a GGUF, SmolLM2's (``bpe``) or Qwen2's (``qwen2``): the converter knows
+    vocabularies by what they make of a text, so that a made-up one would be refused."""
     fields = GGUFReader(gguf).fields
     tokens = fields["tokenizer.ggml.tokens"].contents()
     merges = fields["tokenizer.ggml.merges"].contents()
@@ -133,14 +145,15 @@ def bpe_tokenizer(folder: Path, gguf: Path) -> Path:
         for i in special
     ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    pieces = [
-        {"type": "Digits", "individual_digits": True},
-        {**byte_level, "use_regex": True},
-    ]
+    words: dict[str, Any] = {"type": "Digits", "individual_digits": True}
+    if kind == "qwen2":
+        pattern = {"Regex": QWEN2_WORDS}
+        words = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    pieces = [words, {**byte_level, "use_regex": kind == "bpe"}]
     tokenizer = {
         "version": "1.0",
         "added_tokens": added,
-        "normalizer": None,
+        "normalizer": {"type": "NFC"} if kind == "qwen2" else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": pieces},
         "post_processor": None,
         "decoder": {**byte_level, "use_regex": True},
@@ -155,10 +168,10 @@ def bpe_tokenizer(folder: Path, gguf: Path) -> Path:
         tokens[fields[f"tokenizer.ggml.{name}_token_id"].contents()] for name in ("bos", "eos")
     )
     config = {
-        "tokenizer_class": "GPT2TokenizerFast",
+        "tokenizer_class": "Qwen2Tokenizer" if kind == "qwen2" else "GPT2TokenizerFast",
         "bos_token": bos,
         "eos_token": eos,
-        "unk_token": tokens[0],
+        "unk_token": tokens[0] if kind == "bpe" else None,
         "add_prefix_space": False,
         "added_tokens_decoder": {str(row["id"]): row for row in added},
         "chat_template": fields["tokenizer.chat_template"].contents(),
@@ -170,8 +183,11 @@ def bpe_tokenizer(folder: Path, gguf: Path) -> Path:
     return folder
 
 
-def spm_tokenizer(folder: Path, *, vocab_size: int = N_SPM) -> Path:
-    """SentencePiece BPE with bytes, trained on a few sentences, with a chat's tokens added."""
+def spm_tokenizer(folder: Path, *, prefix: bool = False, vocab_size: int = N_SPM) -> Path:
+    """SentencePiece BPE with bytes, trained on a few sentences, with a chat's tokens added.
+
+    prefix: put a space before every text, as Llama 2 and Phi 3 do.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     text = folder / "text.txt"
     text.write_text("\n".join(SAMPLE * 4), encoding="utf-8")
@@ -182,7 +198,7 @@ def spm_tokenizer(folder: Path, *, vocab_size: int = N_SPM) -> Path:
         model_type="bpe",
         byte_fallback=True,
         character_coverage=0.98,
-        add_dummy_prefix=False,
+        add_dummy_prefix=prefix,
         remove_extra_whitespaces=False,
         normalization_rule_name="identity",
         hard_vocab_limit=False,
@@ -210,7 +226,7 @@ def spm_tokenizer(folder: Path, *, vocab_size: int = N_SPM) -> Path:
         "unk_token": "<unk>",
         "add_bos_token": True,
         "add_eos_token": False,
-        "add_prefix_space": False,
+        "add_prefix_space": prefix,
         "legacy": False,
         "added_tokens_decoder": added,
         "chat_template": CHAT,
@@ -245,7 +261,9 @@ def real(folder: Path, gguf: Path, *, tokenizer: Path, dtype: torch.dtype = torc
         model = transformers.LlamaForCausalLM(config)
     state = {
         _hf_name(tensor.name): torch.from_numpy(
-            _unpermuted(tensor.name, np.asarray(dequantize(tensor.data, tensor.tensor_type)), n_heads, n_kv)
+            _unpermuted(
+                tensor.name, np.asarray(dequantize(tensor.data, tensor.tensor_type)), n_heads, n_kv
+            )
         ).to(dtype)
         for tensor in reader.tensors
         if tensor.name != "rope_freqs.weight"
@@ -281,7 +299,7 @@ def _hf_name(name: str) -> str:
 
 
 def _unpermuted(name: str, data: Any, n_heads: int, n_kv: int) -> Any:
-    """llama.cpp pairs the dimensions that RoPE turns as (2i, 2i + 1), transformers as (i, i + n/2)."""
+    """llama.cpp turns pairs (2i, 2i + 1) of a head's dimensions, transformers (i, i + n/2)."""
     heads = {"attn_q.weight": n_heads, "attn_k.weight": n_kv}.get(".".join(name.split(".")[2:]))
     data = np.ascontiguousarray(data, np.float32)
     if heads is None:

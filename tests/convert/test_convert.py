@@ -1,0 +1,406 @@
+"""`swift-gguf convert` as a person meets it: written, refused, killed and taken up again."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from swift_gguf import gguf_check
+from swift_gguf.cli.convert_command import _amount
+from swift_gguf.convert import checkpoint as checkpoints
+from swift_gguf.convert import plan
+from swift_gguf.convert.embed import SORTED_KEY
+from swift_gguf.convert.run import Conversion, ConvertOptions
+from swift_gguf.errors import ConvertError
+from swift_gguf.native_convert import Quantization
+from swift_gguf.profile import EMBEDDED
+from swift_gguf.sidecar import path_beside
+from tests.cli.conftest import COMMAND, assert_one_line_failure, cli  # noqa: F401
+from tests.unit.test_models import Hub, hub, serve  # noqa: F401
+
+pytestmark = pytest.mark.slow
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def folder(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
+    """A checkpoint of the test's own, in several files."""
+    return Path(
+        shutil.copytree(checkpoint("llama-spm", shard_bytes=2_000_000), tmp_path / "checkpoint")
+    )
+
+
+def left(out: Path) -> list[str]:
+    """What lies beside a model."""
+    return sorted(path.name for path in out.parent.iterdir() if path.name != "checkpoint")
+
+
+def test_a_checkpoint_becomes_a_model_in_one_command(
+    cli: Cli,  # noqa: F811
+    folder: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "model.gguf"
+    done = cli("convert", folder, "-o", out, "--quantize", "q4_k_m", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["bytes"] == out.stat().st_size
+    assert report["architecture"] == "LlamaForCausalLM"
+    assert 0 < report["peak_bytes"] < 1.3 * report["largest_part_bytes"] + 2e9
+    assert done.stderr.splitlines()[1:] == ["converting", "quantizing"]
+    assert left(out) == ["model.gguf"]
+    header = gguf_check.read(out)
+    assert header.metadata["general.file_type"] == 15  # LLAMA_FTYPE_MOSTLY_Q4_K_M
+    answer = cli("generate", out, "--raw", "-p", "fox", "-n", "8", "--temp", "0", "--json")
+    assert len(json.loads(answer.stdout)["tokens"]) >= 1, answer.stderr
+    again = cli("convert", folder, "-o", out, "--quantize", "Q8_0")
+    assert_one_line_failure(again)
+    assert "--force" in again.stderr
+    forced = cli("convert", folder, "-o", out, "--outtype", "bf16", "--force")
+    assert forced.returncode == 0, forced.stderr
+    assert gguf_check.read(out).metadata["general.file_type"] == 32  # LLAMA_FTYPE_MOSTLY_BF16
+
+
+def test_all_of_it_at_once_is_ready_to_use(
+    cli: Cli,  # noqa: F811
+    folder: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "model.gguf"
+    profiles = {"SWIFT_GGUF_PROFILES": str(tmp_path / "profiles")}
+    asked = ["--quantize", "IQ4_XS", "--imatrix", "auto", "--sort-neurons", "--keep-intermediate"]
+    asked += ["--prepare", "--tune", "--minutes", "0.05", "--embed-profile"]
+    asked += ["--calibration-tokens", "300", "--outtype", "f16"]
+    done = cli("convert", folder, "-o", out, *asked, **profiles)
+    assert done.returncode == 0, done.stderr
+    kept = tmp_path / "model.f16.gguf"
+    assert {out.name, kept.name, path_beside(out).name} <= set(left(out))
+    assert not any("convert" in name for name in left(out))
+    metadata = gguf_check.read(out).metadata
+    assert metadata[SORTED_KEY] is True
+    assert json.loads(metadata[EMBEDDED])["known"]
+    info = cli("info", out, "--json", **profiles)
+    assert info.returncode == 0, info.stderr
+    answer = cli(
+        "generate", out, "--raw", "-p", "fox", "-n", "16", "--temp", "0", "--json",
+        "--speculation", "layer-skip", **profiles,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+    assert "draft weights" not in answer.stderr, "the sidecar was refused"
+    assert json.loads(answer.stdout)["timings"]["draft_n"] > 0
+
+
+def test_a_dry_run_writes_nothing(
+    cli: Cli,  # noqa: F811
+    folder: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "model.gguf"
+    shown = cli("convert", folder, "-o", out, "--quantize", "Q8_0", "--prepare", "--dry-run")
+    assert shown.returncode == 0, shown.stderr
+    assert "LlamaForCausalLM" in shown.stdout
+    assert shown.stdout.rstrip().endswith("enough")
+    values = json.loads(
+        cli("convert", folder, "-o", out, "--quantize", "Q8_0", "--dry-run", "--json").stdout
+    )
+    assert left(out) == []
+    real = cli("convert", folder, "-o", out, "--quantize", "Q8_0")
+    assert real.returncode == 0, real.stderr
+    expected = values["model_bytes"] - plan.METADATA_BYTES
+    assert out.stat().st_size == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--quantize", "Q9"], "there is no type 'Q9'; there are F32"),
+        (["--quantize", "IQ1_S"], "--imatrix auto"),
+        (["--quantize", "Q4_0", "--tensor-type", "ffn=Q9"], "no type 'Q9' of tensors"),
+        (["--quantize", "Q4_0", "--imatrix", "/nowhere"], "/nowhere cannot be read"),
+        (["--outtype", "q8_0", "--sort-neurons"], "cannot be sorted"),
+        (["-o", "/nowhere/model.gguf"], "no such folder"),
+    ],
+)
+def test_what_cannot_be_done_is_said_at_once(
+    cli: Cli,  # noqa: F811
+    folder: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    words: str,
+) -> None:
+    out = tmp_path / "model.gguf"
+    done = cli("convert", folder, *([] if "-o" in arguments else ["-o", out]), *arguments)
+    assert_one_line_failure(done)
+    assert words in done.stderr
+    assert left(out) == []
+
+
+def _cut(folder: Path) -> None:
+    part = sorted(folder.glob("*.safetensors"))[1]
+    os.truncate(part, part.stat().st_size - 1000)
+
+
+def _lose(pattern: str) -> Callable[[Path], None]:
+    return lambda folder: sorted(folder.glob(pattern))[0].unlink()
+
+
+def _unknown(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["NeverHeardOfForCausalLM"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _strange_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.model").write_bytes(b"no protobuf")
+
+
+def _strange_tensor(folder: Path) -> None:
+    """A tensor that no model of the kind has: only the converter can know."""
+    part = sorted(folder.glob("*.safetensors"))[0]
+    data = part.read_bytes()
+    part.write_bytes(data.replace(b"self_attn.q_proj", b"self_attn.x_proj"))
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("self_attn.q_proj", "self_attn.x_proj"))
+    for other in sorted(folder.glob("*.safetensors"))[1:]:
+        other.write_bytes(other.read_bytes().replace(b"self_attn.q_proj", b"self_attn.x_proj"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_cut, "cut short"),
+        (_lose("*.safetensors"), "lacks 1 of"),
+        (_lose("tokenizer.model"), "has no tokenizer"),
+        (_unknown, "it knows"),
+        (_strange_tokenizer, "converter failed"),
+        (_strange_tensor, "Can not map tensor"),
+    ],
+)
+def test_damaged_checkpoints_are_refused_in_one_line(
+    cli: Cli,  # noqa: F811
+    folder: Path,
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    words: str,
+) -> None:
+    damage(folder)
+    out = tmp_path / "model.gguf"
+    done = cli("convert", folder, "-o", out, "--quantize", "Q8_0")
+    lines = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert lines[-1].startswith("swift-gguf: ")
+    assert words in lines[-1]
+    assert "Traceback" not in done.stderr
+    assert not out.exists()
+
+
+def test_a_repository_of_the_hub_is_fetched_and_converted(
+    cli: Cli,  # noqa: F811
+    folder: Path,
+    tmp_path: Path,
+    hub: Hub,  # noqa: F811
+) -> None:
+    hub.files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    done = cli(
+        "convert", "hf:owner/repo", "-o", tmp_path / "model.gguf", "--quantize", "Q8_0",
+        HF_ENDPOINT=hub.address, HF_HOME=str(tmp_path / "home"), HF_HUB_DISABLE_XET="1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    gguf_check.check(tmp_path / "model.gguf")
+
+
+def test_without_torch_there_is_one_line_with_the_command(folder: Path, tmp_path: Path) -> None:
+    hide = tmp_path / "hide.py"
+    hide.write_text(
+        "import importlib.util as u, sys\n"
+        "find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a)\n"
+        f"sys.argv[1:] = ['convert', {str(folder)!r}]\n"
+        "from swift_gguf.cli import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, str(hide)], capture_output=True, text=True)
+    assert_one_line_failure(done)
+    assert "converting needs torch; install them: pip install 'swift-gguf[convert]'" in done.stderr
+
+
+# -- ended in the middle ---------------------------------------------------------------------------
+
+N_KILLS = 20
+
+
+def command(folder: Path, out: Path) -> list[str]:
+    return [*COMMAND, "convert", str(folder), "-o", str(out), "--quantize", "Q4_K_M"]
+
+
+def test_killed_at_any_moment_it_leaves_nothing_broken(folder: Path, tmp_path: Path) -> None:
+    """Nothing under the final name but the whole model, nothing that a later run stumbles over,
+    and no process that goes on by itself."""
+    reference = tmp_path / "reference.gguf"
+    start = time.monotonic()
+    subprocess.run(command(folder, reference), check=True, capture_output=True)
+    seconds = time.monotonic() - start
+    whole = reference.read_bytes()
+    rng = random.Random(7)
+    seen = set()
+    for number in range(N_KILLS):
+        out = tmp_path / f"{number // 4}.gguf"  # every fourth begins anew, the others go on
+        done = out.exists()
+        child = subprocess.Popen(
+            [*command(folder, out), "--force"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        # late moments are those of writing and renaming
+        time.sleep(seconds * rng.uniform(0.2, 1.0))
+        child.send_signal(signal.SIGKILL)
+        ended = child.wait()
+        seen.add("ended" if ended == 0 else "killed")
+        if out.exists():
+            assert out.read_bytes() == whole, f"kill {number}: not the whole model"
+        else:
+            assert not done, f"kill {number}: a model that was whole is gone"
+    assert "killed" in seen
+    for number in range(N_KILLS // 4):
+        out = tmp_path / f"{number}.gguf"
+        wait_for_orphans(out)
+        subprocess.run([*command(folder, out), "--force"], check=True, capture_output=True)
+        assert out.read_bytes() == whole
+        assert not list(tmp_path.glob(f"{number}.gguf.convert"))
+
+
+def wait_for_orphans(out: Path) -> None:
+    """Steps end with whoever started them."""
+    import psutil
+
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+        steps = [line for line in lines if "swift_gguf.convert.worker" in line]
+        if not steps:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"still running after 20 s: {steps}")
+
+
+def test_an_interrupt_ends_it_at_once_and_the_next_run_goes_on(
+    folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "model.gguf"
+    work = tmp_path / "model.gguf.convert"
+    child = subprocess.Popen(
+        command(folder, out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not list(work.glob("intermediate-*.gguf")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    child.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    _, said = child.communicate(timeout=60)
+    assert time.monotonic() - start < 5
+    assert child.returncode == 130, said
+    assert "Traceback" not in said
+    assert not out.exists()
+    again = subprocess.run(command(folder, out), capture_output=True, text=True, check=True)
+    assert "converting" not in again.stderr.splitlines(), "it began anew"
+    assert "quantizing" in again.stderr.splitlines()
+    gguf_check.check(out)
+
+
+def test_two_at_once_do_not_mix(folder: Path, tmp_path: Path) -> None:
+    found, out = checkpoints.read(folder), tmp_path / "model.gguf"
+    with (
+        Conversion(found, out, ConvertOptions()),
+        pytest.raises(ConvertError, match="another process is converting"),
+        Conversion(found, out, ConvertOptions()),
+    ):
+        pass
+    assert left(out) == []
+
+
+def test_other_options_begin_where_they_differ(folder: Path, tmp_path: Path) -> None:
+    found, out = checkpoints.read(folder), tmp_path / "model.gguf"
+    steps: list[str] = []
+
+    def report(what: str, done: int, total: int, unit: str, /) -> None:
+        if what not in steps:
+            steps.append(what)
+
+    for name in ("Q8_0", "Q4_0"):
+        with Conversion(found, out, ConvertOptions(quantization=Quantization(name=name))) as run:
+            run.run(report)
+        steps.append(name)
+    assert steps == ["converting", "quantizing", "Q8_0", "Q4_0"] or steps == [
+        "converting", "quantizing", "Q8_0", "quantizing", "Q4_0",
+    ]  # fmt: skip
+    assert len(list((tmp_path / "model.gguf.convert").glob("quantized-*.gguf"))) == 1
+    os.utime(folder / "config.json", (1, 1))  # another checkpoint, for all one knows
+    steps.clear()
+    with Conversion(checkpoints.read(folder), out, ConvertOptions()) as run:
+        run.run(report)
+        run.finish()
+        run.forget()
+    assert steps == ["converting"]
+    assert left(out) == ["model.gguf"]
+
+
+# -- no room ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Six megabytes."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=6m", "tmpfs", str(mount)]
+    if subprocess.run(["mount", *options], capture_output=True).returncode != 0:
+        pytest.skip("file systems cannot be mounted here")
+    yield mount
+    subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_a_disk_that_is_too_small_is_noticed_before(
+    cli: Cli,  # noqa: F811
+    folder: Path,
+    small_disk: Path,
+) -> None:
+    out = small_disk / "model.gguf"
+    done = cli("convert", folder, "-o", out, "--quantize", "Q8_0")
+    assert_one_line_failure(done)
+    assert "are free; free some space" in done.stderr
+    assert list(small_disk.iterdir()) == []
+    shown = cli("convert", folder, "-o", out, "--quantize", "Q8_0", "--dry-run")
+    assert shown.returncode == 1
+    assert "too little" in shown.stdout
+
+
+@pytest.mark.parametrize("outtype", ["f16", "q8_0"])
+def test_a_disk_that_fills_up_meanwhile_costs_one_line(
+    folder: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, outtype: str
+) -> None:
+    """The intermediate does not fit, or fits and the model beside it does not."""
+    monkeypatch.setattr(plan.Plan, "require_space", lambda self: None)  # as if there was room then
+    out = small_disk / "model.gguf"
+    options = ConvertOptions(quantization=Quantization(name="F32"), outtype=outtype)
+    with (
+        pytest.raises(ConvertError, match="the disk is full: free some space") as caught,
+        Conversion(checkpoints.read(folder), out, options) as conversion,
+    ):
+        conversion.run()
+    assert "\n" not in str(caught.value)
+    assert not out.exists()
+    assert not list(small_disk.rglob("*.part")), "half a file was left on a full disk"
+
+
+def test_amounts_are_readable() -> None:
+    assert _amount(1_500_000, 250_000_000, "bytes") == "1.5 MB of 250 MB"
+    assert _amount(3, 12, "layers") == "3 of 12 layers"
