@@ -132,7 +132,7 @@ class ServedLlama(SwiftLlama):
         job.post(Started())
         # from here on a raised flag stays up: the search, which lowers it, has left the model
         with self.swift.busy():
-            if self._conversations:
+            if self._conversations is not None:
                 self._conversations.enter(prompt)
             job.check()
             stats = self.swift.stats
