@@ -88,8 +88,8 @@ class Scores:
         return np.broadcast_to(np.float32(np.nan), self._n_vocab) if row is None else row
 
     def copy(self) -> Row:
-        """What a saved state holds of it: no rows."""
-        return np.empty((0, self._n_vocab), np.float32)
+        """What a saved state holds of it: nothing, in a shape that any `Llama` can load."""
+        return np.zeros((1, 1), np.float32)
 
 
 def without_scores(state: Any) -> Any:

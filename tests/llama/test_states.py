@@ -184,13 +184,18 @@ def test_states_go_from_one_class_to_the_other(
     say(plain, PROMPT)
     swift.load_state(plain.save_state())
     assert say(swift, PROMPT + " the end") == expected
+    swift.reset()
+    say(swift, PROMPT)
+    plain.reset()
+    plain.load_state(swift.save_state())
+    assert say(plain, PROMPT + " the end") == expected
 
 
 def test_a_state_is_small_and_can_be_pickled(both: Llamas) -> None:
     swift = both[1]
     say(swift, PROMPT)
     state = swift.save_state()
-    assert state.scores.size == 0
+    assert state.scores.size == 1
     data = pickle.dumps(state)
     assert len(data) < state.llama_state_size + 10_000
     swift.reset()
