@@ -129,8 +129,10 @@ class Swift:
 
     def close(self) -> None:
         """Keeps what was learned, and gives the model back; safe to call twice."""
-        self._closed = True
         self._end_idle()
+        if not self._closed and (settle := self._settle()):
+            settle()  # whoever comes back to a stream must not reach for the model
+        self._closed = True
         self._let_go()
         self.current = None
         if self.model:

@@ -156,7 +156,11 @@ def test_idle_search_ends_with_the_llama(open_llama: Callable[..., Any]) -> None
 def test_a_closed_llama_says_so(open_llama: Callable[..., Any]) -> None:
     llama = open_llama()
     say(llama)
+    stream = llama.create_completion(PROMPT, max_tokens=40, seed=1, stream=True)
+    list(itertools.islice(stream, 7))
     llama.close()
+    with pytest.raises(SwiftError, match="closed"):
+        list(stream)
     llama.close()
     with pytest.raises(SwiftError, match="closed"):
         say(llama)
