@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import math
 import os
 import sys
 from collections import deque
@@ -468,6 +469,24 @@ class Library:
 
         Returns token ids, int32 [n], in no order, and their logits as changed, float32 [n].
         """
+        ids, logits, _ = self._applied(chain, logits)
+        return ids.copy(), logits.copy()
+
+    def draw(self, chain: Any, logits: Any) -> int | None:
+        """The token a chain draws, and accepts, by a row of logits, float32 [n_vocab].
+
+        As llama_sampler_sample, but for None where the chain (a grammar in it) leaves no token:
+        llama.cpp would take one nevertheless, and abort when it is accepted.
+        """
+        ids, logits, selected = self._applied(chain, logits)
+        if not 0 <= selected < len(ids) or logits[selected] == -math.inf:
+            return None
+        token = int(ids[selected])
+        self.api.llama_sampler_accept(chain, token)
+        return token
+
+    def _applied(self, chain: Any, logits: Any) -> tuple[Any, Any, int]:
+        """Ids and logits, valid until the chain is used again, and which of them is selected."""
         import numpy as np
 
         data = np.zeros(len(logits), np.dtype(self.api.llama_token_data))
@@ -478,7 +497,9 @@ class Library:
         self.api.llama_sampler_apply(chain, ctypes.byref(array))
         # a sampler may have put its own buffer in the place of ours
         left = np.ctypeslib.as_array(array.data, (array.size,))
-        return left["id"].copy(), left["logit"].copy()
+        if left.ctypes.data == data.ctypes.data:
+            left = data[: array.size]  # which keeps them alive
+        return left["id"], left["logit"], int(array.selected)
 
     def quantize(self, rows: NDArray[np.float32], ggml_type: int) -> NDArray[np.uint8]:
         """Rows of weights, quantised: uint8 [n_rows, bytes a row] (ggml_quantize_chunk)."""

@@ -26,6 +26,10 @@ from swift_gguf.speculative_sampling import Distribution, choose, draw_children
 if TYPE_CHECKING:
     from swift_gguf.model import Model
 
+MAX_NESTING = 512
+"""Groups in groups of a grammar."""
+MAX_RULES = 4096
+
 _C = TypeVar("_C", bound="_Chain")
 
 
@@ -118,7 +122,13 @@ class Sampler(_Chain):
         super().__init__(_sampling_parts(model, self.options, prompt))
 
     def sample(self, model: Model, row: int) -> int:
-        """Draws a token from output row `row` of the model's last decode, and accepts it."""
+        """Draws a token from output row `row` of the model's last decode, and accepts it.
+
+        Raises:
+            GrammarError: the grammar allows no token here.
+        """
+        if self.options.grammar is not None:
+            return draw(self._chain, model.logits(row))
         token: int = self._api.llama_sampler_sample(self._chain, model.ctx, model.output_index(row))
         return token
 
@@ -251,18 +261,46 @@ def _filters(model: Model, options: SamplingOptions, prompt: Sequence[int]) -> I
         yield api.llama_sampler_init_min_p(options.min_p, 1)
 
 
+def draw(chain: Any, logits: Any) -> int:
+    """The token a chain with a grammar draws, and accepts, by a row of logits.
+
+    Raises:
+        GrammarError: the grammar allows no token here; llama.cpp itself would abort.
+    """
+    token = library().draw(chain, logits)
+    if token is None:
+        raise GrammarError(
+            "the grammar allows none of the model's tokens here; check what it says can follow"
+        )
+    return token
+
+
 def grammar_sampler(vocab: Any, grammar: str) -> Any:
     """llama.cpp's sampler for GBNF with a rule named root; the caller's to free.
 
     Raises:
-        GrammarError: the grammar does not parse.
+        GrammarError: the grammar does not parse, or is nested deeper than llama.cpp's stack is.
     """
+    _limit_depth(grammar)
     with _captured_stderr() as lines:
         part = library().api.llama_sampler_init_grammar(vocab, grammar.encode(), b"root")
     if not part:
         detail = next((line for line in lines if line.strip()), "it does not parse")
         raise GrammarError(f"the grammar is not valid GBNF with a rule named root: {detail}")
     return part
+
+
+def _limit_depth(grammar: str) -> None:
+    """llama.cpp's parser recurses into groups and from rule to rule."""
+    depth = deepest = 0
+    for character in grammar:  # brackets in literals count, too
+        depth += (character == "(") - (character == ")")
+        deepest = max(deepest, depth)
+    if deepest > MAX_NESTING or grammar.count("::=") > MAX_RULES:
+        raise GrammarError(
+            f"the grammar is nested deeper than {MAX_NESTING} or has more than {MAX_RULES} rules; "
+            "make it smaller"
+        )
 
 
 def _penalties(model: Model, options: SamplingOptions, prompt: Sequence[int]) -> Any:

@@ -12,7 +12,7 @@ from swift_gguf.errors import ModelError
 from swift_gguf.loading import Loaded, ModelOptions, cause, generates_text
 from swift_gguf.model import Model
 from swift_gguf.native import library
-from swift_gguf.sampling import grammar_sampler
+from swift_gguf.sampling import draw, grammar_sampler
 
 ALL_LAYERS = 0x7FFFFFFF
 """llama_cpp's n_gpu_layers for -1."""
@@ -84,3 +84,14 @@ def check_grammar(vocab: Any, grammar: Any) -> None:
     """
     if grammar is not None:
         library().api.llama_sampler_free(grammar_sampler(vocab, grammar._grammar))
+
+
+def guarded(sampler: Any, n_vocab: int) -> Any:
+    """A `LlamaSampler` with a grammar, that raises GrammarError where it would crash."""
+    chain = sampler.sampler
+
+    def sample(ctx: Any, idx: int = -1) -> int:
+        return draw(chain, library().logits(ctx.ctx, idx, n_vocab))
+
+    sampler.sample = sample
+    return sampler

@@ -29,6 +29,7 @@ from swift_gguf.llama.adoption import (
     adopt,
     check_grammar,
     context_length,
+    guarded,
     our_errors,
     refusal,
 )
@@ -298,8 +299,10 @@ class SwiftLlama(Llama):  # type: ignore[misc]
     @wraps(Llama._init_sampler)
     def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
         arguments = signature(Llama._init_sampler).bind(self, *args, **kwargs).arguments
-        check_grammar(self._model.vocab, arguments.get("grammar"))
-        return super()._init_sampler(*args, **kwargs)
+        grammar = arguments.get("grammar")
+        check_grammar(self._model.vocab, grammar)
+        sampler = super()._init_sampler(*args, **kwargs)
+        return sampler if grammar is None else guarded(sampler, self._n_vocab)
 
     # -- logits ------------------------------------------------------------------------------------
 

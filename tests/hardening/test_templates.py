@@ -57,7 +57,8 @@ REAL = {
     "generation": "{% generation %}{{ messages[0].content }}{% endgeneration %}{{ eos_token }}",
     "loop_controls": "{% for m in messages %}{% if loop.index == 2 %}{% break %}{% endif %}"
     "{{ bos_token + m['content'] }}{% endfor %}",
-    "tools": "{% for t in tools or [] %}{{ t | tojson(indent=2) }}{% endfor %}{{ messages|length }}",
+    "tools": "{% for t in tools or [] %}{{ t | tojson(indent=2) }}{% endfor %}"
+    "{{ messages|length }}",
     "undefined": "{{ enable_thinking is defined }}{{ messages[0].reasoning }}",
     "day": "{{ strftime_now('%Y-%m-%d') }}",
 }
