@@ -61,6 +61,9 @@ if TYPE_CHECKING:
 @click.option("--drain", "drain_s", default=30.0, show_default=True, metavar="SECONDS",
               type=click.FloatRange(0),
               help="How long a running answer may go on after SIGTERM or Ctrl-C.")  # fmt: skip
+@click.option("--grammars/--no-grammars", default=True, show_default=True,
+              help="Take grammars and JSON schemas from clients; some that are small keep "
+              "llama.cpp busy for ever.")  # fmt: skip
 @click.option("--cache-ram", "cache_mib", default=1024, show_default=True, metavar="MIB",
               type=click.IntRange(0),
               help="Memory for conversations besides the latest; 0: none.")  # fmt: skip
@@ -119,6 +122,7 @@ def _options(model: str, values: dict[str, Any]) -> ServerOptions:
         timeout_s=values["timeout_s"],
         receive_s=values["receive_s"],
         drain_s=values["drain_s"],
+        grammars=values["grammars"],
         cache_bytes=values["cache_mib"] << 20,
         sampling=sampling_options(values),
     )

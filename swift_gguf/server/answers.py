@@ -15,6 +15,7 @@ from swift_gguf.server import grammars, tools
 from swift_gguf.server.errors import ApiError, bad_request, one_line
 from swift_gguf.server.options import ServerOptions
 from swift_gguf.server.requests import (
+    ANY_OBJECT,
     ChatRequest,
     CompletionRequest,
     FunctionName,
@@ -201,17 +202,30 @@ def _chat_arguments(
     if (wanted := _schema(request)) is not None:
         if request.grammar is not None:
             raise bad_request("give a grammar or a response_format, not both", param="grammar")
+        if wanted != ANY_OBJECT:
+            _allow(options, "response_format")
         gbnf = grammars.from_schema(wanted, param="response_format")
-        arguments["grammar"] = _grammar(gbnf, llama, param="response_format")
+        arguments["grammar"] = _grammar(gbnf, llama, "response_format")
     if not request.offered:
         return arguments
     arguments["tools"] = [tool.model_dump(exclude_none=True) for tool in request.offered]
-    if (choice := _only_choice(request)) is not None:
+    choice = _only_choice(request)
+    if choice is None and request.tool_choice != "required":
+        return arguments
+    _allow(options, "tool_choice")
+    # with one tool llama_cpp makes the same grammar, but looks at no limits
+    chosen = [tool for tool in request.offered if choice is None or tool.name == choice.name]
+    grammar = _grammar(grammars.from_schema(tools.any_call(chosen), param="tools"), llama, "tools")
+    if choice is None:
+        arguments["grammar"] = grammar
+    else:
         arguments["tool_choice"] = choice.model_dump()
-    elif request.tool_choice == "required":
-        gbnf = grammars.from_schema(tools.any_call(request.offered), param="tools")
-        arguments["grammar"] = _grammar(gbnf, llama, param="tools")
     return arguments
+
+
+def _allow(options: ServerOptions, param: str) -> None:
+    if not options.grammars:
+        raise bad_request("this server takes no grammars or schemas from clients", param=param)
 
 
 def _only_choice(request: ChatRequest) -> ToolChoice | None:
@@ -219,7 +233,7 @@ def _only_choice(request: ChatRequest) -> ToolChoice | None:
     if isinstance(request.tool_choice, ToolChoice):
         return request.tool_choice
     if request.tool_choice == "required" and len(request.offered) == 1:
-        return ToolChoice(function=FunctionName(name=request.offered[0].function.name))
+        return ToolChoice(function=FunctionName(name=request.offered[0].name))
     return None
 
 
@@ -258,13 +272,15 @@ def _common(request: Sampling, options: ServerOptions, llama: ServedLlama) -> di
     arguments = request.sampling(options.sampling)
     if any(token >= llama.n_vocab() for token in arguments.get("logit_bias", ())):
         raise bad_request("there is no such token", param="logit_bias")
+    if request.grammar is not None:
+        _allow(options, "grammar")
     gbnf = options.sampling.grammar if request.grammar is None else request.grammar
     if gbnf is not None:
-        arguments["grammar"] = _grammar(gbnf, llama, param="grammar")
+        arguments["grammar"] = _grammar(gbnf, llama, "grammar")
     return arguments
 
 
-def _grammar(gbnf: str, llama: ServedLlama, *, param: str) -> Any:
+def _grammar(gbnf: str, llama: ServedLlama, param: str) -> Any:
     from llama_cpp import LlamaGrammar
 
     grammars.check(llama.vocab, gbnf, param=param)

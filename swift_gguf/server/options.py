@@ -49,6 +49,8 @@ class ServerOptions:
     """For a client to send its request."""
     drain_s: float = 30.0
     """How long running answers may go on after SIGTERM."""
+    grammars: bool = True
+    """May clients send grammars and schemas?"""
     cache_bytes: int = 1 << 30
     """Memory for conversations that are not the present one."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)

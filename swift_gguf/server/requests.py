@@ -200,6 +200,9 @@ class JsonSchema(BaseModel):
     json_schema: Json | None = Field(default=None, alias="schema")
 
 
+ANY_OBJECT: dict[str, Any] = {"type": "object"}
+
+
 class ResponseFormat(BaseModel):
     """``json_object`` may carry a schema, as in llama-server."""
 
@@ -215,7 +218,7 @@ class ResponseFormat(BaseModel):
         if self.type == "text":
             return None
         given = self.json_schema.json_schema if self.json_schema else self.plain_schema
-        return given or {"type": "object"}
+        return given or ANY_OBJECT
 
 
 class Function(BaseModel):
@@ -228,6 +231,10 @@ class Tool(BaseModel):
     type: Literal["function"] = "function"
     function: Function
 
+    @property
+    def name(self) -> str:
+        return self.function.name
+
 
 class FunctionName(BaseModel):
     name: Name
@@ -236,6 +243,10 @@ class FunctionName(BaseModel):
 class ToolChoice(BaseModel):
     type: Literal["function"] = "function"
     function: FunctionName
+
+    @property
+    def name(self) -> str:
+        return self.function.name
 
 
 class ChatRequest(Sampling):

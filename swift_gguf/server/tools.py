@@ -25,7 +25,7 @@ def any_call(tools: Sequence[Tool]) -> dict[str, Any]:
             {
                 "type": "object",
                 "properties": {
-                    "name": {"const": tool.function.name},
+                    "name": {"const": tool.name},
                     "arguments": tool.function.parameters,
                 },
                 "required": ["name", "arguments"],

@@ -153,14 +153,19 @@ class Worker(Generic[M]):
             self.stop(job, reason)
 
     def stop(self, job: Job[M], reason: ApiError) -> None:
-        """Ends a job, whatever it does; the first reason counts.  Nothing happens to a done one."""
+        """Ends a job, whatever it does; the first reason counts.  Nothing happens to a done one.
+
+        Who awaits it hears of it at once, even if llama.cpp should not come back for long.
+        """
         with self._state:
             if job in self._waiting:
                 self._waiting.remove(job)
-                job.post(reason)
-            elif job is self._current and self.model is not None:
-                job.reason = job.reason or reason
+            elif job is self._current and self.model is not None and job.reason is None:
                 self.model.interrupt()
+            else:
+                return
+            job.reason = reason
+            job.post(reason)
 
     def drain(self, *, reason: str) -> None:
         """No new jobs; those that wait are told; the running one goes on."""

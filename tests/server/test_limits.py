@@ -122,6 +122,42 @@ def test_schemas_that_are_none_or_too_much(server: Server, schema: dict[str, obj
     assert error["param"] == "response_format"
 
 
+def test_schemas_of_tools_have_the_same_limits(server: Server) -> None:
+    much = {"type": "object", "properties": {"a": {"type": "string", "minLength": 10**9}}}
+    offered = [{"type": "function", "function": {"name": "x", "parameters": much}}]
+    for choice in ("required", {"type": "function", "function": {"name": "x"}}):
+        error = told(*server.post(CHAT, chat(tools=offered, tool_choice=choice)))
+        assert error["param"] == "tools"
+
+
+def test_grammars_can_be_refused(serve: Callable[..., Server], model: Path) -> None:
+    server = serve(model, "-c", 512, "-t", 1, "--no-grammars").wait_until_ready()
+    schema = {"type": "json_schema", "json_schema": {"schema": {"type": "string"}}}
+    offered = [{"type": "function", "function": {"name": "x"}}]
+    for fields in (
+        {"grammar": 'root ::= "a"'},
+        {"response_format": schema},
+        {"tools": offered, "tool_choice": "required"},
+    ):
+        assert "no grammars" in told(*server.post(CHAT, chat(**fields)))["message"]
+    for fields in ({"response_format": {"type": "json_object"}}, {"tools": offered}):
+        assert server.post(CHAT, chat(**fields))[0] == 200
+
+
+def test_a_grammar_that_keeps_llama_cpp_busy(serve: Callable[..., Server], model: Path) -> None:
+    """Nothing can stop it; but clients are told in time, and so is whoever ends the server."""
+    server = serve(model, "-c", 512, "-t", 1, "--timeout", 1).wait_until_ready()
+    doubling = 'root ::= "a" root "x" | "a" root "y"'
+    start = time.monotonic()
+    error = told(*server.post(CHAT, chat(grammar=doubling, max_tokens=100)), 408)
+    assert error["code"] == "timeout"
+    error = told(*server.post(CHAT, chat()), 503)
+    assert error["code"] == "timeout"
+    assert server.get("/health")[0] == 200
+    assert time.monotonic() - start < 10
+    assert server.terminate() == 0
+
+
 def test_a_deep_schema(server: Server) -> None:
     schema: dict[str, object] = {"type": "string"}
     for _ in range(200):

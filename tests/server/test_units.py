@@ -1,0 +1,111 @@
+"""Parts of the server that need no model."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+
+from swift_gguf.errors import SwiftError
+from swift_gguf.server.characters import Said, whole
+from swift_gguf.server.extra import PACKAGES, require
+from swift_gguf.server.options import ServerOptions, is_loopback
+from swift_gguf.server.requests import Tool
+from swift_gguf.server.tools import Calls, any_call, in_message, in_stream, once_named
+
+TOOLS = [Tool.model_validate({"function": {"name": name}}) for name in ("look", "book")]
+CALL = '<tool_call>\n{"name": "look", "arguments": {"at": "é"}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SwiftError, match=rf"{package}.*pip install 'swift-gguf\[server\]'"):
+        require()
+
+
+def test_loopback() -> None:
+    here = ("127.0.0.1", "127.1.2.3", "::1", "[::1]", "localhost", "LOCALHOST", "a.localhost")
+    assert all(map(is_loopback, here))
+    there = ("0.0.0.0", "192.168.0.1", "::", "example.org", "localhost.example.org", "")
+    assert not any(map(is_loopback, there))
+    assert "secret" not in repr(ServerOptions(api_key="secret"))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_calls_are_found_however_they_are_cut(size: int) -> None:
+    text = f"I look.\n{CALL} Then <b>, {CALL}{CALL} end <tool"
+    calls = Calls(bare=False)
+    said = "".join(calls.feed(text[i : i + size]) for i in range(0, len(text), size))
+    said += calls.finish()
+    assert said == "I look.\n Then <b>,  end <tool"
+    assert [call["function"]["name"] for call in calls.found] == ["look"] * 3
+    assert {call["function"]["arguments"] for call in calls.found} == {'{"at": "é"}'}
+    assert [call["index"] for call in calls.found] == [0, 1, 2]
+    assert len({call["id"] for call in calls.found}) == 3
+
+
+def test_what_only_looks_like_a_call_is_said() -> None:
+    for text in ("<tool_call>look</tool_call>", "<tool_call>", "<tool_call>[1]", "<tool_cal"):
+        calls = Calls(bare=False)
+        said = calls.feed(text) + calls.finish()
+        assert said == text.removesuffix("</tool_call>")
+        assert not calls.found
+
+
+def choice(content: str | None, reason: str | None = None) -> dict[str, Any]:
+    delta = {} if content is None else {"content": content}
+    return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+
+
+def test_calls_in_a_stream() -> None:
+    parts = ["Well. ", CALL[:15], CALL[15:30], CALL[30:], ""]
+    stream = [choice(part) for part in parts] + [choice(None, "stop")]
+    out = list(in_stream(iter(stream), bare=False))
+    assert [c["delta"].get("content") for c in out if c["delta"].get("content")] == ["Well. "]
+    (call,) = [c["delta"]["tool_calls"][0] for c in out if "tool_calls" in c["delta"]]
+    assert call["function"] == {"name": "look", "arguments": '{"at": "é"}'}
+    assert [c["finish_reason"] for c in out if c["finish_reason"]] == ["tool_calls"]
+
+
+def test_a_stream_without_calls_is_as_it_was() -> None:
+    stream = [choice("a <"), choice("b> c"), choice(None, "length")]
+    out = list(in_stream(iter(stream), bare=False))
+    assert "".join(c["delta"].get("content", "") for c in out) == "a <b> c"
+    assert out[-1]["finish_reason"] == "length"
+
+
+def test_a_call_that_had_to_be_made() -> None:
+    said = {"message": {"role": "assistant", "content": '{"name": "book", "arguments": {}}'}}
+    found = in_message({**said, "finish_reason": "stop"}, bare=True)
+    assert found["message"]["tool_calls"][0]["function"] == {"name": "book", "arguments": "{}"}
+    assert found["message"]["content"] is None
+    assert found["finish_reason"] == "tool_calls"
+    names = [one["properties"]["name"]["const"] for one in any_call(TOOLS)["oneOf"]]
+    assert names == ["look", "book"]
+
+
+def test_a_call_is_named_once() -> None:
+    def part(text: str) -> dict[str, Any]:
+        function = {"name": "look", "arguments": text}
+        calls = [{"index": 0, "id": "x", "type": "function", "function": function}]
+        delta = {"role": None, "function_call": dict(function), "tool_calls": calls}
+        return {"index": 0, "delta": delta, "finish_reason": None}
+
+    first, second = once_named(iter([part("{"), part("}")]))
+    assert first["delta"]["tool_calls"][0]["function"] == {"name": "look", "arguments": "{"}
+    assert second["delta"] == {"tool_calls": [{"index": 0, "function": {"arguments": "}"}}]}
+
+
+def test_what_llama_cpp_drops_at_the_end_of_a_stream() -> None:
+    said = Said(pieces=[b"a", "é".encode()[:1], "é".encode()[1:], b"!"], is_over=True)
+    chunks = [
+        {"choices": [{"text": text, "logprobs": None, "finish_reason": reason}]}
+        for text, reason in (("a", None), ("", None), ("", None), ("!", None), ("", "stop"))
+    ]
+    texts = [
+        chunk["choices"][0]["text"]
+        for chunk in whole(iter(chunks), lambda: said, stops=["!"], by_token=False)
+    ]
+    assert texts == ["aé", ""]
