@@ -216,6 +216,16 @@ class Cells:
         if self.n_sequences > PARKED:
             self._remove(PARKED, 0)
         self._remove(TRUNK, n_trunk)
+        self.hold()
+
+    def hold(self) -> None:
+        """Keeps the trunk's cells from being filled anew, after a state was loaded or saved.
+
+        llama.cpp then looks for cells from the first on, and takes those that a sliding window has
+        passed, although they may be rolled back to; but none that two sequences hold.
+        """
+        if self.n_sequences > FIRST_BRANCH:
+            self._share(FIRST_BRANCH, self.n_trunk)
 
     def clear(self) -> None:
         """Nothing is held any more; always possible."""

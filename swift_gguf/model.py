@@ -461,6 +461,10 @@ class Model:
         self._invariant = False
         return self.cells.only_trunk()
 
+    def take_back(self) -> None:
+        """The context is ours again, with the same text."""
+        self.cells.hold()
+
     def assume(self, tokens: Sequence[int]) -> None:
         """The context was filled by somebody else, with these tokens or more."""
         self.cells.assume(len(tokens))

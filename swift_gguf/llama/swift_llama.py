@@ -384,6 +384,8 @@ class SwiftLlama(Llama):  # type: ignore[misc]
                 requires_eval = self._requires_eval
                 self.load_state(state)
                 self._requires_eval = requires_eval
+            else:
+                model.take_back()
             return state
 
     def load_state(self, state: Any) -> None:

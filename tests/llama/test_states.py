@@ -6,6 +6,7 @@ import gc
 import itertools
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -189,6 +190,24 @@ def test_states_go_from_one_class_to_the_other(
     plain.reset()
     plain.load_state(swift.save_state())
     assert say(plain, PROMPT + " the end") == expected
+
+
+def test_a_sliding_window_after_loading(
+    tiny: Callable[..., Path], open_llama: Callable[..., Any]
+) -> None:
+    """llama.cpp fills cells anew that the window has passed; a shorter prompt needs them again."""
+    path = str(tiny("gemma3", quant="Q8_0"))
+    fresh, llama = open_llama(path=path), open_llama(path=path)
+    for seed in range(3):
+        answers = []
+        for each in (fresh, llama):
+            say(each, PROMPT * 3, seed=seed)
+            if each is llama:
+                each.load_state(each.save_state())
+                each.load_state(each.save_state())
+            first = say(each, [*text_of(each), 40, 41], max_tokens=40, seed=seed)
+            answers.append((first, say(each, text_of(each)[:30], max_tokens=40, seed=seed)))
+        assert answers[0] == answers[1]
 
 
 def test_a_state_is_small_and_can_be_pickled(both: Llamas) -> None:
