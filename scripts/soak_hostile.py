@@ -243,6 +243,9 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first drawn case")
     parser.add_argument("--count", type=int, default=2000, help="drawn cases")
     parser.add_argument("--named", action="store_true", help="every named corruption first")
+    parser.add_argument(
+        "--families", default=",".join((*FAMILIES, SIDECAR)), help="for the named ones"
+    )
     parser.add_argument("--seconds", type=float, default=float("inf"), help="end early")
     options = parser.parse_args()
     warm_up()
@@ -250,7 +253,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="hostile-") as folder:
         bench = Bench(Path(folder))
         if options.named:
-            cases = named(bench, (*FAMILIES, SIDECAR), tuple(COMMANDS))
+            cases = named(bench, options.families.split(","), tuple(COMMANDS))
             total += soak(bench, cases, seconds=options.seconds)
         numbers = range(options.first, options.first + options.count)
         left = options.seconds - (time.monotonic() - start)

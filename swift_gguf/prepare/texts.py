@@ -37,14 +37,24 @@ def load_texts(path: Path, key: str) -> list[Text]:
         values = json.loads(path.read_text())
         if values["key"] != key:
             return []
-        return [Text(prompt=prompt, answers=answers) for prompt, answers in values["texts"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        return [Text(prompt=_ids(prompt), answers=[*map(_ids, a)]) for prompt, a in values["texts"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
+
+
+def _ids(values: Sequence[object]) -> list[int]:
+    if not all(isinstance(value, int) for value in values):
+        raise ValueError("token ids are whole numbers")
+    return [value for value in values if isinstance(value, int)]
 
 
 def save_texts(path: Path, key: str, texts: Sequence[Text]) -> None:
     """Keeps what was answered, for a run that goes on."""
     rows = [[list(text.prompt), [list(a) for a in text.answers]] for text in texts]
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps({"key": key, "texts": rows}))
-    part.replace(path)
+    try:
+        part.write_text(json.dumps({"key": key, "texts": rows}))
+        part.replace(path)
+    except BaseException:  # a full disk, an interrupt
+        part.unlink(missing_ok=True)
+        raise
