@@ -8,7 +8,7 @@ MODEL  ?= smollm2-135m
 PROMPT ?= scripts/demo_prompt.txt
 CPP     = native/src/*.cpp native/src/*.h native/cpu/*.cpp native/cpu/*.h native/include/*.h
 
-.PHONY: help demo build dev test check format bench clean
+.PHONY: help demo build dev test soak check format bench clean
 
 help: ## list the targets
 	@echo "usage: make TARGET"
@@ -25,6 +25,14 @@ dev: ## the same with the tools for tests and checks
 
 test: dev ## all tests; a part: make test ARGS=tests/unit
 	@$(BIN)/pytest $(ARGS)
+
+soak: dev ## what wants hours: damaged files, losslessness, Ctrl-C, the server, sanitizers
+	$(BIN)/python scripts/soak_hostile.py --named --count 2000
+	$(BIN)/python scripts/soak_lossless.py --rounds 500
+	$(BIN)/python scripts/soak_lossless.py --model smollm2-135m --rounds 40 --requests 12 --longest 24
+	$(BIN)/python scripts/soak_signals.py
+	$(BIN)/python scripts/soak_server.py $(MODEL)
+	scripts/sanitize.sh
 
 check: dev ## lint, types, formatting
 	$(BIN)/ruff check .
