@@ -42,9 +42,8 @@ def chat(request: ChatRequest, options: ServerOptions, on_end: OnEnd) -> Work:
         for _ in range(request.n):
             yield lambda **more: llama.create_chat_completion(**arguments, **more)
 
-    return _Envelope(
-        "chat.completion", request, options, calls, on_end, **_tool_reading(request)
-    ).work
+    kinds = ("chat.completion", "chat.completion.chunk")
+    return _Envelope(kinds, request, options, calls, on_end, **_tool_reading(request)).work
 
 
 def complete(request: CompletionRequest, options: ServerOptions, on_end: OnEnd) -> Work:
@@ -58,7 +57,8 @@ def complete(request: CompletionRequest, options: ServerOptions, on_end: OnEnd) 
                     prompt, **arguments, **more
                 )
 
-    return _Envelope("text_completion", request, options, calls, on_end).work
+    kinds = ("text_completion", "text_completion")
+    return _Envelope(kinds, request, options, calls, on_end).work
 
 
 Choice = dict[str, Any]
@@ -69,7 +69,7 @@ class _Envelope:
 
     def __init__(
         self,
-        kind: str,
+        kinds: tuple[str, str],
         request: ChatRequest | CompletionRequest,
         options: ServerOptions,
         calls: Callable[[ServedLlama], Iterator[Call]],
@@ -78,14 +78,16 @@ class _Envelope:
         finish: Callable[[Choice], Choice] = lambda choice: choice,
         finish_stream: Callable[[Iterator[Choice]], Iterator[Choice]] = lambda choices: choices,
     ) -> None:
-        """finish, finish_stream: what is still to be done to llama_cpp's choices."""
-        self._kind, self._request, self._options = kind, request, options
+        """kinds: `object` of the whole and of a chunk.
+        finish, finish_stream: what is still to be done to llama_cpp's choices.
+        """
+        self._request, self._options = request, options
         self._finish, self._finish_stream = finish, finish_stream
         self._calls, self._on_end = calls, on_end
         prefix = "chatcmpl" if isinstance(request, ChatRequest) else "cmpl"
         self._head = {
             "id": f"{prefix}-{uuid.uuid4().hex}",
-            "object": kind,
+            "object": kinds[request.stream],
             "created": int(time.time()),
             "model": options.alias,
             "system_fingerprint": "swift-gguf",
@@ -122,15 +124,13 @@ class _Envelope:
     def _stream(
         self, llama: ServedLlama, job: Job[ServedLlama], tally: Tally
     ) -> Iterator[dict[str, Any]]:
-        head = {**self._head, "object": self._kind + ".chunk" * (self._kind != "text_completion")}
         for i, (call, seed) in enumerate(zip(self._calls(llama), self._seeds(), strict=False)):
-            for choice in self._finish_stream(
-                c["choices"][0] for c in call(seed=seed, stream=True)
-            ):
+            choices = (chunk["choices"][0] for chunk in call(seed=seed, stream=True))
+            for choice in self._finish_stream(choices):
                 ends = {"timings": timings(tally, job.queue_s)} if choice["finish_reason"] else {}
-                yield {**head, "choices": [{**choice, "index": i}], **ends}
+                yield {**self._head, "choices": [{**choice, "index": i}], **ends}
         if self._request.wants_usage:
-            yield {**head, "choices": [], "usage": usage(tally, self._request.n)}
+            yield {**self._head, "choices": [], "usage": usage(tally, self._request.n)}
 
 
 @contextmanager

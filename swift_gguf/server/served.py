@@ -8,6 +8,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from swift_gguf.errors import SwiftError
@@ -135,7 +136,7 @@ class ServedLlama(SwiftLlama):
             if self._conversations is not None:
                 self._conversations.enter(prompt)
             job.check()
-            stats = self.swift.stats
+            stats, start = self.swift.stats, perf_counter()
             said = self._said = Said()
             try:
                 with closing(super().generate(*args, **kwargs)) as stream:
@@ -147,7 +148,11 @@ class ServedLlama(SwiftLlama):
                         job.check()
             finally:
                 said.is_over = True
-                if self.swift.stats is not stats:
+                if self.swift.model is None:  # llama_cpp decodes, and counts nothing
+                    seconds = perf_counter() - start
+                    n = len(said.pieces)
+                    tally.add(Stats(prompt_n=len(prompt), predicted_n=n, cycle_s=seconds))
+                elif self.swift.stats is not stats:
                     tally.add(self.swift.stats)
                 tally.n_past = max(tally.n_past, self.n_tokens)
 
