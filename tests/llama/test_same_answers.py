@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 from swift_gguf.llama import SwiftLlama
 from tests.llama.conftest import outcome, without_ids
+from tests.model.conftest import real as real
 
 from llama_cpp import (  # isort: skip
     Llama,
@@ -221,6 +224,28 @@ def test_criteria_get_the_logits_that_the_latest_token_was_drawn_from(swift: Swi
     stream.close()
     assert swift.swift.stats.accepted > 0
     assert seen[: len(text)] == text
+
+
+@pytest.mark.slow
+def test_a_real_model(real: Callable[..., Path], open_llama: Callable[..., Any]) -> None:
+    path = str(real("smollm2-135m"))
+    options = {"path": path, "n_ctx": 512, "n_threads": 2, "n_threads_batch": 2}
+    plain = open_llama(Llama, logits_all=True, **options)
+    swift = open_llama(SwiftLlama, **options)
+    ask = [{"role": "user", "content": "Say this twice: red, green, blue, red, green, blue."}]
+    for values in (
+        {"temperature": 0.0},
+        {"seed": 3, "stream": True},
+        {"seed": 4, "response_format": {"type": "json_object", "schema": SCHEMA}},
+        {"seed": 5, "logprobs": True, "top_logprobs": 2, "repeat_penalty": 1.1},
+        {"seed": 6, "tools": TOOLS, "tool_choice": CHOICE},
+    ):
+        same(
+            plain,
+            swift,
+            lambda llama, values=values: llama.create_chat_completion(ask, max_tokens=20, **values),
+        )
+    assert swift.swift.stats.accepted > 0
 
 
 def test_accepting_whatever_was_drafted_is_noticed(
