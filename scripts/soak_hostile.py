@@ -32,7 +32,8 @@ from pathlib import Path
 # tests/ is not installed with the package
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.fixtures.corrupt import damage, flipped, truncated, with_chat_template
+from swift_gguf.profile import EMBEDDED
+from tests.fixtures.corrupt import damage, flipped, truncated, with_chat_template, with_text
 from tests.fixtures.tiny_gguf import write_tiny
 
 LIMIT_S = 60
@@ -198,13 +199,21 @@ def named(bench: Bench, families: Sequence[str], commands: Sequence[str]) -> Ite
     for family in families:
         content = bench.content(family)
         made = damage(content)
-        if family != SIDECAR:
-            made["template_endless"] = with_chat_template(content, "{{ 'a' * 10 ** 10 }}")
-            made["template_no_jinja"] = with_chat_template(content, "{% for %}")
         for name, changed in made.items():
             command = "layer-skip" if family == SIDECAR else commands[n % len(commands)]
             yield Case(f"{family}/{name}", family, command, changed)
             n += 1
+        if family != SIDECAR:
+            yield from texts(family, content)
+
+
+def texts(family: str, content: bytes) -> Iterator[Case]:
+    """Metadata that a command makes something of, replaced."""
+    for i, template in enumerate(("{{ 'a' * 10 ** 10 }}", "{% for %}", "{{ ''.__class__ }}")):
+        yield Case(f"{family}/template {i}", family, "chat", with_chat_template(content, template))
+    for i, profile in enumerate(("", "[" * 100_000, '{"version": 2}', '{"version": 9e99}', "\0")):
+        changed = with_text(content, EMBEDDED, profile)
+        yield Case(f"{family}/profile {i}", family, "generate", changed)
 
 
 def drawn(bench: Bench, seed: int, number: int) -> Case:
