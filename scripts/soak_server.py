@@ -134,7 +134,7 @@ class Soak:
         self.ended = threading.Event()
         self.arguments = [options.model, "-c", str(options.ctx_size), "-n", "64",
                           "--queue-size", str(options.queue_size), "--max-body", "65536",
-                          "--receive-timeout", "5", *options.flags]  # fmt: skip
+                          "--receive-timeout", "5", "--cache-ram", "32", *options.flags]  # fmt: skip
         self.server = Server(self.arguments)
         self.servers = [self.server]
         self.serving.set()
@@ -218,7 +218,6 @@ class Soak:
         body: dict[str, Any] = {
             "messages": [{"role": "user", "content": " ".join(words)}],
             "max_tokens": rng.choice([1, 4, 16, 64]),
-            **more,
         }
         if rng.random() < 0.2:
             body["response_format"] = {"type": "json_object"}
@@ -228,7 +227,7 @@ class Soak:
             body |= {"logprobs": True, "top_logprobs": 3}
         if rng.random() < 0.1:
             body["n"] = 2
-        return body
+        return body | more
 
     def _ask(self, rng: random.Random, kind: str, server: Server) -> None:
         connection, response = self._open(server, "POST", "/v1/chat/completions", self._chat(rng))
@@ -330,9 +329,11 @@ def report(soak: Soak) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="What follows -- are flags of swift-gguf serve.",
+    )
     parser.add_argument("model")
-    parser.add_argument("flags", nargs="*", help="further flags of swift-gguf serve, after --")
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--queue-size", type=int, default=40)
@@ -340,7 +341,9 @@ def main() -> None:
     parser.add_argument("--flat", type=float, default=0.02, help="memory may grow by this share")
     parser.add_argument("--seed", type=int, default=random.getrandbits(32))
     parser.add_argument("--json", metavar="FILE")
-    options = parser.parse_args()
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    options = parser.parse_args(sys.argv[1:split])
+    options.flags = sys.argv[split + 1 :]
     options.seconds = options.minutes * 60
     print(f"seed {options.seed}", file=sys.stderr)
     soak = Soak(options)

@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "soak_server.py"
 def test_soak(model: Path, tmp_path: Path) -> None:
     report = tmp_path / "soak.json"
     # a young process has not seen its peak yet: the half hour holds it to 2 %
-    options = ["--minutes", "0.34", "--clients", "30", "--flat", "0.15", "--json", str(report)]
+    options = ["--minutes", "0.34", "--clients", "30", "--flat", "0.5", "--json", str(report)]
     command = [sys.executable, str(SCRIPT), str(model), *options, "--", "-t", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
