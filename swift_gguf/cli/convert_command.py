@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from swift_gguf.convert.plan import Plan
     from swift_gguf.convert.run import Conversion, ConvertOptions
     from swift_gguf.convert.steps import Report
+    from swift_gguf.profile import Profile
 
 
 @click.command(
@@ -33,8 +34,10 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE",
               help="[default: here, SOURCE-TYPE.gguf]")  # fmt: skip
 @click.option("--quantize", metavar="TYPE",
-              help="Q4_K_M, Q8_0, IQ4_XS, ...: all that llama.cpp has; `--quantize list` lists "
-              "them.  [default: not at all]")  # fmt: skip
+              help="Q4_K_M, Q8_0, IQ4_XS, ...  [default: not at all]")  # fmt: skip
+@click.option("--list-types", is_flag=True, is_eager=True, expose_value=False,
+              callback=lambda ctx, _, value: _list_types(ctx) if value else None,
+              help="Show every TYPE, and stop.")  # fmt: skip
 @click.option("--outtype", type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
               help="What is quantised, or the result if nothing is.  [default: 16 bits, as the "
               "checkpoint has them]")  # fmt: skip
@@ -65,16 +68,12 @@ if TYPE_CHECKING:
 @click.option("--trust-remote-code", is_flag=True, help="Run a tokenizer that is a program.")
 @click.option("-t", "--threads", type=click.IntRange(1), metavar="N")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.pass_context
-def convert(context: click.Context, source: str, **values: Any) -> None:
+def convert(source: str, **values: Any) -> None:
     """Make a GGUF of a Hugging Face checkpoint: a folder, or hf:owner/repo.
 
     Nothing is under the final name before it is whole.  Ctrl-C ends it; the same command goes on
     later with the step it was at.
     """
-    if (values["quantize"] or "").casefold() == "list":
-        _list_types()
-        return
     if values["embed_profile"] and not values["tunes"]:
         raise click.UsageError("--embed-profile writes down what --tune finds; give both")
     from swift_gguf.convert import checkpoint, converter
@@ -88,32 +87,46 @@ def convert(context: click.Context, source: str, **values: Any) -> None:
     options = _options(found, values)
     out = values["output"] or Path(_default_name(source, options))
     conversion = Conversion(found, out, options)
-    say = (lambda text: None) if values["as_json"] else click.echo
     if values["dry_run"]:
         _show_plan(conversion, as_json=values["as_json"])
         return
     if out.exists() and not conversion.is_done and not values["force"]:
         raise click.ClickException(f"{out} exists; give --force to replace it, or another -o")
     start = time.monotonic()
-    with conversion:
+    # what other commands say is no part of our JSON
+    with conversion, redirect_stdout(sys.stderr if values["as_json"] else sys.stdout):
         if not conversion.is_done:
             click.echo(_plan_line(found, conversion.plan), err=True)
-            with _display() as report:
-                path = conversion.run(report)
-            keys = _tuned(context, path, values) if values["embed_profile"] else {}
-            conversion.finish(keys)
-            say(_result_line(conversion, time.monotonic() - start))
-        _make_fast(context, out, values)
+            _write(conversion, values)
+            click.echo(_result_line(conversion, time.monotonic() - start))
+        _make_fast(out, values)
         conversion.forget()
     if values["as_json"]:
         click.echo(json.dumps(_result(conversion, time.monotonic() - start)))
 
 
-def _list_types() -> None:
+def _write(conversion: Conversion, values: dict[str, Any]) -> None:
+    """The model, and in it what was learned of it if that is wanted."""
+    from dataclasses import replace
+
+    from swift_gguf.identity import fingerprint
+    from swift_gguf.profile import EMBEDDED, Store, portable
+
+    with _display() as report:
+        path = conversion.run(report)
+    profile = _tuned(path, values) if values["embed_profile"] else None
+    conversion.finish({EMBEDDED: portable(profile)} if profile else {})
+    if profile:  # with the keys it is another file
+        Store().add(replace(profile, fingerprint=fingerprint(conversion.out)))
+        Store().forget(profile.fingerprint)
+
+
+def _list_types(context: click.Context) -> None:
     from swift_gguf.native_convert import NEED_IMATRIX, file_types
 
     for name in sorted(file_types()):
         click.echo(name + ("  (needs --imatrix)" if name in NEED_IMATRIX else ""))
+    context.exit()
 
 
 def _options(checkpoint: Checkpoint, values: dict[str, Any]) -> ConvertOptions:
@@ -161,38 +174,36 @@ def _default_name(source: str, options: ConvertOptions) -> str:
 # -- what comes after ------------------------------------------------------------------------------
 
 
-def _tuned(context: click.Context, path: Path, values: dict[str, Any]) -> dict[str, str | bool]:
-    """Tunes without a sidecar, since a sidecar is not part of the model; what of it to embed."""
+def _tuned(path: Path, values: dict[str, Any]) -> Profile | None:
+    """What tuning finds without a sidecar, which is no part of the model."""
     from swift_gguf.identity import fingerprint
-    from swift_gguf.profile import EMBEDDED, Store, portable
+    from swift_gguf.profile import Store
 
-    _tune(context, path, values, sidecar="none")
+    _tune(path, values, sidecar="none")
     profile = Store().load(fingerprint(path))
     if profile is None or not profile.known:
         click.echo("nothing was found to embed", err=True)
-        return {}
-    return {EMBEDDED: portable(profile)}
+        return None
+    return profile
 
 
-def _make_fast(context: click.Context, out: Path, values: dict[str, Any]) -> None:
+def _make_fast(out: Path, values: dict[str, Any]) -> None:
     """The sidecar and the profile, where they are wanted."""
     from swift_gguf.cli.prepare_command import prepare
 
     if values["prepares"]:
         given = {"threads": values["threads"], "tokens": values["calibration_tokens"]}
         extra = {name: value for name, value in given.items() if value}
-        context.invoke(prepare, model=str(out), minutes=0.0, **extra)
+        click.get_current_context().invoke(prepare, model=str(out), minutes=0.0, **extra)
     if values["tunes"] and (values["prepares"] or not values["embed_profile"]):
-        _tune(context, out, values, sidecar=None)
+        _tune(out, values, sidecar=None)
 
 
-def _tune(
-    context: click.Context, path: Path, values: dict[str, Any], *, sidecar: str | None
-) -> None:
+def _tune(path: Path, values: dict[str, Any], *, sidecar: str | None) -> None:
     from swift_gguf.cli.tune_command import tune
 
     threads = {"threads": values["threads"]} if values["threads"] else {}
-    context.invoke(
+    click.get_current_context().invoke(
         tune, model=str(path), minutes=values["minutes"], sidecar=sidecar, as_json=False, **threads
     )
 

@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 @click.option("--allow-pickle", is_flag=True, help="Take pytorch_model.bin, too.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoint brings.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
-@click.pass_context
-def verify(context: click.Context, source: str, models: tuple[Path, ...], **values: Any) -> None:
+def verify(source: str, models: tuple[Path, ...], **values: Any) -> None:
     """Compare GGUFs with the checkpoint they were made of: logits, likeliest tokens, perplexity.
 
     SOURCE is the checkpoint, a folder or hf:owner/repo; it runs in transformers, in 32 bits.  The
@@ -63,7 +62,7 @@ def verify(context: click.Context, source: str, models: tuple[Path, ...], **valu
         else "\n".join(_lines(*pair) for pair in found)
     )
     if any(comparison.failures for _, comparison in found):
-        context.exit(1)
+        click.get_current_context().exit(1)
 
 
 def _values(path: Path, comparison: Comparison) -> dict[str, Any]:

@@ -143,6 +143,7 @@ def _read_legacy(data: bytes) -> dict[str, Floats]:
         at += 12 + length
         if min(length, size) < 1 or at + 4 * size > len(data):
             raise ValueError
-        means[name] = np.frombuffer(data, "<f4", size, at) / np.float32(max(1, calls))
+        sums = np.frombuffer(data, "<f4", size, at)
+        means[name] = np.asarray(sums / max(1, calls), np.float32)
         at += 4 * size
     return means

@@ -36,7 +36,7 @@ def bits(name: str) -> float:
     if kind in _NEWER:
         return _NEWER[kind]
     n_weights, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    return 8 * n_bytes / n_weights
+    return float(8 * n_bytes / n_weights)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,14 +7,16 @@ it if the parent is killed; its memory is its own and can be told.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from swift_gguf.errors import ConvertError
 
@@ -56,37 +58,53 @@ def run(
     Raises:
         ConvertError: the step failed; the message says why.
     """
-    log = grows.with_name(f"{step}.log")
     command = [sys.executable, "-m", "swift_gguf.convert.worker", step]
-    with log.open("wb") as output:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,  # its end tells the child that we are gone
-            stdout=subprocess.PIPE,
-            stderr=output,
-            env={**os.environ, **environment},
-        )
-        try:
+    pipe = subprocess.PIPE  # of standard input: its end tells the child that we are gone
+    child = subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=pipe, env={**os.environ, **environment}
+    )
+    log = _Tail(child.stderr)
+    try:
+        with contextlib.suppress(BrokenPipeError):  # the child says why
             assert child.stdin is not None
             child.stdin.write(json.dumps(job).encode() + b"\n")
             child.stdin.flush()
-        except BrokenPipeError:
-            pass  # it says why in its log
-        try:
-            while _is_running(child):
-                size = grows.stat().st_size if grows.exists() else 0
-                report(what, min(size, expected), expected, "bytes")
-        finally:
-            child.kill()
-            answer = child.communicate()[0]
+        while _is_running(child):
+            size = grows.stat().st_size if grows.exists() else 0
+            report(what, min(size, expected), expected, "bytes")
+        assert child.stdout is not None
+        answer = child.stdout.read()
+    finally:
+        child.kill()
+        child.wait()
+        said = log.text()
+        for stream in (child.stdin, child.stdout):
+            with contextlib.suppress(OSError):
+                stream.close()  # type: ignore[union-attr]
     if child.returncode != 0:
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - TAIL))
-            text = file.read().decode("utf-8", "replace")
-        raise ConvertError(_reason(child.returncode, text, grows))
-    log.unlink()
+        raise ConvertError(_reason(child.returncode, said, grows))
     report(what, expected, expected, "bytes")
     return Done(peak_bytes=json.loads(answer.splitlines()[-1])["peak_bytes"])
+
+
+class _Tail:
+    """The end of what a process writes; not in a file, since the disk may be what is full."""
+
+    def __init__(self, stream: IO[bytes] | None) -> None:
+        assert stream is not None
+        self._stream, self._kept = stream, b""
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        with self._stream:
+            while data := os.read(self._stream.fileno(), TAIL):
+                self._kept = (self._kept + data)[-TAIL:]
+
+    def text(self) -> str:
+        """All of it, once the process has ended."""
+        self._thread.join()
+        return self._kept.decode("utf-8", "replace")
 
 
 def _is_running(child: subprocess.Popen[bytes]) -> bool:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
+import torch
+import transformers
 
 from swift_gguf import gguf_check
 from swift_gguf.convert.verify import Reference, compare, reference
@@ -74,13 +77,18 @@ def test_the_tokenizer_reads_every_script_and_gives_it_back(
     open_model: Callable[..., Model],
     family: str,
 ) -> None:
-    import transformers
-
-    theirs = transformers.AutoTokenizer.from_pretrained(checkpoint(family))
+    folder = checkpoint(family)
+    theirs: Callable[[str], list[int]]
+    if family == "phi3":  # transformers puts no space before a text that begins with one
+        processor = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+        theirs = lambda text: [processor.bos_id(), *processor.encode(text)]  # noqa: E731
+    else:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        theirs = lambda text: list(tokenizer(text)["input_ids"])  # noqa: E731
     model = open_model(converted(family))
     for text in SAMPLE:
         ids = encode(model, text)
-        assert ids == theirs(text)["input_ids"], text
+        assert ids == theirs(text), text
         back = b"".join(piece(model, token) for token in ids).decode()
         assert back == (" " if family == "phi3" else "") + text
 
@@ -90,8 +98,6 @@ def test_special_and_added_tokens_and_the_chat_template_carry_over(
     converted: Callable[..., Path],
     open_model: Callable[..., Model],
 ) -> None:
-    import transformers
-
     theirs = transformers.AutoTokenizer.from_pretrained(checkpoint("llama-spm"))
     model = open_model(converted("llama-spm"))
     assert model.metadata("tokenizer.chat_template") == theirs.chat_template
@@ -106,8 +112,6 @@ def test_special_and_added_tokens_and_the_chat_template_carry_over(
 def test_sharded_bfloat16_checkpoints_are_joined_exactly(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    import torch
-
     folder = checkpoint("llama-spm", shard_bytes=1_000_000, dtype=torch.bfloat16, seed=3)
     assert len(list(folder.glob("*.safetensors"))) > 2
     out = convert(folder, tmp_path / "model.gguf", outtype="bf16")

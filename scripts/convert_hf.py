@@ -1,0 +1,9 @@
+#!/usr/bin/env python3
+"""Hugging Face checkpoint to GGUF: the same as `swift-gguf convert`, for those who look here."""
+
+import sys
+
+from swift_gguf.cli import main
+
+if __name__ == "__main__":
+    main(["convert", *sys.argv[1:]])
