@@ -5,11 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from swift_gguf.native import library
-from swift_gguf.templates import ChatTemplate
+from llama_cpp import llama_chat_format
 
-library()  # llama_cpp loads ours at its first import, which is the next line
-from llama_cpp import llama_chat_format  # noqa: E402
+from swift_gguf.templates import ChatTemplate
 
 
 class BoundedFormatter(llama_chat_format.Jinja2ChatFormatter):  # type: ignore[misc]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from llama_cpp.llama_speculative import LlamaDraftModel
 from numpy.typing import NDArray
 
 from swift_gguf.drafting.ngram import NGram
@@ -14,13 +15,9 @@ from swift_gguf.drafting.policy import Calibration
 from swift_gguf.drafting.recycling import Recycling
 from swift_gguf.drafting.tree import Offer
 from swift_gguf.identity import profile_key
-from swift_gguf.native import library
 from swift_gguf.planner import PRIORS
 from swift_gguf.profile import Store
 from swift_gguf.tokens import common_prefix
-
-library()  # llama_cpp loads ours at its first import, which is the next line
-from llama_cpp.llama_speculative import LlamaDraftModel  # noqa: E402
 
 SEEN_ONCE = 0.5
 """A successor that was seen in a text, not in the target's logits, is given this probability."""

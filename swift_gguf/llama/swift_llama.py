@@ -9,48 +9,27 @@ with the same text before it, so that the text is the same.
 
 from __future__ import annotations
 
-import os
-import weakref
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from functools import wraps
 from inspect import signature
 from time import perf_counter
 from typing import Any
 
 import numpy as np
+from llama_cpp import Llama
 from numpy.typing import NDArray
 
-from swift_gguf import gguf_check
-from swift_gguf.cells import N_SEQUENCES
-from swift_gguf.llama.adoption import (
-    AUTO,
-    adopt,
-    check_grammar,
-    context_length,
-    guarded,
-    our_errors,
-    refusal,
-)
-from swift_gguf.llama.control import Swift, options_of
+from swift_gguf.llama.adopted import AdoptedLlama
+from swift_gguf.llama.adoption import check_grammar, guarded
+from swift_gguf.llama.completion import Criteria, Request, with_globals
 from swift_gguf.llama.generation import Generation
-from swift_gguf.loading import fit_context, padded
+from swift_gguf.llama.scores import LogProbs, Scores
 from swift_gguf.model import Model
-from swift_gguf.native import library
-from swift_gguf.speculation import SpeculationOptions
-from swift_gguf.threads import default_threads
-
-library()  # llama_cpp loads ours at its first import, which is the next line
-import llama_cpp  # noqa: E402
-from llama_cpp import Llama  # noqa: E402
-
-from swift_gguf.llama.chat_format import formats  # noqa: E402
-from swift_gguf.llama.completion import Criteria, Request, with_globals  # noqa: E402
-from swift_gguf.llama.scores import LogProbs, Scores, without_scores  # noqa: E402
 
 
-class SwiftLlama(Llama):  # type: ignore[misc]
+class SwiftLlama(AdoptedLlama):
     """`llama_cpp.Llama` with the same answers, sooner.
 
     speculation: ``auto``; ``off``; sources by name (`swift_gguf.speculation.SOURCES`), joined by
@@ -66,92 +45,9 @@ class SwiftLlama(Llama):  # type: ignore[misc]
         ModelError: the file is missing, damaged or not a model llama.cpp can run (a ValueError).
     """
 
-    n_tokens: int
-    input_ids: NDArray[np.intc]
-
-    def __init__(
-        self,
-        model_path: str,
-        *,
-        speculation: str | Sequence[str] | SpeculationOptions = "auto",
-        n_ctx: int = 512,
-        n_batch: int = 512,
-        n_ubatch: int = 512,
-        n_threads: int | None = None,
-        n_threads_batch: int | None = None,
-        logits_all: bool = False,
-        flash_attn: bool | None = None,
-        verbose: bool = True,
-        **options: Any,
-    ) -> None:
-        self._stack = ExitStack()  # what closes it must be there if anything below fails
-        self._adopted: Model | None = None
-        self._generation: Generation | None = None
-        self._request = Request()
-        self._flash_attn, self._keeps_all, self._options = flash_attn, logits_all, options
-        wanted = options_of(speculation)
-        path = os.fspath(model_path)
-        if not options.get("vocab_only"):
-            gguf_check.check(path, tokenizer=False)
-            n_ctx = n_ctx or context_length(path)
-        library().show_log(verbose)
-        with our_errors(path):
-            _init(
-                self,
-                path,
-                n_ctx=padded(n_ctx),
-                n_batch=max(n_batch, N_SEQUENCES),
-                n_ubatch=max(n_ubatch, N_SEQUENCES),
-                n_threads=n_threads or default_threads(),
-                n_threads_batch=n_threads_batch or n_threads or default_threads(),
-                logits_all=logits_all,
-                flash_attn=bool(flash_attn),
-                verbose=verbose,
-                **options,
-            )
-        self._sampled_at: int | None = None  # output index that the latest token was sampled from
-        self._evaluated = -1  # passes there had been after the latest `eval`
-        self._swift = self._take_over(wanted)
-        self._stack.callback(self._swift.close)
-        weakref.finalize(self, self._swift.close)  # before the interpreter falls apart
-
-    @property
-    def swift(self) -> Swift:
-        """What drafts, why, and how it went."""
-        return self._swift
-
-    # -- adopting what llama_cpp made --------------------------------------------------------------
-
-    @property
-    def _model(self) -> Any:
-        return self._llama_model
-
-    @_model.setter
-    def _model(self, model: Any) -> None:
-        # llama_cpp has loaded the model and makes the context next
-        self._llama_model = model
-        params = self.context_params
-        if self._flash_attn is None:
-            params.flash_attn_type = AUTO
-        if not refusal(model.model, self._options):
-            swa_full = params.swa_full  # the caller's to say
-            fit_context(params, model.model)
-            params.swa_full = swa_full
-
-    def _take_over(self, wanted: SpeculationOptions) -> Swift:
-        why = refusal(self.model, self._options)
-        model = None if why else adopt(self, flash_attn=self._flash_attn)
-        if model is None:
-            why = why or "the model does not generate text token by token"
-            return Swift(wanted, refusal=why)
-        self._adopted = model
-        if self.context_params.embeddings:  # switched on in `embed`: they cost every pass
-            llama_cpp.llama_set_embeddings(self.ctx, False)
-        self.input_ids = np.zeros(self.n_ctx(), np.intc)
-        if not self._keeps_all:
-            self.scores = np.empty((0, self._n_vocab), np.single)
-            self._logits_all = True  # or llama_cpp refuses logprobs; `Scores` has what they need
-        return Swift(wanted, model=model, settle=weakref.WeakMethod(self._settle))
+    _generation: Generation | None = None
+    _request = Request()
+    _sampled_at: int | None = None  # output index that the latest token was sampled from
 
     # -- llama_cpp's loop --------------------------------------------------------------------------
 
@@ -276,26 +172,6 @@ class SwiftLlama(Llama):  # type: ignore[misc]
             self.n_tokens -= 1
             self.eval([self.input_ids[self.n_tokens]])
 
-    def _settle(self) -> None:
-        """Breaks off a walk: afterwards the context holds the text alone."""
-        if self._adopted and self._generation and self._generation.walking:
-            self._generation.end_walk()
-            self.n_tokens = min(self.n_tokens, self._adopted.n_past)
-
-    def _align(self, model: Model) -> None:
-        """The context holds the first `n_tokens` of the text, as llama_cpp thinks it does."""
-        if self.n_tokens == 0:
-            model.clear()
-        elif self.n_tokens < model.n_past:
-            model.rollback(self.n_tokens)
-        elif self.n_tokens > model.n_past:  # an interrupt emptied a context with a running state
-            model.decode(self.input_ids[model.n_past : self.n_tokens].tolist())
-
-    def _append(self, tokens: Sequence[int]) -> None:
-        end = self.n_tokens + len(tokens)
-        self.input_ids[self.n_tokens : end] = tokens
-        self.n_tokens = end
-
     @wraps(Llama._init_sampler)
     def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
         arguments = signature(Llama._init_sampler).bind(self, *args, **kwargs).arguments
@@ -303,6 +179,12 @@ class SwiftLlama(Llama):  # type: ignore[misc]
         check_grammar(self._model.vocab, grammar)
         sampler = super()._init_sampler(*args, **kwargs)
         return sampler if grammar is None else guarded(sampler, self._n_vocab)
+
+    def _settle(self) -> None:
+        """Breaks off a walk: afterwards the context holds the text alone."""
+        if self._adopted and self._generation and self._generation.walking:
+            self._generation.end_walk()
+            self.n_tokens = min(self.n_tokens, self._adopted.n_past)
 
     # -- logits ------------------------------------------------------------------------------------
 
@@ -369,66 +251,6 @@ class SwiftLlama(Llama):  # type: ignore[misc]
             finally:
                 self._request = Request()
 
-    # -- state -------------------------------------------------------------------------------------
-
-    def save_state(self) -> Any:
-        """See `Llama.save_state`; the state holds no logits, unless all are kept."""
-        model = self._adopted
-        if model is None:
-            return super().save_state()
-        with self._swift.busy():
-            self._align(model)
-            has_gaps = model.hand_over()
-            state = super().save_state()
-            if has_gaps:
-                requires_eval = self._requires_eval
-                self.load_state(state)
-                self._requires_eval = requires_eval
-            else:
-                model.take_back()
-            return state
-
-    def load_state(self, state: Any) -> None:
-        """See `Llama.load_state`."""
-        model = self._adopted
-        if model is None:
-            super().load_state(state)
-            return
-        with self._swift.busy():
-            try:
-                super().load_state(state if self._keeps_all else without_scores(state))
-            except BaseException:
-                model.clear()
-                self.reset()
-                raise
-            model.assume(self.input_ids[: self.n_tokens].tolist())
-
-    @wraps(Llama.embed)
-    def embed(self, *args: Any, **kwargs: Any) -> Any:
-        model = self._adopted
-        if model is None or not self.context_params.embeddings:
-            return super().embed(*args, **kwargs)
-        with self._swift.busy():
-            model.clear()
-            model.hand_over()
-            llama_cpp.llama_set_embeddings(self.ctx, True)
-            try:
-                return super().embed(*args, **kwargs)
-            finally:
-                llama_cpp.llama_set_embeddings(self.ctx, False)
-                model.clear()
-                self.reset()
-
-    def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()
-        return state | {
-            "speculation": self._swift.options,
-            "flash_attn": self._flash_attn,
-            "logits_all": self._keeps_all,
-        }
-
 
 # llama_cpp names the class where it means its own: `Llama.logits_to_logprobs`
 _completion = with_globals(Llama._create_completion, Llama=SwiftLlama)
-# chat templates are rendered in a process of their own
-_init = with_globals(Llama.__init__, llama_chat_format=formats)
