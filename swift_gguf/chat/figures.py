@@ -14,6 +14,9 @@ from swift_gguf.session import ENOUGH, Answer, Session
 from swift_gguf.stats import Stats
 from swift_gguf.text import StreamDecoder
 
+N_LINES = 4
+"""Of the footer at most."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
@@ -63,7 +66,7 @@ def shares(sources: Sequence[str]) -> tuple[tuple[str, float], ...]:
 
 
 def footer(figures: Figures, *, width: int) -> list[str]:
-    """At most four lines of at most `width` columns."""
+    """At most `N_LINES` lines of at most `width` columns."""
     lines = [""]
     for item in _footer_items(figures):
         joined = f"{lines[-1]} · {item}" if lines[-1] else item
@@ -72,7 +75,9 @@ def footer(figures: Figures, *, width: int) -> list[str]:
         else:
             lines[-1] = joined
     wrapped = [part for line in lines for part in wrap(line, width)]
-    return [*wrapped[:3], _cut(" ".join(wrapped[3:]), width)][: min(4, len(wrapped))]
+    if len(wrapped) > N_LINES:
+        wrapped[N_LINES - 1] = _cut(" ".join(wrapped[N_LINES - 1 :]), width)
+    return wrapped[:N_LINES]
 
 
 def _footer_items(figures: Figures) -> Iterator[str]:

@@ -59,13 +59,13 @@ class Terminal:
 
     def lines(self, lines: Sequence[str]) -> None:
         """See `Screen`."""
-        self.console.print(Text("\n".join(lines)))
+        self.console.print(Text(harmless("\n".join(lines))))
 
     def sources(self, runs: Sequence[tuple[str, str]], legend: str) -> None:
         """See `Screen`."""
         text = Text()
         for source, words in runs:
-            text.append(words, style=SOURCE_STYLES.get(source, ""))
+            text.append(harmless(words), style=SOURCE_STYLES.get(source, ""))
         self.console.print(text)
         line = Text("\n" + legend, style="dim")
         for source, style in SOURCE_STYLES.items():
@@ -81,7 +81,10 @@ class Terminal:
 
 @contextmanager
 def _silent_keyboard() -> Iterator[None]:
-    """What is typed meanwhile is not echoed into the answer; it waits for the next prompt."""
+    """What is typed meanwhile is not echoed into the answer; it waits for the next prompt.
+
+    Nor does Ctrl-C throw away what was drawn and is still on its way to the terminal.
+    """
     try:
         descriptor = sys.stdin.fileno()
         before = termios.tcgetattr(descriptor)
@@ -89,7 +92,7 @@ def _silent_keyboard() -> Iterator[None]:
         yield
         return
     silent = [*before]
-    silent[3] &= ~termios.ECHO
+    silent[3] = silent[3] & ~termios.ECHO | termios.NOFLSH
     termios.tcsetattr(descriptor, termios.TCSANOW, silent)
     try:
         yield
@@ -129,12 +132,13 @@ class _Drawing(AbstractContextManager["_Drawing"]):
         """See `View`."""
         self._n += bool(text)
         for part in parts:
+            words = harmless(part.text)
             if part.is_thought:
-                self._thought += part.text
+                self._thought += words
                 self._thought_n += 1
             else:
                 self._end_thought()
-                self._text += part.text
+                self._text += words
         now = perf_counter()
         if now < self._next:
             return
@@ -227,6 +231,14 @@ def _finished_lines(text: str) -> tuple[list[str], str]:
 
 def _segments(lines: Sequence[Sequence[Segment]]) -> Segments:
     return Segments([segment for line in lines for segment in (*line, Segment.line())])
+
+
+def harmless(text: str) -> str:
+    """Without control characters, which a terminal would obey."""
+    return text.translate(_CONTROLS)
+
+
+_CONTROLS = {n: "\ufffd" for n in (*range(32), *range(0x7F, 0xA0)) if chr(n) not in "\n\t"}
 
 
 def is_usable() -> bool:

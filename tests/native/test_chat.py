@@ -84,7 +84,7 @@ def spelt(talk: Talk) -> str:
 
 @pytest.fixture
 def model(tiny: Callable[..., Path], open_model: OpenModel) -> Model:
-    return open_model(tiny("llama", noop_ffn=(1,)), n_ctx=512)
+    return open_model(tiny("llama", noop_ffn=(1,), quant="Q8_0"), n_ctx=512)  # bit-invariant
 
 
 @pytest.fixture
@@ -470,7 +470,7 @@ def test_ctrl_c_stops_a_pass_under_way(model: Model) -> None:
 
 
 def test_a_saved_conversation_goes_on_as_if_it_had_never_stopped(
-    tiny: Callable[..., Path], open_model: OpenModel, model: Model, tmp_path: Path
+    open_model: OpenModel, model: Model, tmp_path: Path
 ) -> None:
     talk = Talk(model, system="Be brief.")
     talk.say("Grüße 🎉")
@@ -481,7 +481,7 @@ def test_a_saved_conversation_goes_on_as_if_it_had_never_stopped(
     assert sorted(tmp_path.iterdir()) == [path]
     third = talk.say("And?")
 
-    other = Talk(open_model(tiny("llama", noop_ffn=(1,)), n_ctx=512))
+    other = Talk(open_model(model.path, n_ctx=512))
     other.say("something else")
     other.say(f"/load {path}")
     assert other.turns == talk.turns[:2]

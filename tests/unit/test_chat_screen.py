@@ -138,6 +138,10 @@ def test_raw_text_streams_too() -> None:
     assert drawn(list(text), height=10, settings=Settings(markdown=False)).split() == text.split()
 
 
+def test_a_model_does_not_control_the_terminal() -> None:
+    assert drawn(["a\x1b[2Jb\x07\x9bcd"], height=24) == "a\ufffd[2Jb\ufffd\ufffdcd"
+
+
 def test_thoughts_fold_show_and_hide() -> None:
     parts = [Part("first thought, ", True), Part("second", True), Part("Answer.")]
     texts = [part.text for part in parts]
