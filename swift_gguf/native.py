@@ -1,4 +1,4 @@
-"""Finds and loads the native library; the only module that touches ctypes.
+"""Finds and loads the native library; with `native_abi` the only module that touches ctypes.
 
 The library is llama.cpp's libllama with our patch (see native/README.md).  `llama_cpp`, the ctypes
 binding of llama-cpp-python, is made to load this very file, so both speak to one library.
@@ -19,148 +19,36 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from swift_gguf.errors import (
     DecodeError,
     NativeLibraryError,
-    SidecarError,
     SwiftError,
     UnsupportedModelError,
 )
+from swift_gguf.native_abi import (
+    ABI,
+    ERRORS,
+    FLOATS,
+    ON_FFN,
+    SIGNATURES,
+    DraftParams,
+    SublayerStruct,
+)
+from swift_gguf.native_abi import SUBLAYER_STATUS as SUBLAYER_STATUS
+from swift_gguf.native_abi import Cost as Cost
+from swift_gguf.native_abi import FfnObserver as FfnObserver
+from swift_gguf.native_abi import SidecarHandle as SidecarHandle
+from swift_gguf.native_abi import StopFlag as StopFlag
+from swift_gguf.native_abi import SubnetworkHandle as SubnetworkHandle
 from swift_gguf.subnetwork import SubNetwork
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-ABI = 4
-"""SWIFT_GGUF_ABI of native/include/swift_gguf.h that this module is written for."""
-
 REINSTALL = "reinstall swift-gguf (pip install --force-reinstall swift-gguf, or make)"
-
-
-class Cost(ctypes.Structure):
-    """struct swift_gguf_cost: what a pass reads, in bytes, and its size in operations."""
-
-    weight_bytes: int
-    head_bytes: int
-    kv_bytes: int
-    n_nodes: int
-    n_splits: int
-    _fields_ = (
-        ("weight_bytes", ctypes.c_uint64),
-        ("head_bytes", ctypes.c_uint64),
-        ("kv_bytes", ctypes.c_uint64),
-        ("n_nodes", ctypes.c_int32),
-        ("n_splits", ctypes.c_int32),
-    )
-
-
-class SublayerStruct(ctypes.Structure):
-    """struct swift_gguf_sublayer."""
-
-    status: int
-    n_nodes: int
-    weight_bytes: int
-    kv_bytes: int
-    _fields_ = (
-        ("status", ctypes.c_int32),
-        ("n_nodes", ctypes.c_int32),
-        ("weight_bytes", ctypes.c_uint64),
-        ("kv_bytes", ctypes.c_uint64),
-    )
-
-
-class DraftParams(ctypes.Structure):
-    """struct swift_gguf_draft_params."""
-
-    seq_id: int
-    n_max: int
-    p_min: float
-    _fields_ = (
-        ("seq_id", ctypes.c_int32),
-        ("n_max", ctypes.c_int32),
-        ("p_min", ctypes.c_float),
-    )
-
-
-SUBLAYER_STATUS = ("ok", "absent", "unshared", "useless")
-"""enum swift_gguf_sublayer_status, by value."""
-
-_ERRORS = {
-    -1: "an argument is out of range",
-    -2: "the context cannot be rolled back",
-    -3: "llama.cpp could not build the graph",
-    -4: "the logits are not finite; the model's weights are damaged",
-}
-
-_MASK = ctypes.POINTER(ctypes.c_uint8)
-_FLOATS = ctypes.POINTER(ctypes.c_float)
-_ON_FFN = ctypes.CFUNCTYPE(
-    None,
-    ctypes.c_void_p,
-    *[ctypes.c_int32] * 3,
-    _FLOATS,
-    ctypes.c_int32,
-    _FLOATS,
-)
-_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
-    "swift_gguf_abi": (ctypes.c_int32, []),
-    "swift_gguf_llama_commit": (ctypes.c_char_p, []),
-    "swift_gguf_struct_size": (ctypes.c_size_t, [ctypes.c_char_p]),
-    "swift_gguf_sidecar_load": (
-        ctypes.c_void_p,
-        [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t],
-    ),
-    "swift_gguf_sidecar_free": (None, [ctypes.c_void_p]),
-    "swift_gguf_sidecar_size": (ctypes.c_uint64, [ctypes.c_void_p]),
-    "swift_gguf_observe_ffn": (
-        ctypes.c_void_p,
-        [ctypes.c_void_p, ctypes.c_void_p, _ON_FFN, ctypes.c_void_p],
-    ),
-    "swift_gguf_observe_ffn_end": (None, [ctypes.c_void_p]),
-    "swift_gguf_subnetwork_init": (
-        ctypes.c_void_p,
-        [_MASK, _FLOATS, ctypes.c_int32, ctypes.c_void_p, ctypes.c_bool],
-    ),
-    "swift_gguf_subnetwork_free": (None, [ctypes.c_void_p]),
-    "swift_gguf_set_subnetwork": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_void_p]),
-    "swift_gguf_rollback_refusal": (ctypes.c_char_p, [ctypes.c_void_p]),
-    "swift_gguf_set_batch_invariant": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_bool]),
-    "swift_gguf_pass_cost": (
-        ctypes.c_int32,
-        [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int32] * 3, ctypes.POINTER(Cost)],
-    ),
-    "swift_gguf_sublayers": (
-        ctypes.c_int32,
-        [ctypes.c_void_p, *[ctypes.POINTER(SublayerStruct)] * 2, ctypes.c_int32],
-    ),
-    "swift_gguf_set_stop_flag": (
-        ctypes.c_int32,
-        [ctypes.c_void_p, ctypes.POINTER(ctypes.c_int32)],
-    ),
-    "swift_gguf_top": (
-        ctypes.c_int32,
-        [
-            ctypes.c_void_p,
-            *[ctypes.c_int32] * 2,
-            ctypes.POINTER(ctypes.c_int32),
-            ctypes.POINTER(ctypes.c_float),
-        ],
-    ),
-    "swift_gguf_draft": (
-        ctypes.c_int32,
-        [
-            ctypes.c_void_p,
-            ctypes.c_void_p,
-            ctypes.POINTER(DraftParams),
-            *[ctypes.c_int32] * 2,
-            ctypes.POINTER(ctypes.c_int32),
-            ctypes.POINTER(ctypes.c_float),
-        ],
-    ),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,69 +58,6 @@ class Device:
     name: str
     description: str
     is_gpu: bool
-
-
-class FfnObserver(Protocol):
-    """See `Library.observe_ffn`."""
-
-    def __call__(
-        self, layer: int, activations: NDArray[np.float32], output: NDArray[np.float32], /
-    ) -> None: ...
-
-
-class SidecarHandle:
-    """Owns a `struct swift_gguf_sidecar`."""
-
-    def __init__(self, swift: ctypes.CDLL, model: Any, path: Path) -> None:
-        error = ctypes.create_string_buffer(256)
-        self._free = swift.swift_gguf_sidecar_free
-        self.pointer: int | None = swift.swift_gguf_sidecar_load(
-            model, os.fsencode(path), error, len(error)
-        )
-        if not self.pointer:
-            reason = error.value.decode("utf-8", "replace")
-            raise SidecarError(f"{path} cannot be used: {reason}; run swift-gguf prepare again")
-        self.n_bytes = int(swift.swift_gguf_sidecar_size(self.pointer))
-
-    def __del__(self) -> None:
-        if pointer := getattr(self, "pointer", None):
-            self._free(pointer)
-
-
-class SubnetworkHandle:
-    """Owns a `struct swift_gguf_subnetwork`."""
-
-    def __init__(
-        self, swift: ctypes.CDLL, subnetwork: SubNetwork, sidecar: SidecarHandle | None
-    ) -> None:
-        n_layer = subnetwork.n_layer
-        self._free = swift.swift_gguf_subnetwork_free
-        self.pointer: int | None = swift.swift_gguf_subnetwork_init(
-            (ctypes.c_uint8 * n_layer)(*subnetwork.attn_mask),
-            (ctypes.c_float * n_layer)(*subnetwork.ffn_shares),
-            n_layer,
-            sidecar.pointer if sidecar else None,
-            subnetwork.draft_head,
-        )
-        if not self.pointer:
-            raise SwiftError(f"a sub-network of {n_layer} layers is not possible")
-
-    def __del__(self) -> None:
-        if pointer := getattr(self, "pointer", None):
-            self._free(pointer)
-
-
-class StopFlag:
-    """Stops passes of a context while it is up; any thread may raise it."""
-
-    def __init__(self) -> None:
-        self.value = ctypes.c_int32(0)
-
-    def raise_(self) -> None:
-        self.value.value = 1
-
-    def lower(self) -> None:
-        self.value.value = 0
 
 
 class Library:
@@ -256,7 +81,7 @@ class Library:
     # -- versions and messages ---------------------------------------------------------------------
 
     def _check_versions(self) -> None:
-        for name, (result, arguments) in _SIGNATURES.items():
+        for name, (result, arguments) in SIGNATURES.items():
             try:
                 function = getattr(self._swift, name)
             except AttributeError:
@@ -416,7 +241,7 @@ class Library:
             except BaseException as error:  # ctypes would drop it
                 failed.append(error)
 
-        callback = _ON_FFN(on_ffn)
+        callback = ON_FFN(on_ffn)
         pointer = self._swift.swift_gguf_observe_ffn(
             ctx, sidecar.pointer if sidecar else None, callback, None
         )
@@ -510,13 +335,13 @@ class Library:
         base.ggml_row_size.argtypes = [ctypes.c_int, ctypes.c_int64]
         base.ggml_quantize_chunk.restype = ctypes.c_size_t
         base.ggml_quantize_chunk.argtypes = [
-            ctypes.c_int, _FLOATS, ctypes.c_void_p, *[ctypes.c_int64] * 3, _FLOATS,
+            ctypes.c_int, FLOATS, ctypes.c_void_p, *[ctypes.c_int64] * 3, FLOATS,
         ]  # fmt: skip
         rows = np.ascontiguousarray(rows, np.float32)
         n_rows, n_per_row = rows.shape
         out = np.empty((n_rows, base.ggml_row_size(ggml_type, n_per_row)), np.uint8)
         base.ggml_quantize_chunk(
-            ggml_type, rows.ctypes.data_as(_FLOATS), out.ctypes.data, 0, n_rows, n_per_row, None
+            ggml_type, rows.ctypes.data_as(FLOATS), out.ctypes.data, 0, n_rows, n_per_row, None
         )
         return out
 
@@ -582,9 +407,9 @@ def _check(code: int, what: str) -> None:
     if code >= 0:
         return
     if code == -2:
-        raise UnsupportedModelError(f"could not {what}: {_ERRORS[code]}; use --speculation off")
+        raise UnsupportedModelError(f"could not {what}: {ERRORS[code]}; use --speculation off")
     raise DecodeError(
-        f"could not {what}: {_ERRORS.get(code, f'llama_decode returned {-100 - code}')}"
+        f"could not {what}: {ERRORS.get(code, f'llama_decode returned {-100 - code}')}"
     )
 
 

@@ -36,6 +36,7 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
     """
 
     n_tokens: int
+    _requires_eval: bool
     input_ids: NDArray[np.intc]
 
     def __init__(
