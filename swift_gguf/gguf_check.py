@@ -37,7 +37,10 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
             12: "d"}  # fmt: skip
 _U16, _U32, _STRING, _ARRAY = 2, 4, 8, 9
 _KEEP_ITEMS = 4096  # longer arrays of numbers belong to the vocabulary: their length will do
-_MAX_STRINGS = 1 << 24
+# What a few bytes of file each would make hundreds of bytes of memory; no real model comes near.
+_MAX_STRINGS = 1 << 21
+_MAX_PAIRS = 1 << 12
+_MAX_TENSORS = 1 << 16
 _MAX_NAME = 63
 _MAX_LAYERS = 512
 _MAX_EXPERTS = 1024
@@ -184,8 +187,10 @@ class _Reader:
 
     def _strings(self, key: str, count: int, header: Header) -> None:
         """Skips, and keeps those of the vocabulary.  A hot loop: 300 000 times for a large one."""
-        if count > min(_MAX_STRINGS, (self._size - self.at) // 8):
+        if count > (self._size - self.at) // 8:
             raise _Problem(f"'{key}' is said to have {count} strings, beyond the end of the file")
+        if count > _MAX_STRINGS:
+            raise _Problem(f"'{key}' has {count} strings, more than {_MAX_STRINGS}")
         data, at, unpack = self._data, self.at, struct.Struct("<Q").unpack_from
         if key == "tokenizer.ggml.tokens":
             add = header.tokens.append
@@ -264,12 +269,17 @@ def _read(data: mmap.mmap | bytes) -> Header:
                 "versions 2 and 3 are: convert the model again",
             )
         n_tensors, n_pairs = reader.number("q"), reader.number("q")
-        for count, least, what in ((n_tensors, 24, "tensors"), (n_pairs, 13, "metadata keys")):
+        for count, least, most, what in (
+            (n_tensors, 24, _MAX_TENSORS, "tensors"),
+            (n_pairs, 13, _MAX_PAIRS, "metadata keys"),
+        ):
             if not 0 <= count <= len(data) // least:
                 raise _Problem(
                     f"it claims to hold {count} {what}, more than fit into its {len(data)} bytes",
                     "it is damaged or was cut short: download it again",
                 )
+            if count > most:
+                raise _Problem(f"it holds {count} {what}, more than {most}")
         _read_metadata(reader, n_pairs, header)
         _read_tensors(reader, n_tensors, header, len(data))
         header.length = reader.at

@@ -21,7 +21,7 @@ SCRIPTS = Path(soak_lossless.__file__).parent
 def test_no_text_is_changed() -> None:
     told: list[str] = []
     total = soak_lossless.soak(
-        seed=11, numbers=range(1000), n_requests=12, longest=32, seconds=15, tell=told.append
+        seed=11, numbers=range(1000), n_requests=12, longest=32, seconds=12, tell=told.append
     )
     assert not told
     assert total["requests"] >= 36
@@ -62,12 +62,12 @@ def hostile(*arguments: str) -> str:
 
 @pytest.mark.slow
 def test_damaged_files() -> None:
-    assert " 0 wrong" in hostile("--seed", "5", "--count", "60", "--seconds", "25")
+    assert " 0 wrong" in hostile("--seed", "5", "--count", "60", "--seconds", "15")
 
 
 @pytest.mark.slow
 def test_damaged_sidecars_and_named_corruptions() -> None:
-    said = hostile("--named", "--families", "sidecar,llama", "--count", "0", "--seconds", "25")
+    said = hostile("--named", "--families", "sidecar,llama", "--count", "0", "--seconds", "20")
     assert " 0 wrong" in said
 
 
