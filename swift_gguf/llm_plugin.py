@@ -52,7 +52,7 @@ def register_models(register: Callable[..., None]) -> None:
     _remember([name for name in aliases if name not in references and _exists(name)])
 
 
-class Options(llm.Options):
+class AnswerOptions(llm.Model.Options):
     """As on swift-gguf's own command line, with its defaults."""
 
     temperature: float = Field(default=0.8, description="0: always the likeliest token")
@@ -75,7 +75,7 @@ class SwiftModel(llm.Model):
 
     can_stream = True
     supports_schema = True
-    Options = Options
+    Options = AnswerOptions
 
     def __init__(self, reference: str) -> None:
         self.model_id = PREFIX + reference
@@ -102,10 +102,10 @@ class SwiftModel(llm.Model):
 
     def _answer(self, prompt: llm.Prompt, response: llm.Response) -> Iterator[str]:
         options = prompt.options
-        assert isinstance(options, Options)
+        assert isinstance(options, AnswerOptions)
         llama = self._loaded(options)
         seed = _seed(options)
-        sampling = {
+        sampling: dict[str, Any] = {
             "temperature": options.temperature,
             "top_k": options.top_k,
             "top_p": options.top_p,
@@ -132,7 +132,7 @@ class SwiftModel(llm.Model):
             "speculation": stats.speculation() | {"why": llama.swift.why},
         }
 
-    def _loaded(self, options: Options) -> SwiftLlama:
+    def _loaded(self, options: AnswerOptions) -> SwiftLlama:
         """The model, with a context of the size that is wanted."""
         from swift_gguf.cli.progress import download_progress
         from swift_gguf.llama import SwiftLlama
@@ -183,7 +183,7 @@ def _messages(prompt: llm.Prompt) -> list[dict[str, str]]:
     ]
 
 
-def _seed(options: Options) -> int:
+def _seed(options: AnswerOptions) -> int:
     from swift_gguf.sampling import SamplingOptions
 
     seed = SamplingOptions(seed=options.seed).with_seed().seed
@@ -203,7 +203,8 @@ def _exists(reference: str) -> bool:
 
 
 def _list_path() -> Path:
-    return llm.user_dir() / "swift-gguf.json"
+    folder: Callable[[], Path] = llm.user_dir
+    return folder() / "swift-gguf.json"
 
 
 def _remembered() -> list[str]:
