@@ -132,7 +132,8 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
         elif self.n_tokens < model.n_past:
             model.rollback(self.n_tokens)
         elif self.n_tokens > model.n_past:  # an interrupt emptied a context with a running state
-            model.decode(self.input_ids[model.n_past : self.n_tokens].tolist())
+            missing = self.input_ids[model.n_past : self.n_tokens].tolist()
+            model.decode(missing, exact=False)
 
     def _append(self, tokens: Sequence[int]) -> None:
         end = self.n_tokens + len(tokens)

@@ -123,7 +123,7 @@ class SwiftLlama(AdoptedLlama):
             self._requires_eval = False
 
     def _evaluate(self, model: Model, tokens: list[int]) -> None:
-        """Decodes tokens as they are, in the batches llama_cpp would."""
+        """Decodes tokens as they are, in the batches and by the kernels that llama_cpp would."""
         records = self._request.records if self._request.echo else None
         # what is sent to a generation is verified by llama_cpp, which asks for a row of each
         is_sent = self._generation is not None and self._generation.started
@@ -131,7 +131,7 @@ class SwiftLlama(AdoptedLlama):
         for first in range(0, len(tokens), self.n_batch):
             batch = tokens[first : first + self.n_batch]
             n_rows = len(batch) if all_rows else 1
-            model.decode(batch, n_outputs=n_rows, exact=not all_rows)
+            model.decode(batch, n_outputs=n_rows, exact=False)
             if self._keeps_all:
                 rows = [model.logits(row) for row in range(n_rows)]
                 self.scores[self.n_tokens : self.n_tokens + n_rows] = rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from swift_gguf.llama import SwiftLlama
+from tests.conftest import N_GPU_LAYERS
 from tests.llama.conftest import outcome, without_ids
 from tests.model.conftest import real as real
 
@@ -246,6 +248,27 @@ def test_a_real_model(real: Callable[..., Path], open_llama: Callable[..., Any])
             lambda llama, values=values: llama.create_chat_completion(ask, max_tokens=20, **values),
         )
     assert swift.swift.stats.accepted > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    N_GPU_LAYERS != 0 or platform.machine() != "x86_64", reason="kernels for x86 processors"
+)
+def test_weights_that_llama_cpp_alone_multiplies_otherwise_in_batches(
+    real: Callable[..., Path], open_llama: Callable[..., Any]
+) -> None:
+    """Prompts go by llama.cpp's kernels, as in `Llama`; verifications by those for one token."""
+    path = str(real("smollm2-135m", "Q4_0"))
+    options = {"path": path, "n_ctx": 256, "n_threads": 2, "n_threads_batch": 2}
+    plain, swift = open_llama(Llama, **options), open_llama(SwiftLlama, **options)
+    for seed, prompt in enumerate(("Once upon a time", "def add(a, b):\n", "red, green, red,")):
+        same(
+            plain,
+            swift,
+            lambda llama, prompt=prompt, seed=seed: llama.create_completion(
+                prompt, max_tokens=40, seed=seed
+            ),
+        )
 
 
 def test_accepting_whatever_was_drafted_is_noticed(
