@@ -132,9 +132,10 @@ class Soak:
         self.record = Record()
         self.serving = threading.Event()  # not between SIGTERM and the next start
         self.ended = threading.Event()
-        self.arguments = [options.model, "-c", str(options.ctx_size), "-n", "64",
-                          "--queue-size", str(options.queue_size), "--max-body", "65536",
-                          "--receive-timeout", "5", "--cache-ram", "32", *options.flags]  # fmt: skip
+        flags = {"-c": options.ctx_size, "-n": 64, "--queue-size": options.queue_size,
+                 "--max-body": 1 << 16, "--receive-timeout": 5, "--cache-ram": 32}  # fmt: skip
+        self.arguments = [options.model, *(str(x) for flag in flags.items() for x in flag)]
+        self.arguments += options.flags
         self.server = Server(self.arguments)
         self.servers = [self.server]
         self.serving.set()

@@ -79,6 +79,8 @@ def serve(model: str, **values: Any) -> None:
     from swift_gguf.cli.progress import download_progress
     from swift_gguf.models import resolve
 
+    if values["speculative_sampling"]:
+        raise click.UsageError("served texts are those of their seeds: no --speculative-sampling")
     options = _options(model, values)
     with download_progress() as progress:
         path = resolve(model, progress=progress)

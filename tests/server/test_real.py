@@ -19,7 +19,7 @@ MESSAGES: Any = [{"role": "user", "content": "Name three colours, then say why t
 
 @pytest.mark.slow
 def test_the_same_answers_with_drafts_and_without(serve: Callable[..., Server]) -> None:
-    options: Any = {"messages": MESSAGES, "max_tokens": 60, "seed": 11}
+    options: Any = {"messages": MESSAGES, "max_tokens": 40, "seed": 11}
     with_drafts = serve(MODEL, "-c", 1024, "--speculation", "ngram,recycling,layer-skip")
     llama = SwiftLlama(str(resolve(MODEL)), n_ctx=1024, speculation="off", verbose=False)
     with_drafts.wait_until_ready()
