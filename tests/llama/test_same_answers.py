@@ -228,6 +228,20 @@ def test_criteria_get_the_logits_that_the_latest_token_was_drawn_from(swift: Swi
     assert seen[: len(text)] == text
 
 
+def test_long_contexts_say_the_same_whatever_drafts(open_llama: Callable[..., Any]) -> None:
+    """Where llama.cpp splits the attention of single tokens over threads."""
+    always, off = open_llama(n_ctx=1024), open_llama(n_ctx=1024, speculation="off")
+    prompt = [20 + i * i % 83 for i in range(700)]
+    for seed in range(3):
+        answers = [
+            without_ids(llama.create_completion(prompt, max_tokens=60, seed=seed))
+            for llama in (always, off)
+        ]
+        assert answers[0] == answers[1]
+        assert always.swift.stats.accepted > 0
+        assert off.swift.stats.drafted == 0
+
+
 @pytest.mark.slow
 def test_a_real_model(real: Callable[..., Path], open_llama: Callable[..., Any]) -> None:
     path = str(real("smollm2-135m"))
