@@ -259,9 +259,8 @@ def test_killed_at_any_moment_it_leaves_nothing_broken(folder: Path, tmp_path: P
             pool.submit(killed, folder, tmp_path / f"{seed}.gguf", seed, seconds, whole)
             for seed in range(N_KILLS // 4)
         ]
-        assert sum(run.result() for run in runs) >= N_KILLS // 2, (
-            "hardly any was killed before it ended"
-        )
+        n_killed = sum(run.result() for run in runs)
+    assert n_killed >= N_KILLS // 2, "too few were killed before they ended"
     wait_for_orphans()
 
 
