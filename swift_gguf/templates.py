@@ -51,8 +51,14 @@ class ChatTemplate:
             request = json.dumps({"template": self._source, "variables": values}).encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise TemplateError(f"the messages are no JSON: {error}") from error
-        with self._lock:
-            answer = self._ask(request + b"\n")
+        if getattr(sys, "frozen", False):
+            # an application that carries its Python: its executable runs nothing but itself
+            from swift_gguf.template_worker import render
+
+            answer: Mapping[str, str] = render(self._source, json.loads(request)["variables"])
+        else:
+            with self._lock:
+                answer = self._ask(request + b"\n")
         if "text" not in answer:
             raise TemplateError(f"the chat template fails: {answer['error']}")
         return str(answer["text"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -116,6 +117,15 @@ def test_several_threads_get_their_own_answers() -> None:
     for thread in threads:
         thread.join()
     assert answers == {i: {str(i)} for i in range(8)}
+
+
+def test_an_application_that_carries_its_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its executable starts no Python: the sandbox is all there is, and no process begins."""
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert ChatTemplate("{{ messages[0].content }}").render(messages=MESSAGES[1:]).endswith('"🦙"')
+    with pytest.raises(TemplateError, match="__class__"):
+        ChatTemplate(REACHING["class"]).render(messages=[])
 
 
 def test_close_ends_the_process() -> None:
