@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 # tests/ is not installed with the package
@@ -32,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from swift_gguf import engine
 from swift_gguf.drafting.tree import Tree
 from swift_gguf.engine import generate
+from swift_gguf.llama import SwiftLlama
 from swift_gguf.model import Model, ModelOptions
 from swift_gguf.models import resolve
 from swift_gguf.prepare.run import Preparation, PrepareOptions
@@ -44,6 +46,8 @@ from swift_gguf.stats import Stats
 from swift_gguf.text import StreamDecoder, encode
 from swift_gguf.verification import Verdict
 from tests.fixtures.tiny_gguf import write_tiny
+
+from llama_cpp import Llama, LlamaGrammar  # isort: skip - swift_gguf brings the library
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "phi3")
 QUANTS = ("Q8_0", "Q4_1")
@@ -255,8 +259,17 @@ def run_round(
     rng = random.Random(f"{seed}/{number}")
     path, options = models.target(rng), draw_speculation(rng, models)
     loading = ModelOptions(n_ctx=256, n_batch=64, n_threads=1, n_gpu_layers=0)
-    is_idle = rng.random() < 0.25
+    kind = rng.random()
+    is_idle = kind < 0.25
     counts: Counter[str] = Counter()
+    if kind > 0.8:
+        with drawn_clocks(random.Random(f"{seed}/{number}/clock")):
+            for index, wrong in enumerate(llama_round(rng, path, options, n_requests, longest)):
+                counts["requests"] += 1
+                counts["diverged"] += bool(wrong)
+                if wrong:
+                    tell(f"seed {seed} round {number} request {index}: {path.name} {wrong}")
+        return counts
     with ExitStack() as stack:
         if not is_idle:
             stack.enter_context(drawn_clocks(random.Random(f"{seed}/{number}/clock")))
@@ -290,6 +303,58 @@ def run_round(
             if is_idle and rng.random() < 0.5:
                 time.sleep(rng.random() * 0.02)
     return counts
+
+
+def llama_round(
+    rng: random.Random, path: Path, options: SpeculationOptions, n_requests: int, longest: int
+) -> Iterator[str]:
+    """The same of `SwiftLlama` against llama_cpp's `Llama`: for each completion, what is wrong."""
+    loading: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_gpu_layers": 0, "verbose": False}
+    with ExitStack() as stack:
+        profiles = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(mock.patch.dict(os.environ, SWIFT_GGUF_PROFILES=profiles))
+        swift = stack.enter_context(closing(SwiftLlama(str(path), speculation=options, **loading)))
+        threads = {"n_threads_batch": 1, "flash_attn": True}
+        plain = stack.enter_context(closing(Llama(str(path), **threads, **loading)))
+        assert swift.swift.model is not None
+        before: list[int] = []
+        for _ in range(n_requests):
+            request = draw_request(rng, swift.swift.model, before, longest=longest)
+            expected, drafted = (_completion(llama, request) for llama in (plain, swift))
+            before = swift.input_ids[: swift.n_tokens].tolist()
+            same = drafted == expected
+            yield "" if same else f"{options}\n  {request}\n  {expected}\n  {drafted}"
+
+
+def _completion(llama: Any, request: Request) -> list[Any]:
+    """The choices of a streamed completion, as far as the consumer stays; or what it raises."""
+    sampling = request.sampling
+    grammar = sampling.grammar and LlamaGrammar.from_string(sampling.grammar, verbose=False)
+    stream = llama.create_completion(
+        list(request.prompt),
+        stream=True,
+        max_tokens=request.max_tokens,
+        stop=[request.stop] if request.stop else [],
+        seed=sampling.seed,
+        grammar=grammar,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        repeat_penalty=sampling.repeat_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+    )
+    choices: list[Any] = []
+    try:
+        with closing(stream):
+            for chunk in stream:
+                choices.append(chunk["choices"][0])
+                if len(choices) == request.leave_after:
+                    break
+    except ValueError as error:
+        choices.append(type(error).__name__)
+    return choices
 
 
 def accept_everything(tree: Tree, *, choose: Callable[[int], int], **_: object) -> Verdict:
@@ -336,7 +401,6 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="end early")
     parser.add_argument("--control", action="store_true", help="accept every draft: must fail")
     options = parser.parse_args()
-    os.environ["SWIFT_GGUF_PROFILES"] = os.devnull
     start = time.monotonic()
     total = soak(
         seed=options.seed,
