@@ -41,7 +41,7 @@ def test_a_seed_repeats_a_round_to_the_token() -> None:
     """A failure that is told by its numbers alone: with the same numbers, the same failures."""
     told: list[list[str]] = [[], []]
     for run in told:
-        soak_lossless.soak(seed=1, numbers=range(2, 3), n_requests=5, control=True, tell=run.append)
+        soak_lossless.soak(seed=1, numbers=range(5, 6), n_requests=5, control=True, tell=run.append)
     assert told[0] == told[1] != []
 
 
