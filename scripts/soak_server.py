@@ -324,6 +324,10 @@ def report(soak: Soak) -> dict[str, Any]:
         "queue_wait_ms": {"p50": percentiles[49], "p99": percentiles[98]},
         "rss_mb": [round(max(server.rss, default=0) / 1e6, 1) for server in soak.servers],
         "memory_growth": [round(part, 4) for part in growth],
+        "rss_mb_over_time": [
+            [round(rss / 1e6, 1) for rss in server.rss[:: max(1, len(server.rss) // 20)]]
+            for server in soak.servers
+        ],
         "faults": record.faults[:50],
         "n_faults": len(record.faults),
     }

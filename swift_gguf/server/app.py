@@ -38,7 +38,7 @@ from swift_gguf.server.worker import Job
 _log = logging.getLogger("swift_gguf")
 _T = TypeVar("_T")
 
-GONE = ApiError(499, "the client has gone", code="client_gone")
+GONE = 499
 PAGE_POLICY = (
     "default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -205,10 +205,10 @@ async def _answer(
                 first = await _unless_gone(request, anext(events))
             return Response(_json(first), media_type="application/json")
     except BaseException as error:
-        service.stop(job, GONE)
+        service.stop(job, _gone())
         await events.aclose()
-        if error is GONE:
-            return Response(status_code=GONE.status)
+        if isinstance(error, ApiError) and error.status == GONE:
+            return Response(status_code=GONE)
         raise
 
 
@@ -226,7 +226,7 @@ async def _sse(
         _log.exception("an answer failed")
         yield {"data": _json(ApiError(500, _failed(error)).body)}
     finally:
-        service.stop(job, GONE)
+        service.stop(job, _gone())
 
 
 def _json(value: object) -> str:
@@ -241,12 +241,12 @@ async def _unless_gone(request: Request, awaitable: Awaitable[_T]) -> _T:
         ApiError: GONE, then.
     """
     wanted = asyncio.ensure_future(awaitable)
-    gone = asyncio.ensure_future(_gone(request))
+    gone = asyncio.ensure_future(_until_gone(request))
     try:
         await asyncio.wait({wanted, gone}, return_when=asyncio.FIRST_COMPLETED)
         if wanted.done():
             return wanted.result()
-        raise GONE
+        raise _gone()
     finally:
         gone.cancel()
         if not wanted.done():
@@ -254,7 +254,12 @@ async def _unless_gone(request: Request, awaitable: Awaitable[_T]) -> _T:
             await asyncio.wait({wanted})
 
 
-async def _gone(request: Request) -> None:
+def _gone() -> ApiError:
+    """A new one each time: an exception that is raised again keeps the frames of every time."""
+    return ApiError(GONE, "the client has gone", code="client_gone")
+
+
+async def _until_gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
