@@ -31,8 +31,14 @@ PASTE = "\x1b[200~{}\x1b[201~"
 class Terminal(pyte.HistoryScreen):  # type: ignore[misc]
     """A terminal that a chat runs in, and what a person sees and types there."""
 
-    def __init__(self, *arguments: object, columns: int = 80, lines: int = 24,
-                 **environment: str) -> None:  # fmt: skip
+    def __init__(
+        self,
+        *arguments: object,
+        columns: int = 80,
+        lines: int = 24,
+        cwd: Path | None = None,
+        **environment: str,
+    ) -> None:
         super().__init__(columns, lines, history=5000)
         self.raw = ""
         self._stream = pyte.Stream(self)
@@ -40,6 +46,7 @@ class Terminal(pyte.HistoryScreen):  # type: ignore[misc]
             COMMAND[0],
             [*COMMAND[1:], "chat", *map(str, arguments)],
             dimensions=(lines, columns),
+            cwd=cwd,
             env={**os.environ, "TERM": "xterm-256color", **environment},
             encoding="utf-8",
             timeout=None,
@@ -206,14 +213,14 @@ def test_completion_and_history_across_sessions(
     terminal: Callable[..., Terminal], model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "notes.txt").write_text("a note")
-    chat = terminal(model, *QUICK)
+    chat = terminal(model, *QUICK, cwd=tmp_path)
     chat.ready()
     chat.type("/rea\t", enter=False)
     chat.wait(lambda: chat.display[chat.cursor.y].startswith(">>> /read "))
-    chat.type(f"{tmp_path}/no\t", enter=False)
-    chat.wait("/notes.txt")
+    chat.type("no\t", enter=False)
+    chat.wait("/read notes.txt")
     chat.type("")
-    chat.wait("notes.txt (6 tokens) goes with your next message")
+    chat.wait("notes.txt (3 tokens) goes with your next message")
     chat.ask("What does it say?")
     chat.type("/exit")
     assert chat.end() == 0
