@@ -31,7 +31,7 @@ THOUGHT_LINES = 6
 
 DRAWING_SHARE = 0.03
 """Of the time; drawing takes it from decoding."""
-MIN_INTERVAL_S = 0.04
+MIN_INTERVAL_S, MAX_INTERVAL_S = 0.04, 0.5
 
 
 def console() -> Console:
@@ -122,8 +122,9 @@ class _Drawing(AbstractContextManager["_Drawing"]):
 
     def __exit__(self, *_: object) -> None:
         try:
-            self._end_thought()
-            self._print_text(final=True)
+            with self._console:
+                self._end_thought()
+                self._print_text(final=True)
         finally:
             self._live.stop()
         self._console.print()
@@ -142,9 +143,10 @@ class _Drawing(AbstractContextManager["_Drawing"]):
         now = perf_counter()
         if now < self._next:
             return
-        self._refresh()
+        with self._console:  # all of it in one write: nothing flickers
+            self._refresh()
         took = perf_counter() - now
-        self._next = now + max(MIN_INTERVAL_S, took / DRAWING_SHARE)
+        self._next = now + min(MAX_INTERVAL_S, max(MIN_INTERVAL_S, took / DRAWING_SHARE))
 
     # -- thoughts ----------------------------------------------------------------------------------
 
@@ -210,11 +212,15 @@ class _Drawing(AbstractContextManager["_Drawing"]):
         if not block.strip():
             return []
         lines = rendered(self._console, Markdown(block))
+        while lines and not lines[-1]:
+            lines.pop()
+        while lines and not lines[0]:
+            lines.pop(0)
         return [[], *lines] if self._has_gap else lines
 
     def _print(self, lines: Sequence[Sequence[Segment]]) -> None:
         """For good, above what is redrawn."""
-        self._live.update(Text(""))
+        self._live.update(Text(""), refresh=True)  # or what was drawn last would stay below
         self._console.print(_segments(lines), end="")
 
     def _draw(self, renderable: RenderableType) -> None:

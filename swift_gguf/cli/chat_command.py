@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, nullcontext
@@ -83,6 +84,7 @@ def chat(model: str, **values: Any) -> None:
         talk = Chat(session, conversation, screen or Plain(), settings)
         try:
             if screen:
+                _leave_when_told()
                 session.search_when_idle(talk.on_idle_step)
                 _talk(talk, screen)
             else:
@@ -102,6 +104,12 @@ def _conversation(model: Model, values: dict[str, Any]) -> Conversation:
             "or give a template with --chat-template"
         )
     return Conversation(model, system=values["system_prompt"], template=template)
+
+
+def _leave_when_told() -> None:
+    """So that the terminal is left as it was, and what was learned is kept."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda told, _: sys.exit(128 + told))
 
 
 def _talk(talk: Chat, screen: Terminal) -> None:

@@ -332,6 +332,40 @@ def test_what_is_typed_meanwhile_waits_and_the_terminal_is_left_as_it_was(
     assert termios.tcgetattr(chat.child.child_fd)[:4] == before[:4]
 
 
+def test_a_chat_that_is_told_to_end_restores_the_terminal(
+    terminal: Callable[..., Terminal], model: Path
+) -> None:
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        chat = terminal(model, *ENDLESS)
+        chat.ready()
+        chat.type("go on")
+        chat.wait("tokens, ")
+        chat.child.kill(number)
+        assert chat.end() == 128 + number
+        assert termios.tcgetattr(chat.child.child_fd)[3] & termios.ECHO
+        assert not chat.cursor.hidden
+        assert "Traceback" not in chat.text
+
+
+def test_thoughts_are_folded_and_unfolded(
+    terminal: Callable[..., Terminal], model: Path, tmp_path: Path
+) -> None:
+    grammar = 'root ::= "<think>carry the one</think>" "It is 12."'
+    chat = terminal(model, "-c", 512, "-ngl", 0, "--grammar", grammar)
+    chat.ask("7 and 5?")
+    assert re.search(r"thought for [0-9.]+ s, [0-9]+ tokens; /show thinking unfolds it", chat.text)
+    assert "carry the one" not in chat.text
+    assert "It is 12." in chat.text
+    chat.ask("/show thinking")
+    assert "carry the one" in chat.text
+    (turn,) = saved(chat, tmp_path / "talk.json")
+    assert turn["assistant"] == "<think>carry the one</think>It is 12."
+    chat.ask("/set thinking show")
+    chat.ask("And 5 and 7?")
+    assert chat.text.count("carry the one") == 2
+    assert chat.leave() == 0
+
+
 # -- on a pipe -------------------------------------------------------------------------------------
 
 
