@@ -301,7 +301,7 @@ def _hf_name(name: str) -> str:
 def _unpermuted(name: str, data: Any, n_heads: int, n_kv: int) -> Any:
     """llama.cpp turns pairs (2i, 2i + 1) of a head's dimensions, transformers (i, i + n/2)."""
     heads = {"attn_q.weight": n_heads, "attn_k.weight": n_kv}.get(".".join(name.split(".")[2:]))
-    data = np.ascontiguousarray(data, np.float32)
+    data = np.array(data, np.float32)
     if heads is None:
         return data
     rows, columns = data.shape
