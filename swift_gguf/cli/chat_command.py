@@ -12,6 +12,7 @@ import click
 
 from swift_gguf.cli.help import examples, model_argument
 from swift_gguf.cli.options import (
+    answer_flags,
     load_model,
     model_flags,
     sampling_flags,
@@ -38,13 +39,7 @@ if TYPE_CHECKING:
     )
 )
 @model_argument
-@click.option(
-    "-n", "--n-predict", default=-1, metavar="N", help="At most N tokens an answer; -1: to the end."
-)
-@click.option("-sys", "--system-prompt", metavar="TEXT", help="A system message.")
-@click.option(
-    "--chat-template", metavar="JINJA", help="A template (text or file) instead of the model's."
-)
+@answer_flags
 @click.option("--thinking", type=click.Choice(["fold", "show", "hide"]), default="fold",
               show_default=True, help="Thoughts, once the answer begins.")  # fmt: skip
 @click.option("--context", type=click.Choice(["shift", "stop"]), default="shift",

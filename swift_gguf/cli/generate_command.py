@@ -13,6 +13,7 @@ import click
 
 from swift_gguf.cli.help import examples, model_argument
 from swift_gguf.cli.options import (
+    answer_flags,
     load_model,
     model_flags,
     read_text,
@@ -40,13 +41,7 @@ if TYPE_CHECKING:
 @model_argument
 @click.option("-p", "--prompt", help="The prompt.  [default: standard input]")
 @click.option("-f", "--file", type=click.Path(path_type=Path), help="Read the prompt from a file.")
-@click.option(
-    "-n", "--n-predict", default=-1, metavar="N", help="At most N tokens; -1: to the end."
-)
-@click.option("-sys", "--system-prompt", metavar="TEXT", help="A system message.")
-@click.option(
-    "--chat-template", metavar="JINJA", help="A template (text or file) instead of the model's."
-)
+@answer_flags
 @click.option("--raw", is_flag=True, help="No chat template: continue the prompt as it stands.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, no stream.")
 @click.option(

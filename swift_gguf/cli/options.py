@@ -55,6 +55,14 @@ sampling_flags = _all(
     click.option("--grammar-file", type=click.Path(path_type=Path), metavar="FILE"),
 )  # fmt: skip
 
+answer_flags = _all(
+    click.option("-n", "--n-predict", default=-1, metavar="N",
+                 help="At most N tokens an answer; -1: to the end."),
+    click.option("-sys", "--system-prompt", metavar="TEXT", help="A system message."),
+    click.option("--chat-template", metavar="JINJA",
+                 help="A template (text or file) instead of the model's."),
+)  # fmt: skip
+
 speculation_flags = _all(
     click.option("--speculation", default="auto", show_default=True,
                  metavar="SOURCES", help="Where drafts come from: auto, off, or of ngram, "

@@ -261,6 +261,25 @@ def test_figures_and_sources_are_shown(model: Model) -> None:
     talk.session.close()
 
 
+def test_the_gain_is_against_plain_passes(model: Model) -> None:
+    """Of the answer itself, where it has some; known before where every pass verified a draft."""
+    prompt = encode(model, "once upon a time")
+    plain = Session(model).answer(prompt, SEEDED, max_tokens=30)
+    assert len(list(plain)) == 30
+    assert plain.stats.plain_cycles == plain.stats.cycles == 29
+    assert plain.plain_ms == pytest.approx(1e3 * plain.stats.plain_s / 29)
+    assert plain.gain is not None
+    assert 0.3 < plain.gain < 1.0  # the engine's own time is lost
+    session = Session(model, Speculation(model, SpeculationOptions(mode="layer-skip")))
+    drafted = session.answer(prompt, SEEDED, max_tokens=30)
+    assert [piece.token for piece in drafted] == plain.tokens
+    assert drafted.stats.plain_cycles < 8
+    known_ms = session.plain_ms()
+    assert known_ms is not None
+    assert drafted.plain_ms == pytest.approx(known_ms, rel=0.5)
+    session.close()
+
+
 def test_speculation_changes_between_answers_and_the_text_does_not(talk: Talk) -> None:
     plain = talk.say("Hello")
     talk.say("/speculation layer-skip")
