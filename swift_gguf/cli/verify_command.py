@@ -86,6 +86,6 @@ def _lines(path: Path, found: Comparison) -> str:
             f"divergence {found.divergence:.2g} nats a token",
             f"  perplexity  {found.perplexity:.3f}, of the checkpoint "
             f"{found.reference_perplexity:.3f}",
-            f"  FAILED: {verdict}" if verdict else f"  ok for {found.bits:.1f} bits a weight",
+            f"  FAILED: {verdict}" if verdict else f"  ok for {found.file_type}",
         ]
     )

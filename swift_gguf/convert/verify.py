@@ -15,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swift_gguf import gguf_check
+from swift_gguf.convert import plan
 from swift_gguf.errors import ConvertError
 from swift_gguf.model import Model, ModelOptions
+from swift_gguf.native_convert import file_types
 from swift_gguf.text import encode
 
 Floats = NDArray[np.float32]
@@ -52,17 +54,17 @@ class Limits:
     """Least share of positions with the same likeliest token."""
 
 
-# By bits a weight, at least so many.  About twice what a model of 135M weights showed, which small
-# models suffer more from than large ones (docs/convert.md).
+# By bits a weight of the type that a file is named by.  About twice what SmolLM2 135M showed, which
+# had been quantised before (docs/convert.md): larger models suffer less.  What is broken is worse.
 _LIMITS = (
     (24.0, Limits(divergence=1e-5, agreement=0.99)),
     (12.0, Limits(divergence=0.001, agreement=0.97)),
-    (8.0, Limits(divergence=0.01, agreement=0.94)),
-    (6.2, Limits(divergence=0.03, agreement=0.90)),
-    (5.2, Limits(divergence=0.08, agreement=0.86)),
-    (4.2, Limits(divergence=0.25, agreement=0.75)),
-    (3.2, Limits(divergence=0.8, agreement=0.55)),
-    (0.0, Limits(divergence=3.0, agreement=0.20)),
+    (8.0, Limits(divergence=0.015, agreement=0.88)),
+    (6.0, Limits(divergence=0.04, agreement=0.82)),
+    (5.0, Limits(divergence=0.25, agreement=0.68)),
+    (4.0, Limits(divergence=0.85, agreement=0.45)),
+    (3.0, Limits(divergence=1.2, agreement=0.40)),
+    (0.0, Limits(divergence=4.0, agreement=0.10)),
 )
 
 
@@ -72,6 +74,8 @@ class Comparison:
 
     kind: str
     """llama.cpp's name of the architecture, size and quantisation."""
+    file_type: str
+    """What it was quantised to: ``Q4_K_M``."""
     bits: float
     """A weight, on average."""
     n_tokens: int
@@ -87,11 +91,13 @@ class Comparison:
 
     @property
     def limits(self) -> Limits:
-        return next(limits for bits, limits in _LIMITS if self.bits >= bits)
+        named = self.file_type in file_types()
+        size = plan.bits(self.file_type) if named else self.bits
+        return next(limits for bits, limits in _LIMITS if size >= bits)
 
     @property
     def failures(self) -> list[str]:
-        """What is worse than a quantisation of this size accounts for."""
+        """What is worse than such a quantisation accounts for."""
         limits, found = self.limits, []
         if not self.same_tokens:
             found.append("its tokenizer reads the text differently")
@@ -156,7 +162,7 @@ def compare(
         ModelError: it cannot be loaded; ConvertError: its vocabulary is another.
     """
     n = len(expected.tokens)
-    bits = _bits(path)
+    header = gguf_check.read(path)
     options = ModelOptions(
         n_ctx=n + 1,
         n_batch=BATCH,
@@ -183,7 +189,8 @@ def compare(
             report(start + len(piece), n)
     return Comparison(
         kind=kind,
-        bits=bits,
+        file_type=_file_type(header),
+        bits=_bits(header),
         n_tokens=n,
         max_difference=tally.largest,
         mean_difference=tally.difference / n,
@@ -220,9 +227,13 @@ def _log_softmax(logits: Floats) -> NDArray[np.float64]:
     return np.asarray(shifted - np.log(np.exp(shifted).sum()))
 
 
-def _bits(path: Path) -> float:
+def _file_type(header: gguf_check.Header) -> str:
+    number = header.metadata.get("general.file_type")
+    return next((name for name, value in file_types().items() if value == number), "unknown")
+
+
+def _bits(header: gguf_check.Header) -> float:
     """A weight of a matrix, on average."""
-    header = gguf_check.read(path)
     matrices = [tensor for tensor in header.tensors.values() if len(tensor.shape) > 1]
     n_weights = sum(tensor.size for tensor in matrices)
     return 8 * sum(tensor.n_bytes for tensor in matrices) / max(1, n_weights)
