@@ -165,9 +165,9 @@ class _Drawing(AbstractContextManager["_Drawing"]):
     def _thinking(self) -> RenderableType:
         if self._settings.thinking == "hide":
             return Text("thinking …", style="dim italic")
-        lines = rendered(self._console, Text(self._thought.strip(), style="dim italic"))
         n = self._height if self._settings.thinking == "show" else THOUGHT_LINES
-        return _segments(lines[-n:])
+        latest = "\n".join(self._thought.strip().split("\n")[-n:])
+        return _segments(rendered(self._console, Text(latest, style="dim italic"))[-n:])
 
     # -- the answer --------------------------------------------------------------------------------
 
