@@ -41,13 +41,13 @@ LD_PRELOAD=$runtime "$python" -m tests.fixtures.fuzz_corpus "$build/fuzz"
 program=$build/speculate
 # shellcheck disable=SC2046
 clang native/examples/speculate.c -o "$program" $("$python" -m swift_gguf config --cflags --libs) -fsanitize=address -shared-libasan
-LD_LIBRARY_PATH=$(dirname "$runtime") ASAN_OPTIONS=detect_leaks=1:log_path=$build/report \
+LD_PRELOAD=$runtime ASAN_OPTIONS=detect_leaks=1:log_path=$build/report \
     "$program" "$build/fuzz/model.gguf" "hello hello hello" 48 0.7 "$build/fuzz/profile.json" "$build/fuzz/corpus/whole"
 
 if ((seconds > 0)); then
     echo "== fuzzing for $seconds s"
     mkdir -p "$build/fuzz/found"
-    LD_LIBRARY_PATH=$(dirname "$runtime") SWIFT_GGUF_FUZZ_MODEL=$build/fuzz/model.gguf "$build/bin/fuzz_sidecar" \
+    LD_PRELOAD=$runtime SWIFT_GGUF_FUZZ_MODEL=$build/fuzz/model.gguf "$build/bin/fuzz_sidecar" \
         -max_total_time="$seconds" -timeout=20 -rss_limit_mb=2048 -malloc_limit_mb=256 -max_len=65536 \
         -print_final_stats=1 -verbosity=1 -artifact_prefix="$build/fuzz/found/" "$build/fuzz/new" "$build/fuzz/corpus"
 fi

@@ -5,12 +5,14 @@
  * Drafts come from the text itself where it repeats, else from the sub-network that the profile names
  * (-: the one inside the model). The text goes to standard output, all else to standard error. */
 
+#define _DEFAULT_SOURCE /* sysconf */
 #include <swift_gguf.h>
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 enum { TOKENS_MAX = 32768, DRAFT_MAX = 4, MATCH_MIN = 3, SEED = 42 };
 
@@ -117,8 +119,8 @@ int main(int argc, char ** argv) {
         fail("the prompt", "empty or too long");
     }
     memcpy(plain, text, sizeof(text));
-
     struct llama_context_params params = llama_context_default_params();
+    params.n_threads = params.n_threads_batch = (int32_t) sysconf(_SC_NPROCESSORS_ONLN);
     params.n_ctx = params.n_batch = (uint32_t) (s.n_prompt + s.n_predict + DRAFT_MAX);
     params.swa_full               = true; /* a cache of the window's size could not be rolled back */
     s.ctx                         = llama_init_from_model(s.model, params);
@@ -133,13 +135,11 @@ int main(int argc, char ** argv) {
     if (why[0] != '\0') {
         fail("no sub-network", why);
     }
-
     const struct figures drafted = generate(&s, text, true), one = generate(&s, plain, false);
     const bool           same    = memcmp(text, plain, sizeof(text)) == 0;
     fprintf(stderr, "\nspeculative %8.1f tok/s   accepted %d of %d draft tokens\nplain       %8.1f tok/s   %s\n",
             drafted.n_tokens / drafted.seconds, (int) drafted.n_accepted, (int) drafted.n_drafted, one.n_tokens / one.seconds,
             same ? "the same text" : "ANOTHER TEXT: rows depend on their batch here, and two tokens were nearly tied");
-
     swift_gguf_subnetwork_free(s.subnetwork);
     swift_gguf_sidecar_free(sidecar);
     llama_free(s.ctx);
