@@ -34,7 +34,7 @@ TYPING_S = 0.035  # a key
 
 MESSAGES = (
     "Write a Python class Rectangle with area() and perimeter(). Only code.",
-    "Rename width to w and height to h. Print the whole class again.",
+    "Rename the class to Box. Print the whole class again.",
     "/show",
 )
 
