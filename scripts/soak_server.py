@@ -177,9 +177,11 @@ class Soak:
         self.serving.clear()
         if code := self.server.stop():
             self.record.fault(f"the server ended with {code}")
-        for line in self.server.log:
+        log = self.server.log
+        for i, line in enumerate(log):
             if "Traceback" in line or "Exception" in line:
-                self.record.fault(f"in the server's log: {line}")
+                self.record.fault("in the server's log: " + " / ".join(log[i : i + 12]))
+                break
 
     def _client(self, rng: random.Random) -> None:
         deeds = [

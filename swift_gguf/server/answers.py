@@ -213,8 +213,10 @@ def _chat_arguments(
     if choice is None and request.tool_choice != "required":
         return arguments
     _allow(options, "tool_choice")
-    # with one tool llama_cpp makes the same grammar, but looks at no limits
     chosen = [tool for tool in request.offered if choice is None or tool.name == choice.name]
+    if not chosen:
+        raise bad_request("the tool_choice is none of the tools", param="tool_choice")
+    # with one tool llama_cpp makes the same grammar, but looks at no limits
     grammar = _grammar(grammars.from_schema(tools.any_call(chosen), param="tools"), llama, "tools")
     if choice is None:
         arguments["grammar"] = grammar

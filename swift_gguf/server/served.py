@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import gc
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -201,6 +202,7 @@ class ServedLlama(SwiftLlama):
 
     def close(self) -> None:
         """Frees the model."""
+        gc.collect()  # samplers of stopped answers: the interpreter's end would be too late
         self._conversations = None
         if self._embedder:
             self._embedder.close()

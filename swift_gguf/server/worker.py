@@ -229,3 +229,5 @@ class Worker(Generic[M]):
             model.resume()
             self._durations.append(perf_counter() - start)
         job.post(end)
+        # an exception holds the frames it went through, and they, by these, the exception
+        end = job.reason = None

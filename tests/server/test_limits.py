@@ -151,8 +151,8 @@ def test_a_grammar_that_keeps_llama_cpp_busy(serve: Callable[..., Server], model
     start = time.monotonic()
     error = told(*server.post(CHAT, chat(grammar=doubling, max_tokens=100)), 408)
     assert error["code"] == "timeout"
-    error = told(*server.post(CHAT, chat()), 503)
-    assert error["code"] == "timeout"
+    status, body = server.post(CHAT, chat())  # llama.cpp may be back by now
+    assert status == 200 or told(status, body, 503)["code"] == "timeout"
     assert server.get("/health")[0] == 200
     assert time.monotonic() - start < 10
     assert server.terminate() == 0
