@@ -78,7 +78,7 @@ class Answer:
         session, speculation = self._session, self._session.speculation
         is_drawn = speculation is not None and speculation.options.sampled
         kind = SpeculativeSampler if is_drawn else Sampler
-        before_ms: float | None = None
+        first_ms: float | None = None
         with kind(session.model, self.options, prompt=self.prompt) as sampler:
             drawing = sampler if isinstance(sampler, SpeculativeSampler) else None
             search = speculation.begin(len(self.prompt), sampler=drawing) if speculation else None
@@ -93,8 +93,10 @@ class Answer:
                 stats=self.stats,
             )
             for token in stream:
-                if before_ms is None:
-                    before_ms = session.plain_ms()
+                now_ms = session.plain_ms()
+                first_ms = now_ms if first_ms is None else first_ms
+                if first_ms is not None and now_ms is not None:
+                    self._known_ms = (first_ms + now_ms) / 2  # the context grew meanwhile
                 self.tokens.append(token.id)
                 text = self.decoder.feed(token.id)
                 self.text += text
@@ -102,9 +104,6 @@ class Answer:
                 if self.interrupted:
                     stream.close()  # type: ignore[attr-defined]
                     break
-        after_ms = session.plain_ms()
-        if before_ms is not None and after_ms is not None:
-            self._known_ms = (before_ms + after_ms) / 2
 
     def finish(self) -> str:
         """What is left of a torn character, when no answer goes on with it."""
