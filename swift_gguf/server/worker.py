@@ -131,7 +131,8 @@ class Worker(Generic[M]):
                 raise self._closing
             if self.model is None:
                 raise unavailable("loading the model", code="loading", retry_s=LOADING_RETRY_S)
-            if len(self._waiting) >= self._queue_size:
+            is_free = self._current is None and not self._waiting
+            if not is_free and len(self._waiting) >= self._queue_size:
                 wait_s = fmean(self._durations) * (len(self._waiting) + 1)
                 raise unavailable(
                     f"{len(self._waiting)} requests wait already; try again later",
@@ -158,14 +159,15 @@ class Worker(Generic[M]):
         Who awaits it hears of it at once, even if llama.cpp should not come back for long.
         """
         with self._state:
+            is_running = job is self._current and self.model is not None and job.reason is None
             if job in self._waiting:
                 self._waiting.remove(job)
-            elif job is self._current and self.model is not None and job.reason is None:
-                self.model.interrupt()
-            else:
+            elif not is_running:
                 return
             job.reason = reason
             job.post(reason)
+            if is_running and self.model is not None:
+                self.model.interrupt()
 
     def drain(self, *, reason: str) -> None:
         """No new jobs; those that wait are told; the running one goes on."""

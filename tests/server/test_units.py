@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from swift_gguf.errors import SwiftError
 from swift_gguf.server.characters import Said, whole
+from swift_gguf.server.errors import ApiError
 from swift_gguf.server.extra import PACKAGES, require
 from swift_gguf.server.options import ServerOptions, is_loopback
 from swift_gguf.server.requests import Tool
 from swift_gguf.server.tools import Calls, any_call, in_message, in_stream, once_named
+from swift_gguf.server.worker import Job, Worker
 
 TOOLS = [Tool.model_validate({"function": {"name": name}}) for name in ("look", "book")]
 CALL = '<tool_call>\n{"name": "look", "arguments": {"at": "é"}}\n</tool_call>'
@@ -109,3 +114,50 @@ def test_what_llama_cpp_drops_at_the_end_of_a_stream() -> None:
         for chunk in whole(iter(chunks), lambda: said, stops=["!"], by_token=False)
     ]
     assert texts == ["aé", ""]
+
+
+class Nothing:
+    """A model for jobs that need none."""
+
+    def interrupt(self) -> None: ...
+    def resume(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def test_a_queue_of_no_length_takes_one_job_at_a_time() -> None:
+    go_on = threading.Event()
+
+    def work(_: Nothing, job: Job[Nothing]) -> Iterator[object]:
+        yield "begun"
+        assert go_on.wait(10)
+        job.check()
+        yield "done"
+
+    async def run() -> None:
+        loaded = threading.Event()
+        worker = Worker(Nothing, queue_size=0, on_loaded=loaded.set)
+        with pytest.raises(ApiError, match="loading"):
+            worker.submit(work, timeout_s=10)
+        worker.start()
+        assert await asyncio.to_thread(loaded.wait, 10)
+        events = worker.submit(work, timeout_s=10).events()
+        assert await anext(events) == "begun"
+        with pytest.raises(ApiError, match="wait already") as refused:
+            worker.submit(work, timeout_s=10)
+        assert refused.value.status == 503
+        go_on.set()
+        assert [event async for event in events] == ["done"]
+
+        go_on.clear()
+        job = worker.submit(work, timeout_s=10)
+        events = job.events()
+        assert await anext(events) == "begun"
+        worker.stop(job, ApiError(499, "gone"))
+        with pytest.raises(ApiError, match="gone"):
+            await anext(events)
+        go_on.set()
+        await asyncio.to_thread(worker.close)
+        with pytest.raises(ApiError, match="shuts down"):
+            worker.submit(work, timeout_s=10)
+
+    asyncio.run(run())
