@@ -230,7 +230,8 @@ class Session:
 
 @contextmanager
 def stopped_by_ctrl_c(answer: Answer) -> Iterator[None]:
-    """Inside, Ctrl-C stops the answer, a long pass under way included; a second one interrupts.
+    """Inside, Ctrl-C stops the answer, a long pass under way included; the third one interrupts,
+    the second is that of a person in a hurry, who wants to keep what was said no less.
 
     Python runs signal handlers between its own instructions only, and a pass over a long prompt may
     take seconds; but it writes the signal to a descriptor at once, which a thread waits for.  For
@@ -241,7 +242,7 @@ def stopped_by_ctrl_c(answer: Answer) -> Iterator[None]:
     def handle(*_: object) -> None:
         nonlocal received
         received += 1
-        if received > 1:
+        if received > 2:
             raise KeyboardInterrupt
         answer.stop()
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -470,9 +473,6 @@ def test_stopped_before_the_first_word_leaves_nothing(
 
 def test_ctrl_c_stops_a_pass_under_way(model: Model) -> None:
     """The handler that Python would run only afterwards is not what stops it."""
-    import os
-    import signal
-
     session = Session(model)
     answer = session.answer(encode(model, "once"), ENDLESS)
     before = signal.getsignal(signal.SIGINT)
@@ -481,6 +481,7 @@ def test_ctrl_c_stops_a_pass_under_way(model: Model) -> None:
             assert piece
             if len(answer.tokens) == 5:
                 os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)  # in a hurry
     assert 5 <= len(answer.tokens) < 20
     assert answer.interrupted
     assert signal.getsignal(signal.SIGINT) is before
@@ -597,13 +598,23 @@ def test_a_full_disk_leaves_the_file_as_it_was(
     assert sorted(tmp_path.iterdir()) == [path]
 
 
+def test_ctrl_c_thrice_interrupts(model: Model) -> None:
+    answer = Session(model).answer(encode(model, "once"), ENDLESS)
+
+    def press_thrice() -> None:
+        with stopped_by_ctrl_c(answer):
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        press_thrice()
+
+
 # -- the idle search -------------------------------------------------------------------------------
 
 
 def test_the_idle_search_finds_better_drafts_and_says_so(model: Model) -> None:
     """Planted: FFN 1 adds nothing, so leaving it out is free."""
-    import time
-
     talk = Talk(model, mode="layer-skip", settings=Settings(sampling=SEEDED, n_predict=120))
     talk.session.search_when_idle(talk.chat.on_idle_step)
     first = talk.say("Hello")
@@ -618,3 +629,25 @@ def test_the_idle_search_finds_better_drafts_and_says_so(model: Model) -> None:
     assert talk.say("Hello") == first  # the search leaves no trace
     talk.session.save()
     talk.session.close()
+
+
+def test_better_drafts_are_told_of_once_they_are_worth_it(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected: list[float | None] = [None]
+    monkeypatch.setattr(talk.chat, "_expectation", lambda: expected[-1])
+    talk.say("Hello")
+    for value, found in [
+        (None, ""),
+        (0.97, ""),  # plain decoding is faster still
+        (1.01, ""),
+        (1.3, "better drafts, 1.30x plain expected"),
+    ]:
+        expected.append(value)
+        talk.chat.on_idle_step()
+        assert talk.chat.current_figures().found == found
+    talk.say("More")  # they draft from now on
+    assert talk.chat.current_figures().found == ""
+    expected.append(1.5)
+    talk.chat.on_idle_step()
+    assert talk.chat.current_figures().found.endswith("1.50x plain expected, before 1.30x")
