@@ -48,8 +48,8 @@ def page(browser: Any) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def server(model: Path) -> Iterator[Server]:
-    """Its answers are short."""
-    flags = ("--alias", "tiny", "-c", 4096, "-t", 1, "-n", 60)
+    """Its answers end after some frames."""
+    flags = ("--alias", "tiny", "-c", 4096, "-t", 1, "-n", 600)
     running = Server(model, *flags).wait_until_ready()
     yield running
     assert running.terminate() == 0
@@ -77,7 +77,7 @@ def test_an_answer_streams(page: Any, server: Server) -> None:
     ask(page, "Say something long.")
     expect(page.locator(".notes")).to_contain_text("tokens")
     assert page.inner_text(".user") == "Say something long."
-    assert len(page.evaluate("[...window.lengths]")) > 5  # it grew piece by piece
+    assert len(page.evaluate("[...window.lengths]")) > 3  # it grew piece by piece
     assert page.inner_text(".assistant").strip()
     ask(page, "And more?")
     expect(page.locator(".notes", has_text="tokens")).to_have_count(2)
