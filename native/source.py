@@ -119,7 +119,8 @@ def unpack(archive: Path, dest: Path, version: str) -> None:
     with tarfile.open(archive) as tar:
         for member in tar:
             name = member.name.removeprefix(prefix)
-            if name == member.name or not member.isfile() or not name.startswith(NEEDED + CONVERTER):
+            is_llama_cpp = name != member.name and member.isfile()
+            if not is_llama_cpp or not name.startswith(NEEDED + CONVERTER):
                 continue
             source = tar.extractfile(member)
             assert source is not None  # a regular file
