@@ -1,4 +1,4 @@
-"""The Python in docs/python.md runs as it stands there, on a small model."""
+"""The Python in the documents runs as it stands there, on a small model."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).parents[2] / "docs" / "python.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+ROOT = Path(__file__).parents[2]
+EXAMPLES = {
+    f"{page}-{n}": example
+    for page in ("README.md", "docs/python.md", "docs/llm.md")
+    for n, example in enumerate(
+        re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    )
+}
 
 
-@pytest.mark.parametrize("n", range(len(EXAMPLES)))
-def test_an_example(tiny_path: str, tmp_path: Path, n: int) -> None:
-    for name in ("model.gguf", "small.gguf"):
-        shutil.copy(tiny_path, tmp_path / name)
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example(tiny_path: str, tmp_path: Path, name: str) -> None:
+    for file in ("model.gguf", "small.gguf"):
+        shutil.copy(tiny_path, tmp_path / file)
     done = subprocess.run(
-        [sys.executable, "-c", EXAMPLES[n]],
+        [sys.executable, "-c", EXAMPLES[name]],
         cwd=tmp_path,
         env=os.environ | {"PYTHONUTF8": "1"},
         capture_output=True,
@@ -28,4 +34,4 @@ def test_an_example(tiny_path: str, tmp_path: Path, n: int) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout or "print(" not in EXAMPLES[n]
+    assert done.stdout or "print(" not in EXAMPLES[name]
