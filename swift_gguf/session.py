@@ -60,7 +60,7 @@ class Answer:
         self.decoder = decoder or StreamDecoder(session.model)
         self._session, self._max_tokens = session, max_tokens
         self._running = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may come while its thread holds it
 
     def __iter__(self) -> Iterator[Piece]:
         """The pieces, in order.
@@ -122,6 +122,8 @@ class Answer:
     def _stoppable(self) -> Iterator[None]:
         with self._lock:
             self._running = True
+            if self.interrupted:  # while the model was waited for
+                self._session.model.stop.raise_()
         try:
             yield
         finally:

@@ -10,6 +10,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from swift_gguf.chat.thinking import read
 from swift_gguf.engine import generate
 from swift_gguf.errors import ContextFullError, ModelError, SwiftError
 from swift_gguf.model import Model
+from swift_gguf.native import StopFlag
 from swift_gguf.sampling import Sampler, SamplingOptions
 from swift_gguf.session import Session, stopped_by_ctrl_c
 from swift_gguf.speculation import Speculation, SpeculationOptions
@@ -485,6 +487,42 @@ def test_ctrl_c_stops_a_pass_under_way(model: Model) -> None:
     assert 5 <= len(answer.tokens) < 20
     assert answer.interrupted
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_while_the_lock_is_held(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The handler runs in the thread that holds it, between two of its instructions."""
+    answer = Session(model).answer(encode(model, "once"), ENDLESS, max_tokens=4)
+    stop_flag = type(model.stop)
+    lower = stop_flag.lower
+
+    def interrupted(flag: StopFlag) -> None:
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGINT)
+        lower(flag)
+
+    monkeypatch.setattr(stop_flag, "lower", interrupted)
+    with stopped_by_ctrl_c(answer):
+        assert len(list(answer)) == 4
+    assert answer.interrupted
+    assert len(list(Session(model).answer(answer.prompt, ENDLESS, max_tokens=4))) == 4
+
+
+def test_stopped_while_the_model_is_waited_for(model: Model) -> None:
+    """The prompt is not decoded any more."""
+    session = Session(model)
+    answer = session.answer(encode(model, "once"), ENDLESS, max_tokens=4)
+
+    @contextmanager
+    def leaving() -> Iterator[None]:
+        answer.stop()
+        yield
+
+    session.exclusive = leaving  # type: ignore[method-assign]
+    assert list(answer) == []
+    assert model.tokens == []
+    assert answer.stats.stop_reason == "stopped"
+    del session.exclusive  # type: ignore[method-assign]
+    assert len(list(session.answer(answer.prompt, ENDLESS, max_tokens=4))) == 4
 
 
 # -- files -----------------------------------------------------------------------------------------
