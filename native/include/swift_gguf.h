@@ -28,6 +28,7 @@ extern "C" {
 #define SWIFT_GGUF_ERROR_ROLLBACK (-2) /* the context cannot be rolled back, see swift_gguf_rollback_refusal */
 #define SWIFT_GGUF_ERROR_GRAPH    (-3) /* llama.cpp could not build the graph */
 #define SWIFT_GGUF_ERROR_LOGITS   (-4) /* the logits are not finite: damaged weights */
+#define SWIFT_GGUF_ERROR_SAMPLER  (-5) /* the caller's sampler threw, as a grammar does at a token it does not allow */
 #define SWIFT_GGUF_ERROR_DECODE   (-100)
 
 /*
@@ -278,7 +279,9 @@ LLAMA_API int32_t swift_gguf_ngram(
  *
  * Returns how many tokens were sampled, n >= 1: all but the last are draft tokens. On return the context holds
  * positions < pos + n, the last token sampled is the next to be decoded, at pos + n. Ends with an end of generation.
- * Or returns an error code: the context holds positions < pos then, and nothing was sampled. */
+ * Or returns an error code: the context holds positions < pos then, and nothing was sampled; except with
+ * SWIFT_GGUF_ERROR_SAMPLER, where tokens may have been: free the chain or reset it (llama_sampler_reset). A grammar
+ * that threw aborts the program when it is used again. */
 LLAMA_API int32_t swift_gguf_verify(
         struct llama_context * ctx,
         struct llama_sampler * sampler,

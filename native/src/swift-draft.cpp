@@ -248,7 +248,12 @@ static int32_t sample_rows(llama_context * ctx, llama_sampler * sampler, const l
         if (logits == nullptr || !std::isfinite(max_of(logits, n_vocab))) {
             return n > 0 ? n : SWIFT_GGUF_ERROR_LOGITS;
         }
-        tokens[n] = llama_sampler_sample(sampler, ctx, n);
+        try {
+            tokens[n] = llama_sampler_sample(sampler, ctx, n);
+        } catch (...) {
+            // A grammar at a token that it does not allow; asked again it aborts, so no count, whatever n is.
+            return SWIFT_GGUF_ERROR_SAMPLER;
+        }
         if (n == n_draft || tokens[n] != draft[n] || llama_vocab_is_eog(vocab, tokens[n])) {
             return n + 1;
         }
@@ -277,7 +282,7 @@ int32_t swift_gguf_verify(
         return SWIFT_GGUF_ERROR_ARGUMENT;
     }
 
-    int32_t n = SWIFT_GGUF_ERROR_GRAPH;
+    int32_t n = 0;
     try {
         const swift_scope        scope(*ctx, nullptr); // whatever the context's passes run otherwise
         std::vector<llama_token> batch(1, token);
@@ -287,6 +292,7 @@ int32_t swift_gguf_verify(
             n = sample_rows(ctx, sampler, draft, n_draft, tokens);
         }
     } catch (...) { // llama_decode lets exceptions of the graph build and of allocations through
+        n = SWIFT_GGUF_ERROR_GRAPH;
     }
     if (n <= n_draft && !llama_memory_seq_rm(memory, seq_id, pos + std::max(n, 0), -1)) {
         return n < 0 ? n : SWIFT_GGUF_ERROR_ROLLBACK;

@@ -15,7 +15,7 @@ from swift_gguf.model import Model
 from swift_gguf.native import library
 
 INT, INTS, POINTER = ctypes.c_int32, ctypes.POINTER(ctypes.c_int32), ctypes.c_void_p
-ARGUMENT, ROLLBACK, DECODE = -1, -2, -100
+ARGUMENT, ROLLBACK, SAMPLER, DECODE = -1, -2, -5, -100
 LONGEST = 32
 Tiny = Callable[..., Path]
 Opener = Callable[..., Model]
@@ -68,14 +68,19 @@ def test_a_text_that_repeats_itself_goes_on_so() -> None:
 
 
 class Chain:
-    """A greedy llama_sampler chain."""
+    """A greedy llama_sampler chain. A grammar comes behind the choice, and may not allow it."""
 
-    def __init__(self) -> None:
+    def __init__(self, grammar: str = "", model: Model | None = None) -> None:
         self.api = library().api
         self.pointer = self.api.llama_sampler_chain_init(
             self.api.llama_sampler_chain_default_params()
         )
         self.api.llama_sampler_chain_add(self.pointer, self.api.llama_sampler_init_greedy())
+        if model is not None:
+            vocab = self.api.llama_model_get_vocab(model._model)
+            sampler = self.api.llama_sampler_init_grammar(vocab, grammar.encode(), b"root")
+            assert sampler
+            self.api.llama_sampler_chain_add(self.pointer, sampler)
 
     def __del__(self) -> None:
         self.api.llama_sampler_free(self.pointer)
@@ -134,6 +139,24 @@ def test_bad_arguments_are_codes_and_change_nothing(tiny: Tiny, open_model: Open
         assert code <= DECODE
     assert n_held(model) == before
     assert isinstance(verify(model, chain, 5, before, []), list)
+
+
+@pytest.mark.parametrize("n_allowed", [0, 1, 2, 3])
+def test_a_sampler_that_throws_is_a_code(n_allowed: int, tiny: Tiny, open_model: Opener) -> None:
+    """Never 0 tokens: a caller that counts them would decode the same for ever."""
+    path = tiny("llama", quant="Q8_0")
+    text = plain(open_model(path), Chain(), 3)
+    allowed = " ".join(f"<[{token}]>" for token in text[1 : 1 + n_allowed])
+    model = open_model(path)
+    chain = Chain(f"root ::= {allowed}", model) if allowed else Chain('root ::= "\\x00"', model)
+    found = verify(model, chain, 5, 0, text[1:3])
+    assert found == (text[1:4] if n_allowed == 3 else SAMPLER)
+    assert n_held(model) == (3 if n_allowed == 3 else 0)
+    if n_allowed < 3:
+        library().api.llama_sampler_reset(chain.pointer)
+        assert verify(model, chain, 5, 0, text[1:3]) == SAMPLER  # and did not abort
+        # another chain goes on from there
+        assert verify(model, Chain(), 5, 0, text[1:3]) == text[1:4]
 
 
 def test_a_model_that_cannot_go_back_decodes_plainly(tiny: Tiny, open_model: Opener) -> None:
