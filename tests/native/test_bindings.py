@@ -43,7 +43,9 @@ def test_llama_cpp_python_drafts_with_it(tiny: Tiny, tmp_path: Path) -> None:
     output = run(script, model, prompt, lib=find_library())
     plain = run("-c", PLAIN, model, prompt, lib=find_library())
     assert output.startswith(plain)
-    assert re.search(r"^\d+ tokens in \d+ passes$", output, re.MULTILINE)
+    figures = re.search(r"^(\d+) tokens in (\d+) passes$", output, re.MULTILINE)
+    assert figures, output
+    assert int(figures[2]) < int(figures[1])  # drafts were accepted
 
 
 PLAIN = """
