@@ -127,11 +127,11 @@ def _native_routes(service: Service) -> APIRouter:
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
-        return await asyncio.to_thread(_tokenize, service.require_model(), body)
+        return await asyncio.to_thread(_tokenize, service, body)
 
     @router.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
-        return await asyncio.to_thread(_detokenize, service.require_model(), body)
+        return await asyncio.to_thread(_detokenize, service, body)
 
     return router
 
@@ -156,18 +156,22 @@ def _hash(page: str, tag: str) -> str:
     return f"'sha256-{base64.b64encode(sha256(text.encode()).digest()).decode()}'"
 
 
-def _tokenize(model: ServedLlama, body: TokenizeRequest) -> dict[str, Any]:
-    ids = model.tokenize(_utf8(body.content), add_bos=body.add_special, special=body.parse_special)
-    if not body.with_pieces:
-        return {"tokens": ids}
-    pieces = ((id, library().token_bytes(model.vocab, id, special=True)) for id in ids)
-    return {"tokens": [{"id": id, "piece": _text_or_bytes(piece)} for id, piece in pieces]}
+def _tokenize(service: Service, body: TokenizeRequest) -> dict[str, Any]:
+    text = _utf8(body.content)
+    with service.vocabulary() as model:
+        ids = model.tokenize(text, add_bos=body.add_special, special=body.parse_special)
+        if not body.with_pieces:
+            return {"tokens": ids}
+        pieces = [library().token_bytes(model.vocab, id, special=True) for id in ids]
+    told = zip(ids, map(_text_or_bytes, pieces), strict=True)
+    return {"tokens": [{"id": id, "piece": piece} for id, piece in told]}
 
 
-def _detokenize(model: ServedLlama, body: DetokenizeRequest) -> dict[str, Any]:
-    if any(token >= model.n_vocab() for token in body.tokens):
-        raise bad_request("there is no such token", param="tokens")
-    pieces = (library().token_bytes(model.vocab, id, special=True) for id in body.tokens)
+def _detokenize(service: Service, body: DetokenizeRequest) -> dict[str, Any]:
+    with service.vocabulary() as model:
+        if any(token >= model.n_vocab() for token in body.tokens):
+            raise bad_request("there is no such token", param="tokens")
+        pieces = [library().token_bytes(model.vocab, id, special=True) for id in body.tokens]
     return {"content": b"".join(pieces).decode("utf-8", "replace")}
 
 

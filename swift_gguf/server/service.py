@@ -8,11 +8,10 @@ from typing import Any
 
 from swift_gguf import __version__
 from swift_gguf.server.answers import Work
-from swift_gguf.server.errors import unavailable
 from swift_gguf.server.metrics import Metrics
 from swift_gguf.server.options import ServerOptions
 from swift_gguf.server.served import ServedLlama, Tally
-from swift_gguf.server.worker import LOADING_RETRY_S, Job, Worker
+from swift_gguf.server.worker import Job, Worker
 
 
 class Service:
@@ -41,6 +40,7 @@ class Service:
             self._worker.close,
         )
         self.drain, self.stop_current = self._worker.drain, self._worker.stop_current
+        self.require_model, self.vocabulary = self._worker.require_model, self._worker.vocabulary
 
     @property
     def error(self) -> BaseException | None:
@@ -50,16 +50,6 @@ class Service:
     @property
     def model(self) -> ServedLlama | None:
         """None while it is loaded."""
-        return self._worker.model
-
-    def require_model(self) -> ServedLlama:
-        """The model.
-
-        Raises:
-            ApiError: 503: it is still being loaded.
-        """
-        if self._worker.model is None:
-            raise unavailable("loading the model", code="loading", retry_s=LOADING_RETRY_S)
         return self._worker.model
 
     def submit(self, work: Work) -> Job[ServedLlama]:
@@ -92,7 +82,7 @@ class Service:
         """For /props.
 
         Raises:
-            ApiError: 503: the model is still being loaded.
+            ApiError: 503: as `require_model`.
         """
         model, sampling = self.require_model(), self.options.sampling
         return {

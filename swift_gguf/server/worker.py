@@ -11,6 +11,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
 from statistics import fmean
 from time import perf_counter
 from typing import Generic, Protocol, TypeVar
@@ -101,9 +102,11 @@ class Worker(Generic[M]):
         """Why there is no model and will be none."""
         self._load, self._queue_size, self._on_loaded = load, queue_size, on_loaded
         self._state = threading.Condition()
+        self._vocabulary = threading.Lock()
         self._waiting: deque[Job[M]] = deque()
         self._current: Job[M] | None = None
         self._closing: ApiError | None = None
+        self._is_closed = False
         self._durations: deque[float] = deque([1.0], maxlen=16)
         self._thread = threading.Thread(target=self._run, name="swift-gguf-model", daemon=True)
 
@@ -118,19 +121,38 @@ class Worker(Generic[M]):
     def n_running(self) -> int:
         return int(self._current is not None)
 
+    def require_model(self) -> M:
+        """The model.
+
+        Raises:
+            ApiError: 503: it is still being loaded, or the server shuts down.
+        """
+        if self._closing:
+            raise self._closing
+        if self.model is None:
+            raise unavailable("loading the model", code="loading", retry_s=LOADING_RETRY_S)
+        return self.model
+
+    @contextmanager
+    def vocabulary(self) -> Iterator[M]:
+        """The model, which is not closed meanwhile; for what may be done beside jobs, in any thread.
+
+        Raises:
+            ApiError: as `require_model`.
+        """
+        with self._vocabulary:
+            yield self.require_model()
+
     # -- the event loop's side ---------------------------------------------------------------------
 
     def submit(self, work: Callable[[M, Job[M]], Iterator[object]], *, timeout_s: float) -> Job[M]:
         """Queues work, which is stopped after `timeout_s`, its wait included.
 
         Raises:
-            ApiError: 503: the model is still being loaded, too many wait, or the server shuts down.
+            ApiError: 503: too many wait, or as `require_model`.
         """
         with self._state:
-            if self._closing:
-                raise self._closing
-            if self.model is None:
-                raise unavailable("loading the model", code="loading", retry_s=LOADING_RETRY_S)
+            self.require_model()
             is_free = self._current is None and not self._waiting
             if not is_free and len(self._waiting) >= self._queue_size:
                 wait_s = fmean(self._durations) * (len(self._waiting) + 1)
@@ -175,7 +197,6 @@ class Worker(Generic[M]):
             self._closing = unavailable(reason, code="shutting_down", retry_s=SHUTDOWN_RETRY_S)
             while self._waiting:
                 self._waiting.popleft().post(self._closing)
-            self._state.notify_all()
 
     def stop_current(self) -> None:
         """Ends the running job; after `drain`."""
@@ -183,9 +204,12 @@ class Worker(Generic[M]):
             self.stop(job, self._closing)
 
     def close(self, *, wait_s: float = 10.0) -> None:
-        """Ends all jobs and frees the model."""
+        """Ends all jobs and frees the model; nobody may ask for it any more."""
         self.drain(reason="the server shuts down")
         self.stop_current()
+        with self._state:
+            self._is_closed = True
+            self._state.notify_all()
         if self._thread.is_alive():
             self._thread.join(wait_s)
 
@@ -205,12 +229,13 @@ class Worker(Generic[M]):
             while (job := self._next()) is not None:
                 self._work(model, job)
         finally:
-            self.model = None
-            model.close()
+            with self._vocabulary:
+                self.model = None
+                model.close()
 
     def _next(self) -> Job[M] | None:
         with self._state:
-            while not self._waiting and not self._closing:
+            while not self._waiting and not self._is_closed:
                 self._state.wait()
             if not self._waiting:
                 return None

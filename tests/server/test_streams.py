@@ -256,6 +256,19 @@ def test_sigterm_tells_an_answer_that_takes_too_long(
     assert server.process.wait(30) == 0
 
 
+def test_sigterm_while_text_is_tokenized(busy: Server) -> None:
+    """That uses the model beside its thread."""
+    text = "word " * 400_000
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(busy.post, "/tokenize", {"content": text, "with_pieces": True})
+        time.sleep(0.3)
+        busy.process.send_signal(signal.SIGTERM)
+        status, body = asked.result()
+    assert status == 200
+    assert "".join(item["piece"] for item in body["tokens"]) == text
+    assert busy.process.wait(30) == 0
+
+
 def test_ctrl_c_twice(busy: Server) -> None:
     stream = Stream(busy, talk())
     next(iter(stream))

@@ -161,3 +161,25 @@ def test_a_queue_of_no_length_takes_one_job_at_a_time() -> None:
             worker.submit(work, timeout_s=10)
 
     asyncio.run(run())
+
+
+def test_a_model_is_closed_when_nobody_uses_it_any_more() -> None:
+    """After the end was announced, too, there are those who still tokenize."""
+    is_closed = threading.Event()
+
+    class Model(Nothing):
+        def close(self) -> None:
+            is_closed.set()
+
+    loaded = threading.Event()
+    worker = Worker(Model, queue_size=1, on_loaded=loaded.set)
+    worker.start()
+    assert loaded.wait(10)
+    with worker.vocabulary():
+        worker.drain(reason="the server shuts down")
+        with pytest.raises(ApiError, match="shuts down"):
+            worker.require_model()
+        assert not is_closed.wait(0.1)
+        worker.close(wait_s=0.1)
+        assert not is_closed.is_set()
+    assert is_closed.wait(10)
