@@ -315,12 +315,16 @@ class Planner:
         return self._since_draft < self.LATELY
 
     @property
+    def row_share(self) -> float:
+        """What verifying a first draft token takes, in plain passes."""
+        return self._prices.verify_ms(2) / self.economy.plain_ms - 1.0
+
+    @property
     def why_plain(self) -> str:
         """Why there were none."""
-        row = self._prices.verify_ms(2) / self.economy.plain_ms - 1.0
         return (
-            f"plain decoding is faster here: to verify one more token takes {row:.0%} of a pass, "
-            "and no guess is likely enough"
+            f"plain decoding is faster here: to verify one more token takes {self.row_share:.0%} "
+            "of a pass, and no guess is likely enough"
         )
 
     def watch(self, observer: Callable[[Cycle], None]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from swift_gguf.drafting import draft_model, layer_skip
@@ -61,6 +63,10 @@ WINDOW = 16
 IDLE_WINDOW = 32
 IDLE_HEAD_MS = 40.0
 """A pass stops between two operations; the head is the longest, and must not take longer."""
+
+SAVE_EVERY_S = 60.0
+
+_log = logging.getLogger("swift_gguf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +160,7 @@ class Speculation:
         self._windows = Windows(model, n=WINDOW)
         self._idle_windows: Windows | None = None
         self._on_the_fly: OnTheFly | None = None
+        self._saved_at = -math.inf
         self._why = self._set_up(store)
 
     @property
@@ -171,6 +178,11 @@ class Speculation:
         if self.learning and self.learning.searcher and self._skipping:
             return f"{self._why}: {self._subnetwork}"
         return self._why
+
+    @property
+    def row_share(self) -> float | None:
+        """What verifying a first draft token takes, in plain passes; None: nothing is drafted."""
+        return self.drafter.row_share if isinstance(self.drafter, Planner) else None
 
     @property
     def draft_max(self) -> int:
@@ -394,6 +406,21 @@ class Speculation:
         """Keeps what was learned."""
         if self.learning:
             self.learning.save(self._recycling)
+        self._saved_at = monotonic()
+
+    @property
+    def is_save_due(self) -> bool:
+        """Would much be lost if the machine were switched off?"""
+        return monotonic() - self._saved_at >= SAVE_EVERY_S
+
+    def retire(self) -> None:
+        """Keeps what was learned, and closes; if it cannot be kept, that is logged."""
+        try:
+            self.save()
+        except (SwiftError, OSError) as error:
+            _log.warning("what was learned is lost: %s", error)
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Frees the draft model, if there is one; safe to call twice."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from swift_gguf.model import Model
     from swift_gguf.session import Answer, Session
     from swift_gguf.speculation import Speculation
+
+LITTLE = 1.1
+"""Times plain decoding; under that, --compare says what limits it."""
 
 
 @click.command(
@@ -165,7 +168,7 @@ def _verdict(answer: Answer, plain: Answer, *, is_drawn: bool) -> str:
 
 
 def _footer(answer: Answer, speculation: Speculation, plain: Answer | None) -> str:
-    stats, is_drawn = answer.stats, speculation.options.sampled
+    stats = answer.stats
     lines = [
         f"prompt {stats.prompt_n} tokens in {stats.prompt_s:.2f} s, "
         f"answer {stats.predicted_n} tokens ({stats.stop_reason})"
@@ -180,14 +183,23 @@ def _footer(answer: Answer, speculation: Speculation, plain: Answer | None) -> s
     else:
         lines.append(f"no drafts   {stats.tokens_per_second:8.1f} tok/s   {speculation.why}")
     if plain is not None:
-        verdict = _verdict(answer, plain, is_drawn=is_drawn)
-        line = f"plain       {plain.stats.tokens_per_second:8.1f} tok/s   {verdict}"
-        if plain.stats.tokens_per_second:
-            ratio = stats.tokens_per_second / plain.stats.tokens_per_second
-            line += f"; the first is {ratio:.2f}x plain, each measured once"
-        lines.append(line)
+        lines += _comparison(answer, plain, speculation)
     if stats.sources:
         lines.append(f"draft: {speculation.why}")
     if stats.search_s:
         lines.append(f"search: {stats.search_s:.2f} s of {stats.cycle_s:.2f} s")
     return "\n".join(lines)
+
+
+def _comparison(answer: Answer, plain: Answer, speculation: Speculation) -> Iterator[str]:
+    speed = plain.stats.tokens_per_second
+    verdict = _verdict(answer, plain, is_drawn=speculation.options.sampled)
+    line = f"plain       {speed:8.1f} tok/s   {verdict}"
+    if not speed:
+        yield line
+        return
+    ratio = answer.stats.tokens_per_second / speed
+    yield f"{line}; the first is {ratio:.2f}x plain, each measured once"
+    share = speculation.row_share
+    if ratio < LITTLE and share is not None:
+        yield f"little to gain here: to verify one more token takes {share:.0%} of a pass"

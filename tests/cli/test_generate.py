@@ -11,9 +11,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from swift_gguf.cli.generate_command import _comparison
 from tests.cli.conftest import COMMAND, assert_one_line_failure
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -250,3 +253,16 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]"
     assert "generate" in done.stdout
+
+
+@pytest.mark.parametrize(("speed", "says_why"), [(105.0, True), (150.0, False)])
+def test_compare_says_what_limits_a_small_gain(speed: float, says_why: bool) -> None:
+    def answer(tokens_per_second: float) -> Any:
+        return SimpleNamespace(
+            tokens=[1, 2], stats=SimpleNamespace(tokens_per_second=tokens_per_second)
+        )
+
+    speculation: Any = SimpleNamespace(row_share=0.85, options=SimpleNamespace(sampled=False))
+    text = "\n".join(_comparison(answer(speed), answer(100.0), speculation))
+    assert f"{speed / 100:.2f}x plain" in text
+    assert ("to verify one more token takes 85% of a pass" in text) == says_why
