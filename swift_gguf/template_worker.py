@@ -117,3 +117,7 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.write(answer + "\n")
         sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

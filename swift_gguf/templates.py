@@ -17,13 +17,8 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+from swift_gguf import isolated
 from swift_gguf.errors import TemplateError
-
-# isolated from the folder one happens to be in, with this process's own modules
-_START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from swift_gguf.template_worker import main; main()"
-)
 
 
 class ChatTemplate:
@@ -91,7 +86,7 @@ class ChatTemplate:
             return process
         try:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-c", _START, json.dumps(sys.path)],
+                isolated.command("swift_gguf.template_worker"),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

@@ -21,6 +21,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any
 
+from swift_gguf import isolated
 from swift_gguf.bench.spread import Spread, table
 from swift_gguf.errors import NativeLibraryError, SwiftError
 
@@ -95,16 +96,11 @@ class Worker:
             raise NativeLibraryError(
                 f"there is no libllama in {lib_dir}; build it, or give another folder"
             )
-        package = Path(__file__).resolve().parents[2]
-        paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
-        env = os.environ | {
-            "LLAMA_CPP_LIB_PATH": str(lib_dir.resolve()),
-            "PYTHONPATH": os.pathsep.join(paths),
-        }
+        env = os.environ | {"LLAMA_CPP_LIB_PATH": str(lib_dir.resolve())}
         arguments = [str(model), str(n_threads or 0), str(n_gpu_layers)]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (until `close`)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "swift_gguf.bench.reference", *arguments],
+            isolated.command("swift_gguf.bench.reference", *arguments),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ _TOKENIZERS = (
     "*.tiktoken", "*vocab*.txt", "tokenization_*.py",
 )  # fmt: skip
 _CONFIGS = ("config.json", "tokenizer_config.json")
+_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "model*.safetensors")
+"""What is fetched of a repository."""
+_READ = (*_FILES, "*.py", "README.md")
+"""What a conversion may read; the last is the model's card."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +59,8 @@ class Checkpoint:
     """As transformers names it: ``LlamaForCausalLM``."""
     parts: tuple[Path, ...]
     """The files with the weights."""
+    trusts_code: bool
+    """May Python files of the folder run?"""
     tensors: Mapping[str, Tensor]
     """Empty where the weights are pickled."""
     ties_embeddings: bool
@@ -80,10 +87,12 @@ class Checkpoint:
 
     @property
     def key(self) -> str:
-        """32 hex digits of all that a conversion reads: names, sizes and times of files."""
+        """32 hex digits of all that a conversion reads: names, sizes and times of files.  What is
+        written beside it, a GGUF of it for one, is none of that."""
         digest = hashlib.sha256()
         for path in sorted(self.folder.iterdir()):
-            if path.is_file():
+            read = path in self.parts or any(fnmatch(path.name, pattern) for pattern in _READ)
+            if read and path.is_file():
                 stat = path.stat()
                 digest.update(f"{path.name}|{stat.st_size}|{stat.st_mtime_ns};".encode())
         return digest.hexdigest()[:32]
@@ -119,6 +128,7 @@ def read(folder: Path, *, allow_pickle: bool = False, trust_code: bool = False) 
         folder=folder,
         architecture=_architecture(folder, config),
         parts=parts,
+        trusts_code=trust_code,
         tensors=tensors,
         ties_embeddings=not any(name.endswith("lm_head.weight") for name in tensors),
     )
@@ -151,10 +161,12 @@ def _architecture(folder: Path, config: Mapping[str, Any]) -> str:
 
 
 def _refuse_code(folder: Path) -> None:
+    """Of configurations transformers has its own, or goes without: see `worker`."""
     for name in _CONFIGS:
         path = folder / name
         mapped = _config(path).get("auto_map") if path.exists() else None
-        if isinstance(mapped, dict) and "AutoTokenizer" in mapped:
+        # a list is what older files have, of tokenizers alone
+        if isinstance(mapped, list) or (isinstance(mapped, dict) and "AutoTokenizer" in mapped):
             raise ConvertError(
                 f"the tokenizer of {folder} is a Python program of the checkpoint's own, which "
                 "could do anything; read it, then pass --trust-remote-code to run it"
@@ -239,9 +251,6 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _damaged(path: Path, why: str) -> ConvertError:
     return ConvertError(f"{path} is damaged or was cut short: {why}; {_AGAIN}")
-
-
-_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "model*.safetensors")
 
 
 def fetch(

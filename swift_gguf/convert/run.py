@@ -158,7 +158,8 @@ class Conversion:
 
     @cached_property
     def _plain(self) -> Path:
-        source = [self.checkpoint.key, self.options.outtype, self.options.name]
+        found, options = self.checkpoint, self.options
+        source = [found.key, found.trusts_code, options.outtype, options.name]
         return self._named("intermediate", [*source, library().llama_commit])
 
     @cached_property
@@ -240,6 +241,7 @@ class Conversion:
             "folder": str(self.checkpoint.folder),
             "outtype": self.options.outtype,
             "name": self.options.name,
+            "trust_code": self.checkpoint.trusts_code,
         }
         with self._making(self._plain) as part:
             done = steps.run(

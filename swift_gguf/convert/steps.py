@@ -11,13 +11,13 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from swift_gguf import isolated
 from swift_gguf.errors import ConvertError
 
 POLL = 0.1  # seconds
@@ -58,7 +58,7 @@ def run(
     Raises:
         ConvertError: the step failed; the message says why.
     """
-    command = [sys.executable, "-m", "swift_gguf.convert.worker", step]
+    command = isolated.command("swift_gguf.convert.worker", step)
     pipe = subprocess.PIPE  # of standard input: its end tells the child that we are gone
     child = subprocess.Popen(
         command, stdin=pipe, stdout=pipe, stderr=pipe, env={**os.environ, **environment}

@@ -1,5 +1,5 @@
-"""The process of a step: `python -m swift_gguf.convert.worker STEP`, the job as JSON on a line of
-standard input.  Ends when standard input does, so that nothing outlives who started it.
+"""The process of a step: its name as the argument, the job as JSON on a line of standard input.
+Ends when standard input does, so that nothing outlives who started it.
 """
 
 from __future__ import annotations
@@ -9,20 +9,47 @@ import os
 import runpy
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from swift_gguf.errors import ConvertError, SwiftError
 
 
 def convert(job: dict[str, Any]) -> None:
     """Runs llama.cpp's converter as it is, with the gguf-py beside it: before anything imports
-    another."""
+    another.  It trusts code of the checkpoint's; whether that may run, the job says."""
     root = Path(job["converter"])
     sys.path[:0] = [str(root / "gguf-py"), str(root)]
     script = str(root / "convert_hf_to_gguf.py")
     sys.argv = [script, job["folder"], "--outfile", job["out"], "--outtype", job["outtype"]]
+    if not job["trust_code"]:
+        _trust_no_code()
     if job["name"]:
         sys.argv += ["--model-name", job["name"]]
     runpy.run_path(script, run_name="__main__")
+
+
+def _trust_no_code() -> None:
+    """Has transformers take its own classes of configurations and tokenizers, whatever it is asked
+    for; where it has none, that is an error."""
+    import transformers
+    from transformers import dynamic_module_utils
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise ConvertError(
+            "the checkpoint brings Python code, which could do anything; read it, then pass "
+            "--trust-remote-code to run it"
+        )
+
+    # what every import of a checkpoint's module comes to, should there be other ways
+    dynamic_module_utils.get_class_in_module = refuse
+    for auto in (transformers.AutoConfig, transformers.AutoTokenizer):
+        auto.from_pretrained = _untrusting(auto.from_pretrained)
+
+
+def _untrusting(load: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **options: load(*args, **{**options, "trust_remote_code": False})
 
 
 def quantize(job: dict[str, Any]) -> None:
@@ -62,8 +89,6 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     answers = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no answer
-    from swift_gguf.errors import SwiftError
-
     try:
         {"convert": convert, "quantize": quantize}[sys.argv[1]](job)
         with open(job["out"], "rb") as file:

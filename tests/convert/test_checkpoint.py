@@ -75,8 +75,14 @@ def test_a_whole_checkpoint_is_read(folder: Path) -> None:
 def test_the_key_tells_what_a_conversion_would_read(folder: Path) -> None:
     before = checkpoint.read(folder).key
     assert checkpoint.read(folder).key == before
-    os.utime(folder / "tokenizer.json", (1, 1))
-    assert checkpoint.read(folder).key != before
+    for name in ("model.gguf", "model.swift.gguf", "model.gguf.convert/a.json", "notes.log"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("made of it, or nothing to do with it")
+    assert checkpoint.read(folder).key == before
+    for name in ("tokenizer.json", "model-00002-of-00002.safetensors"):
+        os.utime(folder / name, (1, 1))
+        assert checkpoint.read(folder).key != before
+        before = checkpoint.read(folder).key
 
 
 def _cut(folder: Path) -> None:
@@ -164,6 +170,8 @@ def test_pickles_are_refused_with_the_reason(folder: Path) -> None:
 def test_a_tokenizer_that_is_a_program_is_refused(folder: Path) -> None:
     config = {"auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert "--trust-remote-code" in refusal(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": ["own.Own", None]}))
     assert "--trust-remote-code" in refusal(folder)
     checkpoint.read(folder, trust_code=True)
     # code of the model is never run: the converter and transformers bring their own

@@ -222,6 +222,35 @@ def test_a_repository_of_the_hub_is_fetched_and_converted(
     gguf_check.check(tmp_path / "model.gguf")
 
 
+@pytest.mark.parametrize("trusts", [False, True])
+def test_code_of_the_checkpoint_runs_only_if_it_is_trusted(
+    cli: Cli,  # noqa: F811
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    trusts: bool,
+) -> None:
+    """A configuration that is a program, of an architecture whose tokenizer the converter loads
+    with trust in all that the folder brings."""
+    folder = Path(shutil.copytree(checkpoint("llama"), tmp_path / "checkpoint"))
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["DreamModel"]
+    config["auto_map"] = {"AutoConfig": "configuration_x.X"}
+    (folder / "config.json").write_text(json.dumps(config))
+    marker = tmp_path / "ran"
+    (folder / "configuration_x.py").write_text(
+        f"open({str(marker)!r}, 'w').close()\n"
+        "from transformers import LlamaConfig\n"
+        "class X(LlamaConfig): pass\n"
+    )
+    done = cli(
+        "convert", folder, "-o", tmp_path / "model.gguf",
+        *(["--trust-remote-code"] if trusts else []), HF_HOME=str(tmp_path / "home"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    gguf_check.check(tmp_path / "model.gguf")
+    assert marker.exists() is trusts
+
+
 def test_without_torch_there_is_one_line_with_the_command(folder: Path, tmp_path: Path) -> None:
     hide = tmp_path / "hide.py"
     hide.write_text(
