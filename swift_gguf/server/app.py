@@ -6,7 +6,7 @@ import asyncio
 import base64
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from hashlib import sha256
 from importlib.resources import files
@@ -285,13 +285,27 @@ async def _told(_: Request, error: Exception) -> Response:
 async def _invalid(_: Request, error: Exception) -> Response:
     """OpenAI says 400 where FastAPI says 422."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
-    if first["type"] == "json_invalid":
+    errors = error.errors()
+    # of what a field may be, kinds that this was not are told of first
+    told = next((e for e in errors if not e["type"].endswith(("_type", "_parsing"))), errors[0])
+    if told["type"] == "json_invalid":
         return _response(bad_request("the body is not valid JSON"))
-    param = ".".join(place) or None
-    message = first["msg"].removeprefix("Value error, ")
+    param = _place(told["loc"][1:], error.body, is_missing=told["type"] == "missing") or None
+    message = told["msg"].removeprefix("Value error, ")
     return _response(bad_request(f"{param}: {message}" if param else message, param=param))
+
+
+def _place(names: Sequence[str | int], body: Any, *, is_missing: bool) -> str:
+    """What of the body is meant; pydantic's names of kinds, which are no part of it, are cut."""
+    place: list[str] = []
+    for name in names:
+        try:
+            body = body[name]
+        except (LookupError, TypeError):
+            if not is_missing or name != names[-1]:
+                break
+        place.append(str(name))
+    return ".".join(place)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

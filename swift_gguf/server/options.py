@@ -10,7 +10,9 @@ from swift_gguf.sampling import SamplingOptions
 MAX_CHOICES = 8
 MAX_MESSAGES = 2048
 MAX_INPUTS = 64
-"""Prompts or texts to embed in one request."""
+"""Prompts in one request."""
+MAX_TEXTS = 2048
+"""Texts to embed in one request."""
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 MAX_TOOLS = 128

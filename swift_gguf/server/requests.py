@@ -26,6 +26,7 @@ from swift_gguf.server.options import (
     MAX_NAME_LENGTH,
     MAX_STOP_LENGTH,
     MAX_STOPS,
+    MAX_TEXTS,
     MAX_TOOLS,
     MAX_TOP_LOGPROBS,
 )
@@ -75,16 +76,40 @@ Grammar = Annotated[
     str, StringConstraints(min_length=1, max_length=MAX_GRAMMAR_LENGTH), AfterValidator(_no_null)
 ]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-Finite = Field(default=None, allow_inf_nan=False)
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
+# a list fails with its first bad item: pydantic would tell of each of a million
+Prompts = (
+    str
+    | TokenIds
+    | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS)]
+    | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS)]
+)
+Texts = (
+    str
+    | TokenIds
+    | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_TEXTS)]
+    | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_TEXTS)]
+)
 
 
-class Message(BaseModel):
+class Body(BaseModel):
+    """JSON from a client.  A field that is null is one that is not there, as OpenAI has it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class Message(Body):
     """One of a conversation; further fields are the chat template's business."""
 
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
 
     @field_validator("content")
     @classmethod
@@ -107,17 +132,18 @@ class Message(BaseModel):
         return {**(self.model_extra or {}), "role": role, "content": self.content or ""}
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Body):
     include_usage: bool = False
 
 
-class Sampling(BaseModel):
+class Sampling(Body):
     """What completions and chat completions share; other fields are ignored, as elsewhere."""
 
     model: Name | None = None
     temperature: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
     top_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
-    top_k: int | None = Field(default=None, ge=0, lt=2**31)
+    top_k: int | None = Field(default=None, ge=-1, lt=2**31)
+    """-1, as 0: all tokens."""
     min_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
     typical_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     repeat_penalty: float | None = Field(default=None, gt=0, le=10, allow_inf_nan=False)
@@ -128,20 +154,21 @@ class Sampling(BaseModel):
     mirostat_eta: float = Field(default=0.1, gt=0, le=10, allow_inf_nan=False)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     """-1: a new one."""
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     stream: bool = False
     stream_options: StreamOptions | None = None
     grammar: Grammar | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        default=None, max_length=MAX_BIASES
-    )
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
 
-    @field_validator("logit_bias")
+    @field_validator("logit_bias", mode="before")
     @classmethod
-    def _of_tokens(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
-        if bias and not all(key.isascii() and key.isdigit() and len(key) < 10 for key in bias):
-            raise ValueError("its keys must be token ids")
+    def _of_tokens(cls, bias: Any) -> Any:
+        if isinstance(bias, dict):
+            if len(bias) > MAX_BIASES:
+                raise ValueError(f"more than {MAX_BIASES} tokens")
+            if not all(key.isascii() and key.isdigit() and len(key) < 10 for key in bias):
+                raise ValueError("its keys must be token ids")
         return bias
 
     @property
@@ -193,7 +220,7 @@ TokenLimit = Annotated[MaxTokens | None, AfterValidator(_some_tokens)]
 """-1, as None: no limit."""
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(Body):
     model_config = ConfigDict(populate_by_name=True)
 
     name: Name = "schema"
@@ -203,7 +230,7 @@ class JsonSchema(BaseModel):
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Body):
     """``json_object`` may carry a schema, as in llama-server."""
 
     model_config = ConfigDict(populate_by_name=True)
@@ -221,13 +248,13 @@ class ResponseFormat(BaseModel):
         return given or ANY_OBJECT
 
 
-class Function(BaseModel):
+class Function(Body):
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
     description: str | None = None
     parameters: Json = Field(default_factory=lambda: {"type": "object"})
 
 
-class Tool(BaseModel):
+class Tool(Body):
     type: Literal["function"] = "function"
     function: Function
 
@@ -236,11 +263,11 @@ class Tool(BaseModel):
         return self.function.name
 
 
-class FunctionName(BaseModel):
+class FunctionName(Body):
     name: Name
 
 
-class ToolChoice(BaseModel):
+class ToolChoice(Body):
     type: Literal["function"] = "function"
     function: FunctionName
 
@@ -252,13 +279,13 @@ class ToolChoice(BaseModel):
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: TokenLimit = None
     max_completion_tokens: TokenLimit = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
 
     @property
@@ -275,15 +302,7 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
-    prompt: (
-        str
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)]
-        | Annotated[
-            list[Annotated[list[TokenId], Field(min_length=1)]],
-            Field(min_length=1, max_length=MAX_INPUTS),
-        ]
-    )
+    prompt: Prompts
     max_tokens: TokenLimit = 16
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
@@ -302,19 +321,11 @@ class CompletionRequest(Sampling):
         return _limit(self.max_tokens, n_predict)
 
 
-class EmbeddingRequest(BaseModel):
+class EmbeddingRequest(Body):
     """POST /v1/embeddings."""
 
     model: Name | None = None
-    input: (
-        str
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)]
-        | Annotated[
-            list[Annotated[list[TokenId], Field(min_length=1)]],
-            Field(min_length=1, max_length=MAX_INPUTS),
-        ]
-    )
+    input: Texts
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
 
@@ -325,7 +336,7 @@ class EmbeddingRequest(BaseModel):
         return list(self.input)
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(Body):
     """POST /tokenize; llama-server's names."""
 
     content: str
@@ -334,7 +345,7 @@ class TokenizeRequest(BaseModel):
     with_pieces: bool = False
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(Body):
     """POST /detokenize."""
 
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]

@@ -135,7 +135,7 @@ class Worker(Generic[M]):
 
     @contextmanager
     def vocabulary(self) -> Iterator[M]:
-        """The model, which is not closed meanwhile; for what may be done beside jobs, in any thread.
+        """The model, not closed meanwhile; for what may be done beside jobs, in any thread.
 
         Raises:
             ApiError: as `require_model`.

@@ -238,6 +238,8 @@ def test_embeddings(client: Any) -> None:
     again = client.embeddings.create(model="tiny", input=texts[0], encoding_format="float")
     np.testing.assert_allclose(again.data[0].embedding, vectors[0], atol=1e-6)
     assert plain.usage.total_tokens > 3
+    many = client.embeddings.create(model="tiny", input=["a"] * 200)
+    assert [item.index for item in many.data] == list(range(200))
 
 
 def test_models(client: Any) -> None:
