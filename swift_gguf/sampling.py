@@ -11,7 +11,9 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,6 +31,12 @@ if TYPE_CHECKING:
 MAX_NESTING = 512
 """Groups in groups of a grammar."""
 MAX_RULES = 4096
+
+_COMPLAINT = re.compile(
+    r"(?<=error parsing grammar: ).+|unsupported grammar, .+|grammar does not contain .+"
+)
+_STDERR = threading.Lock()
+"""There is one such descriptor: who saved another one's replacement would restore that."""
 
 _C = TypeVar("_C", bound="_Chain")
 
@@ -285,9 +293,15 @@ def grammar_sampler(vocab: Any, grammar: str) -> Any:
     with _captured_stderr() as lines:
         part = library().api.llama_sampler_init_grammar(vocab, grammar.encode(), b"root")
     if not part:
-        detail = next((line for line in lines if line.strip()), "it does not parse")
+        detail = next(filter(None, map(_parsers_own, lines)), "it does not parse")
         raise GrammarError(f"the grammar is not valid GBNF with a rule named root: {detail}")
     return part
+
+
+def _parsers_own(line: str) -> str:
+    """What the grammar parser says in a line, empty where another thread wrote it meanwhile."""
+    found = _COMPLAINT.search(line)
+    return found.group().strip() if found else ""
 
 
 def _limit_depth(grammar: str) -> None:
@@ -324,20 +338,21 @@ def _captured_stderr() -> Iterator[list[str]]:
     """Lines that native code writes straight to standard error inside the block.
 
     llama.cpp's grammar parser prints its errors instead of logging them.  The descriptor is the
-    process's own, so this must stay around short calls.
+    process's own, so this must stay around short calls; what other threads write is among them.
     """
     lines: list[str] = []
-    try:
-        saved = os.dup(2)
-    except OSError:  # closed: nothing can be written there anyway
-        yield lines
-        return
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
+    with _STDERR:
         try:
+            saved = os.dup(2)
+        except OSError:  # closed: nothing can be written there anyway
             yield lines
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-            file.seek(0)
-            lines.extend(file.read().decode("utf-8", "replace").splitlines())
+            return
+        with tempfile.TemporaryFile() as file:
+            os.dup2(file.fileno(), 2)
+            try:
+                yield lines
+            finally:
+                os.dup2(saved, 2)
+                os.close(saved)
+                file.seek(0)
+                lines.extend(file.read().decode("utf-8", "replace").splitlines())

@@ -5,7 +5,11 @@ llama.cpp aborts on these, so a regression here ends the test run itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,7 @@ import pytest
 from swift_gguf.engine import generate
 from swift_gguf.errors import GrammarError
 from swift_gguf.model import Model
-from swift_gguf.sampling import Sampler, SamplingOptions
+from swift_gguf.sampling import Sampler, SamplingOptions, _captured_stderr
 from swift_gguf.session import Session
 from swift_gguf.speculation import Speculation, SpeculationOptions
 from tests.fixtures.corrupt import without_letter
@@ -131,3 +135,43 @@ def test_tokens_are_those_llama_cpp_draws(
             texts.append([token.id for token in tokens])
     assert texts[0] == texts[1]
     assert len(texts[0]) == 40
+
+
+def test_two_threads_leave_standard_error_as_it_was(capfd: pytest.CaptureFixture[str]) -> None:
+    """One that saved the other's replacement would restore that."""
+    before = os.fstat(2)
+    barrier = threading.Barrier(2)
+
+    def capture() -> None:
+        barrier.wait()
+        for _ in range(200):
+            with _captured_stderr():
+                time.sleep(0)
+
+    threads = [threading.Thread(target=capture) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert os.path.samestat(os.fstat(2), before)
+    os.write(2, b"still there")
+    assert capfd.readouterr().err == "still there"
+
+
+@pytest.mark.parametrize(
+    ("grammar", "says"),
+    [("root ::= (", "unexpected end of input|expecting"), ("root ::= missing", "Undefined rule")],
+)
+def test_the_parsers_own_words_are_told_and_no_others(
+    no_z: Path, open_model: Opener, monkeypatch: pytest.MonkeyPatch, grammar: str, says: str
+) -> None:
+    @contextmanager
+    def with_another_thread() -> Iterator[list[str]]:
+        with _captured_stderr() as lines:
+            os.write(2, b"a request came from 192.0.2.7\n")
+            yield lines
+
+    monkeypatch.setattr("swift_gguf.sampling._captured_stderr", with_another_thread)
+    with pytest.raises(GrammarError, match=f"named root: ({says})") as raised:
+        Sampler(open_model(no_z, n_threads=1), SamplingOptions(grammar=grammar))
+    assert "192.0.2.7" not in str(raised.value)
