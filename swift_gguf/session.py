@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +62,7 @@ class Answer:
         self._running = False
         self._lock = threading.RLock()  # a signal's handler may come while its thread holds it
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Generator[Piece, None, None]:
         """The pieces, in order.
 
         Raises: as `engine.generate`, and GrammarError.
@@ -200,10 +200,11 @@ class Session:
         Raises: what `make` raises.
         """
         with self.exclusive():
-            speculation = make()
-        self.save()
-        self.close()
-        self.speculation = speculation
+            fresh = make()
+        before, self.speculation = self.speculation, fresh
+        self._end_idle()
+        if before:
+            before.retire()
         if self._on_step:
             self.search_when_idle(self._on_step)
 
@@ -213,15 +214,23 @@ class Session:
             with self.exclusive():
                 self.speculation.save()
 
+    def save_now_and_then(self) -> None:
+        """Between answers: so much is never lost."""
+        if self.speculation and self.speculation.is_save_due:
+            self.save()
+
     def close(self) -> None:
         """Ends the search and frees a draft model; safe to call twice."""
-        idle, self.idle = self.idle, None
         try:
-            if idle:
-                idle.close()
+            self._end_idle()
         finally:
             if self.speculation:
                 self.speculation.close()
+
+    def _end_idle(self) -> None:
+        if self.idle:
+            self.idle.end()
+            self.idle = None  # only now: an interrupted end must not let others at the model
 
     def __enter__(self) -> Session:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from swift_gguf.chat.settings import Settings
 from swift_gguf.chat.thinking import Reader
 from swift_gguf.errors import ContextFullError, SwiftError
 from swift_gguf.sampling import SamplingOptions
-from swift_gguf.session import Answer, Session, stopped_by_ctrl_c
+from swift_gguf.session import Answer, Piece, Session, stopped_by_ctrl_c
 from swift_gguf.speculation import Speculation, SpeculationOptions
 from swift_gguf.text import encode
 
@@ -26,9 +27,48 @@ BETTER = 1.02
 class _Said:
     """An answer in the making; it may take several, where turns leave a full context."""
 
-    tokens: list[int] = field(default_factory=list)
-    sources: list[str] = field(default_factory=list)
-    text: str = ""
+    options: SamplingOptions
+    reader: Reader
+    pieces: list[Piece] = field(default_factory=list)
+    rest: str = ""
+    answer: Answer | None = None
+    """The latest."""
+
+    @property
+    def tokens(self) -> list[int]:
+        return [piece.token for piece in self.pieces]
+
+    @property
+    def sources(self) -> list[str]:
+        return [piece.source for piece in self.pieces]
+
+    @property
+    def stop_reason(self) -> str:
+        """See `Stats.stop_reason`; empty before it begins."""
+        return self.answer.stats.stop_reason if self.answer else ""
+
+    @property
+    def is_something(self) -> bool:
+        """A word, or that the model had none."""
+        return bool(self.pieces) or self.stop_reason not in ("", "stopped")
+
+    def finish(self) -> str:
+        """What is left of a torn character; safe to call twice."""
+        rest = self.answer.finish() if self.answer else ""
+        self.rest += rest
+        return rest
+
+    def turn(self, user: str) -> Turn:
+        """What stays of it."""
+        return Turn(
+            user=user,
+            tokens=tuple(self.tokens),
+            text="".join(piece.text for piece in self.pieces) + self.rest,
+            sources=tuple(self.sources),
+            thought_n=self.reader.thought_n,
+            seed=self.options.seed,
+            stop_reason=self.stop_reason,
+        )
 
 
 class Chat:
@@ -63,8 +103,12 @@ class Chat:
             ModelError: the chat template refuses the messages.
         """
         self._attempt = 0
-        attached, self._attached = self._attached, []
-        self._answer("".join([*attached, text]))
+        n_turns = len(self.conversation.turns)
+        try:
+            self._answer("".join([*self._attached, text]))
+        finally:
+            if len(self.conversation.turns) > n_turns:  # else they are still to be said
+                self._attached.clear()
 
     def regenerate(self) -> None:
         """Another answer to the latest message.
@@ -88,31 +132,22 @@ class Chat:
 
     def _answer(self, user: str) -> None:
         prompt = self._fitting(user)
-        options, said = self._options(), _Said()
-        reader = Reader(self.session.model, is_open=self.conversation.opens_thoughts(user))
-        with self.screen.answer(self.settings) as view:
-            answer = self._stream(prompt, options, said, reader, view)
-            while self._goes_on(answer):
-                prompt = self.conversation.prompt(user, said=said.tokens)
-                answer = self._stream(prompt, options, said, reader, view, before=answer)
-            rest = answer.finish()
-            said.text += rest
-            view.feed(rest, reader.finish(rest))
+        opens_thoughts = self.conversation.opens_thoughts(user)
+        said = _Said(self._options(), Reader(self.session.model, is_open=opens_thoughts))
+        try:
+            with self.screen.answer(self.settings) as view:
+                answer = self._stream(prompt, said, view)
+                while self._goes_on(answer):
+                    prompt = self.conversation.prompt(user, said=said.tokens)
+                    answer = self._stream(prompt, said, view)
+                rest = said.finish()
+                view.feed(rest, said.reader.finish(rest))
+        finally:  # it may be cut short by an error, too, or by a person's third Ctrl-C
+            said.finish()
+            if said.is_something:
+                self.conversation.turns.append(said.turn(user))
         self._close(answer, said)
-        if not said.tokens and answer.interrupted:
-            self.screen.note("stopped before the first word; the message is taken back")
-            return
-        turn = Turn(
-            user=user,
-            tokens=tuple(said.tokens),
-            text=said.text,
-            sources=tuple(said.sources),
-            thought_n=reader.thought_n,
-            seed=options.seed,
-            stop_reason=answer.stats.stop_reason,
-        )
-        self.conversation.turns.append(turn)
-        self._say_how_it_ended(answer)
+        self._say_how_it_ended(answer, said)
 
     def _options(self) -> SamplingOptions:
         """A given seed holds for every answer, so that each can be repeated; tries differ."""
@@ -121,29 +156,18 @@ class Chat:
             options = replace(options, seed=options.seed + self._attempt)
         return options.with_seed()
 
-    def _stream(
-        self,
-        prompt: Sequence[int],
-        options: SamplingOptions,
-        said: _Said,
-        reader: Reader,
-        view: View,
-        *,
-        before: Answer | None = None,
-    ) -> Answer:
+    def _stream(self, prompt: Sequence[int], said: _Said, view: View) -> Answer:
         limit = self.settings.max_tokens
-        answer = self.session.answer(
+        said.answer = answer = self.session.answer(
             prompt,
-            options,
-            max_tokens=None if limit is None else limit - len(said.tokens),
-            decoder=before.decoder if before else None,
+            said.options,
+            max_tokens=None if limit is None else limit - len(said.pieces),
+            decoder=said.answer.decoder if said.answer else None,
         )
-        with stopped_by_ctrl_c(answer):
-            for piece in answer:
-                said.tokens.append(piece.token)
-                said.sources.append(piece.source)
-                said.text += piece.text
-                view.feed(piece.text, reader.feed(piece))
+        with stopped_by_ctrl_c(answer), closing(iter(answer)) as pieces:
+            for piece in pieces:
+                said.pieces.append(piece)
+                view.feed(piece.text, said.reader.feed(piece))
         return answer
 
     def _close(self, answer: Answer, said: _Said) -> None:
@@ -153,10 +177,13 @@ class Chat:
         with self.session.exclusive():
             self.figures = Figures.of(self.session, answer, said.sources)
             self._expected, self._found = self._expectation(), ""
+        self.session.save_now_and_then()
 
-    def _say_how_it_ended(self, answer: Answer) -> None:
+    def _say_how_it_ended(self, answer: Answer, said: _Said) -> None:
         reason = answer.stats.stop_reason
-        if answer.interrupted:
+        if not said.is_something:
+            self.screen.note("stopped before the first word; the message is taken back")
+        elif answer.interrupted:
             self.screen.note("stopped; what was said stays")
         elif reason == "context":
             n_ctx = self.session.model.n_ctx
@@ -166,7 +193,7 @@ class Chat:
             )
         elif reason == "length":
             self.screen.note(f"ended after {self.settings.n_predict} tokens; see /set n-predict")
-        elif not self.conversation.turns[-1].tokens:
+        elif not said.pieces:
             self.screen.note("the model has nothing to say")
 
     # -- room --------------------------------------------------------------------------------------
@@ -215,6 +242,12 @@ class Chat:
             self.screen.note(f"the context is full: the oldest {turns} left it")
 
     # -- what commands do --------------------------------------------------------------------------
+
+    def detach(self) -> int:
+        """Files that were to go with the next message do not; how many there were."""
+        n = len(self._attached)
+        self._attached.clear()
+        return n
 
     def clear(self) -> None:
         """Forgets what was said; the system message stays."""

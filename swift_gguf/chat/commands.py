@@ -105,6 +105,10 @@ def _clear(chat: Chat, _: str) -> None:
 
 
 def _undo(chat: Chat, _: str) -> None:
+    if n_files := chat.detach():
+        files = "the file that goes" if n_files == 1 else f"the {n_files} files that go"
+        chat.screen.note(f"taken back: {files} with your next message")
+        return
     turn = chat.conversation.undo()
     if turn is None:
         raise SwiftError("there is nothing to take back")

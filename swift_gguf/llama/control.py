@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from time import monotonic
 
 from swift_gguf.errors import SwiftError, UnsupportedModelError
 from swift_gguf.llama.generation import Generation
@@ -14,10 +11,6 @@ from swift_gguf.model import Model
 from swift_gguf.search.drivers import IdleSearch
 from swift_gguf.speculation import Speculation, SpeculationOptions
 from swift_gguf.stats import Stats
-
-SAVE_EVERY_S = 60.0
-
-_log = logging.getLogger("swift_gguf")
 
 
 class Swift:
@@ -48,7 +41,6 @@ class Swift:
         self._refusal = refusal
         self._settle = settle
         self._idle: IdleSearch | None = None
-        self._saved_at = -math.inf
         self._closed = False
         self._set(options)
 
@@ -70,8 +62,9 @@ class Swift:
         self._end_idle()
         with self.busy():
             fresh = Speculation(self.model, options)
-        self._let_go()
-        self.current, self.options = fresh, options
+        before, self.current, self.options = self.current, fresh, options
+        if before:
+            before.retire()
 
     @property
     def enabled(self) -> bool:
@@ -112,7 +105,6 @@ class Swift:
         if self.current:
             with self.busy():
                 self.current.save()
-            self._saved_at = monotonic()
 
     def begin(self, prompt_n: int, *, limit: int | None) -> Generation:
         """A generation after a prompt of `prompt_n` tokens, of at most `limit` tokens."""
@@ -124,7 +116,7 @@ class Swift:
 
     def answered(self) -> None:
         """A generation is over."""
-        if not self._closed and monotonic() - self._saved_at >= SAVE_EVERY_S:
+        if not self._closed and self.current and self.current.is_save_due:
             self.save()
 
     def close(self) -> None:
@@ -133,27 +125,16 @@ class Swift:
         if not self._closed and (settle := self._settle()):
             settle()  # whoever comes back to a stream must not reach for the model
         self._closed = True
-        self._let_go()
-        self.current = None
+        before, self.current = self.current, None
+        if before:
+            before.retire()
         if self.model:
             self.model.close()
-
-    def _let_go(self) -> None:
-        if self.current is None:
-            return
-        try:
-            self.current.save()
-        except (SwiftError, OSError) as error:
-            _log.warning("what was learned is lost: %s", error)
-        self.current.close()
 
     def _end_idle(self) -> None:
         idle, self._idle = self._idle, None
         if idle:
-            try:
-                idle.close()
-            except SwiftError as error:
-                _log.warning("the search in idle time ended: %s", error)
+            idle.end()
 
 
 def options_of(mode: str | Sequence[str] | SpeculationOptions) -> SpeculationOptions:

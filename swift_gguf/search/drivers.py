@@ -162,6 +162,13 @@ class IdleSearch:
             error, self._error = self._error, None
             raise error
 
+    def end(self) -> None:
+        """As `close`, where the text matters alone: what broke the search is logged."""
+        try:
+            self.close()
+        except SwiftError as error:
+            _log.warning("the search in idle time ended: %s", error)
+
     def __enter__(self) -> IdleSearch:
         return self
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,11 +24,11 @@ from swift_gguf.chat.screen import Plain
 from swift_gguf.chat.settings import Settings
 from swift_gguf.chat.thinking import read
 from swift_gguf.engine import generate
-from swift_gguf.errors import ContextFullError, ModelError, SwiftError
+from swift_gguf.errors import ContextFullError, DecodeError, ModelError, SwiftError
 from swift_gguf.model import Model
 from swift_gguf.native import StopFlag
 from swift_gguf.sampling import Sampler, SamplingOptions
-from swift_gguf.session import Session, stopped_by_ctrl_c
+from swift_gguf.session import Answer, Piece, Session, stopped_by_ctrl_c
 from swift_gguf.speculation import Speculation, SpeculationOptions
 from swift_gguf.text import encode, render_chat
 from swift_gguf.text import piece as bytes_of
@@ -238,6 +239,40 @@ def test_a_file_goes_with_the_next_message(talk: Talk, tmp_path: Path) -> None:
     assert talk.turns[0].user == f"{content}{content}Well?"
     talk.say("And?")
     assert talk.turns[1].user == "And?"
+
+
+def test_a_file_stays_until_it_was_said(
+    talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("all")
+    talk.say(f"/read {path}")
+    with pytest.raises(ContextFullError):
+        talk.say("x" * 600)
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "answer", stopped_at_once(Session.answer))
+        talk.say("Well?")
+    assert talk.turns == []
+    talk.say("Well?")
+    talk.say("And?")
+    assert [turn.user for turn in talk.turns] == ["notes.txt:\n```\nall\n```\n\nWell?", "And?"]
+    talk.say(f"/read {path}")
+    talk.say("/undo")  # a file that is too long must not be in the way for ever
+    assert "taken back: the file that goes with your next message" in talk.notes
+    assert len(talk.turns) == 2
+    talk.say("So?")
+    assert talk.turns[-1].user == "So?"
+
+
+def stopped_at_once(answer_of: Callable[..., Answer]) -> Callable[..., Answer]:
+    """Of `Session.answer`: an answer that ends before its first word."""
+
+    def stopped(*arguments: Any, **options: Any) -> Answer:
+        answer = answer_of(*arguments, **options)
+        answer.stop()
+        return answer
+
+    return stopped
 
 
 def test_settings_hold_for_the_next_answer(talk: Talk) -> None:
@@ -525,6 +560,46 @@ def test_stopped_while_the_model_is_waited_for(model: Model) -> None:
     assert len(list(session.answer(answer.prompt, ENDLESS, max_tokens=4))) == 4
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), DecodeError("broken")])
+def test_what_was_said_before_it_failed_is_kept(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: BaseException
+) -> None:
+    whole = talk.say("Hello")
+    talk.say("/undo")
+    with monkeypatch.context() as patch:
+        patch.setattr(Answer, "__iter__", fails_after(5, error))
+        with pytest.raises(type(error)):
+            talk.say("Hello")
+    (turn,) = talk.turns
+    assert len(turn.tokens) == len(turn.sources) == 5
+    assert turn.stop_reason == "stopped"
+    assert whole.encode().startswith(turn.text.rstrip("\ufffd").encode())
+    path = tmp_path / "talk.json"
+    talk.say(f"/save {path}")
+    talk.say("More")
+    assert len(talk.turns) == 2
+    talk.say(f"/load {path}")
+    assert talk.turns == [turn]
+    with monkeypatch.context() as patch:
+        patch.setattr(Answer, "__iter__", fails_after(0, error))
+        with pytest.raises(type(error)):
+            talk.say("And?")
+    assert talk.turns == [turn]
+
+
+def fails_after(n: int, error: BaseException) -> Callable[[Answer], Iterator[Piece]]:
+    """Of `Answer.__iter__`: an error instead of the piece after `n`."""
+    pieces_of = Answer.__iter__
+
+    def pieces(answer: Answer) -> Iterator[Piece]:
+        for number, piece in enumerate(pieces_of(answer)):
+            if number == n:
+                raise error
+            yield piece
+
+    return pieces
+
+
 # -- files -----------------------------------------------------------------------------------------
 
 
@@ -667,6 +742,63 @@ def test_the_idle_search_finds_better_drafts_and_says_so(model: Model) -> None:
     assert talk.say("Hello") == first  # the search leaves no trace
     talk.session.save()
     talk.session.close()
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_speculation_changes_after_a_search_that_broke(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_kept: bool
+) -> None:
+    """The new one is in use, the old one closed and what it learned kept, if it can be."""
+    session, done = talk.session, list[str]()
+    talk.say("/speculation layer-skip")
+    before = session.speculation
+    assert before is not None
+
+    def on_step() -> None:
+        if session.speculation is before:
+            raise DecodeError("the search is broken")
+
+    def save() -> None:
+        done.append("save")
+        if not is_kept:
+            raise SwiftError("no room")
+
+    session.search_when_idle(on_step)
+    talk.say("Hello")
+    idle = session.idle
+    assert idle is not None
+    deadline = time.monotonic() + 20
+    while idle._error is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert idle._error is not None
+    monkeypatch.setattr(before, "save", save)
+    monkeypatch.setattr(before, "close", lambda: done.append("close"))
+    talk.say("/speculation recycling,layer-skip")
+    assert done == ["save", "close"]
+    assert session.speculation is not before
+    assert session.idle is not idle
+    talk.say("Hello")
+    assert len(talk.turns) == 2
+    assert "the search in idle time ended: the search is broken" in caplog.text
+    assert ("what was learned is lost: no room" in caplog.text) == (not is_kept)
+
+
+def test_what_was_learned_is_kept_now_and_then(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    speculation = talk.session.speculation
+    assert speculation is not None
+    saves, now = list[float](), [1000.0]
+    save = speculation.save
+
+    def counted() -> None:
+        saves.append(now[0])
+        save()
+
+    monkeypatch.setattr(speculation, "save", counted)
+    monkeypatch.setattr("swift_gguf.speculation.monotonic", lambda: now[0])
+    for seconds in (0, 30, 31, 1):
+        now[0] += seconds
+        talk.say("Hello")
+    assert saves == [1000.0, 1061.0]
 
 
 def test_better_drafts_are_told_of_once_they_are_worth_it(
