@@ -87,7 +87,7 @@ def test_an_answer_streams(page: Any, server: Server) -> None:
     assert not page.errors
 
 
-def test_stop(page: Any, serve: Callable[..., Server], model: Path) -> None:
+def test_stop_and_new(page: Any, serve: Callable[..., Server], model: Path) -> None:
     server = serve(model, "-c", 32768, "-t", 1).wait_until_ready()
     page.goto(server.url)
     ask(page, "Talk for ever.")
@@ -97,7 +97,22 @@ def test_stop(page: Any, serve: Callable[..., Server], model: Path) -> None:
     expect(page.locator(".notes")).to_have_text("stopped")
     server.wait_until_idle()
     assert page.inner_text("#send") == "Send"
+    ask(page, "And now?")  # what was said counts
+    expect(page.locator(".assistant").nth(1)).to_have_text(re.compile(r".{20}"))
+    assert roles(page) == ["user", "assistant", "user"]
+    page.click("#new")  # in the middle of the answer
+    expect(page.locator("#send")).to_have_text("Send")
+    server.wait_until_idle()
+    assert (roles(page), page.input_value("#text"), page.locator(".turn").count()) == ([], "", 0)
+    ask(page, "Something else.")
+    expect(page.locator(".assistant")).to_have_text(re.compile(r".{20}"))
+    assert roles(page) == ["user"]
     assert not page.errors
+
+
+def roles(page: Any) -> Any:
+    """Of the conversation as it will be sent."""
+    return page.evaluate("messages.map(message => message.role)")
 
 
 def test_what_a_model_says_is_no_markup(page: Any, server: Server) -> None:
