@@ -121,6 +121,7 @@ class Answer:
     @contextmanager
     def _stoppable(self) -> Iterator[None]:
         with self._lock:
+            self._session.model.stop.lower()  # a third Ctrl-C may have left it up
             self._running = True
             if self.interrupted:  # while the model was waited for
                 self._session.model.stop.raise_()

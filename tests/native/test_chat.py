@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -524,20 +525,23 @@ def test_ctrl_c_stops_a_pass_under_way(model: Model) -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_ctrl_c_while_the_lock_is_held(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("n_before", "said_n"), [(0, 0), (1, 4)])
+def test_ctrl_c_while_the_lock_is_held(
+    model: Model, monkeypatch: pytest.MonkeyPatch, n_before: int, said_n: int
+) -> None:
     """The handler runs in the thread that holds it, between two of its instructions."""
     answer = Session(model).answer(encode(model, "once"), ENDLESS, max_tokens=4)
     stop_flag = type(model.stop)
-    lower = stop_flag.lower
+    lower, n_calls = stop_flag.lower, count()
 
     def interrupted(flag: StopFlag) -> None:
-        monkeypatch.undo()
-        signal.raise_signal(signal.SIGINT)
+        if next(n_calls) == n_before:
+            signal.raise_signal(signal.SIGINT)
         lower(flag)
 
     monkeypatch.setattr(stop_flag, "lower", interrupted)
     with stopped_by_ctrl_c(answer):
-        assert len(list(answer)) == 4
+        assert len(list(answer)) == said_n
     assert answer.interrupted
     assert len(list(Session(model).answer(answer.prompt, ENDLESS, max_tokens=4))) == 4
 
