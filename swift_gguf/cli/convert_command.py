@@ -90,8 +90,9 @@ def convert(source: str, **values: Any) -> None:
     if values["dry_run"]:
         _show_plan(conversion, as_json=values["as_json"])
         return
-    if out.exists() and not conversion.is_done and not values["force"]:
-        raise click.ClickException(f"{out} exists; give --force to replace it, or another -o")
+    there = [path for path in (out, conversion.kept) if path and path.exists()]
+    if there and not conversion.is_done and not values["force"]:
+        raise click.ClickException(f"{there[0]} exists; give --force to replace it, or another -o")
     start = time.monotonic()
     # what other commands say is no part of our JSON
     with conversion, redirect_stdout(sys.stderr if values["as_json"] else sys.stdout):
@@ -154,6 +155,7 @@ def _options(checkpoint: Checkpoint, values: dict[str, Any]) -> ConvertOptions:
         keep_intermediate=values["keep_intermediate"],
         name=values["model_name"],
         prepares=values["prepares"],
+        embeds=values["embed_profile"],
         n_threads=values["threads"],
     )
 
@@ -265,9 +267,10 @@ def _result_line(conversion: Conversion, seconds: float) -> str:
     line = f"wrote {conversion.out}, {readable(conversion.out.stat().st_size)}, in {seconds:.0f} s"
     if not conversion.peak_bytes:
         return line
+    steps = "converting and quantizing" if conversion.plan.quantizes else "converting"
     return (
-        f"{line}; at most {readable(conversion.peak_bytes)} of memory (largest file of the "
-        f"checkpoint: {readable(conversion.checkpoint.largest_part)})"
+        f"{line}; {steps} took at most {readable(conversion.peak_bytes)} of memory (largest file "
+        f"of the checkpoint: {readable(conversion.checkpoint.largest_part)})"
     )
 
 

@@ -50,15 +50,20 @@ class Plan:
     folder: Path
     has_intermediate: bool = False
     """It is there from an earlier run."""
+    has_model: bool = False
+    """So is the model, which takes no intermediate then."""
     quantizes: bool = True
+    copies: bool = False
+    """The model is written once more, with keys added."""
 
     @property
     def needed(self) -> int:
         """Bytes that have to be free."""
-        total = 0 if self.has_intermediate else self.intermediate
-        if self.quantizes:
+        total = 0 if self.has_intermediate or self.has_model else self.intermediate
+        if self.quantizes and not self.has_model:
             total += self.model
-        return total + self.sidecar + SPARE_BYTES
+        copy = self.model if self.copies else 0  # gone before the sidecar is written
+        return total + max(copy, self.sidecar) + SPARE_BYTES
 
     def require_space(self) -> None:
         """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -61,6 +62,8 @@ class ConvertOptions:
     """general.name; None: what the converter makes of the checkpoint."""
     prepares: bool = False
     """Room for a sidecar is wanted, too."""
+    embeds: bool = False
+    """`Conversion.finish` is to be given keys."""
     n_threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -103,31 +106,40 @@ class Conversion:
             raise ConvertError(f"{self.out.parent}: no such folder; make it, or write elsewhere")
         if self.options.imatrix:
             imatrix.read(self.options.imatrix)  # what is wrong with it is better known now
-        if not self.is_done:
-            self.plan.require_space()
         self.work.mkdir(exist_ok=True)
         self._lock = filelock.FileLock(self.work / "lock")
-        try:
+        with contextlib.suppress(filelock.Timeout, FileNotFoundError):
             self._lock.acquire(timeout=LOCK_SECONDS)
-        except filelock.Timeout:
-            raise ConvertError(f"another process is converting to {self.out} already") from None
-        self._tidy()
+        if not self._lock.is_locked or not (self.work / "lock").exists():  # it was ending just now
+            raise ConvertError(f"another process is converting to {self.out} already")
+        try:
+            self._tidy()  # before the check: what a killed run left takes room
+            if not self.is_done:
+                self.plan.require_space()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.release()
         with contextlib.suppress(OSError):
             if not any(path.suffix in (".gguf", ".json") for path in self.work.iterdir()):
-                shutil.rmtree(self.work)
+                shutil.rmtree(self.work)  # while it is ours: another process may wait for it
+        self._lock.release()
 
     @property
     def is_done(self) -> bool:
         """Did an earlier run of the same write the model, and was ended in what came after?"""
         try:
-            done = json.loads(self._done.read_text())
-            return bool(done == [self._model.name, fingerprint(self.out)])
+            return bool(json.loads(self._done.read_text()) == self._made())
         except (OSError, ValueError, ModelError):
             return False
+
+    def _made(self) -> list[object]:
+        """What is under the final name, and how it was asked for."""
+        options = self.options
+        wishes = [options.embeds, options.keep_intermediate]
+        return [self._model.name, fingerprint(self.out), *wishes]
 
     @property
     def _done(self) -> Path:
@@ -138,6 +150,13 @@ class Conversion:
         self._done.unlink(missing_ok=True)
 
     # -- what there is, and will be ----------------------------------------------------------------
+
+    @property
+    def kept(self) -> Path | None:
+        """Where the intermediate is kept, if it is."""
+        if not (self.options.keep_intermediate and self.options.quantization):
+            return None
+        return self.out.with_name(f"{self.out.stem}.{self.options.outtype}.gguf")
 
     @cached_property
     def plan(self) -> Plan:
@@ -153,7 +172,9 @@ class Conversion:
             has_intermediate=any(
                 path.exists() for path in (self._plain, self._sorted, self._model)
             ),
+            has_model=self._model.exists(),
             quantizes=quantization is not None,
+            copies=options.embeds or options.sort_neurons,
         )
 
     @cached_property
@@ -221,15 +242,14 @@ class Conversion:
             keys[SORTED_KEY] = True
         whole = self._model
         if keys:
-            whole = self.work / "whole.part"
-            embed(self._model, whole, keys)
-        if self.options.keep_intermediate and self.options.quantization:
-            kept = self.out.with_name(f"{self.out.stem}.{self.options.outtype}.gguf")
-            if self._intermediate.exists():
-                os.replace(self._intermediate, kept)
+            whole = self.work / "whole.gguf"
+            with self._making(whole) as part:
+                embed(self._model, part, keys)
+        if self.kept and self._intermediate.exists():
+            os.replace(self._intermediate, self.kept)
         os.replace(whole, self.out)
         _sync(self.out.parent)
-        self._done.write_text(json.dumps([self._model.name, fingerprint(self.out)]))
+        self._done.write_text(json.dumps(self._made()))
         for path in self.work.iterdir():
             if path.name not in ("lock", self._done.name):
                 path.unlink()
@@ -320,6 +340,13 @@ class Conversion:
         try:
             yield part
             os.replace(part, path)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            where = self.out.parent
+            raise ConvertError(
+                f"the disk is full: free some space for {where} and start again"
+            ) from error
         finally:
             part.unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -194,6 +195,10 @@ def test_the_plan_asks_for_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     wanted = plan.Plan(intermediate=3000, model=1000, sidecar=0, folder=folder)
     assert wanted.needed == 4000 + plan.SPARE_BYTES
     wanted.require_space()
+    again = dataclasses.replace(wanted, has_intermediate=True, copies=True, sidecar=100)
+    assert again.needed == 2000 + plan.SPARE_BYTES
+    again = dataclasses.replace(again, has_model=True)
+    assert again.needed == 1000 + plan.SPARE_BYTES
     usage = shutil.disk_usage(folder)._replace(free=wanted.needed - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(ConvertError, match="are free; free some space"):

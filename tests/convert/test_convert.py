@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -365,23 +366,56 @@ def test_other_options_begin_where_they_differ(folder: Path, tmp_path: Path) -> 
     steps: list[str] = []
 
     def report(what: str, done: int, total: int, unit: str, /) -> None:
-        if what != steps[-1]:
+        if steps[-1:] != [what]:
             steps.append(what)
 
-    for name in ("Q8_0", "Q4_0"):
-        steps.append(name)
+    for name, expected in (("Q8_0", ["converting", "quantizing"]), ("Q4_0", ["quantizing"])):
+        steps.clear()
         with Conversion(found, out, ConvertOptions(quantization=Quantization(name=name))) as run:
             run.run(report)
-    assert steps == ["Q8_0", "converting", "quantizing", "Q4_0", "quantizing"]
+        assert steps == expected, name
     assert len(list((tmp_path / "model.gguf.convert").glob("quantized-*.gguf"))) == 1
     os.utime(folder / "config.json", (1, 1))  # another checkpoint, for all one knows
-    steps[:] = ["anew"]
+    steps.clear()
     with Conversion(checkpoints.read(folder), out, ConvertOptions()) as run:
         run.run(report)
         run.finish()
         run.forget()
-    assert steps == ["anew", "converting"]
+    assert steps == ["converting"]
     assert left(out) == ["model.gguf"]
+
+
+def test_what_else_is_wanted_tells_whether_it_is_done(folder: Path, tmp_path: Path) -> None:
+    """Ended in what comes after the model: the next run goes on there, if it wants the same."""
+    found, out = checkpoints.read(folder), tmp_path / "model.gguf"
+    q8_0 = Quantization(name="Q8_0")
+    with Conversion(found, out, ConvertOptions(quantization=q8_0, prepares=True)) as run:
+        run.run()
+        run.finish()
+    for same in (True, False):
+        options = ConvertOptions(quantization=q8_0, prepares=same)
+        assert Conversion(found, out, options).is_done
+    for other in ("embeds", "keep_intermediate"):
+        assert not Conversion(
+            found, out, ConvertOptions(quantization=q8_0, **{other: True})
+        ).is_done
+
+
+def test_what_is_kept_replaces_nothing_unasked(
+    cli: Cli,  # noqa: F811
+    folder: Path,
+    tmp_path: Path,
+) -> None:
+    kept = tmp_path / "model.f16.gguf"
+    kept.write_text("mine")
+    asked = ["convert", folder, "-o", tmp_path / "model.gguf", "--quantize", "Q8_0"]
+    done = cli(*asked, "--keep-intermediate")
+    assert_one_line_failure(done)
+    assert f"{kept} exists; give --force" in done.stderr
+    assert left(kept) == [kept.name]
+    assert kept.read_text() == "mine"
+    assert cli(*asked).returncode == 0
+    assert kept.read_text() == "mine"
 
 
 # -- no room ---------------------------------------------------------------------------------------
@@ -430,6 +464,50 @@ def test_a_disk_that_fills_up_meanwhile_costs_one_line(
     assert "\n" not in str(caught.value)
     assert not out.exists()
     assert not list(small_disk.rglob("*.part")), "half a file was left on a full disk"
+
+
+def test_a_disk_that_is_full_in_the_end_costs_one_line(
+    folder: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model fits, its copy with keys does not."""
+    out = small_disk / "model.gguf"
+    options = ConvertOptions(outtype="f16", embeds=True)
+    whole = plan.Plan(intermediate=4, model=4, sidecar=0, folder=small_disk)
+    assert dataclasses.replace(whole, copies=True).needed == whole.needed + 4
+    monkeypatch.setattr(plan.Plan, "require_space", lambda self: None)
+    with Conversion(checkpoints.read(folder), out, options) as conversion:
+        conversion.run()
+        with pytest.raises(ConvertError, match="the disk is full: free some space"):
+            conversion.finish({EMBEDDED: "{}"})
+    assert not out.exists()
+    assert not [path for path in small_disk.rglob("*") if path.match("whole*")]
+    with Conversion(checkpoints.read(folder), out, options) as conversion:
+        conversion.run(lambda *_: pytest.fail("it began anew"))
+        conversion.finish()  # nothing to add: no copy
+    gguf_check.check(out)
+
+
+def test_what_a_killed_run_left_is_no_reason_to_refuse(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, usage = tmp_path / "model.gguf", shutil.disk_usage(tmp_path)
+    half = tmp_path / "model.gguf.convert" / "intermediate-0.part"
+    half.parent.mkdir()
+    half.write_bytes(b"half")
+    free = usage.free
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: usage._replace(free=0 if half.exists() else free)
+    )
+    with Conversion(checkpoints.read(folder), out, ConvertOptions()):
+        assert not half.exists()
+    free = 0
+    for _ in range(2):  # refused, and nobody's: neither folder nor lock stay
+        with (
+            pytest.raises(ConvertError, match="are free; free some space"),
+            Conversion(checkpoints.read(folder), out, ConvertOptions()),
+        ):
+            pass
+        assert left(out) == []
 
 
 def test_amounts_are_readable() -> None:
