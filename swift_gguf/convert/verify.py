@@ -54,9 +54,21 @@ class Limits:
     """Least share of positions with the same likeliest token."""
 
 
-# By bits a weight of the type that a file is named by.  About twice what SmolLM2 135M showed, which
-# had been quantised before (docs/convert.md): larger models suffer less.  What is broken is worse.
-_LIMITS = (
+# About twice what SmolLM2 135M showed, which had been quantised before (the table of
+# docs/convert.md): larger models suffer less.  What is broken is worse.
+_LIMITS = {
+    "F16": Limits(divergence=1e-5, agreement=0.98),
+    "Q8_0": Limits(divergence=0.0125, agreement=0.87),
+    "Q6_K": Limits(divergence=0.035, agreement=0.83),
+    "Q5_K_M": Limits(divergence=0.25, agreement=0.66),
+    "Q4_K_M": Limits(divergence=0.165, agreement=0.73),
+    "Q4_0": Limits(divergence=0.85, agreement=0.42),
+    "Q3_K_M": Limits(divergence=0.36, agreement=0.53),
+    "Q2_K": Limits(divergence=1.3, agreement=0.36),
+    "IQ2_XS": Limits(divergence=1.4, agreement=0.36),
+}
+# Of types that were not tried, by bits a weight of the type that the file is named by.
+_LIMITS_BY_BITS = (
     (24.0, Limits(divergence=1e-5, agreement=0.99)),
     (12.0, Limits(divergence=0.001, agreement=0.97)),
     (8.0, Limits(divergence=0.015, agreement=0.88)),
@@ -91,9 +103,11 @@ class Comparison:
 
     @property
     def limits(self) -> Limits:
+        if self.file_type in _LIMITS:
+            return _LIMITS[self.file_type]
         named = self.file_type in file_types()
         size = plan.bits(self.file_type) if named else self.bits
-        return next(limits for bits, limits in _LIMITS if size >= bits)
+        return next(limits for bits, limits in _LIMITS_BY_BITS if size >= bits)
 
     @property
     def failures(self) -> list[str]:

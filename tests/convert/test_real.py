@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGUFReader
 
 from swift_gguf import models
 from swift_gguf.convert.verify import TEXT, Comparison, compare, reference
@@ -107,20 +108,35 @@ def test_the_checkpoint_and_the_model_say_the_same(
     assert found["Q2_K"].perplexity > found["Q8_0"].perplexity
 
 
+def test_damage_is_told_from_rounding(folder: Path, back: Path, tmp_path: Path) -> None:
+    """One matrix of 210 is wrong before the model is quantised."""
+    theirs = reference(folder, n_tokens=160)
+    wrong = damaged(back, tmp_path / "wrong.gguf")
+    for name in ("Q8_0", "Q4_K_M"):
+        out = tmp_path / f"{name}.gguf"
+        quantize_file(wrong, out, Quantization(name=name))
+        found = compare(out, theirs)
+        assert found.file_type == name
+        assert len(found.failures) == 2, f"{name}: {found}"
+
+
+def damaged(path: Path, out: Path) -> Path:
+    """A matrix of one layer is turned around."""
+    out.write_bytes(path.read_bytes())
+    reader = GGUFReader(out, "r+")
+    tensor = next(t for t in reader.tensors if t.name == "blk.12.ffn_down.weight")
+    tensor.data[...] = tensor.data[::-1].copy()
+    reader.data.flush()
+    return out
+
+
 def test_verify_tells_a_good_model_from_a_wrong_one(
     cli: Cli,  # noqa: F811
     folder: Path,
     back: Path,
     tmp_path: Path,
 ) -> None:
-    wrong = tmp_path / "wrong.gguf"
-    wrong.write_bytes(back.read_bytes())
-    from gguf import GGUFReader
-
-    reader = GGUFReader(wrong, "r+")  # one matrix of 30 layers is turned around
-    tensor = next(t for t in reader.tensors if t.name == "blk.12.ffn_down.weight")
-    tensor.data[...] = tensor.data[::-1].copy()
-    reader.data.flush()
+    wrong = damaged(back, tmp_path / "wrong.gguf")
     done = cli("verify", folder, back, wrong, "--tokens", "96", "--json")
     assert done.returncode == 1, done.stderr
     good, bad = json.loads(done.stdout)
