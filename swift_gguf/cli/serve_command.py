@@ -67,6 +67,8 @@ if TYPE_CHECKING:
 @click.option("--cache-ram", "cache_mib", default=1024, show_default=True, metavar="MIB",
               type=click.IntRange(0),
               help="Memory for conversations besides the latest; 0: none.")  # fmt: skip
+@click.option("--chat-template", metavar="JINJA",
+              help="A template (text or file) instead of the model's.")  # fmt: skip
 @speculation_flags
 @search_flags
 @sampling_flags
@@ -81,6 +83,8 @@ def serve(model: str, **values: Any) -> None:
 
     if values["speculative_sampling"]:
         raise click.UsageError("served texts are those of their seeds: no --speculative-sampling")
+    if values["sidecar"] not in (None, "none"):
+        raise click.UsageError("serve takes the draft weights beside the model, or --sidecar none")
     options = _options(model, values)
     with download_progress() as progress:
         path = resolve(model, progress=progress)
@@ -106,7 +110,9 @@ def serve(model: str, **values: Any) -> None:
 
 def _options(model: str, values: dict[str, Any]) -> ServerOptions:
     from swift_gguf.server.options import ServerOptions
+    from swift_gguf.text import read_template
 
+    template = values["chat_template"]
     key = values["api_key"]
     if values["api_key_file"] is not None:
         key = read_text(values["api_key_file"]).strip()
@@ -126,5 +132,6 @@ def _options(model: str, values: dict[str, Any]) -> ServerOptions:
         drain_s=values["drain_s"],
         grammars=values["grammars"],
         cache_bytes=values["cache_mib"] << 20,
+        chat_template=template and read_template(template),
         sampling=sampling_options(values),
     )

@@ -7,18 +7,16 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
-from swift_gguf.errors import GrammarError, SwiftError, TemplateError
-from swift_gguf.server import grammars, tools
-from swift_gguf.server.errors import ApiError, bad_request, one_line
+from swift_gguf.errors import ContextFullError, GrammarError, TemplateError
+from swift_gguf.server import grammars, reasoning, tools
+from swift_gguf.server.errors import bad_request, one_line
 from swift_gguf.server.options import ServerOptions
 from swift_gguf.server.requests import (
     ANY_OBJECT,
     ChatRequest,
     CompletionRequest,
-    FunctionName,
     Sampling,
     ToolChoice,
 )
@@ -31,6 +29,8 @@ OnEnd = Callable[[Tally, float], None]
 Call = Callable[..., Any]
 """`create_completion` or `create_chat_completion`, with all but stream and seed."""
 
+Choice = dict[str, Any]
+
 _TOO_LONG = "exceed context window"  # of llama_cpp's ValueError
 
 
@@ -42,8 +42,23 @@ def chat(request: ChatRequest, options: ServerOptions, on_end: OnEnd) -> Work:
         for _ in range(request.n):
             yield lambda **more: llama.create_chat_completion(**arguments, **more)
 
+    def thinks(llama: ServedLlama) -> bool:
+        """Does the answer begin among thoughts, as the prompt has it?"""
+        is_free = request.grammar is None and _schema(request) is None and not request.must_call
+        return is_free and llama.thinks
+
+    def finish(llama: ServedLlama, choice: Choice) -> Choice:
+        choice = reasoning.in_message(choice, is_open=thinks(llama))
+        return tools.in_message(choice, bare=request.must_call) if request.offered else choice
+
+    def finish_stream(llama: ServedLlama, choices: Iterator[Choice]) -> Iterator[Choice]:
+        choices = reasoning.in_stream(choices, is_open=lambda: thinks(llama))
+        return tools.in_stream(choices, bare=request.must_call) if request.offered else choices
+
     kinds = ("chat.completion", "chat.completion.chunk")
-    return _Envelope(kinds, request, options, calls, on_end, **_tool_reading(request)).work
+    return _Envelope(
+        kinds, request, options, calls, on_end, finish=finish, finish_stream=finish_stream
+    ).work
 
 
 def complete(request: CompletionRequest, options: ServerOptions, on_end: OnEnd) -> Work:
@@ -61,9 +76,6 @@ def complete(request: CompletionRequest, options: ServerOptions, on_end: OnEnd) 
     return _Envelope(kinds, request, options, calls, on_end).work
 
 
-Choice = dict[str, Any]
-
-
 class _Envelope:
     """One or several of llama_cpp's answers as one of OpenAI's."""
 
@@ -75,8 +87,10 @@ class _Envelope:
         calls: Callable[[ServedLlama], Iterator[Call]],
         on_end: OnEnd,
         *,
-        finish: Callable[[Choice], Choice] = lambda choice: choice,
-        finish_stream: Callable[[Iterator[Choice]], Iterator[Choice]] = lambda choices: choices,
+        finish: Callable[[ServedLlama, Choice], Choice] = lambda _, choice: choice,
+        finish_stream: Callable[
+            [ServedLlama, Iterator[Choice]], Iterator[Choice]
+        ] = lambda _, choices: choices,
     ) -> None:
         """kinds: `object` of the whole and of a chunk.
         finish, finish_stream: what is still to be done to llama_cpp's choices.
@@ -94,7 +108,7 @@ class _Envelope:
         }
 
     def work(self, llama: ServedLlama, job: Job[ServedLlama]) -> Iterator[object]:
-        with llama.working_for(job) as tally, _telling(tally):
+        with llama.working_for(job) as tally, _telling():
             try:
                 if self._request.stream:
                     yield from self._stream(llama, job, tally)
@@ -112,7 +126,7 @@ class _Envelope:
     def _whole(self, llama: ServedLlama, job: Job[ServedLlama], tally: Tally) -> dict[str, Any]:
         choices: list[Choice] = []
         for call, seed in zip(self._calls(llama), self._seeds(), strict=False):
-            choice = self._finish(call(seed=seed)["choices"][0])
+            choice = self._finish(llama, call(seed=seed)["choices"][0])
             choices.append({**choice, "index": len(choices)})
         return {
             **self._head,
@@ -126,7 +140,7 @@ class _Envelope:
     ) -> Iterator[dict[str, Any]]:
         for i, (call, seed) in enumerate(zip(self._calls(llama), self._seeds(), strict=False)):
             choices = (chunk["choices"][0] for chunk in call(seed=seed, stream=True))
-            for choice in self._finish_stream(choices):
+            for choice in self._finish_stream(llama, choices):
                 ends = {"timings": timings(tally, job.queue_s)} if choice["finish_reason"] else {}
                 yield {**self._head, "choices": [{**choice, "index": i}], **ends}
         if self._request.wants_usage:
@@ -134,25 +148,24 @@ class _Envelope:
 
 
 @contextmanager
-def _telling(tally: Tally) -> Iterator[None]:
-    """What fails before the first token is the request's fault, and said so."""
+def _telling() -> Iterator[None]:
+    """What may be the request's fault is said to be; all else is a fault of ours."""
     try:
         yield
-    except (ApiError, GeneratorExit):
-        raise
-    except Exception as error:
-        if _TOO_LONG in str(error):
-            raise bad_request(
-                f"the prompt is too long: {one_line(error)}", code="context_length_exceeded"
-            ) from error
-        if isinstance(error, GrammarError):
-            raise bad_request(one_line(error), param="grammar") from error
-        is_ours = isinstance(error, (SwiftError, MemoryError)) and not isinstance(
-            error, TemplateError
-        )
-        if tally.prompt_tokens == 0 and not is_ours:
-            raise bad_request(f"the prompt cannot be made: {one_line(error)}") from error
-        raise
+    except TemplateError as error:
+        raise bad_request(
+            f"the prompt cannot be made: {one_line(error)}", param="messages"
+        ) from error
+    except GrammarError as error:
+        raise bad_request(one_line(error), param="grammar") from error
+    except UnicodeEncodeError as error:
+        raise bad_request("a lone surrogate is no character") from error
+    except (ContextFullError, ValueError) as error:
+        if isinstance(error, ValueError) and _TOO_LONG not in str(error):
+            raise
+        raise bad_request(
+            f"the prompt is too long: {one_line(error)}", code="context_length_exceeded"
+        ) from error
 
 
 def usage(tally: Tally, n: int) -> dict[str, Any]:
@@ -209,47 +222,25 @@ def _chat_arguments(
     if not request.offered:
         return arguments
     arguments["tools"] = [tool.model_dump(exclude_none=True) for tool in request.offered]
-    choice = _only_choice(request)
-    if choice is None and request.tool_choice != "required":
+    if not request.must_call:
         return arguments
     _allow(options, "tool_choice")
-    chosen = [tool for tool in request.offered if choice is None or tool.name == choice.name]
+    wanted = request.tool_choice
+    chosen = [
+        tool
+        for tool in request.offered
+        if not isinstance(wanted, ToolChoice) or tool.name == wanted.name
+    ]
     if not chosen:
         raise bad_request("the tool_choice is none of the tools", param="tool_choice")
-    # with one tool llama_cpp makes the same grammar, but looks at no limits
-    grammar = _grammar(grammars.from_schema(tools.any_call(chosen), param="tools"), llama, "tools")
-    if choice is None:
-        arguments["grammar"] = grammar
-    else:
-        arguments["tool_choice"] = choice.model_dump()
+    gbnf = grammars.from_schema(tools.any_call(chosen), param="tools")
+    arguments["grammar"] = _grammar(gbnf, llama, "tools")
     return arguments
 
 
 def _allow(options: ServerOptions, param: str) -> None:
     if not options.grammars:
         raise bad_request("this server takes no grammars or schemas from clients", param=param)
-
-
-def _only_choice(request: ChatRequest) -> ToolChoice | None:
-    """The tool that must be called, if there is just one."""
-    if isinstance(request.tool_choice, ToolChoice):
-        return request.tool_choice
-    if request.tool_choice == "required" and len(request.offered) == 1:
-        return ToolChoice(function=FunctionName(name=request.offered[0].name))
-    return None
-
-
-def _tool_reading(request: ChatRequest) -> dict[str, Any]:
-    """How calls are found in what llama_cpp answers."""
-    if not request.offered:
-        return {}
-    if _only_choice(request) is not None:
-        return {"finish_stream": tools.once_named}
-    bare = request.tool_choice == "required"
-    return {
-        "finish": partial(tools.in_message, bare=bare),
-        "finish_stream": partial(tools.in_stream, bare=bare),
-    }
 
 
 def _schema(request: ChatRequest) -> dict[str, Any] | None:

@@ -105,6 +105,12 @@ def _openai_routes(service: Service) -> APIRouter:
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [service.model_card()]}
 
+    @router.get("/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        if name != service.options.alias:
+            raise ApiError(404, f"there is no model {name!r}", code="model_not_found")
+        return service.model_card()
+
     return router
 
 

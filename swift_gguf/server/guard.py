@@ -47,6 +47,7 @@ class Guard:
             self._check_origin(headers)
             self._check_key(headers, scope["path"])
             if scope["method"] in ("POST", "PUT", "PATCH"):
+                self._check_kind(scope, headers)
                 receive = await self._whole_body(headers, receive)
         except ApiError as error:
             headers_out = {**error.headers, "Connection": "close"}  # the body may not be read
@@ -90,12 +91,20 @@ class Guard:
                 403, f"pages of {origin} may not call this server; see --cors", code="wrong_origin"
             )
 
-    async def _whole_body(self, headers: Headers, receive: Receive) -> Receive:
+    def _check_kind(self, scope: Scope, headers: Headers) -> None:
+        """Other sites' pages may send anything but JSON unasked.
+
+        Who has the key is none of them: `curl -d` is taken as it comes.
+        """
         kind = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-        if kind != "application/json":
+        if self._key is not None:
+            MutableHeaders(scope=scope)["content-type"] = "application/json"
+        elif kind != "application/json":
             raise ApiError(
                 415, f"send JSON, as Content-Type: application/json; this is {kind}", code="no_json"
             )
+
+    async def _whole_body(self, headers: Headers, receive: Receive) -> Receive:
         try:
             body = await asyncio.wait_for(self._read(headers, receive), self._options.receive_s)
         except asyncio.TimeoutError:

@@ -55,6 +55,8 @@ class ServerOptions:
     """May clients send grammars and schemas?"""
     cache_bytes: int = 1 << 30
     """Memory for conversations that are not the present one."""
+    chat_template: str | None = field(default=None, repr=False)
+    """Jinja, instead of the model's own."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     """What a request gets that does not say."""
 

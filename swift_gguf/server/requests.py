@@ -129,7 +129,22 @@ class Message(Body):
     def as_dict(self) -> dict[str, Any]:
         """For a template, which knows no ``developer``."""
         role = "system" if self.role == "developer" else self.role
-        return {**(self.model_extra or {}), "role": role, "content": self.content or ""}
+        more = dict(self.model_extra or {})
+        if isinstance(calls := more.get("tool_calls"), list):
+            more["tool_calls"] = list(map(_called, calls))
+        return {**more, "role": role, "content": self.content or ""}
+
+
+def _called(call: Any) -> Any:
+    """A call of an earlier answer: of its arguments, clients have the text, templates want the
+    object."""
+    try:
+        arguments = _plain_json(json.loads(call["function"]["arguments"]))
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return call
+    if not isinstance(arguments, dict):
+        return call
+    return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
 class StreamOptions(Body):
@@ -292,6 +307,11 @@ class ChatRequest(Sampling):
     def offered(self) -> list[Tool]:
         """The tools that may be called."""
         return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def must_call(self) -> bool:
+        """Is the answer a call, and nothing else?"""
+        return bool(self.offered) and self.tool_choice not in (None, "auto")
 
     def limit(self, n_predict: int | None) -> int | None:
         """Of tokens, for each choice."""

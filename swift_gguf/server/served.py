@@ -12,8 +12,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from swift_gguf.errors import SwiftError
 from swift_gguf.llama import SwiftLlama
+from swift_gguf.llama.chat_format import BoundedFormatter
 from swift_gguf.model import ModelOptions
 from swift_gguf.native import StopFlag, library
 from swift_gguf.server.characters import Said, whole
@@ -66,6 +66,8 @@ class ServedLlama(SwiftLlama):
     _job: Job[ServedLlama] | None = None
     _tally: Tally
     _said: Said
+    thinks = False
+    """Has the prompt of the generation under way, or the latest, opened the model's thoughts?"""
     _pieces: dict[int, bytes]
     _stop: StopFlag
 
@@ -83,8 +85,6 @@ class ServedLlama(SwiftLlama):
             ModelError: the file is missing, damaged or not a model llama.cpp can run.
             UnsupportedModelError: drafts are asked for by name, and there can be none.
         """
-        if isinstance(loading.sidecar, Path):
-            raise SwiftError("serve takes the sidecar beside the model, or --sidecar none")
         llama = cls(
             str(path),
             speculation=replace(speculation, sidecar=loading.sidecar is not None),
@@ -95,18 +95,30 @@ class ServedLlama(SwiftLlama):
             last_n_tokens_size=options.sampling.repeat_last_n,
             verbose=False,
         )
-        llama.prepare(cache_bytes=options.cache_bytes)
+        llama.prepare(cache_bytes=options.cache_bytes, template=options.chat_template)
         return llama
 
-    def prepare(self, *, cache_bytes: int) -> None:
-        """Makes it ready for jobs."""
+    def prepare(self, *, cache_bytes: int, template: str | None = None) -> None:
+        """Makes it ready for jobs.
+
+        template: Jinja for chats, instead of the model's own.
+        """
         self._pieces = {}
         if self.swift.model:
             self._stop = self.swift.model.stop
         else:
             self._stop = StopFlag()
             library().set_stop_flag(self.ctx, self._stop)
-        if "tokenizer.chat_template" not in self.metadata:
+        if self.last_n_tokens_size < 0:  # all; llama_cpp looks at none
+            self.last_n_tokens_size = self.n_ctx()
+        if template is not None:
+            self.metadata["tokenizer.chat_template"] = template
+            eos, bos = (
+                self._model.token_get_text(token) if token >= 0 else ""
+                for token in (self.token_eos(), self.token_bos())
+            )
+            self.chat_handler = BoundedFormatter(template, eos, bos).to_chat_handler()
+        elif "tokenizer.chat_template" not in self.metadata:
             self.chat_format: str | None = "chatml"  # llama_cpp's guess fits one old family only
         self._conversations = Conversations(self, budget=cache_bytes)
         self.swift.idle()
@@ -139,6 +151,7 @@ class ServedLlama(SwiftLlama):
             job.check()
             stats, start = self.swift.stats, perf_counter()
             said = self._said = Said()
+            self.thinks = self._opens_thoughts(prompt)
             try:
                 with closing(super().generate(*args, **kwargs)) as stream:
                     for token in stream:
@@ -188,6 +201,10 @@ class ServedLlama(SwiftLlama):
         if token not in self._pieces:
             self._pieces[token] = library().token_bytes(self.vocab, token, special=False)
         return self._pieces[token]
+
+    def _opens_thoughts(self, prompt: Sequence[int]) -> bool:
+        tail = (library().token_bytes(self.vocab, t, special=True) for t in prompt[-8:])
+        return b"".join(tail).rstrip().endswith(b"<think>")
 
     def _ends(self, token: int) -> bool:
         return bool(library().api.llama_vocab_is_eog(self.vocab, token))

@@ -1,5 +1,4 @@
-"""Tool calls: a tool that must be called is llama_cpp's business; one that may be called is read
-out of the answer here, in the form that the model's own chat template taught it.
+"""Tool calls, read out of answers.
 
 Most open models (Qwen, Hermes, SmolLM3, ...) wrap calls as
 ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``; an answer that must be one of several
@@ -116,7 +115,7 @@ def in_stream(choices: Iterator[dict[str, Any]], *, bare: bool) -> Iterator[dict
         plain = {**choice, "finish_reason": None}
         if said.strip() or (said and not calls.found):
             yield {**plain, "delta": {**choice["delta"], "content": said}}
-        elif "role" in choice["delta"]:
+        elif choice["delta"].keys() - {"content"}:
             yield {**plain, "delta": choice["delta"]}
         for call in calls.found[n_sent:]:
             yield {**plain, "logprobs": None, "delta": {"tool_calls": [call]}}
@@ -124,21 +123,3 @@ def in_stream(choices: Iterator[dict[str, Any]], *, bare: bool) -> Iterator[dict
         if choice["finish_reason"]:
             reason = "tool_calls" if calls.found else choice["finish_reason"]
             yield {**choice, "delta": {}, "finish_reason": reason}
-
-
-def once_named(choices: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """llama_cpp repeats a call's name and id in every chunk, which clients join; OpenAI does not.
-
-    Nor has it had `function_call` for years.
-    """
-    named = False
-    for choice in choices:
-        delta = {key: value for key, value in choice["delta"].items() if value is not None}
-        delta.pop("function_call", None)
-        for call in delta.get("tool_calls", ()):
-            if named:
-                call["function"] = {"arguments": call["function"]["arguments"]}
-                call.pop("id", None)
-                call.pop("type", None)
-            named = True
-        yield {**choice, "delta": delta}

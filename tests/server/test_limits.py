@@ -178,6 +178,10 @@ def test_a_deep_schema(server: Server) -> None:
         ("/v1/completions", {"prompt": [999_999]}, "prompt"),
         ("/v1/completions", {"prompt": [-1]}, "prompt"),
         ("/v1/completions", {"prompt": ["a"] * 100}, "prompt"),
+        ("/v1/completions", {"prompt": "\udfff"}, None),
+        ("/v1/completions", {"prompt": "a", "stop": "\udfff"}, "stop"),
+        ("/v1/completions", {"prompt": "a", "grammar": 'root ::= "\udfff"'}, "grammar"),
+        ("/v1/embeddings", {"input": "\udfff"}, "input"),
         ("/v1/completions", {"prompt": "a", "suffix": "b"}, "suffix"),
         ("/v1/completions", {"prompt": "a", "best_of": 7}, "best_of"),
         ("/v1/completions", {"prompt": "a", "logprobs": 999}, "logprobs"),
@@ -190,9 +194,11 @@ def test_a_deep_schema(server: Server) -> None:
         ("/detokenize", {"tokens": [999_999]}, "tokens"),
         ("/tokenize", {"content": 3}, "content"),
     ],
-    ids=lambda value: str(value)[:60],
+    ids=lambda value: ascii(value)[:60],
 )
-def test_other_endpoints(server: Server, path: str, body: dict[str, object], param: str) -> None:
+def test_other_endpoints(
+    server: Server, path: str, body: dict[str, object], param: str | None
+) -> None:
     assert told(*server.post(path, body))["param"] == param
 
 
@@ -319,6 +325,9 @@ def test_keys(serve: Callable[..., Server], model: Path, tmp_path: Path, source:
         assert server.request("GET", path)[0] == 200
     assert server.post(CHAT, chat(), Authorization="Bearer sesame-open")[0] == 200
     assert server.post(CHAT, chat(), **{"X-Api-Key": "sesame-open"})[0] == 200
+    form = {"Content-Type": "application/x-www-form-urlencoded"}  # as `curl -d` has it
+    assert server.post(CHAT, chat(), **form, **{"X-Api-Key": "sesame-open"})[0] == 200
+    told(*server.post(CHAT, chat(), **form), 401)
     assert not any("sesame" in line for line in server.log)
 
 

@@ -226,6 +226,62 @@ def test_a_tool_that_may_be_called(client: Any) -> None:
         )  # fmt: skip
 
 
+def test_a_model_that_calls_a_tool(client: Any) -> None:
+    """A grammar makes this one do what others have learned."""
+    call = json.dumps({"name": "get_weather", "arguments": {"city": "Ulm"}})
+    said = f"<think>Hm.</think>I look. <tool_call>{call}</tool_call>"
+    grammar = {"grammar": f"root ::= {json.dumps(said)}"}
+    options: Any = {"model": "tiny", "tools": [WEATHER], "extra_body": grammar}
+    answer = client.chat.completions.create(messages=HELLO, **options).choices[0]
+    assert answer.finish_reason == "tool_calls"
+    assert answer.message.content == "I look."
+    assert answer.message.reasoning_content == "Hm."
+    (made,) = answer.message.tool_calls
+    assert json.loads(made.function.arguments) == {"city": "Ulm"}
+
+    chunks = list(client.chat.completions.create(messages=HELLO, stream=True, **options))
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert "".join(getattr(delta, "reasoning_content", "") for delta in deltas) == "Hm."
+    assert joined(chunks).strip() == "I look."
+    (streamed,) = [delta.tool_calls[0] for delta in deltas if delta.tool_calls]
+    assert streamed.function.arguments == made.function.arguments
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+    turns = [*HELLO, answer.message.model_dump(exclude_none=True),
+             {"role": "tool", "tool_call_id": made.id, "content": "rain"}]  # fmt: skip
+    after = client.chat.completions.create(messages=turns, model="tiny", max_tokens=4)
+    assert after.choices[0].message.content
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments.city }})"
+    "{% endfor %};{% endfor %}<think>"
+)
+
+
+def test_a_template_of_ones_own(serve: Callable[..., Server], model: Path, tmp_path: Path) -> None:
+    """It opens the model's thoughts, too; and sees a call's arguments as an object."""
+    (tmp_path / "template").write_text(TEMPLATE)
+    flags = ("-c", 512, "-t", 1, "--repeat-last-n", -1, "--chat-template", tmp_path / "template")
+    server = serve(model, *flags).wait_until_ready()
+    assert server.get("/props")[1]["chat_template"] == TEMPLATE
+    call = {"function": {"name": "get_weather", "arguments": '{"city": "Ulm"}'}}
+    turns = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "rain"}]
+    body = {"messages": turns, "max_tokens": 8, "temperature": 0}
+    _, chat = server.post("/v1/chat/completions", body)
+    prompt = server.post(
+        "/tokenize", {"content": "assistant: get_weather(Ulm);tool: rain;<think>"}
+    )[1]["tokens"]
+    _, plain = server.post("/v1/completions", {**body, "prompt": prompt})
+    message = chat["choices"][0]["message"]
+    assert message["content"] == ""
+    assert message["reasoning_content"].strip() == plain["choices"][0]["text"].strip()
+    assert chat["usage"]["prompt_tokens"] == plain["usage"]["prompt_tokens"]
+    events = server.request("POST", "/v1/chat/completions", {**body, "stream": True})[2]
+    assert b"reasoning_content" in events
+
+
 def test_embeddings(client: Any) -> None:
     texts = ["a small cat", "a small dog", "tax law"]
     plain = client.embeddings.create(model="tiny", input=texts, encoding_format="float")
@@ -246,6 +302,9 @@ def test_models(client: Any) -> None:
     (card,) = client.models.list().data
     assert card.id == "tiny"
     assert card.meta["n_ctx"] == 4096
+    assert client.models.retrieve("tiny") == card
+    with pytest.raises(openai.NotFoundError, match="no model"):
+        client.models.retrieve("some/other")
 
 
 def test_errors_as_the_client_knows_them(client: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -10,13 +11,22 @@ from typing import Any
 
 import pytest
 
-from swift_gguf.errors import SwiftError
+from swift_gguf.errors import (
+    ContextFullError,
+    DecodeError,
+    GrammarError,
+    SwiftError,
+    TemplateError,
+)
+from swift_gguf.server import reasoning
+from swift_gguf.server.answers import _telling
+from swift_gguf.server.app import _failed
 from swift_gguf.server.characters import Said, whole
 from swift_gguf.server.errors import ApiError
 from swift_gguf.server.extra import PACKAGES, require
 from swift_gguf.server.options import ServerOptions, is_loopback
-from swift_gguf.server.requests import Tool
-from swift_gguf.server.tools import Calls, any_call, in_message, in_stream, once_named
+from swift_gguf.server.requests import Message, Tool
+from swift_gguf.server.tools import Calls, any_call, in_message, in_stream
 from swift_gguf.server.worker import Job, Worker
 
 TOOLS = [Tool.model_validate({"function": {"name": name}}) for name in ("look", "book")]
@@ -91,16 +101,54 @@ def test_a_call_that_had_to_be_made() -> None:
     assert names == ["look", "book"]
 
 
-def test_a_call_is_named_once() -> None:
-    def part(text: str) -> dict[str, Any]:
-        function = {"name": "look", "arguments": text}
-        calls = [{"index": 0, "id": "x", "type": "function", "function": function}]
-        delta = {"role": None, "function_call": dict(function), "tool_calls": calls}
-        return {"index": 0, "delta": delta, "finish_reason": None}
+@pytest.mark.parametrize("is_open", [False, True])
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_thoughts_and_calls_are_no_part_of_what_is_said(size: int, is_open: bool) -> None:
+    text = f"{'' if is_open else '<think>'}\nLook, <tool_call>?\n</think>\n\nI look. {CALL}"
+    parts = [choice(text[i : i + size]) for i in range(0, len(text), size)]
+    stream = [{**choice(None), "delta": {"role": "assistant"}}, *parts, choice(None, "stop")]
+    apart = reasoning.in_stream(iter(stream), is_open=lambda: is_open)
+    out = [c["delta"] for c in in_stream(apart, bare=False)]
+    assert out[0] == {"role": "assistant"}
+    assert "".join(d.get("reasoning_content", "") for d in out) == "Look, <tool_call>?"
+    assert "".join(d.get("content", "") for d in out).strip() == "I look."
+    (call,) = [d["tool_calls"][0] for d in out if "tool_calls" in d]
+    assert call["function"]["name"] == "look"
 
-    first, second = once_named(iter([part("{"), part("}")]))
-    assert first["delta"]["tool_calls"][0]["function"] == {"name": "look", "arguments": "{"}
-    assert second["delta"] == {"tool_calls": [{"index": 0, "function": {"arguments": "}"}}]}
+    whole = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    message = in_message(reasoning.in_message(whole, is_open=is_open), bare=False)["message"]
+    assert message["reasoning_content"] == "Look, <tool_call>?"
+    assert message["content"] == "I look."
+    assert len(message["tool_calls"]) == 1
+
+
+def test_what_is_told_of_failures() -> None:
+    """The client's fault is told in full; of ours, nothing that is in the message."""
+    for error, code in (
+        (TemplateError("the chat template fails"), None),
+        (GrammarError("no grammar"), None),
+        (ContextFullError("full"), "context_length_exceeded"),
+        (ValueError("Requested tokens (9) exceed context window of 8"), "context_length_exceeded"),
+    ):
+        with pytest.raises(ApiError, match=re.escape(str(error))) as told, _telling():
+            raise error
+        assert (told.value.status, told.value.code) == (400, code)
+    for error in (ValueError("/a/path"), KeyError("x"), DecodeError("failed"), MemoryError()):
+        with pytest.raises(type(error)), _telling():
+            raise error
+    assert _failed(ValueError("/a/path")) == "the server failed: ValueError"
+
+
+def test_arguments_of_earlier_calls_are_objects_for_a_template() -> None:
+    def call(arguments: object) -> dict[str, Any]:
+        return {"id": "x", "type": "function", "function": {"name": "look", "arguments": arguments}}
+
+    given = [call('{"at": "é"}'), call("{"), call("[1]"), call({"at": 1}), {"function": 3}, "x",
+             call('{"a":' * 99_999), call('"\\ud800"'), call('{"a": "\\ud800"}')]  # fmt: skip
+    message = Message.model_validate({"role": "assistant", "content": None, "tool_calls": given})
+    for _ in range(2):  # what was given stays as it is
+        calls = message.as_dict()["tool_calls"]
+        assert calls == [call({"at": "é"}), *given[1:]]
 
 
 def test_what_llama_cpp_drops_at_the_end_of_a_stream() -> None:
