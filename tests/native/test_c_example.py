@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -100,14 +101,19 @@ def test_cmake_finds_the_package(tiny: Tiny, tmp_path: Path) -> None:
     assert 0 <= n_accepted <= n_drafted
 
 
-def test_the_package_may_be_moved(tiny: Tiny, tmp_path: Path) -> None:
-    """As a whole, to a folder with a space in its name."""
+@pytest.fixture
+def moved(tmp_path: Path) -> Path:
+    """The package as a whole, in a folder with a space in its name."""
+    folder = tmp_path / "a folder"
+    for part in ("include", "lib"):
+        shutil.copytree(Path(config("--lib-dir")).parent / part, folder / part)
+    return folder
+
+
+def test_the_package_may_be_moved(moved: Path, tiny: Tiny, tmp_path: Path) -> None:
     cmake = shutil.which("cmake")
     if cmake is None:
         pytest.skip("no cmake")
-    moved = tmp_path / "a folder"
-    for part in ("include", "lib"):
-        shutil.copytree(Path(config("--lib-dir")).parent / part, moved / part)
     found = f"-Dswift_gguf_DIR={moved / 'lib' / 'cmake' / 'swift_gguf'}"
     done(cmake, "-S", EXAMPLES, "-B", tmp_path / "build", found)
     done(cmake, "--build", tmp_path / "build")
@@ -126,6 +132,19 @@ def test_pkg_config_finds_it(tiny: Tiny, tmp_path: Path) -> None:
     out = tmp_path / "speculate"
     done(shutil.which("cc") or "cc", EXAMPLES / "speculate.c", "-o", out, *flags)
     accepted(run(out, tiny("qwen2"), "hello", 20, 0))
+
+
+def test_pkg_config_finds_a_moved_package(moved: Path, tiny: Tiny, tmp_path: Path) -> None:
+    """With the shell's `eval`, as docs/integration.md says."""
+    if shutil.which("pkg-config") is None:
+        pytest.skip("no pkg-config")
+    program, source = tmp_path / "speculate", shlex.quote(str(EXAMPLES / "speculate.c"))
+    build = f'eval cc {source} -o {program} "$(pkg-config --cflags --libs swift_gguf)"'
+    pkgconfig = str(moved / "lib" / "pkgconfig")
+    done("sh", "-ec", build, env=os.environ | {"PKG_CONFIG_PATH": pkgconfig})
+    accepted(run(program, tiny("qwen2"), "hello", 20, 0))
+    shutil.rmtree(moved)
+    assert run(program, tiny("qwen2"), "hello", 20, 0).returncode == 127  # it was that library
 
 
 def test_a_profiles_sub_network_drafts(program: Path, tiny: Tiny, tmp_path: Path) -> None:
