@@ -225,11 +225,11 @@ def _chat_arguments(
     if not request.must_call:
         return arguments
     _allow(options, "tool_choice")
-    wanted = request.tool_choice
+    choice = request.tool_choice
     chosen = [
         tool
         for tool in request.offered
-        if not isinstance(wanted, ToolChoice) or tool.name == wanted.name
+        if not isinstance(choice, ToolChoice) or tool.name == choice.name
     ]
     if not chosen:
         raise bad_request("the tool_choice is none of the tools", param="tool_choice")

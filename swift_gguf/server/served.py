@@ -61,6 +61,7 @@ class Started:
 class ServedLlama(SwiftLlama):
     """Not safe for use by several threads at once, `interrupt` excepted."""
 
+    last_n_tokens_size: int
     _conversations: Conversations | None = None
     _embedder: Embedder | None = None
     _job: Job[ServedLlama] | None = None
