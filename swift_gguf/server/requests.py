@@ -126,18 +126,21 @@ class Message(Body):
         _plain_json(self.model_extra)
         return self
 
-    def as_dict(self) -> dict[str, Any]:
-        """For a template, which knows no ``developer``."""
+    def as_dict(self, *, calls_as_text: bool = False) -> dict[str, Any]:
+        """For a template, which knows no ``developer``.
+
+        calls_as_text: of calls, it wants the arguments as clients send them.
+        """
         role = "system" if self.role == "developer" else self.role
         more = dict(self.model_extra or {})
-        if isinstance(calls := more.get("tool_calls"), list):
+        if isinstance(calls := more.get("tool_calls"), list) and not calls_as_text:
             more["tool_calls"] = list(map(_called, calls))
         return {**more, "role": role, "content": self.content or ""}
 
 
 def _called(call: Any) -> Any:
-    """A call of an earlier answer: of its arguments, clients have the text, templates want the
-    object."""
+    """A call of an earlier answer: of its arguments, clients have the text, most templates want
+    the object."""
     try:
         arguments = _plain_json(json.loads(call["function"]["arguments"]))
     except (ValueError, TypeError, LookupError, RecursionError):

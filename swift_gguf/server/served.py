@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import gc
+import re
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ from swift_gguf.server.options import ServerOptions
 from swift_gguf.server.worker import Job
 from swift_gguf.speculation import SpeculationOptions
 from swift_gguf.stats import Stats
+
+_JOINED_ARGUMENTS = re.compile(r"arguments['\"\]]*\s*\+")
 
 
 @dataclass
@@ -233,6 +236,11 @@ class ServedLlama(SwiftLlama):
     def vocab(self) -> Any:
         """llama.cpp's."""
         return self._model.vocab
+
+    @property
+    def calls_as_text(self) -> bool:
+        """Does the chat template join a call's arguments to text, as DeepSeek's do?"""
+        return bool(_JOINED_ARGUMENTS.search(self.metadata.get("tokenizer.chat_template", "")))
 
     def embedder(self) -> Embedder:
         """Made when it is first needed."""

@@ -263,7 +263,7 @@ TEMPLATE = (
 def test_a_template_of_ones_own(serve: Callable[..., Server], model: Path, tmp_path: Path) -> None:
     """It opens the model's thoughts, too; and sees a call's arguments as an object."""
     (tmp_path / "template").write_text(TEMPLATE)
-    flags = ("-c", 512, "-t", 1, "--repeat-last-n", -1, "--chat-template", tmp_path / "template")
+    flags = ("-c", 512, "-t", 1, "--chat-template", tmp_path / "template")
     server = serve(model, *flags).wait_until_ready()
     assert server.get("/props")[1]["chat_template"] == TEMPLATE
     call = {"function": {"name": "get_weather", "arguments": '{"city": "Ulm"}'}}
@@ -280,6 +280,32 @@ def test_a_template_of_ones_own(serve: Callable[..., Server], model: Path, tmp_p
     assert chat["usage"]["prompt_tokens"] == plain["usage"]["prompt_tokens"]
     events = server.request("POST", "/v1/chat/completions", {**body, "stream": True})[2]
     assert b"reasoning_content" in events
+
+
+def test_a_template_that_joins_arguments(serve: Callable[..., Server], model: Path) -> None:
+    template = (
+        "{% for c in messages[0].tool_calls %}{{ c['function']['arguments'] + '!' }}{% endfor %}"
+    )
+    server = serve(model, "-c", 512, "-t", 1, "--chat-template", template).wait_until_ready()
+    call = {"function": {"name": "get_weather", "arguments": '{"city": "Ulm"}'}}
+    body = {"messages": [{"role": "assistant", "tool_calls": [call]}], "max_tokens": 1}
+    status, chat = server.post("/v1/chat/completions", body)
+    text = '{"city": "Ulm"}!'
+    tokens = server.post("/tokenize", {"content": text})[1]["tokens"]
+    assert (status, chat["usage"]["prompt_tokens"]) == (200, len(tokens))
+
+
+def test_penalties_of_all_that_was_said(serve: Callable[..., Server], model: Path) -> None:
+    server = serve(model, "-c", 512, "-t", 1, "--repeat-last-n", -1).wait_until_ready()
+    options: Any = {"prompt": "a", "max_tokens": 150, "temperature": 0, "repeat_penalty": 1.5}
+    found = server.post("/v1/completions", options)[1]["choices"][0]["text"]
+    texts = []
+    for n in (512, 64, 0):
+        llama = SwiftLlama(str(model), n_ctx=512, n_threads=1, verbose=False, last_n_tokens_size=n)
+        texts.append(llama.create_completion(**options)["choices"][0]["text"])
+        llama.close()
+    assert found == texts[0]
+    assert found not in texts[1:]
 
 
 def test_embeddings(client: Any) -> None:
