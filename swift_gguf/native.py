@@ -1,4 +1,4 @@
-"""Finds and loads the native library; with `native_abi` the only module that touches ctypes.
+"""Finds and loads the native library; it, `native_abi`, `native_convert` alone call it by ctypes.
 
 The library is llama.cpp's libllama with our patch (see native/README.md).  `llama_cpp`, the ctypes
 binding of llama-cpp-python, is made to load this very file, so both speak to one library.
