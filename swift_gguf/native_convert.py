@@ -27,6 +27,11 @@ NEED_IMATRIX = frozenset(
     {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S"}
 )
 """llama.cpp refuses these without an importance matrix."""
+_TENSORS_NEED_IMATRIX = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"})
+"""So it does for tensors of these types."""
+# What Python's regular expressions have and ECMAScript's, which llama.cpp's are, have not: groups
+# with names, flags or a look behind, anchors, and repetition that gives nothing back.
+_NOT_ECMASCRIPT = re.compile(r"(?<!\\)(?:\\\\)*(\(\?(?![:=!])|\\[AZ]|[*+?}]\+)")
 _ONLY_CONVERTED = frozenset({"NVFP4"})
 """What checkpoints may come in, and llama_model_quantize makes nothing of."""
 # no weights: numbers, and blocks of activations
@@ -106,6 +111,21 @@ class Quantization:
                 re.compile(pattern)
             except re.error as error:
                 raise ConvertError(f"{pattern!r:.60} is no pattern ({error})") from None
+            if foreign := _NOT_ECMASCRIPT.search(pattern):
+                raise ConvertError(
+                    f"{pattern!r:.60} is no pattern of llama.cpp's, which are ECMAScript's: write "
+                    f"it without {foreign[1]!r}"
+                )
+
+    @property
+    def needs_imatrix(self) -> str | None:
+        """The type, of all that are asked for, that llama.cpp refuses without an importance matrix;
+        None: there is none such."""
+        if self.name.upper() in NEED_IMATRIX:
+            return self.name
+        types = (self.output_tensor_type, self.token_embedding_type)
+        of_tensors = [*filter(None, types), *(name for _, name in self.overrides)]
+        return next((name for name in of_tensors if name.upper() in _TENSORS_NEED_IMATRIX), None)
 
 
 def quantize_file(
@@ -164,6 +184,10 @@ def _imatrix_entries(api: Any, imatrix: Mapping[str, NDArray[np.float32]]) -> An
 def _reason(messages: Sequence[str], name: str) -> str:
     text = next((line for line in reversed(messages) if "failed to quantize" in line), "")
     why = text.partition("failed to quantize:")[2].strip() or "llama.cpp does not say why"
+    if "different from tensor size" in why:
+        return f"the importance matrix is another model's ({why}); make one: --imatrix auto"
+    if "Missing importance matrix for" in why:
+        return f"the importance matrix lacks a tensor ({why}); make one: --imatrix auto"
     if "imatrix" in why:
         return f"{name} needs to know which weights matter; pass --imatrix auto, or a file"
     if "iostream" in why or "basic_ios" in why:

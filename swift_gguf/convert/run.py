@@ -28,7 +28,7 @@ from swift_gguf.convert.steps import Report
 from swift_gguf.errors import ConvertError, ModelError
 from swift_gguf.identity import fingerprint
 from swift_gguf.native import library
-from swift_gguf.native_convert import NEED_IMATRIX, Quantization
+from swift_gguf.native_convert import Quantization
 
 if TYPE_CHECKING:
     from swift_gguf.model import Model
@@ -73,11 +73,10 @@ class ConvertOptions:
             raise ConvertError("quantised weights cannot be sorted; use --outtype bf16 or f16")
         if (self.imatrix or self.auto_imatrix) and self.quantization is None:
             raise ConvertError("an importance matrix is for --quantize; give that, too")
-        needs = self.quantization is not None and self.quantization.name.upper() in NEED_IMATRIX
-        if self.quantization and needs and not (self.imatrix or self.auto_imatrix):
+        needs = self.quantization.needs_imatrix if self.quantization else None
+        if needs and not (self.imatrix or self.auto_imatrix):
             raise ConvertError(
-                f"{self.quantization.name} needs to know which weights matter; pass --imatrix "
-                "auto, or a file"
+                f"{needs} needs to know which weights matter; pass --imatrix auto, or a file"
             )
 
 

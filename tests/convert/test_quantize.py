@@ -91,6 +91,10 @@ def test_single_tensors_can_have_types_of_their_own(
         ({"name": "Q4_0", "token_embedding_type": "x"}, "no type 'x' of tensors"),
         ({"name": "Q4_0", "overrides": (("ffn", "x"),)}, "no type 'x' of tensors"),
         ({"name": "Q4_0", "overrides": (("(ffn", "q8_0"),)}, "no pattern"),
+        ({"name": "Q4_0", "overrides": (("(?i)ffn", "q8_0"),)}, "without '(?'"),
+        ({"name": "Q4_0", "overrides": ((r"\\(?<=blk)\Affn", "q8_0"),)}, "ECMAScript's"),
+        ({"name": "Q4_0", "overrides": (("(?P<a>ffn)", "q8_0"),)}, "ECMAScript's"),
+        ({"name": "Q4_0", "overrides": ((r"ffn\Z", "q8_0"),)}, r"without '\\Z'"),
     ],
 )
 def test_what_cannot_be_asked_for_is_refused(options: dict[str, object], words: str) -> None:
@@ -106,8 +110,33 @@ def test_types_that_need_importance_are_refused_without(
             ConvertOptions(quantization=Quantization(name=name))
         with pytest.raises(ConvertError, match="--imatrix auto"):
             quantize_file(converted("llama-spm"), tmp_path / "x.gguf", Quantization(name=name))
+    for single in (
+        {"output_tensor_type": "iq2_xxs"},
+        {"token_embedding_type": "IQ1_S"},
+        {"overrides": (("attn", "q8_0"), (r"ffn_(?:up|down)\(?", "iq3_xxs"))},
+    ):
+        quantization = Quantization(name="Q4_0", **single)  # type: ignore[arg-type]
+        with pytest.raises(ConvertError, match=r"(?i)^iq\w+ needs to know .* --imatrix auto"):
+            ConvertOptions(quantization=quantization)
+        ConvertOptions(quantization=quantization, auto_imatrix=True)
     with pytest.raises(ConvertError, match="is for --quantize"):
         ConvertOptions(auto_imatrix=True)
+
+
+def test_an_importance_matrix_of_another_model_is_told_from_none(
+    converted: Callable[..., Path], tmp_path: Path
+) -> None:
+    name = "blk.0.attn_k.weight"
+    for size, words in ((64, "another model's"), (256, "lacks a tensor")):
+        means = {name: np.ones(size, np.float32)}
+        with pytest.raises(ConvertError, match=words) as caught:
+            quantize_file(
+                converted("llama-spm"),
+                tmp_path / "x.gguf",
+                Quantization(name="IQ2_S"),
+                imatrix=means,
+            )
+        assert "\n" not in str(caught.value)
 
 
 def test_a_damaged_source_is_refused(converted: Callable[..., Path], tmp_path: Path) -> None:
