@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -41,15 +42,30 @@ def fetch_folder(ref: str, patterns: Sequence[str], *, progress: Progress | None
 
     Raises ModelError if the reference is not clear, DownloadError if the files cannot be had.
     """
-    match = re.fullmatch(r"[\w.-]+/[\w.-]+", ref.removeprefix(PREFIX))
-    if match is None:
-        raise ModelError(f"{ref} is not of the form hf:owner/repo")
-    hub = _Repository(ref, match[0], download=True)
-    top = sorted(name for name in hub.sizes if "/" not in name)
-    names = [name for name in top if any(fnmatch(name, pattern) for pattern in patterns)]
+    hub = _folder(ref)
+    names = [name for name in sorted(_top(hub)) if any(fnmatch(name, p) for p in patterns)]
     if not names:
         raise ModelError(f"{ref} holds no checkpoint")
     return hub.fetch(names, progress)[0].parent
+
+
+def list_folder(ref: str) -> dict[str, int]:
+    """The files at the top of ``hf:owner/repo``, with their sizes in bytes; none is fetched.
+
+    Raises as `fetch_folder` does.
+    """
+    return _top(_folder(ref))
+
+
+def _folder(ref: str) -> _Repository:
+    match = re.fullmatch(r"[\w.-]+/[\w.-]+", ref.removeprefix(PREFIX))
+    if match is None:
+        raise ModelError(f"{ref} is not of the form hf:owner/repo")
+    return _Repository(ref, match[0], download=True)
+
+
+def _top(hub: _Repository) -> dict[str, int]:
+    return {name: size for name, size in hub.sizes.items() if "/" not in name}
 
 
 class _Repository:
@@ -65,12 +81,15 @@ class _Repository:
         self._ref, self._repo = ref, repo
         self.local: ModelError = not_downloaded(ref)
         """To raise where only this machine can be asked."""
+        self._commit: str | None = None
+        """One for all files, whatever is pushed meanwhile; None: the one that the cache has."""
         self.is_online = download
         if download:
             try:
                 api = huggingface_hub.HfApi(endpoint=self._endpoint)
                 info = api.model_info(repo, files_metadata=True)
                 self.sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+                self._commit = info.sha
             except Exception as error:  # the HTTP library, hence its errors, differs by version
                 self.local = _hub_failure(ref, error, self._storage)
                 if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
@@ -85,6 +104,8 @@ class _Repository:
         """Where these files are, once they are there."""
         import huggingface_hub
 
+        if self.is_online:
+            self._require_space(names)
         meter = Meter(progress, sum(self.sizes[name] for name in names))
         paths, done = [], 0
         for name in names:
@@ -93,6 +114,7 @@ class _Repository:
                     path = huggingface_hub.hf_hub_download(
                         self._repo,
                         name,
+                        revision=self._commit,
                         endpoint=self._endpoint,
                         local_files_only=not self.is_online,
                     )
@@ -101,7 +123,30 @@ class _Repository:
             paths.append(Path(path))
             done += self.sizes[name]
             meter(done)
+        if self._commit:  # the hub notes by itself only what a branch was asked for
+            branch = self._storage / "refs" / "main"
+            branch.parent.mkdir(parents=True, exist_ok=True)
+            branch.write_text(self._commit)
         return paths
+
+    def _require_space(self, names: Sequence[str]) -> None:
+        """For what is not in the cache yet, of this commit or another."""
+        have = {
+            (path.name, path.stat().st_size)
+            for path in self._storage.glob("snapshots/**/*")
+            if path.is_file()
+        }
+        sizes = {name: self.sizes[name] for name in names}
+        missing = sum(size for name, size in sizes.items() if (Path(name).name, size) not in have)
+        begun = sum(path.stat().st_size for path in self._storage.glob("blobs/*.incomplete"))
+        where = next(path for path in self._storage.parents if path.exists())
+        free = shutil.disk_usage(where).free
+        if missing - begun > free:
+            reason = (
+                f"it takes {missing / 1e9:.2f} GB in {where}, where {free / 1e9:.2f} GB are free; "
+                "free some space, or set HF_HOME to another folder"
+            )
+            raise failed(self._ref, reason)
 
 
 def _hub_failure(ref: str, error: Exception, storage: Path) -> DownloadError:

@@ -81,9 +81,12 @@ def convert(source: str, **values: Any) -> None:
 
     converter.require_packages()
     trust = {"allow_pickle": values["allow_pickle"], "trust_code": values["trust_remote_code"]}
-    with download_progress() as progress:
-        folder = checkpoint.fetch(source, **trust, progress=progress)
-    found = checkpoint.read(folder, **trust)
+    if values["dry_run"]:
+        found = checkpoint.look(source, **trust)
+    else:
+        with download_progress() as progress:
+            folder = checkpoint.fetch(source, **trust, progress=progress)
+        found = checkpoint.read(folder, **trust)
     options = _options(found, values)
     out = values["output"] or Path(_default_name(source, options))
     conversion = Conversion(found, out, options)
@@ -246,9 +249,11 @@ def _show_plan(conversion: Conversion, *, as_json: bool) -> None:
         }
         click.echo(json.dumps(values))
         return
+    nearly = "" if checkpoint.tensors else "about "
     click.echo(
-        f"{checkpoint.folder}: {checkpoint.architecture}, {checkpoint.n_params / 1e6:,.0f}M "
-        f"weights in {len(checkpoint.parts)} files, {readable(checkpoint.n_bytes)}"
+        f"{checkpoint.folder}: {checkpoint.architecture}, "
+        f"{nearly}{checkpoint.n_params / 1e6:,.0f}M weights in {len(checkpoint.parts)} files, "
+        f"{readable(checkpoint.n_bytes)}"
     )
     if plan.quantizes:
         click.echo(f"  meanwhile  {conversion.work}  about {readable(plan.intermediate)}")

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from fnmatch import filter as fnfilter
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,10 @@ _TOKENIZERS = (
     "*.tiktoken", "*vocab*.txt", "tokenization_*.py",
 )  # fmt: skip
 _CONFIGS = ("config.json", "tokenizer_config.json")
-_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "model*.safetensors")
-"""What is fetched of a repository."""
-_READ = (*_FILES, "*.py", "README.md")
+_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+"""What is fetched of a repository, beside weights."""
+_WEIGHTS = "model*.safetensors"
+_READ = (*_FILES, _WEIGHTS, "*.py", "README.md")
 """What a conversion may read; the last is the model's card."""
 
 
@@ -59,31 +61,36 @@ class Checkpoint:
     """As transformers names it: ``LlamaForCausalLM``."""
     parts: tuple[Path, ...]
     """The files with the weights."""
+    part_bytes: tuple[int, ...]
+    """Their sizes."""
+    dtype: str
+    """What config.json says that weights are, in safetensors' words."""
     trusts_code: bool
     """May Python files of the folder run?"""
     tensors: Mapping[str, Tensor]
-    """Empty where the weights are pickled."""
+    """Empty where the weights are pickled, or not there yet."""
     ties_embeddings: bool
 
     @property
     def n_bytes(self) -> int:
-        return sum(part.stat().st_size for part in self.parts)
+        return sum(self.part_bytes)
 
     @property
     def largest_part(self) -> int:
         """Bytes."""
-        return max(part.stat().st_size for part in self.parts)
+        return max(self.part_bytes)
 
     @property
     def n_params(self) -> int:
-        """Weights, nearly so where they are pickled."""
-        return sum(tensor.size for tensor in self.tensors.values()) or self.n_bytes // 2
+        """Weights, nearly so where `tensors` are not known."""
+        known = sum(tensor.size for tensor in self.tensors.values())
+        return known or self.n_bytes // _DTYPES[self.dtype]
 
     @property
     def outtype(self) -> str:
         """What loses least in 16 bits."""
         kinds = [tensor.dtype for tensor in self.tensors.values() if len(tensor.shape) > 1]
-        return "bf16" if kinds and kinds[0] == "BF16" else "f16"
+        return "bf16" if (kinds[0] if kinds else self.dtype) == "BF16" else "f16"
 
     @property
     def key(self) -> str:
@@ -98,11 +105,18 @@ class Checkpoint:
         return digest.hexdigest()[:32]
 
 
-def read(folder: Path, *, allow_pickle: bool = False, trust_code: bool = False) -> Checkpoint:
+def read(
+    folder: Path,
+    *,
+    allow_pickle: bool = False,
+    trust_code: bool = False,
+    listed: Mapping[str, int] | None = None,
+) -> Checkpoint:
     """Looks at a checkpoint.
 
     allow_pickle: take weights from ``pytorch_model.bin``, too.
     trust_code: let Python files of the checkpoint run, where its tokenizer is one.
+    listed: files with their sizes, where those with weights are not in the folder.
 
     Raises:
         ConvertError: something is missing, damaged, or not to be trusted.
@@ -118,9 +132,12 @@ def read(folder: Path, *, allow_pickle: bool = False, trust_code: bool = False) 
             f"{folder} has no tokenizer (tokenizer.json or tokenizer.model); copy it there from "
             "where the checkpoint comes from"
         )
-    parts = _parts(folder, allow_pickle=allow_pickle)
+    sizes = listed or {
+        path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()
+    }
+    parts = _parts(folder, sizes, allow_pickle=allow_pickle)
     tensors: dict[str, Tensor] = {}
-    for part in parts:
+    for part in [] if listed else parts:
         if part.suffix == ".safetensors":
             tensors |= read_safetensors(part)
     _compare_with_index(folder, tensors)
@@ -128,6 +145,8 @@ def read(folder: Path, *, allow_pickle: bool = False, trust_code: bool = False) 
         folder=folder,
         architecture=_architecture(folder, config),
         parts=parts,
+        part_bytes=tuple(sizes[part.name] for part in parts),
+        dtype=_dtype(config),
         trusts_code=trust_code,
         tensors=tensors,
         ties_embeddings=not any(name.endswith("lm_head.weight") for name in tensors),
@@ -160,6 +179,11 @@ def _architecture(folder: Path, config: Mapping[str, Any]) -> str:
     raise ConvertError(f"{folder}: its config.json names no architecture; take the original one")
 
 
+def _dtype(config: Mapping[str, Any]) -> str:
+    name = str(config.get("dtype", config.get("torch_dtype")))
+    return {"float32": "F32", "bfloat16": "BF16"}.get(name, "F16")
+
+
 def _refuse_code(folder: Path) -> None:
     """Of configurations transformers has its own, or goes without: see `worker`."""
     for name in _CONFIGS:
@@ -173,21 +197,24 @@ def _refuse_code(folder: Path) -> None:
             )
 
 
-def _parts(folder: Path, *, allow_pickle: bool) -> tuple[Path, ...]:
-    """The files with weights, by the index where there is one."""
+def _parts(folder: Path, there: Collection[str], *, allow_pickle: bool) -> tuple[Path, ...]:
+    """The files with weights, by the index where there is one.
+
+    there: names of all files.
+    """
     for index, pattern in (
-        ("model.safetensors.index.json", "model*.safetensors"),
+        ("model.safetensors.index.json", _WEIGHTS),
         ("pytorch_model.bin.index.json", "pytorch_model*.bin"),
     ):
-        names = set(_weight_map(folder / index).values())
-        parts = sorted(folder / name for name in names) or sorted(folder.glob(pattern))
+        names = set(_weight_map(folder / index).values()) or fnfilter(there, pattern)
+        parts = sorted(folder / name for name in names)
         if parts and pattern.endswith(".bin") and not allow_pickle:
             raise ConvertError(
                 f"{folder} holds pickled weights ({parts[0].name}), and a pickle is a program that "
                 "runs when it is read; take a safetensors version, or pass --allow-pickle if you "
                 "trust where it comes from"
             )
-        if missing := [part.name for part in parts if not part.is_file()]:
+        if missing := [part.name for part in parts if part.name not in there]:
             raise ConvertError(
                 f"{folder} lacks {len(missing)} of {len(parts)} files of weights: "
                 f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; download them"
@@ -267,9 +294,22 @@ def fetch(
     """
     if not reference.startswith(hub.PREFIX):
         return Path(reference).expanduser()
-    patterns = [*_FILES]
+    patterns = [*_FILES, _WEIGHTS]
     if allow_pickle:
         patterns.append("pytorch_model*.bin")
     if trust_code:
         patterns.append("*.py")
     return hub.fetch_folder(reference, patterns, progress=progress)
+
+
+def look(reference: str, *, allow_pickle: bool = False, trust_code: bool = False) -> Checkpoint:
+    """What `fetch` and `read` would find; no weights are fetched of a repository.
+
+    Raises: as they do.
+    """
+    if not reference.startswith(hub.PREFIX):
+        folder, listed = Path(reference).expanduser(), None
+    else:
+        folder = hub.fetch_folder(reference, _FILES, progress=None)
+        listed = hub.list_folder(reference)
+    return read(folder, allow_pickle=allow_pickle, trust_code=trust_code, listed=listed)

@@ -212,12 +212,18 @@ def test_the_plan_asks_for_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_checkpoint_comes_from_the_hub(folder: Path, hub: Hub) -> None:  # noqa: F811
     hub.files = {path.name: path.read_bytes() for path in folder.iterdir()}
     hub.files |= {"README.md": b"x", "pytorch_model.bin": b"x", "own.py": b"x", "sub/a.json": b"x"}
+    without = checkpoint.look("hf:owner/repo")
+    assert not [name for name in hub.fetched if "safetensors" in name and "index" not in name]
     seen: list[tuple[int, int]] = []
     path = checkpoint.fetch(
         "hf:owner/repo", progress=lambda done, total: seen.append((done, total))
     )
     assert {file.name for file in path.iterdir()} == {file.name for file in folder.iterdir()}
-    assert checkpoint.read(path).n_params == 1608
+    whole = checkpoint.read(path)
+    assert whole.n_params == 1608
+    assert not without.tensors
+    assert (without.parts, without.part_bytes) == (whole.parts, whole.part_bytes)
+    assert checkpoint.look(str(path)) == whole
     assert seen[-1][0] == seen[-1][1] > 0
     checkpoint.fetch("hf:owner/repo", allow_pickle=True, trust_code=True)
     assert {"pytorch_model.bin", "own.py"} <= {file.name for file in path.iterdir()}

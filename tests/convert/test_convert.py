@@ -215,10 +215,13 @@ def test_a_repository_of_the_hub_is_fetched_and_converted(
     hub: Hub,  # noqa: F811
 ) -> None:
     hub.files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    done = cli(
-        "convert", "hf:owner/repo", "-o", tmp_path / "model.gguf", "--quantize", "Q8_0",
-        HF_ENDPOINT=hub.address, HF_HOME=str(tmp_path / "home"), HF_HUB_DISABLE_XET="1",
-    )  # fmt: skip
+    asked = ["convert", "hf:owner/repo", "-o", tmp_path / "model.gguf", "--quantize", "Q8_0"]
+    where = {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1"}
+    shown = cli(*asked, "--dry-run", HF_HOME=str(tmp_path / "looked"), **where)
+    assert shown.returncode == 0, shown.stderr
+    assert "LlamaForCausalLM, about " in shown.stdout
+    assert not [name for name in hub.fetched if name.endswith(".safetensors")]
+    done = cli(*asked, HF_HOME=str(tmp_path / "home"), **where)
     assert done.returncode == 0, done.stderr
     gguf_check.check(tmp_path / "model.gguf")
 

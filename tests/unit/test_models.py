@@ -432,7 +432,8 @@ class Hub:
 
             def do_GET(self) -> None:
                 path = self.path.split("?")[0]
-                if not path.startswith(("/api/models/owner/repo", "/owner/repo/resolve/main/")):
+                known = ("/api/models/owner/repo", f"/owner/repo/resolve/{COMMIT}/")
+                if not path.startswith(known):  # a branch may move between two files
                     self.answer(404, b"", X_Error_Code="RepoNotFound")
                 elif path.startswith("/api/"):
                     siblings = [
@@ -443,7 +444,7 @@ class Hub:
                 elif hub.gated:
                     self.answer(403, b"", X_Error_Code="GatedRepo")
                 else:
-                    name = path.removeprefix("/owner/repo/resolve/main/")
+                    name = path.removeprefix(f"/owner/repo/resolve/{COMMIT}/")
                     if self.command == "GET":
                         hub.fetched.append(name)
                     data = hub.files[name]
@@ -545,6 +546,22 @@ def test_without_the_hub_what_was_fetched_still_serves(
         models.resolve("hf:owner/repo/a-Q8_0.gguf")
     one_line(caught.value)
     assert hub.fetched == ["a-Q4_K_M.gguf"]
+
+
+def test_a_disk_too_small_is_noticed_before_the_download(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.files = {"a.gguf": b"x" * 1000}
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=999))
+    with pytest.raises(DownloadError, match="GB are free; free some space") as caught:
+        models.resolve("hf:owner/repo")
+    one_line(caught.value)
+    assert hub.fetched == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    path = models.resolve("hf:owner/repo")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+    assert models.resolve("hf:owner/repo") == path  # it is there already
 
 
 def test_hub_downloads_report_bytes_and_print_nothing(
