@@ -209,9 +209,8 @@ def _chat_arguments(
 ) -> dict[str, Any]:
     arguments = _common(request, options, llama)
     arguments["max_tokens"] = request.limit(options.n_predict)
-    arguments["messages"] = [
-        message.as_dict(calls_as_text=llama.calls_as_text) for message in request.messages
-    ]
+    as_text = llama.calls_as_text
+    arguments["messages"] = [m.as_dict(calls_as_text=as_text) for m in request.messages]
     if request.logprobs:
         arguments |= {"logprobs": True, "top_logprobs": request.top_logprobs or 0}
     if (wanted := _schema(request)) is not None:
