@@ -81,15 +81,18 @@ def make(
     shard_bytes: int | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    n_embd: int | None = None,
+    n_layer: int = N_LAYER,
 ) -> Path:
     """A random model of a family with a tokenizer that `bpe_tokenizer` or `spm_tokenizer` wrote."""
     kind, reads, own = FAMILIES[family]
     n_vocab = json.loads((tokenizer / "vocab_size.json").read_text())
+    width = n_embd or N_EMBD[reads]
     options = {
         "vocab_size": n_vocab,
-        "hidden_size": N_EMBD[reads],
-        "intermediate_size": 2 * N_EMBD[reads],
-        "num_hidden_layers": N_LAYER,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": n_layer,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,

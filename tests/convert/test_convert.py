@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from swift_gguf import gguf_check
 from swift_gguf.cli.convert_command import _amount
@@ -61,6 +62,7 @@ def test_a_checkpoint_becomes_a_model_in_one_command(
     assert report["bytes"] == out.stat().st_size
     assert report["architecture"] == "LlamaForCausalLM"
     assert 0 < report["peak_bytes"] < 1.3 * report["largest_part_bytes"] + 2e9
+    assert report["peak_bytes"] > 10 * report["bytes"], "importing torch takes more"
     assert done.stderr.splitlines()[1:3] == ["converting", "quantizing"]
     assert left(out) == ["model.gguf"]
     header = gguf_check.read(out)
@@ -73,6 +75,23 @@ def test_a_checkpoint_becomes_a_model_in_one_command(
     forced = cli("convert", folder, "-o", out, "--outtype", "bf16", "--force")
     assert forced.returncode == 0, forced.stderr
     assert gguf_check.read(out).metadata["general.file_type"] == 32  # LLAMA_FTYPE_MOSTLY_BF16
+
+
+def test_memory_goes_by_the_largest_file_not_by_the_model(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    shard = 32_000_000
+    size = {"n_embd": 1024, "n_layer": 8, "shard_bytes": shard, "dtype": torch.bfloat16}
+    peaks = []
+    for options in ({}, size):
+        found = checkpoints.read(checkpoint("llama-spm", **options))
+        wanted = ConvertOptions(quantization=Quantization(name="Q8_0"))
+        with Conversion(found, tmp_path / "model.gguf", wanted) as conversion:
+            conversion.run()
+        peaks.append(conversion.peak_bytes)
+    assert found.largest_part < 1.1 * shard
+    assert found.n_bytes > 4 * shard
+    assert 0 < peaks[1] - peaks[0] < 1.3 * shard + 20e6
 
 
 def test_all_of_it_at_once_is_ready_to_use(
