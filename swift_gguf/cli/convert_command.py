@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Say what would be written, and stop.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--allow-pickle", is_flag=True, help="Take pytorch_model.bin, too.")
-@click.option("--trust-remote-code", is_flag=True, help="Run a tokenizer that is a program.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoint brings.")
 @click.option("-t", "--threads", type=click.IntRange(1), metavar="N")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def convert(source: str, **values: Any) -> None:
