@@ -131,10 +131,8 @@ class Economy:
 
     def look(self) -> None:
         """Before every draft: draws the line under which no token can pay for its place."""
-        rate, price = self.rate, self._prices.verify_ms
-        plain = price(1)
         # Tokens come likeliest first: unless so many alike pay together, none of them does.
-        least = min((price(n) - plain) / (n - 1) for n in WIDTHS) * rate
+        least = self._row_ms(1) * self.rate
         self._least = max(FLOOR, 0.5 * least)  # some less likely ones fill a pass that is paid for
 
     def pays(
@@ -395,8 +393,7 @@ class Planner:
         offers = [each for each in self._offered.get(ROOT, ()) if each.source == table.name]
         if offers:
             best = max(self.economy.joint(1.0, offer) for offer in offers)
-            row = (self._prices.verify_ms(2) - plain_ms) / plain_ms
-            self._worth += (max(0.0, best - row) - self._worth) / 32
+            self._worth += (max(0.0, best - self.row_share) - self._worth) / 32
         self._turn += 1
         if not self._forced and self._worth * plain_ms < self._reading_ms and self._turn % 8:
             return
