@@ -108,13 +108,14 @@ inline float add_up(__m256 lanes) {
     return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 
-// Weights are read once, in order, and faster than the hardware's own prefetching expects while each is
-// multiplied with many columns: ask for what comes this far behind (measured, docs/benchmarks.md).
-constexpr size_t AHEAD = 4096;
+// Weights are read once and faster than the hardware's own prefetching expects while each is multiplied with
+// many columns: ask for what comes this far behind. To the second cache: the first has to hold the columns,
+// whose rows may be long (measured, docs/benchmarks.md).
+constexpr size_t AHEAD = 16384;
 
 inline void prefetch(const void * bytes, size_t n) {
     for (size_t i = 0; i < n; i += 64) {
-        _mm_prefetch((const char *) bytes + AHEAD + i, _MM_HINT_T0);
+        _mm_prefetch((const char *) bytes + AHEAD + i, _MM_HINT_T1);
     }
 }
 
@@ -396,27 +397,46 @@ struct q8_0 {
 
     static constexpr int64_t rows = 4; // at a time, so that a column's scale is converted once for all
 
-    template <int N>
-    static void multiply_tile(
+    // Four rows at once are no order that the hardware foresees: the next four are asked for in order
+    // instead, a piece with every block. To the first cache, where that holds them beside the columns.
+    static constexpr size_t FIRST_CACHE = 16384;
+
+    template <int hint>
+    static void prefetch_in_order(const weights * next) {
+        for (size_t i = 0; i < rows * sizeof(weights); i += 64) {
+            _mm_prefetch((const char *) next + i, (_mm_hint) hint);
+        }
+    }
+
+    template <int N, int hint>
+    static void multiply_rows(
             int64_t n_blocks, const weights * x, const char * columns, size_t stride, float * out,
             size_t out_stride) {
-        __m256 sums[rows][N] = {};
+        static_assert(N <= 4);
+        __m256          sums[rows][N] = {};
+        const weights * next          = x + rows * n_blocks;
         for (int64_t b = 0; b < n_blocks; b++) {
-            __m256i quants[rows];
-            __m256  d[rows];
+            prefetch_in_order<hint>(next + rows * b);
+            const column * y[N];
+            ggml_half      column_scales[4] = {};
+            for (int c = 0; c < N; c++) {
+                y[c]             = (const column *) (columns + c * stride) + b;
+                column_scales[c] = y[c]->d;
+            }
+            const __m128 dy = _mm_cvtph_ps(_mm_loadl_epi64((const __m128i *) column_scales));
+
+            __m256i           quants[rows];
+            alignas(16) float scales[rows][4]; // a row's times each column's
             for (int r = 0; r < rows; r++) {
                 const weights & block = x[r * n_blocks + b];
-                prefetch(&block, sizeof(weights));
-                quants[r] = _mm256_loadu_si256((const __m256i *) block.qs);
-                d[r]      = _mm256_set1_ps(GGML_CPU_FP16_TO_FP32(block.d));
+                quants[r]             = _mm256_loadu_si256((const __m256i *) block.qs);
+                _mm_store_ps(scales[r], _mm_mul_ps(_mm_set1_ps(GGML_CPU_FP16_TO_FP32(block.d)), dy));
             }
             for (int c = 0; c < N; c++) {
-                const column &   y  = ((const column *) (columns + c * stride))[b];
-                const __m256     dy = _mm256_set1_ps(GGML_CPU_FP16_TO_FP32(y.d));
-                const signed_dot dot_with(_mm256_loadu_si256((const __m256i *) y.qs));
+                const signed_dot dot_with(_mm256_loadu_si256((const __m256i *) y[c]->qs));
                 for (int r = 0; r < rows; r++) {
                     const __m256i dots = dot_with(quants[r]);
-                    sums[r][c]         = _mm256_fmadd_ps(_mm256_mul_ps(d[r], dy), _mm256_cvtepi32_ps(dots), sums[r][c]);
+                    sums[r][c]         = _mm256_fmadd_ps(_mm256_set1_ps(scales[r][c]), _mm256_cvtepi32_ps(dots), sums[r][c]);
                 }
             }
         }
@@ -424,6 +444,33 @@ struct q8_0 {
             for (int r = 0; r < rows; r++) {
                 out[c * out_stride + r] = add_up(sums[r][c]);
             }
+        }
+    }
+
+    // One column leaves nothing to share: row after row, as they lie.
+    static void multiply_one(int64_t n_blocks, const weights * x, const column * y, float * out) {
+        for (int r = 0; r < rows; r++, x += n_blocks) {
+            __m256 sums = _mm256_setzero_ps();
+            for (int64_t b = 0; b < n_blocks; b++) {
+                prefetch(x + b, sizeof(weights));
+                const signed_dot dot_with(_mm256_loadu_si256((const __m256i *) y[b].qs));
+                const __m256     d = _mm256_set1_ps(GGML_CPU_FP16_TO_FP32(x[b].d) * GGML_CPU_FP16_TO_FP32(y[b].d));
+                sums               = _mm256_fmadd_ps(d, _mm256_cvtepi32_ps(dot_with(_mm256_loadu_si256((const __m256i *) x[b].qs))), sums);
+            }
+            out[r] = add_up(sums);
+        }
+    }
+
+    template <int N>
+    static void multiply_tile(
+            int64_t n_blocks, const weights * x, const char * columns, size_t stride, float * out,
+            size_t out_stride) {
+        if constexpr (N == 1) {
+            multiply_one(n_blocks, x, (const column *) columns, out);
+        } else if (rows * n_blocks * sizeof(weights) <= FIRST_CACHE) {
+            multiply_rows<N, _MM_HINT_T0>(n_blocks, x, columns, stride, out, out_stride);
+        } else {
+            multiply_rows<N, _MM_HINT_T1>(n_blocks, x, columns, stride, out, out_stride);
         }
     }
 
@@ -481,7 +528,7 @@ void multiply(const ggml_compute_params * params, ggml_tensor * dst, ggml_type c
 bool is_plain_product(const ggml_tensor * dst) {
     const ggml_tensor * src0 = dst->src[0];
     const ggml_tensor * src1 = dst->src[1];
-    return src1->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float) && src1->ne[1] > 1 &&
+    return src1->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float) && src1->ne[1] > 0 &&
             src1->ne[1] <= SWIFT_NARROW_MAX && src0->ne[2] == 1 && src0->ne[3] == 1 && src1->ne[2] == 1 &&
             src1->ne[3] == 1 && dst->nb[0] == sizeof(float) &&
             src0->nb[1] == ggml_row_size(src0->type, src0->ne[0]);
