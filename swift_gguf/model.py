@@ -513,9 +513,9 @@ class Model:
         """See `Library.observe_ffn`.  Where the observer raises, a Ctrl-C included, passes stop."""
         failed: list[BaseException] = []
 
-        def guarded(layer: int, activations: Any, output: Any) -> None:
+        def guarded(layer: int, inputs: Any, activations: Any, output: Any) -> None:
             try:
-                observer(layer, activations, output)
+                observer(layer, inputs, activations, output)
             except BaseException as error:
                 failed.append(error)
                 self.stop.raise_()

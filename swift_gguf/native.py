@@ -222,9 +222,10 @@ class Library:
     def observe_ffn(
         self, ctx: Any, observer: FfnObserver, sidecar: SidecarHandle | None = None
     ) -> Iterator[None]:
-        """Inside the block `observer(layer, activations, output)` hears of every dense FFN that a
-        pass computes, narrow ones of the sidecar included: float32 [n_tokens, n_ff] and
-        [n_tokens, n_embd], valid during the call.
+        """Inside the block `observer(layer, inputs, activations, output)` hears of every dense FFN
+        that a pass computes, narrow ones of the sidecar included: float32 [n_tokens, n_embd] (or
+        [n_tokens, 0] where it was not seen), [n_tokens, n_ff] and [n_tokens, n_embd], valid during
+        the call.
 
         What it raises is raised at the end of the block.
         """
@@ -232,12 +233,15 @@ class Library:
 
         failed: list[BaseException] = []
 
-        def on_ffn(_: Any, il: int, n: int, n_ff: int, inputs: Any, n_embd: int, out: Any) -> None:
+        def on_ffn(
+            _: Any, il: int, n: int, n_embd: int, inputs: Any, n_ff: int, activations: Any, out: Any
+        ) -> None:
             if failed:
                 return
             try:
                 as_array = np.ctypeslib.as_array
-                observer(il, as_array(inputs, (n, n_ff)), as_array(out, (n, n_embd)))
+                seen = as_array(inputs, (n, n_embd)) if inputs else np.zeros((n, 0), np.float32)
+                observer(il, seen, as_array(activations, (n, n_ff)), as_array(out, (n, n_embd)))
             except BaseException as error:  # ctypes would drop it
                 failed.append(error)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-ABI = 4
+ABI = 5
 """SWIFT_GGUF_ABI of native/include/swift_gguf.h that this module is written for."""
 
 
@@ -82,6 +82,7 @@ ON_FFN = ctypes.CFUNCTYPE(
     FLOATS,
     ctypes.c_int32,
     FLOATS,
+    FLOATS,
 )
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "swift_gguf_abi": (ctypes.c_int32, []),
@@ -145,7 +146,12 @@ class FfnObserver(Protocol):
     """See `Library.observe_ffn`."""
 
     def __call__(
-        self, layer: int, activations: NDArray[np.float32], output: NDArray[np.float32], /
+        self,
+        layer: int,
+        inputs: NDArray[np.float32],
+        activations: NDArray[np.float32],
+        output: NDArray[np.float32],
+        /,
     ) -> None: ...
 
 

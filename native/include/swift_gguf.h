@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define SWIFT_GGUF_ABI 4
+#define SWIFT_GGUF_ABI 5
 
 /* Error codes of the functions that return int32_t. llama_decode's own codes are passed through
  * offset by SWIFT_GGUF_ERROR_DECODE: -100 - code. */
@@ -147,17 +147,18 @@ LLAMA_API int32_t swift_gguf_set_stop_flag(struct llama_context * ctx, const int
  * Observation.
  */
 
-/* Called during a pass, for each FFN that is one product of matrices with its down projection, with the
- * activations of its neurons, [n_tokens][n_ff], and what the projection makes of them,
- * [n_tokens][n_embd]. Both are valid during the call only. Of the last layer only tokens with logits are
+/* Called during a pass, for each FFN that is one product of matrices with its down projection, with what
+ * goes into it, [n_tokens][n_embd], the activations of its neurons, [n_tokens][n_ff], and what the
+ * projection makes of them, [n_tokens][n_embd]. All are valid during the call only. Of the last layer only tokens with logits are
  * computed. */
 typedef void (*swift_gguf_ffn_callback)(
         void *        data,
         int32_t       layer,
         int32_t       n_tokens,
+        int32_t       n_embd,
+        const float * input, /* NULL where the FFN's first product was not seen */
         int32_t       n_ff,
         const float * activations,
-        int32_t       n_embd,
         const float * output);
 
 struct swift_gguf_ffn_observer;

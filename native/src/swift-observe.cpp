@@ -1,4 +1,4 @@
-// What goes into the down projections of a model's FFNs and what comes out, seen while it runs: how
+// What goes into a model's FFNs, what their neurons make of it and what comes out, seen while it runs: how
 // prepare learns which neurons matter.
 
 #include "swift-access.h"
@@ -11,23 +11,39 @@ struct swift_gguf_ffn_observer {
     swift_gguf_ffn_callback callback;
     void *                  data;
 
-    std::unordered_map<const ggml_tensor *, int32_t> layers; // by down projection
-    std::vector<float>                               input, output;
+    std::unordered_map<const ggml_tensor *, int32_t> ups, downs; // layers by projection
+    std::vector<float>                               activations, output;
+
+    // what goes into the FFN under way: copied, since its memory may be used anew before the FFN's end
+    std::vector<float> input;
+    int32_t            input_layer = -1;
 
     // ggml_backend_sched_eval_callback: asked before (ask) which nodes are wanted, then called after those
     static bool on_node(ggml_tensor * node, bool ask, void * user) {
-        auto &     self = *static_cast<swift_gguf_ffn_observer *>(user);
-        const auto it   = is_product(node) ? self.layers.find(node->src[0]) : self.layers.end();
-        if (it == self.layers.end()) {
+        auto & self = *static_cast<swift_gguf_ffn_observer *>(user);
+        if (!is_product(node)) {
             return !ask; // not wanted; go on
         }
-        if (!ask) {
-            const ggml_tensor * columns = node->src[1];
-            self.callback(
-                    self.data, it->second, (int32_t) node->ne[1], (int32_t) columns->ne[0], fetched(columns, self.input),
-                    (int32_t) node->ne[0], fetched(node, self.output));
+        const auto up = self.ups.find(node->src[0]), down = self.downs.find(node->src[0]);
+        if (up == self.ups.end() && down == self.downs.end()) {
+            return !ask;
+        }
+        if (!ask && up != self.ups.end()) {
+            self.input_layer = up->second;
+            self.input.resize(ggml_nelements(node->src[1]));
+            ggml_backend_tensor_get(node->src[1], self.input.data(), 0, ggml_nbytes(node->src[1]));
+        } else if (!ask) {
+            self.tell(node, down->second);
         }
         return true;
+    }
+
+    void tell(const ggml_tensor * node, int32_t layer) {
+        const ggml_tensor * columns  = node->src[1];
+        const bool          is_known = input_layer == layer && (int64_t) input.size() == node->ne[0] * node->ne[1];
+        callback(
+                data, layer, (int32_t) node->ne[1], (int32_t) node->ne[0], is_known ? input.data() : nullptr, (int32_t) columns->ne[0],
+                fetched(columns, activations), fetched(node, output));
     }
 
     // One matrix by another, numbers in rows without gaps
@@ -62,16 +78,18 @@ swift_gguf_ffn_observer * swift_gguf_observe_ffn(
     observer->data        = data;
     for (size_t il = 0; il < layers.size(); ++il) {
         if (layers[il].ffn_down != nullptr) {
-            observer->layers.emplace(layers[il].ffn_down, (int32_t) il);
+            observer->downs.emplace(layers[il].ffn_down, (int32_t) il);
+            observer->ups.emplace(layers[il].ffn_up, (int32_t) il);
         }
         if (sidecar == nullptr) {
             continue;
         }
         if (const auto narrow = sidecar->value->ffns.find(layers[il].ffn_down); narrow != sidecar->value->ffns.end()) {
-            observer->layers.emplace(narrow->second.down, (int32_t) il);
+            observer->downs.emplace(narrow->second.down, (int32_t) il);
+            observer->ups.emplace(narrow->second.up, (int32_t) il);
         }
     }
-    if (observer->layers.empty()) {
+    if (observer->downs.empty()) {
         return nullptr;
     }
     swift_access::watch(*ctx, swift_gguf_ffn_observer::on_node, observer.get());

@@ -134,6 +134,11 @@ private:
         return place(ggml_backend_dev_buffer_type(device_of(whole)), source, source);
     }
 
+    // A bias that the sidecar may have where the model has none; then it lies with the matrix.
+    ggml_tensor * own_vector(const std::string & name, const ggml_tensor * whole, const ggml_tensor * matrix, int64_t ne0) {
+        return vector(name, whole == nullptr && find(name) != nullptr ? matrix : whole, ne0);
+    }
+
     void plan_ffn(const llama_layer & layer, int il) {
         const std::string   prefix = "blk." + std::to_string(il) + ".ffn_";
         const ggml_tensor * down   = find(prefix + "down.weight");
@@ -152,13 +157,10 @@ private:
         narrow.up_b = vector(prefix + "up.bias", layer.ffn_up_b, joined * n_narrow);
         if (layer.ffn_gate != nullptr) {
             narrow.gate   = matrix(prefix + "gate.weight", layer.ffn_gate, n_embd, n_narrow);
-            narrow.gate_b = vector(prefix + "gate.bias", layer.ffn_gate_b, n_narrow);
+            narrow.gate_b = own_vector(prefix + "gate.bias", layer.ffn_gate_b, layer.ffn_gate, n_narrow);
         }
-        narrow.down            = matrix(prefix + "down.weight", layer.ffn_down, n_narrow, layer.ffn_down->ne[1]);
-        const std::string bias = prefix + "down.bias";
-        if (const ggml_tensor * source = find(bias); source != nullptr || layer.ffn_down_b != nullptr) {
-            narrow.down_b = vector(bias, layer.ffn_down_b != nullptr ? layer.ffn_down_b : layer.ffn_down, layer.ffn_down->ne[1]);
-        }
+        narrow.down   = matrix(prefix + "down.weight", layer.ffn_down, n_narrow, layer.ffn_down->ne[1]);
+        narrow.down_b = own_vector(prefix + "down.bias", layer.ffn_down_b, layer.ffn_down, layer.ffn_down->ne[1]);
         sidecar->ffns.emplace(layer.ffn_down, narrow);
     }
 

@@ -34,7 +34,10 @@ BATCH = 128  # tokens decoded at once, each with logits
 @click.option("--width", default=0.25, show_default=True, metavar="SHARE",
               type=click.FloatRange(0, 1, min_open=True),
               help="Neurons that a draft keeps of every FFN.")  # fmt: skip
-@click.option("--head", default=32768, show_default=True, metavar="N", type=click.IntRange(0),
+@click.option("--rank", metavar="N", type=click.IntRange(0),
+              help="Of a linear path for the neurons left out; 0: none.  [default: a sixth of the "
+              "model's width]")  # fmt: skip
+@click.option("--head", default=65536, show_default=True, metavar="N", type=click.IntRange(0),
               help="Tokens that drafts choose from; 0: all.")  # fmt: skip
 @click.option("--type", "kind", metavar="TYPE",
               help="Of the draft weights: Q4_0, Q4_K, Q8_0, ...  [default: the model's, at most "
@@ -72,6 +75,7 @@ def _prepare(model: Model, out: Path, values: dict[str, Any], report: Report) ->
 
     options = PrepareOptions(
         width=values["width"],
+        rank=values["rank"],
         n_head=values["head"],
         n_tokens=values["tokens"],
         kind=values["kind"],

@@ -2,20 +2,23 @@
 
 A neuron's importance is the energy it adds to the FFN's output when neurons are taken to be
 independent: sum over tokens of its squared activation, times its squared down column.  The down
-columns of those kept are then refitted to the whole FFN's output (`statistics.refit`).
+columns of those kept are then refitted to the whole FFN's output (`statistics.refit`), beside a
+linear path of low rank (`low_rank`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from swift_gguf.prepare.low_rank import directions, through
 from swift_gguf.prepare.statistics import Energy, Normal, refit
 from swift_gguf.prepare.weights import Weights
 
-STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the ridge; held-back text says which
+STRENGTHS = (0.1, 0.3, 1.0, 3.0)  # of the ridge; held-back text says which
 
 
 @dataclass(frozen=True)
@@ -65,27 +68,85 @@ def most_important(weights: Weights, ffn: Ffn, energy: Energy, n_narrow: int) ->
     return np.argsort(-importance, kind="stable")[:n_narrow]
 
 
+@dataclass(frozen=True)
+class Fit:
+    """What stands for a whole FFN."""
+
+    rows: NDArray[np.float32]
+    """[rank, n_embd], of the linear path (`low_rank`); [0, n_embd]: there is none."""
+    columns: NDArray[np.float32]
+    """[k + rank + 1, n_embd]: of the kept neurons, of the path, and last a bias."""
+
+    def error(self, problem: Normal) -> float:
+        """On other text, relative: |Y - A D|^2 / |Y|^2."""
+        k = len(self.columns) - 1 - len(self.rows)
+        return through(problem, self.rows, k).error(self.columns)
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """What is kept of an FFN."""
+
+    ffn: Ffn
+    neurons: NDArray[np.int64]
+    """[k], in the order they are stored in."""
+    fit: Fit | None = None
+    """None: all neurons, as they are."""
+
+    @property
+    def width(self) -> int:
+        """Neurons of the narrow FFN, those of the linear path included."""
+        return len(self.neurons) + (len(self.fit.rows) if self.fit else 0)
+
+
+def fit(
+    problem: Normal,
+    original: NDArray[np.float32],
+    strength: float,
+    *,
+    rank: int = 0,
+    stored: Callable[[NDArray[np.float32]], NDArray[np.float32]] = lambda rows: rows,
+) -> Fit:
+    """Refits the kept neurons' columns, with a path of that rank beside them.
+
+    problem: of the k neurons and, for a path, the FFN's inputs after them.
+    stored: what becomes of the path's rows when they are quantised; columns are fitted to that.
+    """
+    rows, start = np.zeros((0, original.shape[1]), np.float32), np.zeros_like(original[:0])
+    if rank:
+        rows, start = directions(problem, original, strength, rank)
+        rows = stored(rows)
+    seen = through(problem, rows, len(original))
+    return Fit(rows, refit(seen, np.vstack([original, start]), strength))
+
+
 def best_strength(
     problems: dict[int, Normal],
     judged: dict[int, Normal],
     originals: dict[int, NDArray[np.float32]],
+    ranks: Mapping[int, int],
 ) -> tuple[float, dict[float, float]]:
     """The ridge that suits text it was not fitted to best, over the layers that were judged.
 
     Returns it, and the mean relative error by strength (0.0: the original columns).
     """
+
+    def error(strength: float, layer: int) -> float:
+        found = fit(problems[layer], originals[layer], strength, rank=ranks[layer])
+        return found.error(judged[layer])
+
     errors = {
-        strength: float(
-            np.mean(
-                [
-                    problem.error(refit(problems[layer], originals[layer], strength))
-                    for layer, problem in judged.items()
-                ]
-            )
-        )
+        strength: float(np.mean([error(strength, layer) for layer in judged]))
         for strength in STRENGTHS
     }
     best = min(errors, key=errors.__getitem__)
-    unbiased = {layer: np.vstack([d, np.zeros_like(d[:1])]) for layer, d in originals.items()}
-    errors[0.0] = float(np.mean([p.error(unbiased[layer]) for layer, p in judged.items()]))
+    errors[0.0] = float(
+        np.mean([_as_they_are(originals[layer]).error(p) for layer, p in judged.items()])
+    )
     return best, errors
+
+
+def _as_they_are(original: NDArray[np.float32]) -> Fit:
+    n_embd = original.shape[1]
+    bias = np.zeros((1, n_embd), np.float32)
+    return Fit(np.zeros((0, n_embd), np.float32), np.vstack([original, bias]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,21 @@ from numpy.typing import NDArray
 from swift_gguf.errors import SwiftError, UnsupportedModelError
 from swift_gguf.model import Model
 from swift_gguf.prepare.calibration import answer, replay
-from swift_gguf.prepare.narrowing import Ffn, best_strength, ffns_of, most_important
-from swift_gguf.prepare.statistics import Energy, NormalEquations, TokenMass, refit
+from swift_gguf.prepare.narrow_ffn import add_ffn
+from swift_gguf.prepare.narrowing import (
+    Ffn,
+    Narrow,
+    best_strength,
+    ffns_of,
+    fit,
+    most_important,
+)
+from swift_gguf.prepare.statistics import Energy, NormalEquations, TokenMass
 from swift_gguf.prepare.texts import Text
-from swift_gguf.prepare.weights import BLOCK, Sidecar, Weights
+from swift_gguf.prepare.weights import BLOCK, Sidecar, Weights, as_stored
 
 HELD_BACK = 8  # one answer of so many is not fitted to
-JUDGED_LAYERS = 5
+JUDGED_LAYERS = 4
 WEIGHED_TOKENS = 3000
 MAX_ACCUMULATED = 3 << 30  # bytes of normal equations held at once
 Report = Callable[[str, float], None]
@@ -35,7 +44,9 @@ class PrepareOptions:
 
     width: float = 0.25
     """Share of each FFN's neurons."""
-    n_head: int = 32768
+    rank: int | None = None
+    """Of the linear path beside them; 0: there is none, None: a sixth of the model's width."""
+    n_head: int = 65536
     """Tokens of the draft head; 0: drafts use the model's own."""
     n_tokens: int = 12000
     """Calibrated on."""
@@ -47,6 +58,8 @@ class PrepareOptions:
     def __post_init__(self) -> None:
         if not 0 < self.width <= 1:
             raise SwiftError(f"a width of {self.width}; give a share above 0, at most 1")
+        if self.rank is not None and (self.rank < 0 or self.rank % 32):
+            raise SwiftError(f"a rank of {self.rank}; give a multiple of 32, or 0")
         if self.n_head < 0 or self.n_tokens < 1 or self.answer_tokens < 1:
             raise SwiftError("the head, the calibration and its answers need positive sizes")
         if self.kind:
@@ -68,17 +81,6 @@ def share_at(layer: int, n_layer: int, width: float) -> float:
     """
     depth = layer / max(1, n_layer - 1)
     return float(width ** (1.5 if depth < 0.57 else 1.0 if depth < 0.71 else 0.5))
-
-
-@dataclass(frozen=True)
-class Narrow:
-    """What is kept of an FFN."""
-
-    ffn: Ffn
-    neurons: NDArray[np.int64]
-    """[k], in the order they are stored in."""
-    columns: NDArray[np.float32] | None = None
-    """[k + 1, n_embd], their down columns and last a bias; None: all neurons, as they are."""
 
 
 class Preparation:
@@ -130,6 +132,13 @@ class Preparation:
     def n_narrow(self, ffn: Ffn) -> int:
         return narrow_width(ffn.n_ff, share_at(ffn.layer, self.model.n_layer, self.options.width))
 
+    def rank(self, ffn: Ffn) -> int:
+        """Of the linear path beside the neurons of this FFN."""
+        k, wanted = self.n_narrow(ffn), self.options.rank
+        block = BLOCK if k % BLOCK == 0 else 32
+        rank = -(-ffn.n_embd // 6 // block) * block if wanted is None else wanted
+        return rank if ffn.has_gate and k + rank < ffn.n_ff and rank <= ffn.n_embd else 0
+
     def kind_of(self, name: str, row_length: int) -> GGMLQuantizationType:
         """The type for draft weights made from the tensor `name`, in rows of this length."""
         own = self.weights.kind(name)
@@ -149,14 +158,14 @@ class Preparation:
         """What the sidecar's weights will take, nearly."""
         total = 0.0
         for ffn in self.ffns:
-            k = self.n_narrow(ffn)
+            k = self.n_narrow(ffn) + self.rank(ffn)
             rows = (2 if ffn.has_gate or ffn.is_joined else 1) * k
             total += rows * ffn.n_embd * _bytes_each(self.kind_of(ffn.name("up"), ffn.n_embd))
             total += k * ffn.n_embd * _bytes_each(self.kind_of(ffn.name("down"), k))
         if name := self._head_name:
             _, n_embd = self.weights.shape(name)
             n_head = min(self.options.n_head, self.model.n_vocab)
-            total += n_head * n_embd * _bytes_each(self.weights.kind(name))
+            total += n_head * n_embd * _bytes_each(self.kind_of(name, n_embd))
         return round(total)
 
     @property
@@ -206,11 +215,11 @@ class Preparation:
 
     def fitted(self, texts: Sequence[Text], energy: Energy) -> Iterator[Narrow]:
         """Each FFN's neurons, and their new down columns."""
-        partial = [ffn for ffn in self.ffns if self.n_narrow(ffn) < ffn.n_ff]
+        less = [ffn for ffn in self.ffns if self.n_narrow(ffn) < ffn.n_ff]
         for ffn in self.ffns:
-            if ffn not in partial:  # nothing is missing, nothing to be made up for
+            if ffn not in less:  # nothing is missing, nothing to be made up for
                 yield Narrow(ffn, np.arange(ffn.n_ff))
-        groups = list(self._groups(partial))
+        groups = list(self._groups(less))
         for number, group in enumerate(groups):
 
             def report(what: str, share: float, number: int = number) -> None:
@@ -226,14 +235,21 @@ class Preparation:
                 for ffn in group
             }
             if number == 0:
+                ranks = {ffn.layer: self.rank(ffn) for ffn in group}
                 self.strength, self.errors = best_strength(
-                    equations.fitted, equations.judged, originals
+                    equations.fitted, equations.judged, originals, ranks
                 )
             for i, ffn in enumerate(group):
                 problem = equations.fitted.pop(ffn.layer)
-                columns = refit(problem, originals[ffn.layer], self.strength)
+                found = fit(
+                    problem,
+                    originals[ffn.layer],
+                    self.strength,
+                    rank=self.rank(ffn),
+                    stored=partial(as_stored, kind=self.kind_of(ffn.name("up"), ffn.n_embd)),
+                )
                 report("solving", (i + 1) / len(group))
-                yield Narrow(ffn, kept[ffn.layer], columns)
+                yield Narrow(ffn, kept[ffn.layer], found)
 
     def _equations(
         self,
@@ -246,7 +262,8 @@ class Preparation:
     ) -> NormalEquations:
         step = max(1, len(group) // JUDGED_LAYERS)
         judged = frozenset(ffn.layer for ffn in group[step // 2 :: step]) if judges else frozenset()
-        equations = NormalEquations(kept, group[0].n_embd, judged)
+        with_inputs = frozenset(ffn.layer for ffn in group if self.rank(ffn))
+        equations = NormalEquations(kept, group[0].n_embd, judged, with_inputs=with_inputs)
         with self.model.observe_ffn(equations):
             for i, text in enumerate(texts):
                 for answer_number, _ in replay(self.model, text):
@@ -260,7 +277,7 @@ class Preparation:
         group: list[Ffn] = []
         size = 0
         for ffn in ffns:
-            k = self.n_narrow(ffn)
+            k = self.n_narrow(ffn) + (ffn.n_embd if self.rank(ffn) else 0)
             more = 4 * k * (k + ffn.n_embd)
             if group and size + more > MAX_ACCUMULATED:
                 yield group
@@ -285,40 +302,17 @@ class Preparation:
         widths = [0] * self.model.n_layer
         energy, tokens = self.weigh(texts)
         for narrow in self.fitted(texts, energy):
-            self._add_ffn(sidecar, narrow)
-            widths[narrow.ffn.layer] = len(narrow.neurons)
+            add_ffn(sidecar, self.weights, narrow, self.kind_of)
+            widths[narrow.ffn.layer] = narrow.width
         n_head = self._add_head(sidecar, self.head_tokens(tokens, texts))
         sidecar.finish(self.model.path, widths, n_head)
         return sidecar.n_bytes
-
-    def _add_ffn(self, sidecar: Sidecar, narrow: Narrow) -> None:
-        ffn, neurons = narrow.ffn, narrow.neurons
-        parts = [("up", ffn.rows(neurons)), *([("gate", neurons)] if ffn.has_gate else [])]
-        for part, chosen in parts:
-            name, bias = ffn.name(part), ffn.name(part, "bias")
-            sidecar.add_rows(name, self.weights, chosen, self.kind_of(name, ffn.n_embd))
-            if self.weights.has(bias):
-                sidecar.add_array(bias, self.weights.values(bias).reshape(-1)[chosen])
-        self._add_down(sidecar, narrow)
-
-    def _add_down(self, sidecar: Sidecar, narrow: Narrow) -> None:
-        name, bias_name = narrow.ffn.name("down"), narrow.ffn.name("down", "bias")
-        kind = self.kind_of(name, len(narrow.neurons))
-        has_bias = self.weights.has(bias_name)
-        bias = self.weights.values(bias_name).reshape(-1) if has_bias else None
-        if narrow.columns is None:
-            sidecar.add_rows(name, self.weights, np.arange(narrow.ffn.n_embd), kind)
-        else:
-            sidecar.add_values(name, narrow.columns[:-1].T, kind)
-            bias = narrow.columns[-1] if bias is None else bias + narrow.columns[-1]
-        if bias is not None:
-            sidecar.add_array(bias_name, bias)
 
     def _add_head(self, sidecar: Sidecar, tokens: NDArray[np.int64]) -> int:
         name = self._head_name
         if name is None or not len(tokens):
             return 0
-        kind = self.weights.kind(name)
+        kind = self.kind_of(name, self.weights.shape(name)[1])
         sidecar.add_rows("output.weight", self.weights, tokens, kind, of=name)
         sidecar.add_array("output.ids", tokens.astype(np.int32))
         return len(tokens)

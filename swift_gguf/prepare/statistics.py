@@ -17,7 +17,7 @@ class Energy:
     def __init__(self, n_layer: int) -> None:
         self.squares: list[NDArray[np.float64] | None] = [None] * n_layer
 
-    def __call__(self, layer: int, activations: Floats, output: Floats) -> None:
+    def __call__(self, layer: int, inputs: Floats, activations: Floats, output: Floats) -> None:
         """Counts one pass; see `Library.observe_ffn`."""
         squares = np.einsum("ij,ij->j", activations, activations).astype(np.float64)
         known = self.squares[layer]
@@ -73,32 +73,46 @@ class Normal:
 
 
 class NormalEquations:
-    """Streams the normal equations of every layer's kept neurons against the whole FFN's output.
+    """Streams the normal equations of every layer against the whole FFN's output.
 
     What is observed is set aside, and counted by `settle`: numpy and ggml in turns, since their
     threads would wait for each other.
     """
 
     def __init__(
-        self, kept: Mapping[int, NDArray[np.int64]], n_embd: int, judged: frozenset[int]
+        self,
+        kept: Mapping[int, NDArray[np.int64]],
+        n_embd: int,
+        judged: frozenset[int],
+        *,
+        with_inputs: frozenset[int] = frozenset(),
     ) -> None:
-        """kept: neurons by layer.  judged: layers that held-back text is counted for."""
-        self._kept = kept
+        """kept: neurons by layer, whose activations explain the output; of the layers
+        `with_inputs` the FFN's own inputs do, too, after them.
+        judged: layers that held-back text is counted for."""
+        self._kept, self._with_inputs = kept, with_inputs
         self._seen: list[tuple[int, Floats, Floats]] = []
-        self.fitted = {layer: Normal.empty(len(kept[layer]), n_embd) for layer in kept}
-        self.judged = {layer: Normal.empty(len(kept[layer]), n_embd) for layer in judged}
 
-    def __call__(self, layer: int, activations: Floats, output: Floats) -> None:
+        def empty(layer: int) -> Normal:
+            return Normal.empty(len(kept[layer]) + n_embd * (layer in with_inputs), n_embd)
+
+        self.fitted = {layer: empty(layer) for layer in kept}
+        self.judged = {layer: empty(layer) for layer in judged}
+
+    def __call__(self, layer: int, inputs: Floats, activations: Floats, output: Floats) -> None:
         """Sets one pass aside; see `Library.observe_ffn`."""
         if layer in self.fitted:
-            self._seen.append((layer, activations[:, self._kept[layer]], output.copy()))
+            known = activations[:, self._kept[layer]]
+            if layer in self._with_inputs:
+                known = np.hstack([known, inputs])
+            self._seen.append((layer, known, output.copy()))
 
     def settle(self, *, is_held_back: bool) -> None:
         """Counts what was set aside."""
         into = self.judged if is_held_back else self.fitted
-        for layer, activations, output in self._seen:
+        for layer, known, output in self._seen:
             if layer in into:
-                into[layer].add(activations, output)
+                into[layer].add(known, output)
         self._seen.clear()
 
 

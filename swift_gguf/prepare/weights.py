@@ -45,6 +45,18 @@ class Weights:
         return np.asarray(dequantize(stored, self.kind(name)), np.float32)
 
 
+def _stored(rows: NDArray[np.float32], kind: GGMLQuantizationType) -> NDArray[Any]:
+    if kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
+        plain = np.float32 if kind == GGMLQuantizationType.F32 else np.float16
+        return np.ascontiguousarray(rows, plain)
+    return library().quantize(rows, kind.value)
+
+
+def as_stored(rows: NDArray[np.float32], *, kind: GGMLQuantizationType) -> NDArray[np.float32]:
+    """What is left of numbers [n, length] that are quantised."""
+    return np.asarray(dequantize(_stored(rows, kind), kind), np.float32)
+
+
 class Sidecar:
     """A sidecar being written; nothing is under its name before `finish`."""
 
@@ -60,22 +72,22 @@ class Sidecar:
         kind: GGMLQuantizationType,
         *,
         of: str | None = None,
+        more: NDArray[np.float32] | None = None,
     ) -> None:
-        """Rows of the model's matrix `of` (default: of the same name); as they are stored, if that
-        is of this type."""
+        """Rows of the matrix `of` (default: of the same name), as they are stored if that is
+        of this type; and after them `more`."""
         of = of or name
         if source.kind(of) == kind:
-            self._tensors.append((name, source.rows(of, rows), kind))
+            stored = source.rows(of, rows)
         else:
-            self.add_values(name, source.values(of, rows), kind)
+            stored = _stored(source.values(of, rows), kind)
+        if more is not None and len(more):
+            stored = np.concatenate([stored, _stored(more, kind)])
+        self._tensors.append((name, stored, kind))
 
     def add_values(self, name: str, rows: NDArray[np.float32], kind: GGMLQuantizationType) -> None:
         """A matrix of numbers, quantised."""
-        if kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
-            plain = np.float32 if kind == GGMLQuantizationType.F32 else np.float16
-            self._tensors.append((name, np.ascontiguousarray(rows, plain), None))
-        else:
-            self._tensors.append((name, library().quantize(rows, kind.value), kind))
+        self._tensors.append((name, _stored(rows, kind), kind))
 
     def add_array(self, name: str, values: NDArray[Any]) -> None:
         """Numbers that are not weights, or a bias: in numpy's own type."""

@@ -17,7 +17,8 @@ from swift_gguf.errors import ModelError, SidecarError, SubnetworkError, Unsuppo
 from swift_gguf.learning import space_of
 from swift_gguf.model import Model, ModelOptions
 from swift_gguf.prepare import weights
-from swift_gguf.prepare.narrowing import ffns_of
+from swift_gguf.prepare.narrow_ffn import add_ffn
+from swift_gguf.prepare.narrowing import Fit, Narrow, ffns_of
 from swift_gguf.prepare.run import Preparation, PrepareOptions
 from swift_gguf.sampling import Sampler, SamplingOptions
 from swift_gguf.stats import Stats
@@ -180,6 +181,39 @@ def test_a_refit_is_nearer_to_the_whole_ffn_than_no_refit(tiny: Tiny, tmp_path: 
         assert preparation.error < 0.9 * preparation.errors[0.0]
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
+def test_a_linear_path_is_what_its_rows_and_columns_say(
+    family: str, tiny: Tiny, open_model: Opener, tmp_path: Path
+) -> None:
+    """With no neuron kept, an FFN is the linear map."""
+    path, out, rank = tiny(family), tmp_path / "x.swift.gguf", 32
+    source = weights.Weights(path)
+    written, rng = weights.Sidecar(out), np.random.default_rng(1)
+    f32 = gguf.GGMLQuantizationType.F32
+    ffns = ffns_of(source, 99)
+    maps = {}
+    for ffn in ffns:
+        rows, columns = (rng.standard_normal((rank, ffn.n_embd)).astype("f4") for _ in range(2))
+        maps[ffn.layer] = rows.T @ columns
+        fit = Fit(rows, np.vstack([columns, np.zeros((1, ffn.n_embd), np.float32)]))
+        add_ffn(written, source, Narrow(ffn, np.arange(0), fit), lambda name, length: f32)
+    written.finish(path, [rank] * len(ffns), 0)
+    model = open_model(path, sidecar=out)
+    seen: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def see(layer: int, inputs: np.ndarray, activations: np.ndarray, output: np.ndarray) -> None:
+        assert activations.shape[1] == rank
+        seen[layer] = inputs.copy(), output.copy()
+
+    model.usable_sidecar()
+    with model.observe_ffn(see):
+        model.decode(PROMPT, n_outputs=len(PROMPT), subnetwork=narrow(model, head=False))
+    assert set(seen) == set(maps)
+    for layer, (inputs, output) in seen.items():
+        expected = inputs @ maps[layer]
+        np.testing.assert_allclose(output, expected, atol=2e-3 * np.abs(expected).max())
+
+
 def test_fewer_experts_cost_less(tiny: Tiny, open_model: Opener) -> None:
     """A mixture of experts needs no sidecar: a draft runs fewer of a token's experts."""
     model = open_model(tiny("qwen3moe"))
@@ -201,7 +235,7 @@ def test_what_an_observer_raises_stops_the_run(tiny: Tiny, open_model: Opener) -
     model = open_model(tiny("llama"))
     seen = []
 
-    def interrupted(layer: int, activations: np.ndarray, output: np.ndarray) -> None:
+    def interrupted(layer: int, *seen_there: np.ndarray) -> None:
         seen.append(layer)
         raise KeyboardInterrupt
 

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from swift_gguf.cost import Costs
 from swift_gguf.errors import SubnetworkError, SwiftError
+from swift_gguf.prepare.low_rank import OPEN
+from swift_gguf.prepare.narrowing import Fit, fit
 from swift_gguf.prepare.run import PrepareOptions, narrow_width, share_at
 from swift_gguf.prepare.statistics import Energy, Normal, NormalEquations, TokenMass, refit
 from swift_gguf.prepare.texts import Text, load_texts, save_texts
@@ -55,12 +57,12 @@ def test_the_error_is_that_of_the_residual() -> None:
 def test_normal_equations_keep_held_back_text_apart() -> None:
     kept = {0: np.array([1, 3]), 2: np.array([0])}
     equations = NormalEquations(kept, 4, frozenset({2}))
-    a, y = np.ones((3, 5), np.float32), np.ones((3, 4), np.float32)
+    x, a, y = (np.ones((3, n), np.float32) for n in (4, 5, 4))
     for layer in (0, 1, 2):  # layer 1 is nobody's
-        equations(layer, a, y)
+        equations(layer, x, a, y)
     equations.settle(is_held_back=False)
-    equations(2, 2 * a, y)
-    equations(0, a, y)
+    equations(2, x, 2 * a, y)
+    equations(0, x, a, y)
     equations.settle(is_held_back=True)
     np.testing.assert_array_equal(equations.fitted[0].gram, np.full((3, 3), 3.0))
     np.testing.assert_array_equal(equations.judged[2].gram, [[12.0, 6.0], [6.0, 3.0]])
@@ -70,7 +72,8 @@ def test_normal_equations_keep_held_back_text_apart() -> None:
 def test_energy_adds_up_squares() -> None:
     energy = Energy(2)
     for _ in range(2):
-        energy(1, np.array([[1.0, 2.0], [3.0, 0.0]], np.float32), np.zeros((2, 1), np.float32))
+        empty = np.zeros((2, 1), np.float32)
+        energy(1, empty, np.array([[1.0, 2.0], [3.0, 0.0]], np.float32), empty)
     assert energy.squares[0] is None
     np.testing.assert_allclose(energy.squares[1], [20.0, 8.0])
 
@@ -161,3 +164,45 @@ def test_narrow_passes_have_a_price() -> None:
     both = SubNetwork(n_layer=2, narrow_ffn=frozenset({0, 1}), draft_head=True)
     assert costs.draft_ms(both) == pytest.approx(20.0 - 7.0 - 2.5)
     assert Costs.from_dict(costs.as_dict()) == costs
+
+
+# -- the linear path -------------------------------------------------------------------------------
+
+
+def planted(n: int = 3000, k: int = 8, d: int = 20, n_embd: int = 16, rank: int = 3) -> tuple:
+    """Outputs of k known neurons and of a linear map of low rank: what both together explain."""
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal((n, d)).astype(np.float32)
+    a = np.maximum(x @ rng.standard_normal((d, k)), 0).astype(np.float32)
+    columns = rng.standard_normal((k, n_embd)).astype(np.float32)
+    low = (rng.standard_normal((d, rank)) @ rng.standard_normal((rank, n_embd))).astype(np.float32)
+    y = a @ columns + x @ low + 0.5
+    problem = Normal.empty(k + d, n_embd)
+    problem.add(np.hstack([a, x]), y)
+    return problem, columns, (x, a, y)
+
+
+def test_a_path_of_the_right_rank_explains_what_neurons_cannot() -> None:
+    problem, columns, (x, a, y) = planted()
+    errors = [fit(problem, columns, 1e-6, rank=rank).error(problem) for rank in (0, 2, 3)]
+    assert errors[2] == pytest.approx(0.0, abs=1e-4)
+    assert errors[0] > errors[1] > 0.01
+    found = fit(problem, columns, 1e-6, rank=3)
+    path = x @ found.rows.T
+    np.testing.assert_allclose((path**2).mean(0), 1.0, rtol=0.05)  # of unit power
+    whole = np.hstack([a, path, np.ones((len(a), 1))]) @ found.columns
+    np.testing.assert_allclose(whole, y, atol=0.02 * np.abs(y).max())
+
+
+def test_columns_are_fitted_to_the_rows_that_are_stored() -> None:
+    problem, columns, _ = planted()
+    coarse = fit(problem, columns, 1e-6, rank=3, stored=lambda rows: np.round(rows, 1))
+    blind = fit(problem, columns, 1e-6, rank=3)
+    as_read = Fit(coarse.rows, blind.columns)
+    assert coarse.error(problem) < as_read.error(problem)
+
+
+def test_an_open_gate_passes_its_neuron_on() -> None:
+    up = np.linspace(-3, 3, 50, dtype=np.float32)
+    silu = OPEN / (1 + np.exp(-OPEN)) * up
+    np.testing.assert_allclose(silu / OPEN, up, rtol=1e-6)
