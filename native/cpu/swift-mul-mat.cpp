@@ -513,8 +513,10 @@ void multiply(const ggml_compute_params * params, ggml_tensor * dst, ggml_type c
     }
     ggml_barrier(params->threadpool);
 
-    // several chunks a thread: one that was held up leaves its share to the others
-    const int64_t n_chunks = std::min<int64_t>(n_groups, 8 * params->nth);
+    // several chunks a thread: one that was held up leaves its share to the others; but none so short that
+    // what is fetched ahead of it were mostly another thread's
+    const int64_t n_long   = n_groups * (int64_t) group / (32 * (int64_t) AHEAD);
+    const int64_t n_chunks = std::min<int64_t>(n_groups, std::clamp<int64_t>(n_long, params->nth, 8 * params->nth));
     for (int64_t chunk = params->ith; chunk < n_chunks;
          chunk         = ggml_threadpool_chunk_add(params->threadpool, 1)) {
         const int64_t end = n_groups * (chunk + 1) / n_chunks;

@@ -1,4 +1,4 @@
-"""Writes a narrow FFN: the kept neurons' rows, then those of the linear path, whose gates are open."""
+"""Writes a narrow FFN: the rows of kept neurons, then those of the linear path, gates open."""
 
 from __future__ import annotations
 
