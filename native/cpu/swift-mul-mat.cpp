@@ -16,6 +16,8 @@
 #include "simd-mappings.h"
 
 #include <algorithm>
+#include <type_traits>
+#include <vector>
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #    define SWIFT_NARROW_AVX2
@@ -122,29 +124,31 @@ inline void prefetch(const void * bytes, size_t n) {
 // kernel::multiply_tile for the columns left, of which it does N at most
 template <typename kernel, int N>
 void multiply_up_to(
-        int64_t n_blocks, const typename kernel::weights * x, const char * columns, size_t stride, int n_columns,
+        int64_t n_blocks, const typename kernel::weights * x, const typename kernel::prepared * columns, int n_columns,
         float * out, size_t out_stride) {
     if (n_columns >= N) {
-        kernel::template multiply_tile<N>(n_blocks, x, columns, stride, out, out_stride);
+        kernel::template multiply_tile<N>(n_blocks, x, columns, out, out_stride);
     } else if constexpr (N > 1) {
-        multiply_up_to<kernel, N - 1>(n_blocks, x, columns, stride, n_columns, out, out_stride);
+        multiply_up_to<kernel, N - 1>(n_blocks, x, columns, n_columns, out, out_stride);
     }
 }
 
-template <typename kernel, int N>
-void multiply_tiles(
-        int64_t n_blocks, const typename kernel::weights * x, const char * columns, size_t stride, int n_columns,
+// kernel::rows rows of n_blocks blocks each, with columns [n_columns][n_blocks]
+template <typename kernel>
+void multiply_group(
+        int64_t n_blocks, const typename kernel::weights * x, const typename kernel::prepared * columns, int n_columns,
         float * out, size_t out_stride) {
-    for (int c = 0; c < n_columns; c += N) {
-        multiply_up_to<kernel, N>(n_blocks, x, columns + c * stride, stride, n_columns - c, out + c * out_stride, out_stride);
+    for (int c = 0; c < n_columns; c += kernel::tile) {
+        multiply_up_to<kernel, kernel::tile>(n_blocks, x, columns + c * n_blocks, n_columns - c, out + c * out_stride, out_stride);
     }
 }
 
 // -- repacked Q4_K: eight rows at a time, as ggml_gemv_q4_K_8x8_q8_K --------------------------------
 
 struct q4_K_8x8 {
-    using weights = block_q4_Kx8;
-    using column  = block_q8_K;
+    using weights  = block_q4_Kx8;
+    using column   = block_q8_K;
+    using prepared = block_q8_K; // columns are read as they are
 
     static constexpr int64_t rows = 8;
 
@@ -189,9 +193,7 @@ struct q4_K_8x8 {
     }
 
     template <int N>
-    static void multiply_tile(
-            int64_t n_blocks, const weights * x, const char * columns, size_t stride, float * out,
-            size_t out_stride) {
+    static void multiply_tile(int64_t n_blocks, const weights * x, const prepared * columns, float * out, size_t out_stride) {
         const __m256i low     = _mm256_set1_epi8(0x0F);
         __m256        sums[N] = {}, min_sums[N] = {};
         for (int64_t b = 0; b < n_blocks; b++) {
@@ -201,7 +203,7 @@ struct q4_K_8x8 {
             // sums of 32 quants of the columns, both of a pair of sub-blocks beside each other
             alignas(16) int32_t pair_sums[N][4];
             for (int c = 0; c < N; c++) {
-                const __m128i * s = (const __m128i *) ((const column *) (columns + c * stride))[b].bsums;
+                const __m128i * s = (const __m128i *) columns[c * n_blocks + b].bsums;
                 _mm_store_si128((__m128i *) pair_sums[c], _mm_hadd_epi16(_mm_loadu_si128(s), _mm_loadu_si128(s + 1)));
             }
 
@@ -217,7 +219,7 @@ struct q4_K_8x8 {
                         quants[1][half]         = _mm256_and_si256(_mm256_srli_epi16(nibbles, 4), low);
                     }
                     for (int c = 0; c < N; c++) {
-                        const int8_t * y = ((const column *) (columns + c * stride))[b].qs + 64 * pair + 8 * i;
+                        const int8_t * y = columns[c * n_blocks + b].qs + 64 * pair + 8 * i;
                         for (int k = 0; k < 2; k++) {
                             const __m256i q8 = eight_bytes(y + 32 * k);
                             sub[c][k][0]     = dot(sub[c][k][0], quants[k][0], q8);
@@ -244,7 +246,7 @@ struct q4_K_8x8 {
             }
             const __m256 d = halves(x[b].d), dmin = halves(x[b].dmin);
             for (int c = 0; c < N; c++) {
-                const __m256  dy    = _mm256_set1_ps(((const column *) (columns + c * stride))[b].d);
+                const __m256  dy    = _mm256_set1_ps(columns[c * n_blocks + b].d);
                 const __m256i total = join_pairs(dots[c][0], dots[c][1]);
                 sums[c]             = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), _mm256_mul_ps(d, dy), sums[c]);
                 min_sums[c]         = _mm256_fmadd_ps(_mm256_cvtepi32_ps(min_dots[c]), _mm256_mul_ps(dmin, dy), min_sums[c]);
@@ -255,11 +257,7 @@ struct q4_K_8x8 {
         }
     }
 
-    static void multiply(
-            int64_t n_blocks, const weights * x, const char * columns, size_t stride, int n_columns,
-            float * out, size_t out_stride) {
-        multiply_tiles<q4_K_8x8, TILE / 2>(n_blocks, x, columns, stride, n_columns, out, out_stride);
-    }
+    static constexpr int tile = TILE / 2;
 };
 
 // -- repacked Q4_0: eight rows at a time, as ggml_gemv_q4_0_8x8_q8_0 --------------------------------
@@ -270,18 +268,29 @@ struct q4_0_8x8 {
 
     static constexpr int64_t rows = 8;
 
-    static void multiply(
-            int64_t n_blocks, const weights * x, const char * columns, size_t stride, int n_columns,
-            float * out, size_t out_stride) {
-        const __m256i low = _mm256_set1_epi8(0x0F), eight = _mm256_set1_epi8(8);
-        __m256        sums[MAX_COLUMNS];
-        for (int c = 0; c < n_columns; c++) {
-            sums[c] = _mm256_setzero_ps();
+    // Repacked nibbles are two's complement; with 8 added they are unsigned, and 8 times the sum of the
+    // column's quants is taken off again.
+    struct prepared {
+        float   d;
+        int32_t excess;
+        int8_t  qs[QK8_0];
+    };
+
+    static prepared prepare(const column & y) {
+        prepared out = { GGML_CPU_FP16_TO_FP32(y.d), 0, {} };
+        for (int i = 0; i < QK8_0; i++) {
+            out.excess += 8 * y.qs[i];
+            out.qs[i] = y.qs[i];
         }
+        return out;
+    }
+
+    template <int N>
+    static void multiply_tile(int64_t n_blocks, const weights * x, const prepared * columns, float * out, size_t out_stride) {
+        const __m256i low = _mm256_set1_epi8(0x0F), eight = _mm256_set1_epi8(8);
+        __m256        sums[N] = {};
         for (int64_t b = 0; b < n_blocks; b++) {
             prefetch(x + b, sizeof(weights));
-            // Repacked nibbles are two's complement; with 8 added they are unsigned, and 8 times the
-            // sum of the column's quants is taken off again.
             __m256i quants[4][2];
             for (int i = 0; i < 2; i++) {
                 for (int half = 0; half < 2; half++) {
@@ -292,32 +301,32 @@ struct q4_0_8x8 {
                 }
             }
             const __m256 d = halves(x[b].d);
-            for (int c = 0; c < n_columns; c++) {
-                const column & y       = ((const column *) (columns + c * stride))[b];
-                __m256i        dots[2] = {}, excess = _mm256_setzero_si256();
+            for (int c = 0; c < N; c++) {
+                const prepared & y       = columns[c * n_blocks + b];
+                __m256i          dots[2] = {};
                 for (int i = 0; i < 4; i++) {
                     const __m256i q8 = eight_bytes(y.qs + 8 * i);
                     dots[0]          = dot(dots[0], quants[i][0], q8);
                     dots[1]          = dot(dots[1], quants[i][1], q8);
-                    excess           = dot(excess, eight, q8);
                 }
-                const __m256i total =
-                        join_pairs(_mm256_sub_epi32(dots[0], excess), _mm256_sub_epi32(dots[1], excess));
-                const __m256 dy = _mm256_set1_ps(GGML_CPU_FP16_TO_FP32(y.d));
-                sums[c]         = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), _mm256_mul_ps(d, dy), sums[c]);
+                const __m256i total = _mm256_sub_epi32(join_pairs(dots[0], dots[1]), _mm256_set1_epi32(y.excess));
+                sums[c]             = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), _mm256_mul_ps(d, _mm256_set1_ps(y.d)), sums[c]);
             }
         }
-        for (int c = 0; c < n_columns; c++) {
+        for (int c = 0; c < N; c++) {
             _mm256_storeu_ps(out + c * out_stride, sums[c]);
         }
     }
+
+    static constexpr int tile = TILE;
 };
 
 // -- Q6_K: as ggml_vec_dot_q6_K_q8_K ----------------------------------------------------------------
 
 struct q6_K {
-    using weights = block_q6_K;
-    using column  = block_q8_K;
+    using weights  = block_q6_K;
+    using column   = block_q8_K;
+    using prepared = block_q8_K;
 
     static constexpr int64_t rows = 1;
 
@@ -355,15 +364,13 @@ struct q6_K {
     }
 
     template <int N>
-    static void multiply_tile(
-            int64_t n_blocks, const weights * x, const char * columns, size_t stride, float * out,
-            size_t out_stride) {
+    static void multiply_tile(int64_t n_blocks, const weights * x, const prepared * columns, float * out, size_t out_stride) {
         __m256 sums[N] = {};
         for (int64_t b = 0; b < n_blocks; b++) {
             prefetch(x + b, sizeof(weights));
             const unpacked w = unpack(x[b]);
             for (int c = 0; c < N; c++) {
-                sums[c] = add_product(sums[c], w, ((const column *) (columns + c * stride))[b]);
+                sums[c] = add_product(sums[c], w, columns[c * n_blocks + b]);
             }
         }
         for (int c = 0; c < N; c++) {
@@ -382,11 +389,7 @@ struct q6_K {
         return _mm256_fmadd_ps(_mm256_set1_ps(y.d * w.d), _mm256_cvtepi32_ps(dots), sum);
     }
 
-    static void multiply(
-            int64_t n_blocks, const weights * x, const char * columns, size_t stride, int n_columns,
-            float * out, size_t out_stride) {
-        multiply_tiles<q6_K, TILE>(n_blocks, x, columns, stride, n_columns, out, out_stride);
-    }
+    static constexpr int tile = TILE;
 };
 
 // -- Q8_0: as ggml_vec_dot_q8_0_q8_0 ----------------------------------------------------------------
@@ -395,7 +398,16 @@ struct q8_0 {
     using weights = block_q8_0;
     using column  = block_q8_0;
 
-    static constexpr int64_t rows = 4; // at a time, so that a column's scale is converted once for all
+    static constexpr int64_t rows = 4; // at a time, so that what is done for a column serves all
+
+    struct prepared {
+        signed_dot dot_with;
+        float      d;
+    };
+
+    static prepared prepare(const column & y) {
+        return { signed_dot(_mm256_loadu_si256((const __m256i *) y.qs)), GGML_CPU_FP16_TO_FP32(y.d) };
+    }
 
     // Four rows at once are no order that the hardware foresees: the next four are asked for in order
     // instead, a piece with every block. To the first cache, where that holds them beside the columns.
@@ -409,21 +421,14 @@ struct q8_0 {
     }
 
     template <int N, int hint>
-    static void multiply_rows(
-            int64_t n_blocks, const weights * x, const char * columns, size_t stride, float * out,
-            size_t out_stride) {
+    static void multiply_rows(int64_t n_blocks, const weights * x, const prepared * columns, float * out, size_t out_stride) {
         static_assert(N <= 4);
         __m256          sums[rows][N] = {};
         const weights * next          = x + rows * n_blocks;
         for (int64_t b = 0; b < n_blocks; b++) {
             prefetch_in_order<hint>(next + rows * b);
-            const column * y[N];
-            ggml_half      column_scales[4] = {};
-            for (int c = 0; c < N; c++) {
-                y[c]             = (const column *) (columns + c * stride) + b;
-                column_scales[c] = y[c]->d;
-            }
-            const __m128 dy = _mm_cvtph_ps(_mm_loadl_epi64((const __m128i *) column_scales));
+            const auto   scale = [&](int c) { return c < N ? columns[c * n_blocks + b].d : 0.0f; };
+            const __m128 dy    = _mm_setr_ps(scale(0), scale(1), scale(2), scale(3));
 
             __m256i           quants[rows];
             alignas(16) float scales[rows][4]; // a row's times each column's
@@ -433,10 +438,9 @@ struct q8_0 {
                 _mm_store_ps(scales[r], _mm_mul_ps(_mm_set1_ps(GGML_CPU_FP16_TO_FP32(block.d)), dy));
             }
             for (int c = 0; c < N; c++) {
-                const signed_dot dot_with(_mm256_loadu_si256((const __m256i *) y[c]->qs));
+                const signed_dot dot_with = columns[c * n_blocks + b].dot_with;
                 for (int r = 0; r < rows; r++) {
-                    const __m256i dots = dot_with(quants[r]);
-                    sums[r][c]         = _mm256_fmadd_ps(_mm256_set1_ps(scales[r][c]), _mm256_cvtepi32_ps(dots), sums[r][c]);
+                    sums[r][c] = _mm256_fmadd_ps(_mm256_set1_ps(scales[r][c]), _mm256_cvtepi32_ps(dot_with(quants[r])), sums[r][c]);
                 }
             }
         }
@@ -448,37 +452,30 @@ struct q8_0 {
     }
 
     // One column leaves nothing to share: row after row, as they lie.
-    static void multiply_one(int64_t n_blocks, const weights * x, const column * y, float * out) {
+    static void multiply_one(int64_t n_blocks, const weights * x, const prepared * y, float * out) {
         for (int r = 0; r < rows; r++, x += n_blocks) {
             __m256 sums = _mm256_setzero_ps();
             for (int64_t b = 0; b < n_blocks; b++) {
                 prefetch(x + b, sizeof(weights));
-                const signed_dot dot_with(_mm256_loadu_si256((const __m256i *) y[b].qs));
-                const __m256     d = _mm256_set1_ps(GGML_CPU_FP16_TO_FP32(x[b].d) * GGML_CPU_FP16_TO_FP32(y[b].d));
-                sums               = _mm256_fmadd_ps(d, _mm256_cvtepi32_ps(dot_with(_mm256_loadu_si256((const __m256i *) x[b].qs))), sums);
+                const __m256i dots = y[b].dot_with(_mm256_loadu_si256((const __m256i *) x[b].qs));
+                sums               = _mm256_fmadd_ps(_mm256_set1_ps(GGML_CPU_FP16_TO_FP32(x[b].d) * y[b].d), _mm256_cvtepi32_ps(dots), sums);
             }
             out[r] = add_up(sums);
         }
     }
 
     template <int N>
-    static void multiply_tile(
-            int64_t n_blocks, const weights * x, const char * columns, size_t stride, float * out,
-            size_t out_stride) {
+    static void multiply_tile(int64_t n_blocks, const weights * x, const prepared * columns, float * out, size_t out_stride) {
         if constexpr (N == 1) {
-            multiply_one(n_blocks, x, (const column *) columns, out);
+            multiply_one(n_blocks, x, columns, out);
         } else if (rows * n_blocks * sizeof(weights) <= FIRST_CACHE) {
-            multiply_rows<N, _MM_HINT_T0>(n_blocks, x, columns, stride, out, out_stride);
+            multiply_rows<N, _MM_HINT_T0>(n_blocks, x, columns, out, out_stride);
         } else {
-            multiply_rows<N, _MM_HINT_T1>(n_blocks, x, columns, stride, out, out_stride);
+            multiply_rows<N, _MM_HINT_T1>(n_blocks, x, columns, out, out_stride);
         }
     }
 
-    static void multiply(
-            int64_t n_blocks, const weights * x, const char * columns, size_t stride, int n_columns,
-            float * out, size_t out_stride) {
-        multiply_tiles<q8_0, TILE / 2>(n_blocks, x, columns, stride, n_columns, out, out_stride);
-    }
+    static constexpr int tile = TILE / 2;
 };
 
 // -- all types --------------------------------------------------------------------------------------
@@ -494,6 +491,23 @@ void quantize_columns(const ggml_compute_params * params, const ggml_tensor * sr
         const float * in  = (const float *) ((const char *) src1->data + c * src1->nb[1]);
         char *        out = (char *) params->wdata + c * stride;
         from_float(in + begin * n_block, out + begin * ggml_type_size(type), (end - begin) * n_block);
+    }
+}
+
+// Columns as the kernel wants them: as they are, or each thread's own copy, which takes less time than to
+// wait for one another once more.
+template <typename kernel>
+const typename kernel::prepared * prepared_columns(const void * data, int64_t n) {
+    const auto * columns = (const typename kernel::column *) data;
+    if constexpr (std::is_same_v<typename kernel::column, typename kernel::prepared>) {
+        return columns;
+    } else {
+        static thread_local std::vector<typename kernel::prepared> copy; // kept: asked for with every product
+        copy.clear();
+        for (int64_t i = 0; i < n; i++) {
+            copy.push_back(kernel::prepare(columns[i]));
+        }
+        return copy.data();
     }
 }
 
@@ -515,6 +529,7 @@ void multiply(const ggml_compute_params * params, ggml_tensor * dst, ggml_type c
 
     // several chunks a thread: one that was held up leaves its share to the others; but none so short that
     // what is fetched ahead of it were mostly another thread's
+    const auto *  columns  = prepared_columns<kernel>(params->wdata, n_columns * n_blocks);
     const int64_t n_long   = n_groups * (int64_t) group / (32 * (int64_t) AHEAD);
     const int64_t n_chunks = std::min<int64_t>(n_groups, std::clamp<int64_t>(n_long, params->nth, 8 * params->nth));
     for (int64_t chunk = params->ith; chunk < n_chunks;
@@ -522,7 +537,7 @@ void multiply(const ggml_compute_params * params, ggml_tensor * dst, ggml_type c
         const int64_t end = n_groups * (chunk + 1) / n_chunks;
         for (int64_t i = n_groups * chunk / n_chunks; i < end; i++) {
             const auto * x = (const typename kernel::weights *) ((const char *) src0->data + i * group);
-            kernel::multiply(n_blocks, x, (const char *) params->wdata, stride, n_columns, (float *) dst->data + i * kernel::rows, dst->nb[1] / sizeof(float));
+            multiply_group<kernel>(n_blocks, x, columns, n_columns, (float *) dst->data + i * kernel::rows, dst->nb[1] / sizeof(float));
         }
     }
 }
