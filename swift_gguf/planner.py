@@ -174,7 +174,12 @@ class Guard:
     """Never slower: losses against plain decoding stay within a share of the time.
 
     In every answer drafts may lose what they gained lately, `share` of the time, and one pass.
+    Where many outcomes say that they pay, they may be unlucky for `TRUST` passes more: drafts that
+    gain a fifth of a pass a cycle, give or take half a pass, would lose their only one in every
+    third answer (gambler's ruin), and with it what they would have gained.
     """
+
+    TRUST = 3.0
 
     CREDIT = 8.0
     """Plain passes that gains are remembered for at most: old ones do not pay for new losses."""
@@ -182,15 +187,20 @@ class Guard:
     def __init__(self, *, share: float = 0.01) -> None:
         self._share = share
         self._balance = 1.0  # plain passes
+        self._trust = 0.0
 
-    def begin(self) -> None:
-        """Another answer: what the last one gained is not this one's to lose."""
+    def begin(self, *, trusted: bool = False) -> None:
+        """Another answer: what the last one gained is not this one's to lose.
+
+        trusted: much was seen of the drafts, and by that they pay.
+        """
         self._balance = min(self._balance, 1.0)
+        self._trust = self.TRUST if trusted else 0.0
 
     @property
     def credit(self) -> float:
         """What a draft may lose, in plain passes; negative after one that lost more."""
-        return self._balance
+        return self._balance + self._trust
 
     def count(self, n_tokens: int, ms: float, plain_ms: float, *, drafted: bool) -> None:
         """A cycle of `ms` yielded `n_tokens`, each of which takes `plain_ms` otherwise."""
@@ -249,14 +259,23 @@ class Planner:
         self._reading_ms = 0.0  # to read the likeliest tokens off a row
         self._turn = 0
 
+    ENOUGH = 64.0
+    """Tokens judged, by which a source's worth is known within a twentieth or so."""
+
     NEW_TEXT = 200
     """Tokens that evidence fades by between two answers, which differ more than parts of one."""
 
     def begin(self) -> None:
         """Another answer."""
-        self.guard.begin()
         self.economy.calibration.passed(self.NEW_TEXT)
+        self.guard.begin(trusted=any(map(self._is_trusted, self.drafts)))
         self._is_new = True
+
+    def _is_trusted(self, drafts: Drafts) -> bool:
+        """Is its worth known, and more than it costs?"""
+        name, economy = drafts.passes.name, self.economy
+        is_known = economy.calibration.evidence(name) >= self.ENOUGH
+        return is_known and economy.pays(name, 1.0, 0.0, drafts.cost_ms())
 
     def draft(self, pending: int, *, n_max: int) -> Tree:
         """See `Drafter.draft`."""

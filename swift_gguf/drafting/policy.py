@@ -95,6 +95,11 @@ class Calibration:
         prior = sum(known.prior.acceptance) / len(BANDS)
         return self._share(known.first, prior, known.prior.weight)
 
+    def evidence(self, source: str) -> float:
+        """How many of a source's likeliest offers were judged, as far as they still count."""
+        first = self._source(source).first
+        return first.judged * self._fade ** (self._now - first.at)
+
     def judge(self, offers: Sequence[Offer], token: int) -> None:
         """The target chose `token` where these were offered, each source's likeliest first."""
         seen: set[str] = set()

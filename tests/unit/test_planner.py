@@ -200,6 +200,42 @@ def test_passes_that_led_to_no_draft_are_losses() -> None:
     assert machine.planner.guard.credit == pytest.approx(before - 0.2, abs=0.05)
 
 
+def narrow_drafts(seed: int, shares: tuple[float, ...] = (0.64,)) -> Machine:
+    """Drafts that cost a third of a pass, of which much is known already."""
+    guesses = Guesses(shares, name="layer-skip", confidence=0.6, seed=seed)
+    curve = CURVES["second row free"]
+    machine = Machine(curve, passes=guesses, pass_ms=0.33 * curve(1), seed=seed)
+    outcomes = [i % 25 < 16 for i in range(250)]
+    machine.planner.economy.calibration.recall("layer-skip", outcomes, [0.6] * 250)
+    return machine
+
+
+def test_bad_luck_does_not_end_what_is_known_to_pay() -> None:
+    """Short answers, each of which may begin with a run of wrong drafts."""
+    shares = []
+    for seed in range(6):
+        machine = narrow_drafts(seed)
+        for _ in range(8):
+            machine.planner.begin()
+            machine.run(96)
+        shares.append(sum(len(cycle.tree) > 0 for cycle in machine.cycles) / len(machine.cycles))
+        assert machine.rate > 1.1 * plain_rate(machine)
+    assert min(shares) > 0.7  # .4 with one pass to lose
+
+
+def test_trust_that_is_no_longer_deserved_costs_some_passes_once() -> None:
+    machine = narrow_drafts(0, shares=(0.0,))
+    lost = []
+    for _ in range(8):
+        before = machine.ms
+        machine.planner.begin()
+        machine.run(96)
+        lost.append((machine.ms - before) / machine.curve(1) - 96)
+    assert lost[0] < 6.5  # what it may lose, a last draft, and the share
+    assert max(lost[1:]) < 2.5
+    assert sum(lost) < 0.03 * 8 * 96
+
+
 # -- what was asked for ----------------------------------------------------------------------------
 
 
