@@ -25,13 +25,13 @@ BATCH = 128  # tokens decoded at once, each with logits
     epilog=examples(
         "swift-gguf prepare model.gguf                # writes model.swift.gguf",
         "swift-gguf prepare model.gguf --calibration mine.jsonl --tokens 50000",
-        "swift-gguf prepare model.gguf -o elsewhere.gguf --width 0.125 --tune 0",
+        "swift-gguf prepare model.gguf -o elsewhere.gguf --width 0.25 --tune 0",
     )
 )
 @model_argument
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE",
               help="[default: beside the model, MODEL.swift.gguf]")  # fmt: skip
-@click.option("--width", default=0.25, show_default=True, metavar="SHARE",
+@click.option("--width", default=0.125, show_default=True, metavar="SHARE",
               type=click.FloatRange(0, 1, min_open=True),
               help="Neurons that a draft keeps of every FFN.")  # fmt: skip
 @click.option("--rank", metavar="N", type=click.IntRange(0),

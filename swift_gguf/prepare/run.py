@@ -42,7 +42,7 @@ class PrepareOptions:
         SwiftError: something is out of range.
     """
 
-    width: float = 0.25
+    width: float = 0.125
     """Share of each FFN's neurons."""
     rank: int | None = None
     """Of the linear path beside them; 0: there is none, None: a sixth of the model's width."""
