@@ -7,8 +7,12 @@ trunk's cells, so nothing is ever copied.
 Attention sums over cells in their order, and sums of floats depend on it: for a text decoded
 through trees to be bit-identical to one decoded plainly, the trunk's cells must stay in the order
 of its positions.  Where an accepted branch leaves gaps before
-its cells, they are therefore *parked*, held by a sequence that nobody reads, not freed: llama.cpp
+its cells, they are therefore *parked*, held by sequences that nobody reads, not freed: llama.cpp
 would fill them next.
+
+llama.cpp also fills cells that a sliding window has passed, if a single sequence holds them, wherever
+its search for free ones comes by.  It goes on from the latest cell, so it comes by parked cells after a
+rollback to between them, and by the trunk after a state was loaded.  Both then have two holders.
 """
 
 from __future__ import annotations
@@ -20,10 +24,12 @@ from typing import Any
 from swift_gguf.errors import UnsupportedModelError
 
 TRUNK = 0
-PARKED = 1
-FIRST_BRANCH = 2
+PARKED = (1, 2)
+HELD = 3
+"""Holds trunk cells beside the trunk; see `Cells.hold`."""
+FIRST_BRANCH = 4
 N_SEQUENCES = 48
-"""Trunk, parked cells and branches: room for a scoring window of 32 positions, each a sequence."""
+"""Trunk, holders and branches: room for a scoring window of 32 positions, each a sequence."""
 MAX_BRANCHES = N_SEQUENCES - FIRST_BRANCH
 
 
@@ -116,7 +122,8 @@ class Cells:
                 self._parked.append((base, [self.nodes[i].pos for i in gaps]))
             for i in gaps:
                 node = self.nodes[i]
-                self._copy(node.sequences[0], PARKED, node.pos, node.pos + 1)
+                for sequence in PARKED:
+                    self._copy(node.sequences[0], sequence, node.pos, node.pos + 1)
             own, end = self.nodes[last].sequences[0], self.nodes[last].pos + 1
             if own == TRUNK and len(path) < len(self.nodes):
                 self._remove(TRUNK, end)
@@ -166,7 +173,7 @@ class Cells:
         # Always told to llama.cpp: an interrupted decode may have left it more than we know.
         if not self._remove(TRUNK, n_past):
             raise UnsupportedModelError("the cache cannot take tokens back")
-        for branch in range(FIRST_BRANCH, self.n_sequences):
+        for branch in range(HELD, self.n_sequences):
             if branch in self._branches or self._shared[branch] > n_past:
                 self._remove(branch, min(self._shared[branch], n_past))
                 self._shared[branch] = min(self._shared[branch], n_past)
@@ -187,11 +194,17 @@ class Cells:
             if left := [pos for pos in positions if pos < end]:
                 stay.append((base, left))
         self._parked = stay
-        self._remove(PARKED, end)
+        self._free_parked(end)
+
+    def _free_parked(self, start: int) -> None:
+        if self.n_sequences > 1:
+            for sequence in PARKED:
+                self._remove(sequence, start)
 
     def forget_branches(self) -> None:
-        """Empties all branches; after an error it is not certain what they hold."""
-        for branch in range(FIRST_BRANCH, self.n_sequences):
+        """Empties all branches; after an error it is not certain what they hold.  Nothing is held
+        either, until `hold`."""
+        for branch in range(HELD, self.n_sequences):
             self._remove(branch, 0)
             self._shared[branch] = 0
 
@@ -206,26 +219,26 @@ class Cells:
         has_gaps = bool(self._parked)
         self._parked.clear()
         if has_gaps:
-            self._remove(PARKED, 0)
+            self._free_parked(0)
         return has_gaps
 
     def assume(self, n_trunk: int) -> None:
         """The cache was filled by somebody else: the trunk ends at `n_trunk`."""
         self.n_trunk = n_trunk
         self.only_trunk()
-        if self.n_sequences > PARKED:
-            self._remove(PARKED, 0)
+        self._free_parked(0)
         self._remove(TRUNK, n_trunk)
         self.hold()
 
     def hold(self) -> None:
-        """Keeps the trunk's cells from being filled anew, after a state was loaded or saved.
+        """Keeps the trunk's cells from being filled anew, after a state was loaded or saved, or an
+        error forgot who held them.
 
         llama.cpp then looks for cells from the first on, and takes those that a sliding window has
         passed, although they may be rolled back to; but none that two sequences hold.
         """
-        if self.n_sequences > FIRST_BRANCH:
-            self._share(FIRST_BRANCH, self.n_trunk)
+        if self.n_sequences > HELD:
+            self._share(HELD, self.n_trunk)
 
     def clear(self) -> None:
         """Nothing is held any more; always possible."""

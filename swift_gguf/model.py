@@ -323,6 +323,7 @@ class Model:
             else:
                 self.cells.forget_branches()
                 self.rollback(before)
+                self.cells.hold()
             raise
 
     def _make_room(self, n: int, *, window: bool = False) -> None:
