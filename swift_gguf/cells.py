@@ -6,12 +6,11 @@ trunk's cells, so nothing is ever copied.
 
 Attention sums over cells in their order, and sums of floats depend on it: for a text decoded
 through trees to be bit-identical to one decoded plainly, the trunk's cells must stay in the order
-of its positions.  Where an accepted branch leaves gaps before
-its cells, they are therefore *parked*, held by sequences that nobody reads, not freed: llama.cpp
-would fill them next.
+of its positions.  Where an accepted branch leaves gaps before its cells, they are therefore
+*parked*, held by sequences that nobody reads, not freed: llama.cpp would fill them next.
 
-llama.cpp also fills cells that a sliding window has passed, if a single sequence holds them, wherever
-its search for free ones comes by.  It goes on from the latest cell, so it comes by parked cells after a
+llama.cpp also fills cells that a sliding window has passed, if a single sequence holds them and its
+search for free ones comes by.  It goes on from the latest cell, so it comes by parked cells after a
 rollback to between them, and by the trunk after a state was loaded.  Both then have two holders.
 """
 

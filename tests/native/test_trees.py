@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -195,6 +196,53 @@ def test_a_stopped_pass_leaves_nothing(two: Callable[..., list[Model]]) -> None:
     for m in (model, plain):
         m.decode([99])
     np.testing.assert_array_equal(model.logits(0), plain.logits(0))
+
+
+def load_again(model: Model) -> None:
+    """Saves the state and loads it: llama.cpp looks for free cells from the first on then."""
+    text, api = list(model.tokens), model._api
+    model.hand_over()
+    size = api.llama_state_get_size(model.ctx)
+    state = (ctypes.c_uint8 * size)()
+    assert api.llama_state_get_data(model.ctx, state, size) == size
+    assert api.llama_state_set_data(model.ctx, state, size) == size
+    model.assume(text)
+
+
+@pytest.mark.parametrize("after_error", [False, True])
+def test_a_window_after_a_state_was_loaded(
+    two: Callable[..., list[Model]], after_error: bool
+) -> None:
+    """The window's cells are not those behind it that Gemma's own window, of 16, has passed."""
+    model, plain = two("gemma3")
+    text = [*PROMPT, *range(40, 80)]
+    for m in (model, plain):
+        start(m, text)
+    load_again(model)
+    if after_error:  # which forgets who holds what
+        with pytest.raises(ContextFullError):
+            model.redecode(0, model.n_ctx)
+    model.redecode(8, 8)
+    for m in (model, plain):
+        m.rollback(len(text) - 20)
+        m.decode([99])
+    np.testing.assert_array_equal(model.logits(0), plain.logits(0))
+
+
+def test_parked_cells_that_a_sliding_window_has_passed(two: Callable[..., list[Model]]) -> None:
+    """A rollback to between parked cells, some far behind the others: none is filled anew."""
+    model, plain = two("gemma3")
+    deep = list(range(100, 124))  # wrong, and longer than Gemma's window, of 16
+    start(model, PROMPT)
+    model.decode_tree([5, *deep, 6, 130, 7, 131, 8], [-1, *range(24), 0, 25, 25, 27, 27])
+    model.keep([0, 25, 27, 29])
+    assert model.tokens == [*PROMPT, 5, 6, 7, 8]
+    model.rollback(len(PROMPT) + 2)
+    start(plain, [*PROMPT, 5, 6])
+    for token in range(40, 60):
+        for m in (model, plain):
+            m.decode([token])
+        np.testing.assert_array_equal(model.logits(0), plain.logits(0))
 
 
 def test_batches_bound_trees_and_windows(two: Callable[..., list[Model]]) -> None:
