@@ -149,8 +149,8 @@ LLAMA_API int32_t swift_gguf_set_stop_flag(struct llama_context * ctx, const int
 
 /* Called during a pass, for each FFN that is one product of matrices with its down projection, with what
  * goes into it, [n_tokens][n_embd], the activations of its neurons, [n_tokens][n_ff], and what the
- * projection makes of them, [n_tokens][n_embd]. All are valid during the call only. Of the last layer only tokens with logits are
- * computed. */
+ * projection makes of them, [n_tokens][n_embd]. All are valid during the call only. Of the last layer
+ * only tokens with logits are computed. */
 typedef void (*swift_gguf_ffn_callback)(
         void *        data,
         int32_t       layer,

@@ -16,7 +16,7 @@ struct swift_narrow_tensors {
     ggml_tensor * up     = nullptr; // [n_embd, n_narrow], or twice as many rows where the gate is in it
     ggml_tensor * up_b   = nullptr;
     ggml_tensor * gate   = nullptr; // [n_embd, n_narrow]
-    ggml_tensor * gate_b = nullptr; // holds the gates of a low-rank path open (swift_gguf/prepare/narrowing.py)
+    ggml_tensor * gate_b = nullptr; // holds the gates of a low-rank path open (swift_gguf/prepare/low_rank.py)
     ggml_tensor * down   = nullptr; // [n_narrow, n_embd]
     ggml_tensor * down_b = nullptr; // [n_embd], what the neurons left out add on average
 };

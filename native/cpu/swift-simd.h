@@ -1,0 +1,120 @@
+// What the kernels of swift-kernels.h are made of, for x86 with AVX2 (faster with VNNI).
+//
+// Compiled once for each CPU backend, by its flags: no two of them may share any of it, so all of it has
+// internal linkage.
+
+#pragma once
+
+#include "ggml-cpu-impl.h"
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+// Weights unpacked once serve so many columns while all sums stay in registers.
+#if defined(__AVX512VL__)
+constexpr int TILE = 8;
+#else
+constexpr int TILE = 4;
+#endif
+
+// sums + u * s, added up by fours; u of at most 7 bits (or 128) where pairs have to fit 16 bits
+inline __m256i dot(__m256i sums, __m256i u, __m256i s) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return _mm256_dpbusd_epi32(sums, u, s);
+#elif defined(__AVXVNNI__)
+    return _mm256_dpbusd_avx_epi32(sums, u, s);
+#else
+    const __m256i pairs = _mm256_maddubs_epi16(u, s);
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#endif
+}
+
+// x * y by fours, both signed bytes, where the instructions want one side unsigned
+struct signed_dot {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__) || defined(__AVXVNNI__)
+    // 128 is added to each x, and 128 times the sum of y taken off
+    __m256i y, start;
+
+    explicit signed_dot(__m256i y) :
+        y(y) {
+        start = _mm256_sub_epi32(_mm256_setzero_si256(), dot(_mm256_setzero_si256(), _mm256_set1_epi8(-128), y));
+    }
+
+    __m256i operator()(__m256i x) const { return dot(start, _mm256_xor_si256(x, _mm256_set1_epi8(-128)), y); }
+#else
+    // the sign of x goes to y; sums of two stay within 16 bits
+    __m256i y;
+
+    explicit signed_dot(__m256i y) :
+        y(y) {}
+
+    __m256i operator()(__m256i x) const {
+        return dot(_mm256_setzero_si256(), _mm256_abs_epi8(x), _mm256_sign_epi8(y, x));
+    }
+#endif
+};
+
+// sums + a * b, added up by twos
+inline __m256i dot_16(__m256i sums, __m256i a, __m256i b) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return _mm256_dpwssd_epi32(sums, a, b);
+#elif defined(__AVXVNNI__)
+    return _mm256_dpwssd_avx_epi32(sums, a, b);
+#else
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
+#endif
+}
+
+inline __m256i eight_bytes(const int8_t * bytes) {
+    int64_t eight;
+    memcpy(&eight, bytes, sizeof(eight));
+    return _mm256_set1_epi64x(eight);
+}
+
+// In repacked blocks eight bytes of a row follow eight of the row before. Multiplied with the same eight
+// of a column, each row has two sums beside each other, in one vector for rows 0-3 and one for 4-7.
+inline __m256i join_pairs(__m256i rows_0123, __m256i rows_4567) {
+    const __m256i rows_01452367 = _mm256_hadd_epi32(rows_0123, rows_4567);
+    return _mm256_permute4x64_epi64(rows_01452367, _MM_SHUFFLE(3, 1, 2, 0));
+}
+
+inline __m256 halves(const ggml_half * eight) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) eight));
+}
+
+// ggml's hsum_float_8: the order of these additions is part of the result
+inline float add_up(__m256 lanes) {
+    __m128 sum = _mm_add_ps(_mm256_extractf128_ps(lanes, 1), _mm256_castps256_ps128(lanes));
+    sum        = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+
+// Weights are read once and faster than the hardware's own prefetching expects while each is multiplied with
+// many columns: ask for what comes this far behind. To the second cache: the first has to hold the columns,
+// whose rows may be long (measured, docs/benchmarks.md).
+constexpr size_t AHEAD = 16384;
+
+enum class cache { first,
+                   second };
+
+template <cache to>
+void fetch(const char * bytes, size_t n) {
+    for (size_t i = 0; i < n; i += 64) {
+        if constexpr (to == cache::first) { // the hint has to be a literal
+            _mm_prefetch(bytes + i, _MM_HINT_T0);
+        } else {
+            _mm_prefetch(bytes + i, _MM_HINT_T1);
+        }
+    }
+}
+
+inline void prefetch(const void * bytes, size_t n) {
+    fetch<cache::second>((const char *) bytes + AHEAD, n);
+}
+
+} // namespace
