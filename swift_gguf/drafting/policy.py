@@ -98,7 +98,7 @@ class Calibration:
     def evidence(self, source: str) -> float:
         """How many of a source's likeliest offers were judged, as far as they still count."""
         first = self._source(source).first
-        return first.judged * self._fade ** (self._now - first.at)
+        return first.judged * self._faded(first)
 
     def judge(self, offers: Sequence[Offer], token: int) -> None:
         """The target chose `token` where these were offered, each source's likeliest first."""
@@ -138,12 +138,16 @@ class Calibration:
             self._sources[name] = _Source(self._priors.get(name, self.OPTIMISM))
         return self._sources[name]
 
+    def _faded(self, band: _Band) -> float:
+        """The share of what was seen that still counts."""
+        return self._fade ** (self._now - band.at)
+
     def _share(self, band: _Band, prior: float, weight: float) -> float:
-        faded = self._fade ** (self._now - band.at)
+        faded = self._faded(band)
         return (band.accepted * faded + prior * weight) / (band.judged * faded + weight)
 
     def _count(self, band: _Band, accepted: bool) -> None:
-        faded = self._fade ** (self._now - band.at)
+        faded = self._faded(band)
         band.accepted = band.accepted * faded + accepted
         band.judged = band.judged * faded + 1.0
         band.at = self._now
