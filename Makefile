@@ -26,8 +26,9 @@ dev: ## the same with the tools for tests and checks
 test: dev ## all tests; a part: make test ARGS=tests/unit
 	@$(BIN)/pytest $(ARGS)
 
-soak: dev ## what wants hours: damaged files, losslessness, Ctrl-C, the server, sanitizers
+soak: dev ## what wants hours: damaged files, cells, losslessness, Ctrl-C, the server, sanitizers
 	$(BIN)/python scripts/soak_hostile.py --named --count 2000
+	$(BIN)/python scripts/soak_cells.py --rounds 2000
 	$(BIN)/python scripts/soak_lossless.py --rounds 500
 	$(BIN)/python scripts/soak_lossless.py --model smollm2-135m --rounds 40 --requests 12 --longest 24
 	$(BIN)/python scripts/soak_signals.py

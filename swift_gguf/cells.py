@@ -7,7 +7,8 @@ trunk's cells, so nothing is ever copied.
 Attention sums over cells in their order, and sums of floats depend on it: for a text decoded
 through trees to be bit-identical to one decoded plainly, the trunk's cells must stay in the order
 of its positions.  Where an accepted branch leaves gaps before its cells, they are therefore
-*parked*, held by sequences that nobody reads, not freed: llama.cpp would fill them next.
+*parked*, held by sequences that nobody reads, not freed: llama.cpp would fill them next.  Kernels
+that sum blocks of cells (tiled and split attention) need the trunk without gaps: `close_gaps`.
 
 llama.cpp also fills cells that a sliding window has passed, if a single sequence holds them and its
 search for free ones comes by.  It goes on from the latest cell, so it comes by parked cells after a
@@ -16,11 +17,12 @@ rollback to between them, and by the trunk after a state was loaded.  Both then 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from swift_gguf.errors import UnsupportedModelError
+from swift_gguf.errors import DecodeError, UnsupportedModelError
 
 TRUNK = 0
 PARKED = (1, 2)
@@ -30,6 +32,8 @@ FIRST_BRANCH = 4
 N_SEQUENCES = 48
 """Trunk, holders and branches: room for a scoring window of 32 positions, each a sequence."""
 MAX_BRANCHES = N_SEQUENCES - FIRST_BRANCH
+MOVED = 256
+"""So many cells at most are moved at once, which need memory twice meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,17 @@ class Node:
 
 
 class Cells:
-    """The cells of one context with one text, of `capacity` cells and `n_sequences` sequences."""
+    """The cells of one context with one text, of `capacity` cells and `n_sequences` sequences.
 
-    def __init__(self, api: Any, memory: Any, *, capacity: int, n_sequences: int) -> None:
-        self._api, self._memory = api, memory
+    n_swa: positions that a sliding window sees, 0 without one.
+    """
+
+    def __init__(
+        self, api: Any, ctx: Any, *, capacity: int, n_sequences: int, n_swa: int = 0
+    ) -> None:
+        self._api, self._ctx = api, ctx
+        self._memory = api.llama_get_memory(ctx)
+        self._moved = min(n_swa or MOVED, MOVED)  # a saved state lacks what the window has passed
         self.capacity = capacity
         self.n_sequences = n_sequences
         self.n_trunk = 0
@@ -64,11 +75,6 @@ class Cells:
     @property
     def n_parked(self) -> int:
         return sum(len(positions) for _, positions in self._parked)
-
-    @property
-    def first_parked(self) -> int:
-        """Decoding the trunk again from this position on would need no parked cell."""
-        return min((base for base, _ in self._parked), default=self.n_trunk)
 
     # -- the tree ----------------------------------------------------------------------------------
 
@@ -207,37 +213,72 @@ class Cells:
             self._remove(branch, 0)
             self._shared[branch] = 0
 
-    def only_trunk(self) -> bool:
-        """Nothing but the trunk is held any more.
+    def close_gaps(self) -> None:
+        """Moves the trunk's cells to before which cells are parked, so that none need be.
 
-        Returns whether that left gaps before its cells, which llama.cpp would fill next.
+        There must be no tree.  An error or interrupt leaves a shorter trunk.
+
+        Raises:
+            DecodeError: llama.cpp could not.
         """
-        self.forget_branches()
+        if not self._parked:
+            return
+        start, end = min(base for base, _ in self._parked), self.n_trunk
+        for branch in range(HELD, self.n_sequences):
+            self._share(branch, min(self._shared[branch], start))
+        self.hold(start)
+        self.n_trunk = start
+        self._parked.clear()
+        self._free_parked(0)
+        while start < end:
+            stop = min(start - start % self._moved + self._moved, end)
+            self._move(start, stop)
+            self.n_trunk = start = stop
+        self.hold()
+
+    def _move(self, start: int, end: int) -> None:
+        """The trunk's cells of positions start, ..., end - 1 into the first that are free."""
+        api, ctx, moving = self._api, self._ctx, FIRST_BRANCH
+        self._remove(moving, 0)
+        self._shared[moving] = 0
+        self._copy(TRUNK, moving, start, end)
+        n_bytes = api.llama_state_seq_get_size(ctx, moving)
+        state = (ctypes.c_uint8 * n_bytes)()
+        is_saved = api.llama_state_seq_get_data(ctx, state, n_bytes, moving) == n_bytes
+        api.llama_memory_seq_rm(self._memory, TRUNK, start, end)
+        self._remove(moving, 0)
+        if not is_saved or api.llama_state_seq_set_data(ctx, state, n_bytes, moving) != n_bytes:
+            raise DecodeError("llama.cpp could not move cells of the cache")
+        self._copy(moving, TRUNK, start, end)
+        self._remove(moving, 0)
+
+    def only_trunk(self) -> None:
+        """Nothing but the trunk is held any more, and it has no gaps."""
         self._branches.clear()
         self.nodes.clear()
-        has_gaps = bool(self._parked)
-        self._parked.clear()
-        if has_gaps:
-            self._free_parked(0)
-        return has_gaps
+        self.close_gaps()
+        self.forget_branches()
 
     def assume(self, n_trunk: int) -> None:
         """The cache was filled by somebody else: the trunk ends at `n_trunk`."""
         self.n_trunk = n_trunk
-        self.only_trunk()
+        self._branches.clear()
+        self.nodes.clear()
+        self._parked.clear()
+        self.forget_branches()
         self._free_parked(0)
         self._remove(TRUNK, n_trunk)
         self.hold()
 
-    def hold(self) -> None:
-        """Keeps the trunk's cells from being filled anew, after a state was loaded or saved, or an
-        error forgot who held them.
+    def hold(self, n: int | None = None) -> None:
+        """Keeps the trunk's (first n) cells from being filled anew, after a state was loaded or
+        saved, or an error forgot who held them.
 
         llama.cpp then looks for cells from the first on, and takes those that a sliding window has
         passed, although they may be rolled back to; but none that two sequences hold.
         """
         if self.n_sequences > HELD:
-            self._share(HELD, self.n_trunk)
+            self._share(HELD, self.n_trunk if n is None else n)
 
     def clear(self) -> None:
         """Nothing is held any more; always possible."""

@@ -101,11 +101,15 @@ class Model:
         self.n_ctx: int = api.llama_n_ctx(ctx)
         self.n_batch: int = api.llama_n_batch(ctx)
         n_branches = n_sequences(model)
-        self._memory = api.llama_get_memory(ctx)
         self._batch = api.llama_batch_init(self.n_batch, 0, n_branches)
         self._invariant = False
-        self._prefilled: list[tuple[int, int]] = []  # what was decoded in wide batches, start, end
-        self.cells = Cells(api, self._memory, capacity=self.n_ctx, n_sequences=n_branches)
+        self.cells = Cells(
+            api,
+            ctx,
+            capacity=self.n_ctx,
+            n_sequences=n_branches,
+            n_swa=api.llama_model_n_swa(model),
+        )
         self.stop = StopFlag()
         self._library.set_stop_flag(ctx, self.stop)
 
@@ -222,7 +226,7 @@ class Model:
 
     @property
     def room(self) -> int:
-        """How many tokens of a tree can be decoded without any being decoded again."""
+        """How many tokens of a tree can be decoded where gaps stay open."""
         return min(self.cells.free, self.n_batch)
 
     def decode(
@@ -245,8 +249,7 @@ class Model:
             StoppedError: the stop flag is up.
 
         Whatever is raised, an interrupt included, the context is as before (or empty, if the model
-        cannot take tokens back; or shorter, if the text was just being decoded again to fill gaps
-        that trees had left).
+        cannot take tokens back; or shorter, if gaps that trees had left were just being closed).
         """
         if not 0 <= n_outputs <= min(len(tokens), self.n_batch):
             raise ValueError(
@@ -301,7 +304,7 @@ class Model:
         own_past: each sees what this pass made of those before it in the window, not the context's.
         """
         with self._undo_on_error():
-            self._make_room(n, window=True)
+            self._make_room(n)
             branches = self.cells.window(start, 1 if own_past else n)
             self._decode_batch(
                 self.tokens[start : start + n],
@@ -322,37 +325,23 @@ class Model:
                 self.clear()
             else:
                 self.cells.forget_branches()
-                self.rollback(before)
+                self.rollback(min(before, self.cells.n_trunk))
                 self.cells.hold()
             raise
 
-    def _make_room(self, n: int, *, window: bool = False) -> None:
-        """Cells for `n` tokens, if need be by decoding again what is behind parked cells.
+    def _make_room(self, n: int) -> None:
+        """Cells for `n` tokens, if need be by closing gaps.
 
         Raises:
             ContextFullError: there are none.
         """
-        if n <= self.cells.free:
-            return
-        if n > self.cells.free + self.cells.n_parked or window:
+        if n > self.cells.free + self.cells.n_parked:
             raise ContextFullError(
                 f"{self.n_past + n} tokens do not fit the context of {self.n_ctx}; "
                 "use a larger --ctx-size or a shorter prompt"
             )
-        self._decode_again(self.cells.first_parked)
-
-    def _decode_again(self, start: int) -> None:
-        """Decodes the text from `start` on once more, in the kernels that it was decoded in."""
-        text = list(self.tokens)
-        prefilled = [span for span in self._prefilled if span[1] > start]
-        self.rollback(start)
-        for begin, end in [*prefilled, (len(text), len(text))]:
-            while self.n_past < begin:
-                # narrow, and with rows that nobody reads: kernels that round as for single tokens
-                end_here = min(begin, self.n_past + min(self.n_batch, PREFILL_WIDTH))
-                self._append(text[self.n_past : end_here], 2, None)
-            if begin < end:
-                self._append(text[max(begin, start) : end], 0, None)
+        if n > self.cells.free:
+            self.cells.close_gaps()
 
     def _append(
         self,
@@ -372,8 +361,6 @@ class Model:
             subnetwork=subnetwork,
             exact=exact,
         )
-        if not self._invariant:
-            self._prefilled.append((start, end))
         self.tokens.extend(tokens)
         self.cells.n_trunk += len(tokens)
 
@@ -393,6 +380,8 @@ class Model:
         if invariant != self._invariant:
             self._library.set_batch_invariant(self.ctx, invariant)
             self._invariant = invariant
+        if not invariant:
+            self.cells.close_gaps()
         self._library.set_subnetwork(self.ctx, self._handle(subnetwork))
         batch, first = self._batch, len(tokens) - n_outputs
         batch.n_tokens = len(tokens)
@@ -441,26 +430,21 @@ class Model:
                 f"cannot take tokens back: {self.rollback_refusal}; use --speculation off"
             ) from error
         del self.tokens[n_past:]
-        self._prefilled = [(a, min(b, n_past)) for a, b in self._prefilled if a < n_past]
 
     def clear(self) -> None:
         """Forgets all tokens; always possible."""
         self.cells.clear()
         self.tokens.clear()
-        self._prefilled.clear()
 
     # -- for others that use the context -----------------------------------------------------------
 
-    def hand_over(self) -> bool:
-        """Makes the context llama.cpp's as it comes: the text in one sequence, the whole model.
-
-        Returns whether gaps were left between the text's cells: whoever saves the context's state
-        must load it again before the text goes on, which closes them.
-        """
+    def hand_over(self) -> None:
+        """Makes the context llama.cpp's as it comes: the text in one sequence, the whole model."""
+        with self._undo_on_error():
+            self.cells.only_trunk()
         self._library.set_subnetwork(self.ctx, None)
         self._library.set_batch_invariant(self.ctx, False)
         self._invariant = False
-        return self.cells.only_trunk()
 
     def take_back(self) -> None:
         """The context is ours again, with the same text."""
@@ -470,7 +454,6 @@ class Model:
         """The context was filled by somebody else, with these tokens or more."""
         self.cells.assume(len(tokens))
         self.tokens[:] = tokens
-        self._prefilled = [(0, len(tokens))] if tokens else []
 
     # -- sub-networks ------------------------------------------------------------------------------
 

@@ -149,15 +149,11 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
             return super().save_state()
         with self._swift.busy():
             self._align(model)
-            has_gaps = model.hand_over()
-            state = super().save_state()
-            if has_gaps:
-                requires_eval = self._requires_eval
-                self.load_state(state)
-                self._requires_eval = requires_eval
-            else:
+            model.hand_over()
+            try:
+                return super().save_state()
+            finally:
                 model.take_back()
-            return state
 
     def load_state(self, state: Any) -> None:
         """See `Llama.load_state`."""

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import soak_cells
 import soak_hostile
 import soak_lossless
 import soak_signals
@@ -43,6 +44,20 @@ def test_a_seed_repeats_a_round_to_the_token() -> None:
     for run in told:
         soak_lossless.soak(seed=1, numbers=range(5, 6), n_requests=5, control=True, tell=run.append)
     assert told[0] == told[1] != []
+
+
+def test_cells_stay_as_if_tokens_had_come_one_by_one() -> None:
+    told: list[str] = []
+    total = soak_cells.soak(seed=3, numbers=range(100), seconds=8, tell=told.append)
+    assert not told
+    assert total["parked"] > 100
+
+
+def test_gaps_left_open_are_noticed() -> None:
+    told: list[str] = []
+    total = soak_cells.soak(seed=1, numbers=range(8), control=True, tell=told.append)
+    assert total["wrong"] == len(told) > 0
+    assert any("gave other logits" in line for line in told)
 
 
 # -- hostile files ---------------------------------------------------------------------------------

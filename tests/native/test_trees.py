@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from swift_gguf.cells import Cells
 from swift_gguf.errors import ContextFullError, StoppedError
 from swift_gguf.model import Model
 from swift_gguf.subnetwork import SubNetwork
@@ -263,17 +264,56 @@ def test_batches_bound_trees_and_windows(two: Callable[..., list[Model]]) -> Non
     np.testing.assert_array_equal(model.logits(0), plain.logits(0))
 
 
-def test_a_long_prompt_is_decoded_again_as_it_was(two: Callable[..., list[Model]]) -> None:
-    """When gaps must be filled, a prompt in wide batches keeps the kernels of wide batches."""
-    model, plain = two("llama", n_ctx=256)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_long_prompt_after_gaps(family: str, two: Callable[..., list[Model]]) -> None:
+    """The kernels of wide batches sum blocks of cells: gaps are closed before."""
+    model, plain = two(family, n_ctx=256)
+    start(model, range(5, 65))
+    model.decode_tree([5, 6, 7, 8], [-1, 0, 0, 0])
+    model.keep([0, 3])  # two cells are parked
+    start(plain, [*range(5, 65), 5, 8])
+    prompt = [9 + i % 90 for i in range(100)]
+    for m in (model, plain):
+        m.decode(prompt)
+    assert model.cells.n_parked == 0
+    np.testing.assert_array_equal(model.logits(0), plain.logits(0))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_full_cache_without_its_gaps(family: str, two: Callable[..., list[Model]]) -> None:
+    model, plain = two(family, n_ctx=256)
     start(model, PROMPT)
     model.decode_tree([5, 6, 7, 8], [-1, 0, 0, 0])
     model.keep([0, 3])
     start(plain, [*PROMPT, 5, 8])
-    prompt = [9 + i % 90 for i in range(150)]
     for m in (model, plain):
-        m.decode(prompt)
-        start(m, range(5, 5 + 256 - len(PROMPT) - 2 - 150))  # to the end: two cells are parked
-        assert m.n_past == 256
-    np.testing.assert_array_equal(model.logits(0), plain.logits(0))
+        start(m, [9 + i % 90 for i in range(256 - m.n_past)])
     assert model.cells.n_parked == 0
+    np.testing.assert_array_equal(model.logits(0), plain.logits(0))
+
+
+def test_an_interrupt_while_gaps_are_closed(
+    two: Callable[..., list[Model]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text is shorter, and goes on as if it had always been."""
+    model, plain = two("gemma3")
+    start(model, PROMPT)
+    model.decode_tree([5, 6, 7, 8], [-1, 0, 0, 0])
+    model.keep([0, 3])
+    start(model, range(20, 60))
+    move = Cells._move
+
+    def interrupted(cells: Cells, begin: int, end: int) -> None:
+        if cells.n_trunk > len(PROMPT) + 20:
+            raise KeyboardInterrupt
+        move(cells, begin, end)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Cells, "_move", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.decode(range(5, 75))
+    assert len(PROMPT) + 20 < model.n_past < len(PROMPT) + 40
+    start(plain, model.tokens)
+    for m in (model, plain):
+        m.decode([99])
+    np.testing.assert_array_equal(model.logits(0), plain.logits(0))

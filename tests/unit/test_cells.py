@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from swift_gguf.cells import N_SEQUENCES, PARKED, TRUNK, Cells
+from swift_gguf.errors import DecodeError
 
 CAPACITY = 96
 
@@ -19,11 +20,16 @@ class Cache:
     """What llama_kv_cache keeps of its cells: a position and the sequences that hold it."""
 
     cells: list[tuple[int, set[int]] | None] = field(default_factory=lambda: [None] * CAPACITY)
+    saved: list[int] = field(default_factory=list)
+    loads_left: float = float("inf")
+    """After so many, loading a state fails."""
+
+    def llama_get_memory(self, ctx: Any) -> Any:
+        return ctx
 
     def llama_memory_seq_rm(self, _: Any, sequence: int, start: int, end: int) -> bool:
-        assert end == -1
         for i, cell in enumerate(self.cells):
-            if cell and cell[0] >= start:
+            if cell and start <= cell[0] and (end < 0 or cell[0] < end):
                 cell[1].discard(sequence)
                 if not cell[1]:
                     self.cells[i] = None
@@ -36,6 +42,22 @@ class Cache:
 
     def llama_memory_clear(self, _: Any, data: bool) -> None:
         self.cells = [None] * CAPACITY
+
+    def llama_state_seq_get_size(self, _: Any, sequence: int) -> int:
+        return len(self.held(sequence))
+
+    def llama_state_seq_get_data(self, _: Any, data: Any, size: int, sequence: int) -> int:
+        self.saved = self.held(sequence)
+        return size
+
+    def llama_state_seq_set_data(self, _: Any, data: Any, size: int, sequence: int) -> int:
+        assert not self.held(sequence)
+        self.loads_left -= 1
+        if self.loads_left < 0:
+            return 0
+        for pos in self.saved:
+            self.cells[self.cells.index(None)] = (pos, {sequence})
+        return size
 
     def decode(self, positions: Sequence[int], sequences: Sequence[Sequence[int]]) -> None:
         """One batch; llama.cpp's checks of positions are made here, too."""
@@ -82,6 +104,12 @@ def test_the_trunk_stays_in_order_and_every_cell_is_accounted_for(seed: int) -> 
             cells.rollback(rng.randint(1, cells.n_trunk))
         elif act < 0.3 and room > 0:
             append(cells, cache, rng.randint(1, min(room, 4)))
+        elif act < 0.33:
+            cells.close_gaps()
+            assert cells.n_parked == 0
+            assert [cell and cell[0] for cell in cache.cells[: cells.n_trunk]] == list(
+                range(cells.n_trunk)
+            )
         elif act < 0.45 and room > 4 and cells.n_trunk > 4:
             start = rng.randint(0, cells.n_trunk - 4)
             branches = cells.window(start, 4)
@@ -102,6 +130,25 @@ def test_the_trunk_stays_in_order_and_every_cell_is_accounted_for(seed: int) -> 
         assert not cells.nodes
     cells.rollback(0)
     assert cells.free == CAPACITY
+
+
+@pytest.mark.parametrize("n_moved", range(4))
+def test_closing_gaps_that_fails_leaves_a_shorter_trunk(n_moved: int) -> None:
+    cache = Cache()
+    cells = Cells(cache, None, capacity=CAPACITY, n_sequences=N_SEQUENCES, n_swa=8)
+    append(cells, cache, 6)
+    cells.place([1, 2, 3], [-1, -1, -1])
+    cache.decode([node.pos for node in cells.nodes], [node.sequences for node in cells.nodes])
+    cells.keep([2])
+    append(cells, cache, 20)  # moved in parts that end at 8, 16, 24 and 27
+    cache.loads_left = n_moved
+    with pytest.raises(DecodeError, match="move cells"):
+        cells.close_gaps()
+    assert cells.n_trunk == [6, 8, 16, 24][n_moved]
+    cells.forget_branches()
+    cells.rollback(cells.n_trunk)
+    assert cache.held(TRUNK) == list(range(cells.n_trunk))
+    assert cells.free == cache.cells.count(None) == CAPACITY - cells.n_trunk
 
 
 def test_an_uncertain_branch_is_emptied() -> None:
