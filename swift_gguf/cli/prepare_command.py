@@ -99,7 +99,8 @@ def _prepare(model: Model, out: Path, values: dict[str, Any], report: Report) ->
 
 def _plan(preparation: Preparation, out: Path) -> str:
     n_bytes, model_bytes = preparation.expected_bytes, preparation.model.n_bytes
-    return f"will write {out}, about {n_bytes / 1e6:.0f} MB ({n_bytes / model_bytes:.0%})"
+    plan = f"will write {out}, about {n_bytes / 1e6:.0f} MB ({n_bytes / model_bytes:.0%})"
+    return plan if preparation.odd_columns is None else f"{plan}; {preparation.odd_columns}"
 
 
 def _prompts(model: Model, file: Path | None) -> list[list[int]]:

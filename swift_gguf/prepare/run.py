@@ -118,6 +118,8 @@ class Preparation:
         self.ffns = ffns_of(self.weights, model.n_layer)
         if not self.ffns:
             raise UnsupportedModelError("nothing to prepare: this model has no dense FFN")
+        if self.options.rank:
+            self._check_rank(self.options.rank)
         self.errors: dict[float, float] = {}
         """Relative error of the narrow FFNs on held-back text, by strength of the ridge."""
         self.strength = 0.0
@@ -126,6 +128,14 @@ class Preparation:
     def error(self) -> float | None:
         """Of what narrow FFNs put out on held-back text, relative; None: nothing was fitted."""
         return self.errors.get(self.strength)
+
+    def _check_rank(self, rank: int) -> None:
+        if not any(ffn.has_gate for ffn in self.ffns):
+            raise UnsupportedModelError(
+                "this model's FFNs have no gate, so no linear path can be written; leave --rank out"
+            )
+        if rank > (most := max(ffn.n_embd for ffn in self.ffns)):
+            raise SwiftError(f"a rank of {rank}, more than the model's width; give at most {most}")
 
     # -- what will be written ----------------------------------------------------------------------
 
@@ -152,6 +162,17 @@ class Preparation:
             if row_length % GGML_QUANT_SIZES[kind][0] == 0:
                 return kind
         return GGMLQuantizationType.F32
+
+    @property
+    def odd_columns(self) -> str | None:
+        """Which other type down columns get, and why, where they are too short for the others'."""
+        for ffn in self.ffns:
+            name, k = ffn.name("down"), self.n_narrow(ffn) + self.rank(ffn)
+            whole, kind = self.kind_of(name, BLOCK), self.kind_of(name, k)
+            if kind != whole:
+                block = GGML_QUANT_SIZES[whole][0]
+                return f"down columns in {kind.name}: {k} neurons and ranks, no multiple of {block}"
+        return None
 
     @property
     def expected_bytes(self) -> int:

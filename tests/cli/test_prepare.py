@@ -94,11 +94,20 @@ def test_what_cannot_be_prepared_is_one_line(
     done = cli("prepare", model, *QUICK, "--type", "Q9_9", "-ngl", 0)
     assert done.returncode == 1
     assert "there is no type 'Q9_9'" in done.stderr
+    wide = cli("prepare", model, *QUICK, "--rank", 4096, "-ngl", 0)
+    assert_one_line_failure(wide)
+    assert "give at most 64" in wide.stderr
     missing = cli("prepare", model, *QUICK, "--calibration", tmp_path / "none.txt", "-ngl", 0)
     assert_one_line_failure(missing)
     if os.getuid() != 0:
         done = cli("prepare", model, *QUICK, "-o", "/proc/x.swift.gguf", "-ngl", 0)
         assert done.returncode == 1
+
+
+def test_columns_that_need_another_type_are_said(cli: Cli, model: Path) -> None:
+    done = cli("prepare", model, *QUICK, "--width", 0.5, "--rank", 32, "--type", "Q4_K", "-ngl", 0)
+    assert done.returncode == 0, done.stderr
+    assert "down columns in Q4_0" in done.stderr.splitlines()[0]
 
 
 def test_prompts_of_ones_own(cli: Cli, model: Path, tmp_path: Path) -> None:
