@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -66,15 +66,25 @@ def pick(rows: Sequence[Row], n: int, *, seed: int) -> list[Row]:
     return [row for tier in tiers for row in tier if row is not None][:n]
 
 
-def prompts(model: Model, suite: Path, n: int, *, longest: int, seed: int) -> list[Prompt]:
+def prompts(
+    model: Model,
+    suite: Path,
+    n: int,
+    *,
+    longest: int,
+    seed: int,
+    categories: Collection[str] | None = None,
+) -> list[Prompt]:
     """n prompts of a suite in Spec-Bench's form, in the model's chat template if it has one.
 
     longest: prompts of more tokens are left out.
+    categories: None: all.
 
     Raises:
         SuiteError: the file is no suite, or too few of its prompts are that short.
     """
-    tokens = {row: _encode(model, row.turns[0]) for row in read_suite(suite)}
+    rows = [row for row in read_suite(suite) if not categories or row.category in categories]
+    tokens = {row: _encode(model, row.turns[0]) for row in rows}
     fitting = [row for row, ids in tokens.items() if 0 < len(ids) <= longest]
     if len(fitting) < n:
         raise SuiteError(

@@ -13,6 +13,7 @@ from swift_gguf.subnetwork import SubNetwork
 
 if TYPE_CHECKING:
     from swift_gguf.bench.drafting import Report as DraftingReport
+    from swift_gguf.bench.front import Report as FrontReport
     from swift_gguf.cost import Costs
 
 DPI = 150
@@ -40,6 +41,20 @@ def _panels(n: int) -> tuple[Any, list[Any]]:
     for panel in axes:
         panel.grid(alpha=0.3)
     return figure, list(axes)
+
+
+def plot_front(report: FrontReport, path: Path) -> None:
+    """Agreement by the cost of a pass, skipping and narrowing apart."""
+    figure, (panel,) = _panels(1)
+    for label, uses_sidecar in (("sub-layers left out", False), ("narrow, draft head", True)):
+        points = [p for p in report.points.values() if p.uses_sidecar == uses_sidecar]
+        costs, agreements = [p.cost for p in points], [p.agreement for p in points]
+        panel.plot(costs, agreements, "D" if uses_sidecar else "s", label=label)
+    for name, point in report.points.items():
+        panel.annotate(name, (point.cost, point.agreement), fontsize="xx-small")
+    panel.set(xlabel="draft pass / full pass, time", ylabel="agreement", xlim=(0, 1), ylim=(0, 1))
+    panel.legend(fontsize="small")
+    figure.savefig(path)
 
 
 def plot_search(report: SearchReport, path: Path) -> None:

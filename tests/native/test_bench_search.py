@@ -7,11 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import bench_drafting
+import bench_front
 import bench_search
 import pytest
 
 from swift_gguf.bench import corpus
-from swift_gguf.model import Model
+from swift_gguf.model import Model, ModelOptions
+from swift_gguf.prepare.run import Preparation, PrepareOptions
+from swift_gguf.sidecar import path_beside
 from swift_gguf.subnetwork import SubNetwork
 
 N_LAYER = 6
@@ -135,3 +138,39 @@ def test_windows_cover_the_answer(
     for window in cut:
         assert window.score(whole).agrees.all(), "the target agrees with itself"
     assert not all(window.score(SKIP).agrees.all() for window in cut)
+
+
+def test_front(
+    run: Callable[..., tuple[int, dict]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plot = tmp_path / "front.png"
+    status, found = run(
+        bench_front, "--prompts", "2", "--tokens", "20", "--rounds", "2", "--plot", str(plot)
+    )
+    assert status == 0
+    assert found["positions"] > 20
+    assert len(found["points"]) >= 5
+    assert not any(point["uses_sidecar"] for point in found["points"].values())
+    assert all(point["cost"] > 0 for point in found["points"].values())
+    assert plot.stat().st_size > 1000
+    assert "FFNs left out" in capsys.readouterr().out
+
+
+def test_front_of_a_model_with_a_sidecar(
+    run: Callable[..., tuple[int, dict]], tiny: Callable[..., Path]
+) -> None:
+    path = tiny("llama", n_layer=N_LAYER, quant="Q8_0")
+    sidecar = path_beside(path)
+    options = PrepareOptions(width=1.0, n_head=0, n_tokens=60, answer_tokens=12, kind="Q8_0")
+    with Model(path, ModelOptions(n_ctx=256, n_threads=1, n_gpu_layers=0)) as model:
+        preparation = Preparation(model, [list(range(5, 25))], options)
+        preparation.write(sidecar, list(preparation.answers()))
+    try:
+        status, found = run(
+            bench_front, "--prompts", "2", "--tokens", "20", "--rounds", "1", "--category", "code"
+        )
+    finally:
+        sidecar.unlink()
+    assert status == 0
+    assert found["points"]["narrow"]["agreement"] > 0.9  # of full width, but the text was prefilled
+    assert found["points"]["every second sub-layer left out (SWIFT's start)"]["agreement"] < 1.0
