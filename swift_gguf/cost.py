@@ -182,11 +182,13 @@ class CostsHere:
     """The costs at the length that a model's context has just now, and as passes take at present.
 
     Cheap to ask.  Live timings correct what was measured once: a speed that all passes share (the
-    machine is busy, or hot), and what a width takes beside that.
+    machine is busy, or hot), what further tokens take beside that (memory that became faster helps
+    a single token most), and what a width takes beside both.
     """
 
     STEP = 256  # tokens; llama.cpp pads what attention reads to as many
     MAX_WIDTH = 65
+    KEPT = 255 / 256  # of what several took longer, for each that ran alone: who never looks errs
     NOISE = 0.3  # what a pass may take more or less for no reason; a logarithm
 
     def __init__(self, model: Model, costs: Costs) -> None:
@@ -196,7 +198,7 @@ class CostsHere:
     def update(self, costs: Costs) -> None:
         """Counts in newly measured costs from now on."""
         self._costs = costs
-        self._speed = 0.0  # logarithms of how much longer passes take
+        self._speed = self._together = 0.0  # logarithms of how much longer passes take
         self._beside: dict[int, float] = {}
         self._set(costs)
 
@@ -207,7 +209,11 @@ class CostsHere:
 
     def _correct(self) -> None:
         self._factor = math.exp(self._speed)
-        self._table = [ms * self._factor for ms in self._measured]
+        several = math.exp(self._together)
+        self._table = [
+            ms * self._factor * (several if width > 1 else 1.0)
+            for width, ms in enumerate(self._measured)
+        ]
         for width, log in self._beside.items():
             self._table[width] *= math.exp(log)
 
@@ -225,7 +231,7 @@ class CostsHere:
         """See `Costs.verify_ms`."""
         self._now()
         if width > self.MAX_WIDTH:
-            return self._at.verify_ms(width) * self._factor
+            return self._at.verify_ms(width) * self._factor * math.exp(self._together)
         return self._table[width]
 
     def observe(self, width: int, ms: float) -> None:
@@ -233,20 +239,22 @@ class CostsHere:
         self._now()
         if not 1 <= width <= self.MAX_WIDTH or ms <= 0.0:
             return
-        beside = self._beside.get(width, 0.0)
-        surprise = math.log(ms / self._measured[width]) - self._speed - beside
+        surprise = math.log(ms / self._table[width])
         surprise = max(-self.NOISE, min(self.NOISE, surprise))  # a hiccup counts little
         if width == 1:  # what the others are compared with: it tells of the machine alone
             self._speed += surprise / 16
+            self._together *= self.KEPT
         else:
-            self._beside[width] = beside + surprise / 16
-            self._speed += surprise / 32
+            # most of it to all widths: else drafts that do not pay go on at the next, unseen one
+            self._together += surprise / 24
+            self._beside[width] = self._beside.get(width, 0.0) + surprise / 32
+            self._speed += surprise / 64
         self._correct()
 
     def refreshed(self) -> Costs:
         """The measured costs, with the widths corrected that take otherwise by now."""
         pass_ms = tuple(
-            (width, ms * math.exp(self._beside.get(width, 0.0)))
+            (width, ms * math.exp(self._beside.get(width, 0.0) + self._together * (width > 1)))
             for width, ms in self._costs.pass_ms
         )
         return replace(self._costs, pass_ms=pass_ms)

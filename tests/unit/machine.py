@@ -141,7 +141,10 @@ class FakeTarget:
 
 @dataclass
 class Machine:
-    """Plays cycles; the clock runs by the true costs, what is observed is noisy."""
+    """Plays cycles; the clock runs by the true costs, what is observed is noisy.
+
+    measured: what the costs were when they were measured; None: as they are.
+    """
 
     curve: Callable[[int], float]
     lookups: Sequence[Guesses] = ()
@@ -151,6 +154,7 @@ class Machine:
     noise: float = 0.1
     hiccups: float = 0.01
     options: dict[str, Any] = field(default_factory=dict)
+    measured: Callable[[int], float] | None = None
 
     def __post_init__(self) -> None:
         self.model = FakeTarget(self.passes)
@@ -159,7 +163,7 @@ class Machine:
         self._rng = np.random.default_rng(self.seed)
         layer = (0.0,)
         costs = Costs(
-            pass_ms=tuple((width, self.curve(width)) for width in WIDTHS),
+            pass_ms=tuple((width, (self.measured or self.curve)(width)) for width in WIDTHS),
             attention_ms=layer,
             ffn_ms=layer,
             kv_ms=layer,

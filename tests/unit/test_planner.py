@@ -53,11 +53,13 @@ def test_passes_that_are_never_right_lose_next_to_nothing(curve: str, share_ms: 
 
 @pytest.mark.parametrize("curve", ["flat", "steps", "Q4_K_M"])
 def test_passes_that_pay_are_used(curve: str) -> None:
-    cost = CURVES[curve]
-    guesses = Guesses((0.8, 0.1, 0.05), name="layer-skip")
-    machine = Machine(cost, passes=guesses, pass_ms=0.15 * cost(1)).run(N_TOKENS)
-    assert machine.rate >= 0.98 * plain_rate(machine)
-    assert machine.rate >= 0.9 * best_fixed(machine, N_TOKENS)
+    cost, shares = CURVES[curve], []
+    for seed in range(4):  # whose first drafts are wrong waits before it tries again
+        guesses = Guesses((0.8, 0.1, 0.05), name="layer-skip", seed=seed)
+        machine = Machine(cost, passes=guesses, pass_ms=0.15 * cost(1)).run(N_TOKENS)
+        assert machine.rate >= 0.98 * plain_rate(machine)
+        shares.append(machine.rate / best_fixed(machine, N_TOKENS))
+    assert sum(shares) / len(shares) >= 0.9
 
 
 @pytest.mark.parametrize("share", [0.55, 0.65, 0.75])
@@ -198,6 +200,25 @@ def test_passes_that_led_to_no_draft_are_losses() -> None:
     assert len(machine.cycle().tree) == 0
     assert machine.model.n_drafted == 1
     assert machine.planner.guard.credit == pytest.approx(before - 0.2, abs=0.05)
+
+
+@pytest.mark.parametrize("dearer", [1.3, 1.5])
+def test_costs_measured_when_memory_was_slower(dearer: float) -> None:
+    """A token takes as long as then, further ones longer: what one width tells holds for all."""
+    measured = CURVES["second row free"]
+
+    def curve(width: int) -> float:
+        return measured(width) * (dearer if width > 1 else 1.0)
+
+    shares = []
+    for seed in range(6):
+        guesses = Guesses((0.45, 0.15, 0.1), name="recycling", confidence=0.6, seed=seed)
+        machine = Machine(curve, [guesses], measured=measured, seed=seed)
+        for _ in range(6):
+            machine.planner.begin()
+            machine.run(96)
+        shares.append(machine.rate / max(plain_rate(machine), best_fixed(machine, 576)))
+    assert sum(shares) / len(shares) > 0.975  # .938 at 1.5, where widths were corrected alone
 
 
 def narrow_drafts(seed: int, shares: tuple[float, ...] = (0.64,)) -> Machine:
