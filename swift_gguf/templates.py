@@ -87,6 +87,7 @@ class ChatTemplate:
         try:
             process = subprocess.Popen(
                 isolated.command("swift_gguf.template_worker"),
+                env=isolated.environment(),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
