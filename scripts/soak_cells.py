@@ -2,9 +2,9 @@
 """Trees, rollbacks, windows and states leave the cache's cells as if tokens had come one by one.
 
 Two contexts of one generated model say the same text: one through trees, windows that are scored
-(some broken off) and prompts behind parked cells, the other plainly.  After every step both must
-hold the same tokens, and give the same logits to the bit.  `--seed S --first N --rounds 1` repeats
-a round.
+(some broken off) and prompts behind parked cells, with a Ctrl-C at any line now and then, the other
+plainly.  After every step both must hold the same tokens, and give the same logits to the bit.
+`--seed S --first N --rounds 1` repeats a round.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import FrameType
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -26,9 +28,12 @@ import numpy as np
 # tests/ is not installed with the package
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from swift_gguf import cells as cells_module
+from swift_gguf import model as model_module
 from swift_gguf.cells import Cells
 from swift_gguf.errors import StoppedError, SwiftError
 from swift_gguf.model import Model, ModelOptions
+from swift_gguf.tokens import common_prefix
 from tests.fixtures.tiny_gguf import write_tiny
 
 FAMILIES = ("llama", "qwen3", "gemma3")
@@ -71,6 +76,7 @@ class Round:
             "a window": (15, self._window),
             "a prompt": (12, self._prompt),
             "a state": (3, self._states),
+            "a Ctrl-C": (15, self._interrupted),
         }
         weights = [weight for weight, _ in acts.values()]
         (what,) = self._rng.choices(list(acts), weights)
@@ -150,6 +156,45 @@ class Round:
             plain.decode([tokens[node]])
         return row, plain.logits(0)
 
+    def _interrupted(self) -> Compared:
+        """A Ctrl-C at some line of what is done to the one; the other gets what is left."""
+        rng, model = self._rng, self.model
+        keep, n = (
+            rng.randint(1, model.n_past),
+            max(1, min(8, model.room, model.n_ctx - model.n_past - 1)),
+        )
+        parents, tokens = self._parents(n), self._tokens(n)
+
+        def tree() -> None:
+            model.decode_tree(tokens, parents)
+            model.keep(_path(parents, n - 1))
+
+        def handed_over() -> None:
+            model.hand_over()
+            model.take_back()
+
+        acts = (
+            tree,
+            handed_over,
+            model.clear,
+            lambda: model.rollback(keep),
+            lambda: model.decode(tokens),
+            lambda: model.redecode(keep - 1, 1),
+            model.cells.close_gaps,
+        )
+        if interrupted_at(rng.randint(1, 120), rng.choice(acts)):
+            self.counts["interrupted"] += 1
+        if rng.random() < 0.5:
+            model.rollback(model.n_past)  # as the engine does
+        (token,) = self._tokens(1)
+        model.decode([token])
+        left = model.tokens[:-1]
+        same = common_prefix(self.plain.tokens, left)
+        self.plain.rollback(same) if same else self.plain.clear()
+        for each in [*left[same:], token]:
+            self.plain.decode([each])
+        return model.logits(0), self.plain.logits(0)
+
     def _parents(self, n: int) -> list[int]:
         rng = self._rng
         if rng.random() < 0.5:
@@ -158,6 +203,29 @@ class Round:
         while len(parents) < n:
             parents.append(rng.choice((0, len(parents) - 1, max(len(parents) - 2, 0))))
         return parents
+
+
+def interrupted_at(n: int, act: Callable[[], None]) -> bool:
+    """Does it; is there an n-th line of our own that runs meanwhile, for a Ctrl-C to come at?"""
+    left = n
+    files = {cells_module.__file__, model_module.__file__}
+
+    def line(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        left -= event == "line"
+        if left == 0 and event == "line":
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return line
+
+    sys.settrace(lambda frame, *_: line if frame.f_code.co_filename in files else None)
+    try:
+        act()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
 
 
 def _path(parents: Sequence[int], node: int) -> list[int]:
@@ -219,7 +287,8 @@ def main() -> int:
     print(
         f"{total['rounds']} rounds from {options.first} on, seed {options.seed}, "
         f"{time.monotonic() - start:.0f} s: {total['steps']} steps, {total['parked']} of them with "
-        f"parked cells, {total['stopped']} broken off, {total['wrong']} wrong"
+        f"parked cells, {total['stopped']} broken off, {total['interrupted']} interrupted, "
+        f"{total['wrong']} wrong"
     )
     return int(total["wrong"] > 0)
 

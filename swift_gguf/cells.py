@@ -13,12 +13,16 @@ that sum blocks of cells (tiled and split attention) need the trunk without gaps
 llama.cpp also fills cells that a sliding window has passed, if a single sequence holds them and its
 search for free ones comes by.  It goes on from the latest cell, so it comes by parked cells after a
 rollback to between them, and by the trunk after a state was loaded.  Both then have two holders.
+
+A Ctrl-C may come between what llama.cpp is told and what is noted here.  Whatever changes both
+says beforehand how much of the trunk is certain meanwhile; that is what `mend` keeps afterwards.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +66,8 @@ class Cells:
         self.capacity = capacity
         self.n_sequences = n_sequences
         self.n_trunk = 0
+        self.certain: int | None = None
+        """So much of the trunk is, after what changed it was interrupted, until `mend`."""
         self.nodes: list[Node] = []
         self._parked: list[tuple[int, list[int]]] = []  # trunk length before, positions of cells
         self._shared = [0] * n_sequences  # how much of the trunk each branch holds
@@ -76,6 +82,33 @@ class Cells:
     def n_parked(self) -> int:
         return sum(len(positions) for _, positions in self._parked)
 
+    # -- interrupts --------------------------------------------------------------------------------
+
+    @contextmanager
+    def _changing(self, certain: int) -> Iterator[None]:
+        """Left by an error, `certain` stays said."""
+        before = self.certain
+        self.certain = certain if before is None else min(certain, before)
+        yield
+        self.certain = before
+
+    def mend(self) -> None:
+        """Keeps what of the trunk is certain after an interrupt, without gaps, and nothing else."""
+        if self.certain is None:
+            return
+        certain = self.certain = min([self.certain, *(base for base, _ in self._parked)])
+        self._free_parked(0)
+        if certain == 0 or not self._remove(TRUNK, certain):
+            self.clear()
+        else:
+            self.n_trunk = certain
+            self._parked.clear()
+            self._branches.clear()
+            self.nodes.clear()
+            self.forget_branches()
+            self.hold()
+        self.certain = None
+
     # -- the tree ----------------------------------------------------------------------------------
 
     def place(self, tokens: Sequence[int], parents: Sequence[int]) -> list[Node]:
@@ -85,13 +118,14 @@ class Cells:
             end.
         """
         first = len(self.nodes)
-        for token, parent in zip(tokens, parents, strict=True):
-            has_child = any(node.parent == parent for node in self.nodes)
-            pos = self.nodes[parent].pos + 1 if parent >= 0 else self.n_trunk
-            own = self.nodes[parent].sequences[0] if parent >= 0 else TRUNK
-            self.nodes.append(Node(token, parent, pos, [own]))
-            if has_child:
-                self.nodes[-1].sequences[0] = self._branch(parent, first)
+        with self._changing(self.n_trunk):
+            for token, parent in zip(tokens, parents, strict=True):
+                has_child = any(node.parent == parent for node in self.nodes)
+                pos = self.nodes[parent].pos + 1 if parent >= 0 else self.n_trunk
+                own = self.nodes[parent].sequences[0] if parent >= 0 else TRUNK
+                self.nodes.append(Node(token, parent, pos, [own]))
+                if has_child:
+                    self.nodes[-1].sequences[0] = self._branch(parent, first)
         return self.nodes[first:]
 
     def _branch(self, parent: int, first: int) -> int:
@@ -120,27 +154,30 @@ class Cells:
         Returns their tokens.
         """
         base = self.n_trunk
-        if path:
-            last = path[-1]
-            gaps = sorted(set(range(last)) - set(path))
-            if gaps:  # noted first: an interrupt may come at any time
-                self._parked.append((base, [self.nodes[i].pos for i in gaps]))
-            for i in gaps:
-                node = self.nodes[i]
-                for sequence in PARKED:
-                    self._copy(node.sequences[0], sequence, node.pos, node.pos + 1)
-            own, end = self.nodes[last].sequences[0], self.nodes[last].pos + 1
-            if own == TRUNK and len(path) < len(self.nodes):
-                self._remove(TRUNK, end)
-            elif own != TRUNK:
+        with self._changing(base):
+            if path:
+                self._keep(path, base)
+            else:
                 self._remove(TRUNK, base)
-                self._copy(own, TRUNK, base, end)
-        else:
-            self._remove(TRUNK, base)
-        tokens = [self.nodes[i].token for i in path]
-        self._drop_branches(base)
-        self.n_trunk = base + len(path)
+            tokens = [self.nodes[i].token for i in path]
+            self._drop_branches(base)
+            self.n_trunk = base + len(path)
         return tokens
+
+    def _keep(self, path: Sequence[int], base: int) -> None:
+        last = path[-1]
+        if gaps := sorted(set(range(last)) - set(path)):
+            self._parked.append((base, [self.nodes[i].pos for i in gaps]))
+        for i in gaps:
+            node = self.nodes[i]
+            for sequence in PARKED:
+                self._copy(node.sequences[0], sequence, node.pos, node.pos + 1)
+        own, end = self.nodes[last].sequences[0], self.nodes[last].pos + 1
+        if own == TRUNK and len(path) < len(self.nodes):
+            self._remove(TRUNK, end)
+        elif own != TRUNK:
+            self._remove(TRUNK, base)
+            self._copy(own, TRUNK, base, end)
 
     def _drop_branches(self, base: int) -> None:
         for branch in self._branches:
@@ -156,16 +193,18 @@ class Cells:
         branches = list(range(FIRST_BRANCH, FIRST_BRANCH + n))
         if branches[-1] >= self.n_sequences or self.nodes:
             raise ValueError(f"no window of {n} positions")
-        for i, branch in enumerate(branches):
-            self._share(branch, start + i)
-            self._branches.add(branch)
+        with self._changing(self.n_trunk):
+            for i, branch in enumerate(branches):
+                self._share(branch, start + i)
+                self._branches.add(branch)
         return branches
 
     def close_window(self) -> None:
         """Forgets what was decoded in the window's sequences."""
-        for branch in self._branches:
-            self._remove(branch, self._shared[branch])
-        self._branches.clear()
+        with self._changing(self.n_trunk):
+            for branch in self._branches:
+                self._remove(branch, self._shared[branch])
+            self._branches.clear()
 
     # -- the trunk ---------------------------------------------------------------------------------
 
@@ -175,17 +214,23 @@ class Cells:
         Raises:
             UnsupportedModelError: the cache cannot; it is as before.
         """
-        # Always told to llama.cpp: an interrupted decode may have left it more than we know.
-        if not self._remove(TRUNK, n_past):
+        with self._changing(min(self.n_trunk, n_past)):
+            # Always told to llama.cpp: an interrupted decode may have left it more than we know.
+            is_done = self._remove(TRUNK, n_past)
+            if is_done:
+                self._roll_branches_back(n_past)
+                self.n_trunk = min(self.n_trunk, n_past)
+                self._unpark(n_past)
+        if not is_done:
             raise UnsupportedModelError("the cache cannot take tokens back")
+
+    def _roll_branches_back(self, n_past: int) -> None:
         for branch in range(HELD, self.n_sequences):
             if branch in self._branches or self._shared[branch] > n_past:
                 self._remove(branch, min(self._shared[branch], n_past))
                 self._shared[branch] = min(self._shared[branch], n_past)
         self._branches.clear()
         self.nodes.clear()
-        self.n_trunk = min(self.n_trunk, n_past)
-        self._unpark(n_past)
 
     def _unpark(self, n_past: int) -> None:
         """Frees parked cells that no trunk cell comes after any more."""
@@ -209,9 +254,10 @@ class Cells:
     def forget_branches(self) -> None:
         """Empties all branches; after an error it is not certain what they hold.  Nothing is held
         either, until `hold`."""
-        for branch in range(HELD, self.n_sequences):
-            self._remove(branch, 0)
-            self._shared[branch] = 0
+        with self._changing(self.n_trunk):
+            for branch in range(HELD, self.n_sequences):
+                self._remove(branch, 0)
+                self._shared[branch] = 0
 
     def close_gaps(self) -> None:
         """Moves the trunk's cells to before which cells are parked, so that none need be.
@@ -224,17 +270,17 @@ class Cells:
         if not self._parked:
             return
         start, end = min(base for base, _ in self._parked), self.n_trunk
-        for branch in range(HELD, self.n_sequences):
-            self._share(branch, min(self._shared[branch], start))
-        self.hold(start)
-        self.n_trunk = start
-        self._parked.clear()
-        self._free_parked(0)
-        while start < end:
-            stop = min(start - start % self._moved + self._moved, end)
-            self._move(start, stop)
-            self.n_trunk = start = stop
-        self.hold()
+        with self._changing(start):
+            for branch in range(HELD, self.n_sequences):
+                self._share(branch, min(self._shared[branch], start))
+            self.hold(start)
+            self._free_parked(0)
+            self._parked.clear()
+            while start < end:
+                stop = min(start - start % self._moved + self._moved, end)
+                self._move(start, stop)
+                self.certain = start = stop
+            self.hold()
 
     def _move(self, start: int, end: int) -> None:
         """The trunk's cells of positions start, ..., end - 1 into the first that are free."""
@@ -254,21 +300,23 @@ class Cells:
 
     def only_trunk(self) -> None:
         """Nothing but the trunk is held any more, and it has no gaps."""
-        self._branches.clear()
-        self.nodes.clear()
-        self.close_gaps()
-        self.forget_branches()
+        with self._changing(self.n_trunk):
+            self._branches.clear()
+            self.nodes.clear()
+            self.close_gaps()
+            self.forget_branches()
 
     def assume(self, n_trunk: int) -> None:
         """The cache was filled by somebody else: the trunk ends at `n_trunk`."""
-        self.n_trunk = n_trunk
-        self._branches.clear()
-        self.nodes.clear()
-        self._parked.clear()
-        self.forget_branches()
-        self._free_parked(0)
-        self._remove(TRUNK, n_trunk)
-        self.hold()
+        with self._changing(0):
+            self.n_trunk = n_trunk
+            self._branches.clear()
+            self.nodes.clear()
+            self.forget_branches()
+            self._free_parked(0)
+            self._parked.clear()
+            self._remove(TRUNK, n_trunk)
+            self.hold()
 
     def hold(self, n: int | None = None) -> None:
         """Keeps the trunk's (first n) cells from being filled anew, after a state was loaded or
@@ -278,16 +326,18 @@ class Cells:
         passed, although they may be rolled back to; but none that two sequences hold.
         """
         if self.n_sequences > HELD:
-            self._share(HELD, self.n_trunk if n is None else n)
+            with self._changing(self.n_trunk if n is None else n):
+                self._share(HELD, self.n_trunk if n is None else n)
 
     def clear(self) -> None:
         """Nothing is held any more; always possible."""
-        self._api.llama_memory_clear(self._memory, False)
-        self.n_trunk = 0
-        self.nodes.clear()
-        self._branches.clear()
-        self._parked.clear()
-        self._shared = [0] * self.n_sequences
+        with self._changing(0):
+            self._api.llama_memory_clear(self._memory, False)
+            self.n_trunk = 0
+            self.nodes.clear()
+            self._branches.clear()
+            self._parked.clear()
+            self._shared = [0] * self.n_sequences
 
     # -- llama.cpp ---------------------------------------------------------------------------------
 

@@ -107,7 +107,7 @@ class Model:
             api,
             ctx,
             capacity=self.n_ctx,
-            n_sequences=n_branches,
+            n_sequences=1 if self.rollback_refusal else n_branches,
             n_swa=api.llama_model_n_swa(model),
         )
         self.stop = StopFlag()
@@ -249,13 +249,14 @@ class Model:
             StoppedError: the stop flag is up.
 
         Whatever is raised, an interrupt included, the context is as before (or empty, if the model
-        cannot take tokens back; or shorter, if gaps that trees had left were just being closed).
+        cannot take tokens back; or shorter, where an interrupt hit the cache's bookkeeping).
         """
         if not 0 <= n_outputs <= min(len(tokens), self.n_batch):
             raise ValueError(
                 f"{n_outputs} outputs of {len(tokens)} tokens in batches of {self.n_batch}"
             )
         with self._undo_on_error():
+            self._drop_tree()
             self._make_room(len(tokens))
             # outputs must all be in the last batch: earlier rows are overwritten
             body = len(tokens) - n_outputs
@@ -304,6 +305,7 @@ class Model:
         own_past: each sees what this pass made of those before it in the window, not the context's.
         """
         with self._undo_on_error():
+            self._drop_tree()
             self._make_room(n)
             branches = self.cells.window(start, 1 if own_past else n)
             self._decode_batch(
@@ -313,21 +315,35 @@ class Model:
                 n_outputs=n,
                 subnetwork=subnetwork,
             )
-        self.cells.close_window()
+            self.cells.close_window()
+
+    def _drop_tree(self) -> None:
+        """One that an interrupt left before anything of it was kept."""
+        if self.cells.nodes:
+            self.cells.rollback(self.n_past)
 
     @contextmanager
     def _undo_on_error(self) -> Iterator[None]:
+        self._mend()
         before = self.n_past
         try:
             yield
         except BaseException:
             if self.rollback_refusal:
                 self.clear()
+            elif self.cells.certain is not None:
+                self._mend()
             else:
                 self.cells.forget_branches()
-                self.rollback(min(before, self.cells.n_trunk))
+                self.rollback(before)
                 self.cells.hold()
             raise
+
+    def _mend(self) -> None:
+        """What an interrupt left half done becomes a shorter text; called before anything else is
+        done, for an interrupt may come while one is mended."""
+        self.cells.mend()
+        del self.tokens[self.cells.n_trunk :]
 
     def _make_room(self, n: int) -> None:
         """Cells for `n` tokens, if need be by closing gaps.
@@ -423,24 +439,29 @@ class Model:
         Raises:
             UnsupportedModelError: the model cannot (recurrent state); it is as before.
         """
+        self._mend()
         try:
             self.cells.rollback(n_past)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(
                 f"cannot take tokens back: {self.rollback_refusal}; use --speculation off"
             ) from error
-        del self.tokens[n_past:]
+        finally:
+            self._mend()
 
     def clear(self) -> None:
         """Forgets all tokens; always possible."""
-        self.cells.clear()
-        self.tokens.clear()
+        try:
+            self.cells.clear()
+        finally:
+            self._mend()
 
     # -- for others that use the context -----------------------------------------------------------
 
     def hand_over(self) -> None:
         """Makes the context llama.cpp's as it comes: the text in one sequence, the whole model."""
         with self._undo_on_error():
+            self._drop_tree()
             self.cells.only_trunk()
         self._library.set_subnetwork(self.ctx, None)
         self._library.set_batch_invariant(self.ctx, False)
@@ -448,6 +469,7 @@ class Model:
 
     def take_back(self) -> None:
         """The context is ours again, with the same text."""
+        self._mend()
         self.cells.hold()
 
     def assume(self, tokens: Sequence[int]) -> None:

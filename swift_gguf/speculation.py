@@ -66,6 +66,9 @@ IDLE_HEAD_MS = 40.0
 
 SAVE_EVERY_S = 60.0
 
+MOST_DRAFTED = 64
+"""The kernels that round alike at every width (native/cpu) take a few columns more at most."""
+
 _log = logging.getLogger("swift_gguf")
 
 
@@ -74,7 +77,7 @@ class SpeculationOptions:
     """What the user asked for.
 
     Raises:
-        SwiftError: a source that does not exist, or one that lacks what it needs.
+        SwiftError: a source that does not exist, or one that lacks what it needs; too long drafts.
     """
 
     mode: str = "auto"
@@ -89,7 +92,7 @@ class SpeculationOptions:
     """``auto``; ``paper``: SWIFT's, to compare with; ``off``."""
     paper: PaperOptions = field(default_factory=PaperOptions)
     draft_max: int | None = None
-    """None: the planner's to say."""
+    """At most `MOST_DRAFTED`; None: the planner's to say."""
     p_min: float | None = None
     """Stop drafting below this probability; None: where a token costs more than it promises."""
     tree: str | None = None
@@ -108,6 +111,8 @@ class SpeculationOptions:
                 f"there is no source of drafts {sorted(unknown)[0]!r}; use auto, off, or "
                 f"{', '.join(SOURCES)}, joined by commas"
             )
+        if self.draft_max is not None and not 1 <= self.draft_max <= MOST_DRAFTED:
+            raise SwiftError(f"drafts of {self.draft_max} tokens; give 1 to {MOST_DRAFTED}")
         if draft_model.NAME in self.sources and self.draft_model is None:
             raise SwiftError("--speculation draft-model needs --draft-model PATH")
 

@@ -164,11 +164,11 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
         with self._swift.busy():
             try:
                 super().load_state(state if self._keeps_all else without_scores(state))
+                model.assume(self.input_ids[: self.n_tokens].tolist())
             except BaseException:
                 model.clear()
                 self.reset()
                 raise
-            model.assume(self.input_ids[: self.n_tokens].tolist())
 
     @wraps(Llama.embed)
     def embed(self, *args: Any, **kwargs: Any) -> Any:

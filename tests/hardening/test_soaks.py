@@ -12,6 +12,8 @@ import soak_hostile
 import soak_lossless
 import soak_signals
 
+from swift_gguf.model import Model
+
 SCRIPTS = Path(soak_lossless.__file__).parent
 
 
@@ -48,9 +50,10 @@ def test_a_seed_repeats_a_round_to_the_token() -> None:
 
 def test_cells_stay_as_if_tokens_had_come_one_by_one() -> None:
     told: list[str] = []
-    total = soak_cells.soak(seed=3, numbers=range(100), seconds=8, tell=told.append)
+    total = soak_cells.soak(seed=3, numbers=range(100), seconds=10, tell=told.append)
     assert not told
     assert total["parked"] > 100
+    assert total["interrupted"] > 20
 
 
 def test_gaps_left_open_are_noticed() -> None:
@@ -58,6 +61,11 @@ def test_gaps_left_open_are_noticed() -> None:
     total = soak_cells.soak(seed=1, numbers=range(8), control=True, tell=told.append)
     assert total["wrong"] == len(told) > 0
     assert any("gave other logits" in line for line in told)
+
+
+def test_what_an_interrupt_leaves_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Model, "_mend", lambda model: None)
+    assert soak_cells.soak(seed=6, numbers=range(8), tell=lambda line: None)["wrong"] > 0
 
 
 # -- hostile files ---------------------------------------------------------------------------------

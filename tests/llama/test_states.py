@@ -176,6 +176,41 @@ def test_a_state_after_trees_that_left_gaps(both: Llamas) -> None:
     check_same(both, lambda llama: llama.create_completion(text_of(llama), seed=2)["choices"])
 
 
+def test_a_small_window_goes_on_after_its_state_was_saved(
+    tiny: Callable[..., Path], open_llama: Callable[..., Any]
+) -> None:
+    """A cache of the window's size fills cells anew that the window has passed: none is held."""
+    path = str(tiny("gemma3"))
+    options = {"n_ctx": 1024, "n_batch": 64, "n_ubatch": 64, "swa_full": False}
+    llamas = [open_llama(kind, path, **options) for kind in (Llama, SwiftLlama)]
+    text = [5 + i % 200 for i in range(700)]
+    for llama in llamas:
+        llama.eval(text[:400])
+        llama.save_state()
+        llama.eval(text[400:])
+    check_same(tuple(llamas), lambda llama: say(llama, [*text_of(llama), 9], max_tokens=8))
+
+
+def test_a_load_that_is_interrupted_leaves_nothing(
+    both: Llamas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swift = both[1]
+    assert swift.swift.model
+    check_same(both, lambda llama: say(llama, PROMPT))
+    state = swift.save_state()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(swift.swift.model, "assume", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            swift.load_state(state)
+    assert swift.n_tokens == swift.swift.model.n_past == 0
+    both[0].reset()
+    check_same(both, lambda llama: say(llama, PROMPT, seed=7))
+
+
 def test_states_go_from_one_class_to_the_other(
     both: Llamas, open_llama: Callable[..., Any]
 ) -> None:

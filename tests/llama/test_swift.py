@@ -66,6 +66,8 @@ def test_modes(open_llama: Callable[..., Any]) -> None:
         assert set(llama.swift.stats.sources) <= {"ngram", "recycling"}
     llama.swift.speculation = "off"
     assert llama.swift.why == "switched off"
+    with pytest.raises(SwiftError, match="drafts of 65 tokens; give 1 to 64"):
+        SpeculationOptions(draft_max=65)
     with pytest.raises(SwiftError, match="no source of drafts 'telepathy'"):
         llama.swift.speculation = "telepathy"
     assert llama.swift.speculation == "off"

@@ -144,9 +144,8 @@ def test_closing_gaps_that_fails_leaves_a_shorter_trunk(n_moved: int) -> None:
     cache.loads_left = n_moved
     with pytest.raises(DecodeError, match="move cells"):
         cells.close_gaps()
+    cells.mend()
     assert cells.n_trunk == [6, 8, 16, 24][n_moved]
-    cells.forget_branches()
-    cells.rollback(cells.n_trunk)
     assert cache.held(TRUNK) == list(range(cells.n_trunk))
     assert cells.free == cache.cells.count(None) == CAPACITY - cells.n_trunk
 
