@@ -29,7 +29,7 @@ from pathlib import Path
 # tests/ is not installed with the package
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from swift_gguf import gguf_check
+from swift_gguf import gguf_header
 from tests.fixtures.tiny_gguf import write_tiny
 
 COMMAND = [sys.executable, "-m", "swift_gguf"]
@@ -202,7 +202,7 @@ def half_file(folder: Path) -> str:
             return f"left {path.name}"
         try:
             if path.is_file() and path.name.endswith(".gguf"):
-                gguf_check.read(path)
+                gguf_header.read(path)
             elif path.is_file() and path.suffix == ".json":
                 json.loads(path.read_text())
         except ValueError as error:

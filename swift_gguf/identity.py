@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from swift_gguf import gguf_check
+from swift_gguf import gguf_header
 
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of the weights
 
@@ -20,7 +20,7 @@ def fingerprint(path: Path) -> str:
     Raises:
         ModelError: this is no sound GGUF file.
     """
-    length = gguf_check.read(path).length
+    length = gguf_header.read(path).length
     with path.open("rb") as file:
         digest = hashlib.sha256(file.read(length))
         digest.update(file.seek(0, os.SEEK_END).to_bytes(8, "little"))

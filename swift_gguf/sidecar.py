@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swift_gguf import gguf_check
+from swift_gguf import gguf_header
 from swift_gguf.errors import ModelError, SidecarError
 from swift_gguf.identity import fingerprint, weights_digest
 
@@ -58,7 +58,7 @@ def read(path: Path, *, model: Path) -> Sidecar:
         SidecarError: it is missing, damaged, of another version, or derived from another model.
     """
     try:
-        header = gguf_check.read(path)
+        header = gguf_header.read(path)
     except ModelError as error:
         raise SidecarError(f"no sidecar: {error}") from error
     data = header.metadata
@@ -69,7 +69,7 @@ def read(path: Path, *, model: Path) -> Sidecar:
     if any(data.get(key) != value for key, value in identity(model).items()):
         raise SidecarError(f"{path} was derived from another model than {model.name}; {PREPARE}")
     n_narrow, n_head = data.get("swift.n_narrow"), data.get("swift.n_head")
-    if not (isinstance(n_narrow, gguf_check.Array) and isinstance(n_head, int)):
+    if not (isinstance(n_narrow, gguf_header.Array) and isinstance(n_head, int)):
         raise SidecarError(f"{path} lacks what a sidecar says of itself; {PREPARE}")
     widths = tuple(_width(item) for item in n_narrow.items)
     has = [f"blk.{layer}.ffn_down.weight" in header.tensors for layer in range(len(widths))]

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-from swift_gguf import gguf_check
+from swift_gguf import gguf_header
 from swift_gguf.errors import ConvertError
 
 SORTED_KEY = "swift.ffn_sorted"
@@ -29,7 +29,7 @@ def embed(source: Path, out: Path, keys: Mapping[str, str | bool]) -> None:
         ModelError: the file is no sound GGUF.
         ConvertError: it has one of the keys already.
     """
-    header = gguf_check.read(source)
+    header = gguf_header.read(source)
     if doubled := sorted(set(keys) & set(header.metadata)):
         raise ConvertError(f"{source} has the key {doubled[0]} already; convert it again")
     alignment = int(header.metadata.get("general.alignment", _ALIGNMENT))

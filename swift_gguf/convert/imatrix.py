@@ -15,7 +15,7 @@ import numpy as np
 from gguf import GGUFReader, GGUFWriter
 from numpy.typing import NDArray
 
-from swift_gguf import gguf_check
+from swift_gguf import gguf_header
 from swift_gguf.errors import ConvertError, ModelError
 
 Floats = NDArray[np.float32]
@@ -118,7 +118,7 @@ def read(path: Path) -> dict[str, Floats]:
 
 
 def _read_gguf(path: Path) -> dict[str, Floats]:
-    gguf_check.read(path)  # refuses what GGUFReader would stumble over
+    gguf_header.read(path)  # refuses what GGUFReader would stumble over
     tensors = {tensor.name: tensor.data for tensor in GGUFReader(path).tensors}
     means = {}
     for name, sums in tensors.items():

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from swift_gguf import gguf_check
+from swift_gguf import gguf_header
 from swift_gguf.convert import plan
 from swift_gguf.errors import ConvertError
 from swift_gguf.model import Model, ModelOptions
@@ -176,7 +176,7 @@ def compare(
         ModelError: it cannot be loaded; ConvertError: its vocabulary is another.
     """
     n = len(expected.tokens)
-    header = gguf_check.read(path)
+    header = gguf_header.read(path)
     options = ModelOptions(
         n_ctx=n + 1,
         n_batch=BATCH,
@@ -241,12 +241,12 @@ def _log_softmax(logits: Floats) -> NDArray[np.float64]:
     return np.asarray(shifted - np.log(np.exp(shifted).sum()))
 
 
-def _file_type(header: gguf_check.Header) -> str:
+def _file_type(header: gguf_header.Header) -> str:
     number = header.metadata.get("general.file_type")
     return next((name for name, value in file_types().items() if value == number), "unknown")
 
 
-def _bits(header: gguf_check.Header) -> float:
+def _bits(header: gguf_header.Header) -> float:
     """A weight of a matrix, on average."""
     matrices = [tensor for tensor in header.tensors.values() if len(tensor.shape) > 1]
     n_weights = sum(tensor.size for tensor in matrices)

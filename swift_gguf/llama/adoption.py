@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from swift_gguf import gguf_check
+from swift_gguf import gguf_header
 from swift_gguf.errors import ModelError
 from swift_gguf.loading import Loaded, ModelOptions, cause, generates_text
 from swift_gguf.model import Model
@@ -26,7 +26,7 @@ def context_length(path: str) -> int:
     Raises:
         ModelError: it is damaged.
     """
-    return gguf_check.read(path).integer("context_length") or 512
+    return gguf_header.read(path).integer("context_length") or 512
 
 
 def refusal(model: Any, options: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 
-from swift_gguf import gguf_check
+from swift_gguf import gguf_check, gguf_header
 from swift_gguf.cli.convert_command import _amount
 from swift_gguf.convert import checkpoint as checkpoints
 from swift_gguf.convert import plan
@@ -65,7 +65,7 @@ def test_a_checkpoint_becomes_a_model_in_one_command(
     assert report["peak_bytes"] > 10 * report["bytes"], "importing torch takes more"
     assert done.stderr.splitlines()[1:3] == ["converting", "quantizing"]
     assert left(out) == ["model.gguf"]
-    header = gguf_check.read(out)
+    header = gguf_header.read(out)
     assert header.metadata["general.file_type"] == 15  # LLAMA_FTYPE_MOSTLY_Q4_K_M
     answer = cli("generate", out, "--raw", "-p", "fox", "-n", "8", "--temp", "0", "--json")
     assert len(json.loads(answer.stdout)["tokens"]) >= 1, answer.stderr
@@ -74,7 +74,7 @@ def test_a_checkpoint_becomes_a_model_in_one_command(
     assert "--force" in again.stderr
     forced = cli("convert", folder, "-o", out, "--outtype", "bf16", "--force")
     assert forced.returncode == 0, forced.stderr
-    assert gguf_check.read(out).metadata["general.file_type"] == 32  # LLAMA_FTYPE_MOSTLY_BF16
+    assert gguf_header.read(out).metadata["general.file_type"] == 32  # LLAMA_FTYPE_MOSTLY_BF16
 
 
 def test_memory_goes_by_the_largest_file_not_by_the_model(
@@ -109,7 +109,7 @@ def test_all_of_it_at_once_is_ready_to_use(
     kept = tmp_path / "model.f16.gguf"
     assert {out.name, kept.name, path_beside(out).name} <= set(left(out))
     assert not any("convert" in name for name in left(out))
-    metadata = gguf_check.read(out).metadata
+    metadata = gguf_header.read(out).metadata
     assert metadata[SORTED_KEY] is True
     assert json.loads(metadata[EMBEDDED])["known"]
     info = cli("info", out, "--json", **profiles)

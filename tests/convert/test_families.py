@@ -11,7 +11,7 @@ import sentencepiece
 import torch
 import transformers
 
-from swift_gguf import gguf_check
+from swift_gguf import gguf_header
 from swift_gguf.convert.verify import Reference, compare, reference
 from swift_gguf.model import Model
 from swift_gguf.native_convert import Quantization, quantize_file
@@ -115,7 +115,7 @@ def test_sharded_bfloat16_checkpoints_are_joined_exactly(
     folder = checkpoint("llama-spm", shard_bytes=1_000_000, dtype=torch.bfloat16, seed=3)
     assert len(list(folder.glob("*.safetensors"))) > 2
     out = convert(folder, tmp_path / "model.gguf", outtype="bf16")
-    types = {t.type for t in gguf_check.read(out).tensors.values() if len(t.shape) > 1}
+    types = {t.type for t in gguf_header.read(out).tensors.values() if len(t.shape) > 1}
     assert types == {30}, "not stored as BF16"  # GGML_TYPE_BF16
     found = compare(out, reference(folder, TEXT, n_tokens=96))
     assert found.divergence < 1e-4  # llama.cpp rounds activations, too
@@ -123,6 +123,6 @@ def test_sharded_bfloat16_checkpoints_are_joined_exactly(
 
 
 def test_tied_embeddings_are_stored_once(converted: Callable[..., Path]) -> None:
-    tensors = gguf_check.read(converted("qwen3")).tensors
+    tensors = gguf_header.read(converted("qwen3")).tensors
     assert "output.weight" not in tensors
-    assert "output.weight" in gguf_check.read(converted("llama")).tensors
+    assert "output.weight" in gguf_header.read(converted("llama")).tensors

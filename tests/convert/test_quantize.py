@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from swift_gguf import gguf_check
+from swift_gguf import gguf_header
 from swift_gguf.convert import calibrate, imatrix
 from swift_gguf.convert.imatrix import Collector, Usage
 from swift_gguf.convert.run import ConvertOptions
@@ -49,7 +49,7 @@ def test_every_type_makes_a_model_that_runs(
     for name in file_types():
         out = tmp_path / f"{name}.gguf"
         quantize_file(source, out, Quantization(name=name), imatrix=means)
-        header = gguf_check.read(out)
+        header = gguf_header.read(out)
         assert header.metadata["general.file_type"] == file_types()[name]
         sizes[name] = out.stat().st_size
         model = open_model(out)
@@ -70,7 +70,7 @@ def test_single_tensors_can_have_types_of_their_own(
     )
     quantize_file(converted("llama-spm"), tmp_path / "model.gguf", wanted)
     names = {value: name for name, value in tensor_types().items()}
-    tensors = gguf_check.read(tmp_path / "model.gguf").tensors
+    tensors = gguf_header.read(tmp_path / "model.gguf").tensors
     types = {name.removesuffix(".weight"): names[tensor.type] for name, tensor in tensors.items()}
     assert types["output"] == "Q8_0"
     assert types["token_embd"] == "F16"
@@ -80,7 +80,7 @@ def test_single_tensors_can_have_types_of_their_own(
     assert types["blk.0.attn_norm"] == "F32"
     plain = Quantization(name="Q4_0", leave_output_tensor=True)
     quantize_file(converted("llama-spm"), tmp_path / "plain.gguf", plain)
-    assert gguf_check.read(tmp_path / "plain.gguf").tensors["output.weight"].type == 0
+    assert gguf_header.read(tmp_path / "plain.gguf").tensors["output.weight"].type == 0
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_importance_is_what_columns_are_multiplied_by(
     path = tiny(family)
     usage = calibrate.collect(path, TEXTS, report=REPORT).usage
     n_tokens = sum(len(TEXTS[0].prompt) + len(answer) for answer in TEXTS[0].answers)
-    header = gguf_check.read(path)
+    header = gguf_header.read(path)
     for name, use in usage.items():
         shape = header.tensors[name].shape
         assert use.sums.shape == (shape[2] if len(shape) > 2 else 1, shape[0]), name
@@ -197,7 +197,7 @@ def test_importance_matrices_are_read_as_they_were_written(tmp_path: Path) -> No
     expected["experts.weight"] = np.concatenate([*per_expert, np.ones(8)])  # the last was not used
     path = tmp_path / "imatrix.gguf"
     imatrix.write(path, collector.usage, text="a test")
-    assert gguf_check.read(path).metadata["general.type"] == "imatrix"
+    assert gguf_header.read(path).metadata["general.type"] == "imatrix"
     found = imatrix.read(path)
     assert found.keys() == expected.keys()
     for name, means in expected.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from swift_gguf import gguf_check
+from swift_gguf import gguf_check, gguf_header
 from swift_gguf.errors import ModelError
 
 UINT8, STRING, ARRAY = 0, 8, 9
@@ -63,6 +63,6 @@ def test_more_than_any_model_has_is_refused(tmp_path: Path, content: bytes, what
 def test_as_many_as_large_models_have_are_read(tmp_path: Path) -> None:
     path = tmp_path / "many.gguf"
     path.write_bytes(many_tokens(300_000))
-    assert len(gguf_check.read(path).tokens) == 300_000
+    assert len(gguf_header.read(path).tokens) == 300_000
     path.write_bytes(many_tensors(50_000))
-    assert len(gguf_check.read(path).tensors) == 50_000
+    assert len(gguf_header.read(path).tensors) == 50_000

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from swift_gguf import gguf_check
+from swift_gguf import gguf_header
 from swift_gguf import profile as profile_module
 from swift_gguf.cost import Costs
 from swift_gguf.errors import ModelError
@@ -120,7 +120,7 @@ def test_the_header_counts_to_its_end(tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "a.gguf", "llama")
     own = fingerprint(path)
     content = bytearray(path.read_bytes())
-    end = gguf_check.read(path).length
+    end = gguf_header.read(path).length
     f32, i32 = (number.to_bytes(4, "little") for number in (0, 26))
     assert content[end - 12 : end - 8] == f32  # the last tensor's type, before its offset
     content[end - 12 : end - 8] = i32
