@@ -32,6 +32,8 @@ from pathlib import Path
 # tests/ is not installed with the package
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import psutil
+
 from swift_gguf.profile import EMBEDDED
 from tests.fixtures.corrupt import damage, flipped, truncated, with_chat_template, with_text
 from tests.fixtures.tiny_gguf import write_tiny
@@ -66,7 +68,7 @@ class Outcome:
     error: str
     """Standard error."""
     peak: int
-    """Bytes, resident."""
+    """Bytes, resident, beside those that the fork began with."""
 
     def complaint(self, *, limit: int) -> str:
         """What is wrong with it; empty if nothing is."""
@@ -87,12 +89,13 @@ def run(arguments: Sequence[str], folder: Path, *, stdin: bytes = b"hello\n") ->
     given, error = folder / "stdin", folder / "stderr"
     given.write_bytes(stdin)
     sys.stdout.flush()
+    before = psutil.Process().memory_info().rss  # grows with what earlier cases left here
     child = os.fork()
     if child == 0:
         _become(arguments, given, error)
     _, status, usage = os.wait4(child, 0)
     text = error.read_text("utf-8", "replace") if error.exists() else ""
-    return Outcome(os.waitstatus_to_exitcode(status), text, usage.ru_maxrss * 1024)
+    return Outcome(os.waitstatus_to_exitcode(status), text, usage.ru_maxrss * 1024 - before)
 
 
 def _become(arguments: Sequence[str], given: Path, error: Path) -> None:
@@ -148,7 +151,7 @@ class Bench:
     folder: Path
     good: dict[str, bytes] = field(default_factory=dict)
     base: dict[tuple[str, str], int] = field(default_factory=dict)
-    """Peak memory by family and command, of the good file."""
+    """Peak by family and command, of the good file."""
 
     def __post_init__(self) -> None:
         os.environ["SWIFT_GGUF_PROFILES"] = str(self.folder / "profiles")

@@ -11,6 +11,7 @@ import importlib
 import math
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -73,6 +74,7 @@ class Library:
         self._check_versions()
         self._log: deque[str] = deque(maxlen=50)
         self._interrupted = False
+        self._catch_interrupts()
         self.show_log(False)
         self._callback = self.api.llama_log_callback(self._on_log)
         self.api.llama_log_set(self._callback, ctypes.c_void_p(0))
@@ -118,6 +120,20 @@ class Library:
         except KeyboardInterrupt:
             self._interrupted = True  # ctypes drops what a callback raises
 
+    def _catch_interrupts(self) -> None:
+        """A Ctrl-C while llama.cpp computes is raised on a callback's first line, before any `try`,
+        and all that Python does with it is to tell this hook."""
+        others = sys.unraisablehook
+
+        def hook(lost: sys.UnraisableHookArgs) -> None:
+            is_ours = getattr(lost.object, "__module__", None) == __name__
+            if is_ours and issubclass(lost.exc_type, KeyboardInterrupt):
+                self._interrupted = True
+            else:
+                others(lost)
+
+        sys.unraisablehook = hook
+
     def show_log(self, wanted: bool) -> None:
         """Shows llama.cpp's own log on standard error, or not unless SWIFT_GGUF_LOG is set."""
         self._shows_log = wanted or bool(os.environ.get("SWIFT_GGUF_LOG"))
@@ -126,11 +142,12 @@ class Library:
     def messages(self) -> Iterator[deque[str]]:
         """Warnings and errors that llama.cpp logs inside the block, oldest first.
 
-        A Ctrl-C that arrives while llama.cpp logs is raised at the end of the block.
+        A Ctrl-C that arrives while llama.cpp logs, or in another callback, is raised at the end of
+        the block.
         """
         self._log.clear()
         yield self._log
-        if self._interrupted:
+        if self._interrupted and threading.current_thread() is threading.main_thread():
             self._interrupted = False
             raise KeyboardInterrupt
 

@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize
 from numpy.typing import NDArray
 
 from swift_gguf import sidecar
+from swift_gguf.errors import ModelError
 from swift_gguf.native import library
 
 BLOCK = 256  # weights in a block of the k-quants
@@ -21,7 +22,12 @@ class Weights:
     """The tensors of a GGUF, mapped."""
 
     def __init__(self, path: Path) -> None:
-        self._tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+        try:
+            self._tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+        except (ValueError, KeyError, IndexError) as error:  # of keys that llama.cpp leaves aside
+            raise ModelError(
+                f"{path}: its metadata cannot be read ({error}); download or convert it again"
+            ) from error
 
     def has(self, name: str) -> bool:
         return name in self._tensors

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 
 import gguf
 import numpy as np
@@ -16,6 +18,7 @@ from swift_gguf.engine import generate
 from swift_gguf.errors import ModelError, SidecarError, SubnetworkError, UnsupportedModelError
 from swift_gguf.learning import space_of
 from swift_gguf.model import Model, ModelOptions
+from swift_gguf.native import library
 from swift_gguf.prepare import weights
 from swift_gguf.prepare.narrow_ffn import add_ffn
 from swift_gguf.prepare.narrowing import Fit, Narrow, ffns_of
@@ -251,6 +254,33 @@ def test_what_an_observer_raises_stops_the_run(tiny: Tiny, open_model: Opener) -
     model.clear()
     model.decode(PROMPT)  # and nobody observes any more
     assert seen == [0]
+
+
+def test_an_interrupt_on_a_callbacks_first_line(
+    open_model: Opener, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one that comes while llama.cpp computes is raised: Python drops it there."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    library()._catch_interrupts()  # again: pytest has a hook of its own
+    model = open_model(tiny("llama"))
+
+    def on_call(frame: FrameType, event: str, _: object) -> None:
+        if frame.f_code.co_name == "on_ffn":
+            sys.settrace(None)
+            raise KeyboardInterrupt
+
+    def run() -> None:
+        with model.observe_ffn(lambda *_: None):
+            sys.settrace(on_call)
+            try:
+                model.decode([5, 6])
+            finally:
+                sys.settrace(None)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert model.tokens == []
+    model.decode([5, 6])
 
 
 # -- files -----------------------------------------------------------------------------------------
