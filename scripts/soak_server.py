@@ -63,10 +63,11 @@ class Server:
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.log: list[str] = []
         self.rss: list[int] = []
-        self._ready = threading.Event()
+        self._told = threading.Event()  # that it is ready, or has ended
         self.host = ""
+        self.is_ready = False
         threading.Thread(target=self._read, daemon=True).start()
-        if not self._ready.wait(300) or self.process.poll() is not None:
+        if not self._told.wait(300) or not self.is_ready:
             raise SystemExit("the server does not start: " + "\n".join(self.log))
 
     def _read(self) -> None:
@@ -76,8 +77,9 @@ class Server:
             if match := re.search(r"listening on http://(\S+)", line):
                 self.host = match[1]
             if line.startswith("ready: "):
-                self._ready.set()
-        self._ready.set()
+                self.is_ready = True
+                self._told.set()
+        self._told.set()
 
     def sample(self) -> None:
         """Notes the memory that is its own."""
@@ -152,6 +154,9 @@ class Soak:
         while time.monotonic() - begin < seconds:
             time.sleep(min(1.0, seconds / 60))
             self.server.sample()
+            if self.server.process.poll() is not None:
+                self.record.fault("the server has ended: " + " / ".join(self.server.log[-12:]))
+                break
             if not restarted and time.monotonic() - begin > seconds / 2:
                 restarted = True
                 self._restart()
@@ -169,7 +174,11 @@ class Soak:
 
     def _restart(self) -> None:
         self._stop()
-        self.server = Server(self.arguments)
+        try:
+            self.server = Server(self.arguments)
+        except BaseException:
+            self.ended.set()  # nobody would be there for the clients
+            raise
         self.servers.append(self.server)
         self.serving.set()
 
