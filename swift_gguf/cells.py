@@ -20,13 +20,13 @@ says beforehand how much of the trunk is certain meanwhile; that is what `mend` 
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from swift_gguf.errors import DecodeError, UnsupportedModelError
+from swift_gguf.native import buffer
 
 TRUNK = 0
 PARKED = (1, 2)
@@ -289,7 +289,7 @@ class Cells:
         self._shared[moving] = 0
         self._copy(TRUNK, moving, start, end)
         n_bytes = api.llama_state_seq_get_size(ctx, moving)
-        state = (ctypes.c_uint8 * n_bytes)()
+        state = buffer(n_bytes)
         is_saved = api.llama_state_seq_get_data(ctx, state, n_bytes, moving) == n_bytes
         api.llama_memory_seq_rm(self._memory, TRUNK, start, end)
         self._remove(moving, 0)

@@ -424,6 +424,11 @@ _LLAMA_STRUCTS = (
 )
 
 
+def buffer(n_bytes: int) -> Any:
+    """Memory that llama.cpp may write to."""
+    return (ctypes.c_uint8 * n_bytes)()
+
+
 def _check(code: int, what: str) -> None:
     if code >= 0:
         return
