@@ -8,6 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benching import positive
+
 from swift_gguf import models
 from swift_gguf.bench.idle import measure, render
 from swift_gguf.bench.output import require_folder, write_json
@@ -16,13 +18,6 @@ from swift_gguf.model import Model, ModelOptions
 from swift_gguf.profile import Store
 from swift_gguf.suite import BUILT_IN
 from swift_gguf.text import encode
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
 
 
 def main() -> int:

@@ -8,18 +8,13 @@ import json
 import sys
 from pathlib import Path
 
+from benching import positive
+
 from swift_gguf import models
 from swift_gguf.bench.mechanism import context_size, measure
 from swift_gguf.bench.report import render
 from swift_gguf.errors import SwiftError
 from swift_gguf.model import Model, ModelOptions
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
 
 
 def main() -> int:

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benching import positive
+
 from swift_gguf import models
 from swift_gguf.bench.reference import compare, render, verdict
 from swift_gguf.errors import NativeLibraryError, SwiftError
@@ -39,13 +41,6 @@ def build_reference() -> Path:
         except subprocess.CalledProcessError:
             raise NativeLibraryError(f"{' '.join(command)} failed, see above") from None
     return ROOT / BUILD / "lib"
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
 
 
 def main() -> int:

@@ -8,22 +8,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
+
+from benching import finish, loading, suite_parser, tell
 
 from swift_gguf import models
 from swift_gguf.bench import corpus, plots
-from swift_gguf.bench.output import require_folder, write_json
 from swift_gguf.bench.search_quality import measure
 from swift_gguf.bench.search_report import Options, Report, render
-from swift_gguf.errors import SwiftError
-from swift_gguf.model import Model, ModelOptions
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+from swift_gguf.model import Model
 
 
 def seconds(text: str) -> float:
@@ -41,18 +33,7 @@ def ratios(text: str) -> tuple[float, ...]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "model", metavar="MODEL", help="a path, hf:owner/repo/file, or a registry name"
-    )
-    parser.add_argument(
-        "--suite", type=Path, required=True, metavar="FILE", help="JSON lines with turns"
-    )
-    parser.add_argument("--prompts", type=positive, default=8, metavar="N")
-    parser.add_argument(
-        "--max-prompt", type=positive, default=400, metavar="N", help="leave longer ones out"
-    )
-    parser.add_argument("--tokens", type=positive, default=128, metavar="N", help="of an answer")
+    parser = suite_parser(__doc__, prompts=8, tokens=128)
     parser.add_argument(
         "--seconds", type=seconds, default=120.0, metavar="S", help="of search, each method"
     )
@@ -66,11 +47,6 @@ def main() -> int:
         metavar="N",
         help="sub-networks to draft with, to compare estimators; 0: none",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here too")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png")
-    parser.add_argument("-t", "--threads", type=positive, metavar="N")
-    parser.add_argument("-ngl", "--n-gpu-layers", type=int, default=-1, metavar="N")
     args = parser.parse_args()
 
     options = Options(
@@ -80,44 +56,18 @@ def main() -> int:
         estimates=args.estimates,
         seed=args.seed,
     )
-    report, status = Report(options=options), 0
-    try:
-        require_folder(args.json)
-        require_folder(args.plot)
-        if args.plot:
-            plots.require_matplotlib()
-        try:
-            run(args, report)
-        except KeyboardInterrupt:
-            status = 130
-        finally:
-            if args.json:
-                write_json(args.json, report.as_dict())
-        if args.plot:
-            plots.plot_search(report, args.plot)
-    except (SwiftError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(render(report))
-    return status
+    report = Report(options=options)
+    return finish(
+        args, report, run=lambda: run(args, report), plot=plots.plot_search, render=render
+    )
 
 
 def run(args: argparse.Namespace, report: Report) -> None:
-    load = ModelOptions(
-        n_ctx=corpus.context_size(args.max_prompt, args.tokens),
-        n_threads=args.threads,
-        n_gpu_layers=args.n_gpu_layers,
-    )
-    with Model(models.resolve(args.model), load) as model:
+    with Model(models.resolve(args.model), loading(args)) as model:
         prompts = corpus.prompts(
             model, args.suite, args.prompts, longest=args.max_prompt, seed=args.seed
         )
-        measure(
-            model,
-            prompts,
-            report,
-            progress=lambda line: print(line, file=sys.stderr, flush=True),
-        )
+        measure(model, prompts, report, progress=tell)
 
 
 if __name__ == "__main__":

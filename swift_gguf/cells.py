@@ -299,10 +299,8 @@ class Cells:
         self._remove(moving, 0)
 
     def only_trunk(self) -> None:
-        """Nothing but the trunk is held any more, and it has no gaps."""
+        """Nothing but the trunk is held any more, and it has no gaps.  There must be no tree."""
         with self._changing(self.n_trunk):
-            self._branches.clear()
-            self.nodes.clear()
             self.close_gaps()
             self.forget_branches()
 
@@ -325,9 +323,10 @@ class Cells:
         llama.cpp then looks for cells from the first on, and takes those that a sliding window has
         passed, although they may be rolled back to; but none that two sequences hold.
         """
+        n = self.n_trunk if n is None else n
         if self.n_sequences > HELD:
-            with self._changing(self.n_trunk if n is None else n):
-                self._share(HELD, self.n_trunk if n is None else n)
+            with self._changing(n):
+                self._share(HELD, n)
 
     def clear(self) -> None:
         """Nothing is held any more; always possible."""

@@ -1,0 +1,93 @@
+"""What the scripts that measure on a suite's prompts share: their flags, and how they end."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from swift_gguf.bench import corpus, plots
+from swift_gguf.bench.output import require_folder, write_json
+from swift_gguf.errors import SwiftError
+from swift_gguf.model import ModelOptions
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def suite_parser(
+    description: str | None, *, prompts: int, tokens: int, seed: int = 0
+) -> argparse.ArgumentParser:
+    """A model, a suite, and where the report goes; with defaults."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "model", metavar="MODEL", help="a path, hf:owner/repo/file, or a registry name"
+    )
+    parser.add_argument(
+        "--suite", type=Path, required=True, metavar="FILE", help="JSON lines with turns"
+    )
+    parser.add_argument("--prompts", type=positive, default=prompts, metavar="N")
+    parser.add_argument(
+        "--max-prompt", type=positive, default=400, metavar="N", help="leave longer ones out"
+    )
+    parser.add_argument("--tokens", type=positive, default=tokens, metavar="N", help="of an answer")
+    parser.add_argument("--seed", type=int, default=seed, metavar="N", help="which prompts")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here too")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png")
+    parser.add_argument("-t", "--threads", type=positive, metavar="N")
+    parser.add_argument("-ngl", "--n-gpu-layers", type=int, default=-1, metavar="N")
+    return parser
+
+
+def loading(args: argparse.Namespace) -> ModelOptions:
+    """How the model is loaded: with a context for the longest prompt and its answer."""
+    return ModelOptions(
+        n_ctx=corpus.context_size(args.max_prompt, args.tokens),
+        n_threads=args.threads,
+        n_gpu_layers=args.n_gpu_layers,
+    )
+
+
+def tell(line: str) -> None:
+    """Progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def finish(
+    args: argparse.Namespace,
+    report: Any,
+    *,
+    run: Callable[[], None],
+    plot: Callable[[Any, Path], None],
+    render: Callable[[Any], str],
+) -> int:
+    """Fills the report by `run` and writes what there is of it, after a Ctrl-C, too.
+
+    Returns the exit status.
+    """
+    status = 0
+    try:
+        require_folder(args.json)
+        require_folder(args.plot)
+        if args.plot:
+            plots.require_matplotlib()
+        try:
+            run()
+        except KeyboardInterrupt:
+            status = 130
+        finally:
+            if args.json:
+                write_json(args.json, report.as_dict())
+        if args.plot:
+            plot(report, args.plot)
+    except (SwiftError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(render(report))
+    return status
