@@ -19,9 +19,12 @@ from swift_gguf.engine import generate
 from swift_gguf.errors import NativeLibraryError
 from swift_gguf.model import Model, ModelOptions
 from swift_gguf.native import library
+from swift_gguf.native_load import find_library
 from swift_gguf.sampling import Sampler, SamplingOptions
 from swift_gguf.subnetwork import SubNetwork
 from tests.native.conftest import ROOT
+
+CPUINFO = Path("/proc/cpuinfo")
 
 LOAD = "from swift_gguf.native import library; library()"
 
@@ -47,7 +50,7 @@ def test_another_abi_is_an_import_error(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(
         ImportError, match=f"has ABI {native.ABI - 1}.*needs {native.ABI}.*reinstall"
     ):
-        native.Library(native.find_library())
+        native.Library(find_library())
 
 
 def test_a_struct_of_another_size_is_an_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,13 +59,13 @@ def test_a_struct_of_another_size_is_an_import_error(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(native, "Cost", Longer)
     with pytest.raises(ImportError, match="disagree about swift_gguf_cost"):
-        native.Library(native.find_library())
+        native.Library(find_library())
 
 
 def test_no_library_is_an_import_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SWIFT_GGUF_LIB_DIR", str(tmp_path))
     with pytest.raises(NativeLibraryError, match="reinstall"):
-        native.find_library()
+        find_library()
 
 
 @pytest.mark.slow
@@ -86,7 +89,15 @@ def test_unset_is_bit_identical_to_unpatched(
 ) -> None:
     from swift_gguf.bench.reference import compare_logits
 
-    assert compare_logits(tiny(family, quant="Q4_0"), native.find_library(), reference_lib) == 0
+    assert compare_logits(tiny(family, quant="Q4_0"), find_library(), reference_lib) == 0
+
+
+@pytest.mark.skipif(
+    not (CPUINFO.exists() and "amx_int8" in CPUINFO.read_text()), reason="a processor without AMX"
+)
+def test_amx_is_left_out() -> None:
+    """Its layout of weights has none of our kernels, and GCC builds of it crash."""
+    assert b"AMX_INT8 = 1" not in library().api.llama_print_system_info()
 
 
 @pytest.mark.slow
@@ -94,7 +105,7 @@ def test_a_real_model_unset_is_bit_identical_to_unpatched(reference_lib: Path) -
     from swift_gguf.bench.reference import compare_logits
     from swift_gguf.models import resolve
 
-    assert compare_logits(resolve("smollm2-135m"), native.find_library(), reference_lib) == 0
+    assert compare_logits(resolve("smollm2-135m"), find_library(), reference_lib) == 0
 
 
 def resident_mb() -> float:
