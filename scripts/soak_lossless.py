@@ -41,7 +41,8 @@ from swift_gguf.profile import Store
 from swift_gguf.sampling import Sampler, SamplingOptions
 from swift_gguf.session import Session
 from swift_gguf.sidecar import path_beside
-from swift_gguf.speculation import TREES, Speculation, SpeculationOptions
+from swift_gguf.speculation import Speculation
+from swift_gguf.speculation_options import TREES, SpeculationOptions
 from swift_gguf.stats import Stats
 from swift_gguf.text import StreamDecoder, encode
 from swift_gguf.verification import Verdict

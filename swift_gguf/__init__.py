@@ -1,5 +1,6 @@
 """Self-speculative decoding for llama.cpp: the same text, faster, from the model alone."""
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 try:
@@ -7,11 +8,15 @@ try:
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
+_MODULES = {
+    "SwiftLlama": "swift_gguf.llama",
+    "SwiftDraftModel": "swift_gguf.llama",
+    "SpeculationOptions": "swift_gguf.speculation_options",
+}
+
 
 def __getattr__(name: str) -> object:
-    """`SwiftLlama` and `SwiftDraftModel`, which load llama.cpp when they are first asked for."""
-    if name in ("SwiftLlama", "SwiftDraftModel"):
-        from swift_gguf import llama
-
-        return getattr(llama, name)
+    """The names above, which load what they need (llama.cpp) when they are first asked for."""
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

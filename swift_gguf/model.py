@@ -13,11 +13,10 @@ from swift_gguf.cells import TRUNK, Cells
 from swift_gguf.errors import (
     ContextFullError,
     DecodeError,
-    SidecarError,
     StoppedError,
-    SubnetworkError,
     UnsupportedModelError,
 )
+from swift_gguf.handles import Handles
 from swift_gguf.loading import DEFAULT_CONTEXT as DEFAULT_CONTEXT
 from swift_gguf.loading import Loaded, cause, load, n_sequences
 from swift_gguf.loading import ModelOptions as ModelOptions
@@ -25,13 +24,10 @@ from swift_gguf.native import (
     SUBLAYER_STATUS,
     Cost,
     FfnObserver,
-    SidecarHandle,
     StopFlag,
-    SubnetworkHandle,
     library,
 )
-from swift_gguf.sidecar import Sidecar, path_beside
-from swift_gguf.sidecar import read as read_sidecar
+from swift_gguf.sidecar import Sidecar
 from swift_gguf.subnetwork import SubNetwork
 
 # From this width on (ggml_fa_tile_config::Q), CPU flash attention has a tiled kernel: right for
@@ -76,17 +72,15 @@ class Model:
         """Passes so far: while it stands still, so do the rows of logits."""
         self._batch: Any = None
         self._outputs = range(0)
-        self._handles: dict[SubNetwork, SubnetworkHandle] = {}
         self._library = library()
         self._api = self._library.api
-        self.sidecar: Sidecar | None = None
-        self.sidecar_refusal: str | None = None
-        """Why the sidecar beside the model is not used, if there is one."""
-        self._sidecar_handle: SidecarHandle | None = None
         self._loaded = loaded or load(self.path, self.options)
+        self._handles = Handles(
+            self._model, self.path, wanted=self.options.sidecar, has_experts=self.has_experts
+        )
         try:
             self._set_up()
-            self._find_sidecar()
+            self._handles.find_sidecar(self.n_layer)
         except BaseException:
             self.close()
             raise
@@ -113,22 +107,6 @@ class Model:
         self.stop = StopFlag()
         self._library.set_stop_flag(ctx, self.stop)
 
-    def _find_sidecar(self) -> None:
-        """Looks at its header; the weights are loaded when a pass first needs them."""
-        wanted = self.options.sidecar
-        path = path_beside(self.path) if wanted == "auto" else wanted
-        if path is None or (wanted == "auto" and not path.exists()):
-            return
-        try:
-            self.sidecar = read_sidecar(path, model=self.path)
-            if len(self.sidecar.n_narrow) != self.n_layer:
-                raise SidecarError(f"{path} is for {len(self.sidecar.n_narrow)} layers")
-        except SidecarError as error:
-            self.sidecar = None
-            if wanted != "auto":
-                raise
-            self.sidecar_refusal = str(error)
-
     @property
     def ctx(self) -> Any:
         """llama.cpp's context; None once it is closed."""
@@ -140,8 +118,7 @@ class Model:
 
     def close(self) -> None:
         """Frees everything that is its own; safe to call twice."""
-        self._handles.clear()
-        self._sidecar_handle = None
+        self._handles.close()
         if self._batch is not None:
             self._api.llama_batch_free(self._batch)
             self._batch = None
@@ -154,7 +131,7 @@ class Model:
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_loaded"):
+        if hasattr(self, "_handles"):
             self.close()
 
     # -- what the model is -------------------------------------------------------------------------
@@ -398,7 +375,7 @@ class Model:
             self._invariant = invariant
         if not invariant:
             self.cells.close_gaps()
-        self._library.set_subnetwork(self.ctx, self._handle(subnetwork))
+        self._library.set_subnetwork(self.ctx, self._handles.of(subnetwork))
         batch, first = self._batch, len(tokens) - n_outputs
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
@@ -479,40 +456,19 @@ class Model:
 
     # -- sub-networks ------------------------------------------------------------------------------
 
-    def _handle(self, subnetwork: SubNetwork | None) -> SubnetworkHandle | None:
-        if subnetwork is None:
-            return None
-        if subnetwork not in self._handles:
-            needs_sidecar = subnetwork.draft_head or (
-                subnetwork.narrow_ffn and not self.has_experts
-            )
-            sidecar = self._load_sidecar() if needs_sidecar else None
-            self._handles[subnetwork] = self._library.subnetwork(subnetwork, sidecar)
-        return self._handles[subnetwork]
+    @property
+    def sidecar(self) -> Sidecar | None:
+        """The weights for draft passes that were found."""
+        return self._handles.sidecar
 
-    def _load_sidecar(self) -> SidecarHandle:
-        if self.sidecar is None:
-            raise SubnetworkError(
-                "a narrow FFN or a draft head needs a sidecar; run swift-gguf prepare"
-            )
-        if self._sidecar_handle is None:
-            self._sidecar_handle = self._library.sidecar(self._model, self.sidecar.path)
-        return self._sidecar_handle
+    @property
+    def sidecar_refusal(self) -> str | None:
+        """Why the sidecar beside the model is not used, if there is one."""
+        return self._handles.refusal
 
     def usable_sidecar(self) -> Sidecar | None:
-        """The sidecar, loaded; one that was found beside the model and cannot be, is left aside.
-
-        Raises:
-            SidecarError: the one that was asked for cannot be loaded.
-        """
-        try:
-            if self.sidecar is not None:
-                self._load_sidecar()
-        except SidecarError as error:
-            if self.options.sidecar != "auto":
-                raise
-            self.sidecar, self.sidecar_refusal = None, str(error)
-        return self.sidecar
+        """See `Handles.usable_sidecar`."""
+        return self._handles.usable_sidecar()
 
     @contextmanager
     def observe_ffn(self, observer: FfnObserver) -> Iterator[None]:
@@ -527,7 +483,7 @@ class Model:
                 self.stop.raise_()
 
         try:
-            with self._library.observe_ffn(self.ctx, guarded, self._sidecar_handle):
+            with self._library.observe_ffn(self.ctx, guarded, self._handles.loaded_sidecar):
                 yield
         except StoppedError:
             if not failed:
@@ -551,7 +507,7 @@ class Model:
         n_kv: positions the cache holds; default: as many as now.
         """
         n_kv = self.n_past if n_kv is None else n_kv
-        handle = self._handle(subnetwork)
+        handle = self._handles.of(subnetwork)
         return self._library.pass_cost(
             self.ctx, handle, n_tokens=n_tokens, n_outputs=n_outputs, n_kv=n_kv
         )

@@ -1,4 +1,4 @@
-"""Finds and loads the native library; it, `native_abi`, `native_convert` alone call it by ctypes.
+"""The native library; this, `native_abi` and `native_convert` alone call it by ctypes.
 
 The library is llama.cpp's libllama with our patch (see native/README.md).  `llama_cpp`, the ctypes
 binding of llama-cpp-python, is made to load this very file, so both speak to one library.
@@ -7,7 +7,6 @@ binding of llama-cpp-python, is made to load this very file, so both speak to on
 from __future__ import annotations
 
 import ctypes
-import importlib
 import math
 import os
 import sys
@@ -19,7 +18,6 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from swift_gguf.errors import (
@@ -43,13 +41,12 @@ from swift_gguf.native_abi import FfnObserver as FfnObserver
 from swift_gguf.native_abi import SidecarHandle as SidecarHandle
 from swift_gguf.native_abi import StopFlag as StopFlag
 from swift_gguf.native_abi import SubnetworkHandle as SubnetworkHandle
+from swift_gguf.native_load import REINSTALL, find_library, import_llama_cpp
 from swift_gguf.subnetwork import SubNetwork
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-REINSTALL = "reinstall swift-gguf (pip install --force-reinstall swift-gguf, or make)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +66,7 @@ class Library:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.api = _import_llama_cpp(folder)
+        self.api = import_llama_cpp(folder)
         self._swift = self.api._lib
         self._check_versions()
         self._log: deque[str] = deque(maxlen=50)
@@ -437,47 +434,6 @@ def _check(code: int, what: str) -> None:
     raise DecodeError(
         f"could not {what}: {ERRORS.get(code, f'llama_decode returned {-100 - code}')}"
     )
-
-
-def _library_folders() -> Iterator[Path]:
-    if override := os.environ.get("SWIFT_GGUF_LIB_DIR"):
-        yield Path(override)
-        return
-    # An editable install has two roots: the sources, and the built files in site-packages.
-    for root in sys.modules["swift_gguf"].__path__:
-        yield Path(root) / "lib"
-
-
-def find_library() -> Path:
-    """The folder of our libllama.
-
-    Raises:
-        NativeLibraryError: nothing is built, or SWIFT_GGUF_LIB_DIR leads nowhere.
-    """
-    tried = list(_library_folders())
-    for folder in tried:
-        if any(folder.glob("*llama.*")):
-            return folder
-    raise NativeLibraryError(
-        f"the native library is not in {' or '.join(map(str, tried))}; {REINSTALL}"
-    )
-
-
-def _import_llama_cpp(folder: Path) -> ModuleType:
-    loaded = sys.modules.get("llama_cpp.llama_cpp")
-    if loaded is not None:
-        theirs = Path(loaded._base_path)
-        if theirs.resolve() != folder.resolve():
-            raise NativeLibraryError(
-                f"llama_cpp was imported before swift_gguf and loaded {theirs}; "
-                "import swift_gguf first, in the same process"
-            )
-    # llama_cpp reads this once, at its first import
-    os.environ["LLAMA_CPP_LIB_PATH"] = str(folder)
-    try:
-        return importlib.import_module("llama_cpp.llama_cpp")
-    except (RuntimeError, OSError, AttributeError, FileNotFoundError) as error:
-        raise NativeLibraryError(f"could not load {folder}: {error}; {REINSTALL}") from error
 
 
 @cache

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from swift_gguf.errors import ConvertError, NativeLibraryError
-from swift_gguf.native import REINSTALL, Library, library
+from swift_gguf.native import Library, library
+from swift_gguf.native_load import REINSTALL
 
 if TYPE_CHECKING:
     import numpy as np

@@ -17,7 +17,8 @@ from swift_gguf.errors import UnsupportedModelError
 from swift_gguf.model import Model
 from swift_gguf.profile import Store
 from swift_gguf.sampling import Sampler, SamplingOptions
-from swift_gguf.speculation import Speculation, SpeculationOptions
+from swift_gguf.speculation import Speculation
+from swift_gguf.speculation_options import SpeculationOptions
 
 ANSWER_TOKENS = 24
 GAPS_S = (0.2, 3.0)

@@ -16,7 +16,8 @@ from swift_gguf.chat.thinking import Reader
 from swift_gguf.errors import ContextFullError, SwiftError
 from swift_gguf.sampling import SamplingOptions
 from swift_gguf.session import Answer, Piece, Session, stopped_by_ctrl_c
-from swift_gguf.speculation import Speculation, SpeculationOptions
+from swift_gguf.speculation import Speculation
+from swift_gguf.speculation_options import SpeculationOptions
 from swift_gguf.text import encode
 
 BETTER = 1.02

@@ -45,7 +45,7 @@ def _values() -> dict[str, str]:
     Raises:
         NativeLibraryError: there is no library, or it has no headers beside it.
     """
-    from swift_gguf.native import REINSTALL, find_library
+    from swift_gguf.native_load import REINSTALL, find_library
 
     lib = find_library().resolve()
     include = lib.parent / "include"

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from swift_gguf.model import Model, ModelOptions
     from swift_gguf.sampling import SamplingOptions
     from swift_gguf.search.paper import PaperOptions
-    from swift_gguf.speculation import SpeculationOptions
+    from swift_gguf.speculation_options import SpeculationOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -100,7 +100,7 @@ search_flags = _all(
 
 def speculation_options(values: dict[str, Any]) -> SpeculationOptions:
     """`SpeculationOptions` from the values of `speculation_flags` and `search_flags`."""
-    from swift_gguf.speculation import SpeculationOptions
+    from swift_gguf.speculation_options import SpeculationOptions
     from swift_gguf.subnetwork import parse_layers
 
     skip_attn, skip_ffn = (

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from swift_gguf.errors import ConvertError, NativeLibraryError
-from swift_gguf.native import REINSTALL
+from swift_gguf.native_load import REINSTALL
 
 SCRIPT = "convert_hf_to_gguf.py"
 PACKAGES = ("torch", "transformers", "safetensors", "sentencepiece")

@@ -24,7 +24,7 @@ from swift_gguf.llama.scores import without_scores
 from swift_gguf.loading import fit_context, padded
 from swift_gguf.model import Model
 from swift_gguf.native import library
-from swift_gguf.speculation import SpeculationOptions
+from swift_gguf.speculation_options import SpeculationOptions
 from swift_gguf.threads import default_threads
 
 

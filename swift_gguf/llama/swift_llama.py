@@ -32,7 +32,7 @@ from swift_gguf.model import Model
 class SwiftLlama(AdoptedLlama):
     """`llama_cpp.Llama` with the same answers, sooner.
 
-    speculation: ``auto``; ``off``; sources by name (`swift_gguf.speculation.SOURCES`), joined by
+    speculation: ``auto``; ``off``; sources by name (`speculation_options.SOURCES`), joined by
         commas; or `SpeculationOptions`.
     flash_attn: None: where the backend has it.  Off, verified rows differ from plainly decoded ones
         by rounding on CPUs.

@@ -22,7 +22,7 @@ from swift_gguf.server.conversations import Conversations
 from swift_gguf.server.embedding import Embedder
 from swift_gguf.server.options import ServerOptions
 from swift_gguf.server.worker import Job
-from swift_gguf.speculation import SpeculationOptions
+from swift_gguf.speculation_options import SpeculationOptions
 from swift_gguf.stats import Stats
 
 _JOINED_ARGUMENTS = re.compile(r"arguments['\"\]]*\s*\+")

@@ -19,7 +19,8 @@ from swift_gguf.errors import GrammarError
 from swift_gguf.model import Model
 from swift_gguf.sampling import Sampler, SamplingOptions, _captured_stderr
 from swift_gguf.session import Session
-from swift_gguf.speculation import Speculation, SpeculationOptions
+from swift_gguf.speculation import Speculation
+from swift_gguf.speculation_options import SpeculationOptions
 from tests.fixtures.corrupt import without_letter
 
 Opener = Callable[..., Model]

@@ -23,7 +23,7 @@ from swift_gguf.server.app import create_app
 from swift_gguf.server.options import ServerOptions
 from swift_gguf.server.served import ServedLlama
 from swift_gguf.server.service import Service
-from swift_gguf.speculation import SpeculationOptions
+from swift_gguf.speculation_options import SpeculationOptions
 
 MARK = "canary-of-the-tests"
 SECRET = "nobody-may-read-this"

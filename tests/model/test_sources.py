@@ -15,7 +15,8 @@ from swift_gguf.errors import ModelError, SwiftError
 from swift_gguf.model import Model
 from swift_gguf.profile import Store
 from swift_gguf.sampling import Sampler, SamplingOptions
-from swift_gguf.speculation import SOURCES, Speculation, SpeculationOptions
+from swift_gguf.speculation import Speculation
+from swift_gguf.speculation_options import SOURCES, SpeculationOptions
 from swift_gguf.stats import Stats
 from tests.conftest import N_GPU_LAYERS
 from tests.model.prompts import PROMPTS

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from swift_gguf.native import find_library, library
+from swift_gguf.native import library
+from swift_gguf.native_load import find_library
 from tests.native.conftest import ROOT
 
 Tiny = Callable[..., Path]

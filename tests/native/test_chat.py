@@ -30,7 +30,8 @@ from swift_gguf.model import Model
 from swift_gguf.native import StopFlag
 from swift_gguf.sampling import Sampler, SamplingOptions
 from swift_gguf.session import Answer, Piece, Session, stopped_by_ctrl_c
-from swift_gguf.speculation import Speculation, SpeculationOptions
+from swift_gguf.speculation import Speculation
+from swift_gguf.speculation_options import SpeculationOptions
 from swift_gguf.text import encode, render_chat
 from swift_gguf.text import piece as bytes_of
 from tests.fixtures.tokenizer import CHATML

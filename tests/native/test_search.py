@@ -34,7 +34,8 @@ from swift_gguf.search.optimizer import Search
 from swift_gguf.search.paper import PaperOptions
 from swift_gguf.search.space import Space
 from swift_gguf.search.window import TextWindow, Windows
-from swift_gguf.speculation import TREES, Speculation, SpeculationOptions
+from swift_gguf.speculation import Speculation
+from swift_gguf.speculation_options import TREES, SpeculationOptions
 from swift_gguf.speculative_sampling import Distribution, draw
 from swift_gguf.stats import Stats
 from swift_gguf.subnetwork import SubNetwork

@@ -1,0 +1,60 @@
+"""Finds the native library, and makes `llama_cpp` load this very file."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+from swift_gguf.errors import NativeLibraryError
+
+REINSTALL = "reinstall swift-gguf (pip install --force-reinstall swift-gguf, or make)"
+
+
+def _library_folders() -> Iterator[Path]:
+    if override := os.environ.get("SWIFT_GGUF_LIB_DIR"):
+        yield Path(override)
+        return
+    # An editable install has two roots: the sources, and the built files in site-packages.
+    for root in sys.modules["swift_gguf"].__path__:
+        yield Path(root) / "lib"
+
+
+def find_library() -> Path:
+    """The folder of our libllama.
+
+    Raises:
+        NativeLibraryError: nothing is built, or SWIFT_GGUF_LIB_DIR leads nowhere.
+    """
+    tried = list(_library_folders())
+    for folder in tried:
+        if any(folder.glob("*llama.*")):
+            return folder
+    raise NativeLibraryError(
+        f"the native library is not in {' or '.join(map(str, tried))}; {REINSTALL}"
+    )
+
+
+def import_llama_cpp(folder: Path) -> ModuleType:
+    """llama-cpp-python's ctypes binding, over the library in this folder.
+
+    Raises:
+        NativeLibraryError: the library does not load, or the binding has loaded another.
+    """
+    loaded = sys.modules.get("llama_cpp.llama_cpp")
+    if loaded is not None:
+        theirs = Path(loaded._base_path)
+        if theirs.resolve() != folder.resolve():
+            raise NativeLibraryError(
+                f"llama_cpp was imported before swift_gguf and loaded {theirs}; "
+                "import swift_gguf first, in the same process"
+            )
+    # llama_cpp reads this once, at its first import
+    os.environ["LLAMA_CPP_LIB_PATH"] = str(folder)
+    try:
+        return importlib.import_module("llama_cpp.llama_cpp")
+    except (RuntimeError, OSError, AttributeError, FileNotFoundError) as error:
+        raise NativeLibraryError(f"could not load {folder}: {error}; {REINSTALL}") from error
