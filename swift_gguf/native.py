@@ -1,4 +1,4 @@
-"""The native library; this, `native_abi` and `native_convert` alone call it by ctypes.
+"""The native library; only this, `native_abi` and `native_convert` call it by ctypes.
 
 The library is llama.cpp's libllama with our patch (see native/README.md).  `llama_cpp`, the ctypes
 binding of llama-cpp-python, is made to load this very file, so both speak to one library.

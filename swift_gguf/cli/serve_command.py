@@ -88,6 +88,7 @@ def serve(model: str, **values: Any) -> None:
     options = _options(model, values)
     with download_progress() as progress:
         path = resolve(model, progress=progress)
+    from swift_gguf.native_memory import give_back_large_buffers
     from swift_gguf.server.run import serve as serve_model
     from swift_gguf.server.served import ServedLlama
 
@@ -98,6 +99,7 @@ def serve(model: str, **values: Any) -> None:
             "set --api-key",
             err=True,
         )
+    give_back_large_buffers()
     serve_model(
         lambda: ServedLlama.load(path, loading, speculation, options),
         options,
