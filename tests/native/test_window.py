@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import bench_window
 import numpy as np
 import pytest
 
@@ -118,23 +116,3 @@ def test_where_it_spares_nothing(
 ) -> None:
     model = open_model(tiny(family, n_ctx=N_CTX), **{"n_ctx": N_CTX} | options)
     assert not model.can_look_back_less
-
-
-def test_benchmark(
-    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    text, out = tmp_path / "text", tmp_path / "out.json"
-    text.write_text("ab cd ef " * 400)
-    path = tiny("llama", n_ctx=N_CTX)
-    arguments = [str(path), str(text), "--json", str(out), "--positions", "3", "-t", "1"]
-    monkeypatch.setattr("sys.argv", ["x", *arguments, "--lengths", "100", "1000"])
-    assert bench_window.main() == 0
-    found = json.loads(out.read_text())["lengths"]
-    whole, everything, near = found["100"].values()
-    assert whole["agreement"] == 1.0
-    assert everything["agreement"] == near["agreement"]
-    assert len(found["1000"]) == 3
-    assert "1000" in capsys.readouterr().out
-    monkeypatch.setattr("sys.argv", ["x", *arguments, "--lengths", "9000"])
-    assert bench_window.main() == 1
-    assert "9003 are needed" in capsys.readouterr().err
