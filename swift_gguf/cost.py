@@ -191,10 +191,8 @@ class CostsHere:
     KEPT = 255 / 256  # of what several took longer, for each that ran alone: who never looks errs
     NOISE = 0.3  # what a pass may take more or less for no reason; a logarithm
 
-    def __init__(self, model: Model, costs: Costs, *, draft_window: int | None = None) -> None:
-        """draft_window: tokens that drafts look back on; None: all."""
+    def __init__(self, model: Model, costs: Costs) -> None:
         self._model = model
-        self._drafts_see = math.inf if draft_window is None else draft_window + self.STEP
         self.update(costs)
 
     def update(self, costs: Costs) -> None:
@@ -206,8 +204,6 @@ class CostsHere:
 
     def _set(self, costs: Costs) -> None:
         self._at = costs
-        is_near = costs.n_kv <= self._drafts_see
-        self._draft = costs if is_near else costs.at(int(self._drafts_see))
         self._measured = [0.0, *(costs.verify_ms(width) for width in range(1, self.MAX_WIDTH + 1))]
         self._correct()
 
@@ -221,15 +217,15 @@ class CostsHere:
         for width, log in self._beside.items():
             self._table[width] *= math.exp(log)
 
-    def _now(self) -> None:
+    def _now(self) -> Costs:
         n_kv = -(-self._model.n_past // self.STEP) * self.STEP
         if self._at.n_kv != n_kv:
             self._set(self._costs.at(n_kv))
+        return self._at
 
     def draft_ms(self, subnetwork: SubNetwork) -> float:
         """See `Costs.draft_ms`."""
-        self._now()
-        return self._draft.draft_ms(subnetwork) * self._factor
+        return self._now().draft_ms(subnetwork) * self._factor
 
     def verify_ms(self, width: int) -> float:
         """See `Costs.verify_ms`."""

@@ -15,7 +15,7 @@ from swift_gguf.search.drivers import Meter
 from swift_gguf.search.optimizer import Knowledge, Search, Searcher
 from swift_gguf.search.paper import PaperOptions, PaperSearch
 from swift_gguf.search.space import Space
-from swift_gguf.subnetwork import DRAFT_WINDOW, SubNetwork
+from swift_gguf.subnetwork import SubNetwork
 
 MIN_POSITIONS = 64
 """What was seen on fewer may be luck: it is remembered, but nothing is built on it yet."""
@@ -86,8 +86,7 @@ class Learning:
             profile = None
         stored = stored_costs(model, profile.costs) if profile else None
         self.costs = stored or self._measured(QUICK_WIDTHS, rounds=2)
-        window = DRAFT_WINDOW if model.can_look_back_less else None
-        self.here = CostsHere(model, self.costs, draft_window=window)
+        self.here = CostsHere(model, self.costs)
         """The costs at the present length of the context, which the search counts in."""
         self._recycled = profile.recycling if profile else ()
         self.searcher: Searcher | None = None

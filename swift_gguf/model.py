@@ -190,17 +190,6 @@ class Model:
         )
         return attention, ffn
 
-    @cached_property
-    def can_look_back_less(self) -> bool:
-        """Does a sub-network's window spare a pass over a long context anything?"""
-        if self.rollback_refusal:
-            return False
-        shortest = SubNetwork(n_layer=self.n_layer, window=1)
-        all_of_it, part = (
-            self.pass_cost(each, n_kv=self.n_ctx).kv_bytes for each in (None, shortest)
-        )
-        return part < all_of_it
-
     def is_eog(self, token: int) -> bool:
         """Does this token end a generation?"""
         return bool(self._api.llama_vocab_is_eog(self.vocab, token))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-ABI = 6
+ABI = 5
 """SWIFT_GGUF_ABI of native/include/swift_gguf.h that this module is written for."""
 
 
@@ -101,7 +101,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "swift_gguf_observe_ffn_end": (None, [ctypes.c_void_p]),
     "swift_gguf_subnetwork_init": (
         ctypes.c_void_p,
-        [MASK, FLOATS, ctypes.c_int32, ctypes.c_void_p, ctypes.c_bool, ctypes.c_int32],
+        [MASK, FLOATS, ctypes.c_int32, ctypes.c_void_p, ctypes.c_bool],
     ),
     "swift_gguf_subnetwork_free": (None, [ctypes.c_void_p]),
     "swift_gguf_set_subnetwork": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_void_p]),
@@ -188,7 +188,6 @@ class SubnetworkHandle:
             n_layer,
             sidecar.pointer if sidecar else None,
             subnetwork.draft_head,
-            subnetwork.window,
         )
         if not self.pointer:
             raise SwiftError(f"a sub-network of {n_layer} layers is not possible")

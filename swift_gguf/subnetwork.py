@@ -1,4 +1,4 @@
-"""What a draft pass leaves out of the model, and what it runs narrower: an immutable value."""
+"""Which sub-layers a draft pass leaves out, and which it runs narrower: an immutable value."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from swift_gguf.errors import SubnetworkError
-
-DRAFT_WINDOW = 512
-"""Tokens that drafts look back on (SWIFT_GGUF_DRAFT_WINDOW): the next few words depend on little
-more (docs/benchmarks.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +23,6 @@ class SubNetwork:
     """Run with the sidecar's neurons (`swift_gguf.sidecar`); of a mixture, half of the experts."""
     draft_head: bool = False
     """Logits of the sidecar's tokens only."""
-    window: int = 0
-    """Tokens that attention looks back on, of the context's end; 0: all.  A few hundred more where
-    llama.cpp pads what it reads."""
 
     def __post_init__(self) -> None:
         for layer in self.skip_attn | self.skip_ffn | self.narrow_ffn:
@@ -53,8 +46,7 @@ class SubNetwork:
     @property
     def is_whole(self) -> bool:
         """Is this the model itself?"""
-        parts = (self.skip_attn, self.skip_ffn, self.narrow_ffn, self.draft_head, self.window)
-        return not any(parts)
+        return not (self.skip_attn or self.skip_ffn or self.narrow_ffn or self.draft_head)
 
     @property
     def attn_mask(self) -> list[bool]:

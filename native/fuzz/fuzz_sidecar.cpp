@@ -27,7 +27,7 @@ void silent(ggml_log_level, const char *, void *) {}
 // Drafts with all that the sidecar has, as a program does that trusts it.
 void draft(const swift_gguf_sidecar * sidecar) {
     const std::vector<float>      shares(llama_model_n_layer(model), 0.5f);
-    swift_gguf_subnetwork *       subnetwork = swift_gguf_subnetwork_init(nullptr, shares.data(), (int32_t) shares.size(), sidecar, true, 0);
+    swift_gguf_subnetwork *       subnetwork = swift_gguf_subnetwork_init(nullptr, shares.data(), (int32_t) shares.size(), sidecar, true);
     const swift_gguf_draft_params params     = { 0, 2, 0.0f };
     llama_token                   tokens[2];
     float                         probabilities[2];

@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define SWIFT_GGUF_ABI 6
+#define SWIFT_GGUF_ABI 5
 
 /* Error codes of the functions that return int32_t. llama_decode's own codes are passed through
  * offset by SWIFT_GGUF_ERROR_DECODE: -100 - code. */
@@ -89,25 +89,18 @@ struct swift_gguf_subnetwork;
  *   and any other FFN the sidecar's neurons, if it has some for the layer.
  * sidecar: may be NULL.
  * draft_head: the pass computes logits of the sidecar's tokens only; the others' are -inf.
- * window: attention reads the cache's latest cells only, which hold at least so many tokens, the pass's own
- *   among them; 0: all. Only for passes that go on where the cache ends. Takes effect with flash attention and
- *   a cache of one stream and one kind (no sliding-window model); elsewhere everything is read.
  *
- * Any combination is safe. Returns NULL if n_layer or window is negative or absurd. */
+ * Any combination is safe. Returns NULL if n_layer is negative or absurd. */
 LLAMA_API struct swift_gguf_subnetwork * swift_gguf_subnetwork_init(
         const uint8_t *                   skip_attention,
         const float *                     ffn_share,
         int32_t                           n_layer,
         const struct swift_gguf_sidecar * sidecar,
-        bool                              draft_head,
-        int32_t                           window);
+        bool                              draft_head);
 
 LLAMA_API void swift_gguf_subnetwork_free(struct swift_gguf_subnetwork * subnetwork);
 
-/* Tokens that drafts look back on: the next few words depend on little more. */
-#define SWIFT_GGUF_DRAFT_WINDOW 512
-
-/* The best sub-network that was found for a model, with a window of SWIFT_GGUF_DRAFT_WINDOW.
+/* The best sub-network that was found for a model.
  *
  * path: its profile, the file in which swift-gguf keeps what it learns (swift-gguf config --profile MODEL); NULL: the
  *   profile that came with the model (metadata "swift.profile").

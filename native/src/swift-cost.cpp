@@ -47,9 +47,8 @@ uint64_t weight_bytes_read(const ggml_tensor * node, const ggml_tensor * weight)
 }
 
 // Bytes of the cache that `node` reads through the view `kv` when n_kv positions are filled.
-uint64_t kv_bytes_read(const ggml_tensor * node, const ggml_tensor * kv, int64_t n_kv) {
-    // caches are [n_embd_gqa, n_cells, n_stream]; flash attention may be given some of the cells
-    const int64_t n_cells = node->op == GGML_OP_FLASH_ATTN_EXT ? kv->ne[1] : root(kv)->ne[1];
+uint64_t kv_bytes_read(const ggml_tensor * kv, int64_t n_kv) {
+    const int64_t n_cells = root(kv)->ne[1]; // caches are [n_embd_gqa, n_cells, n_stream]
     return bytes_of(kv) / n_cells * std::min(n_kv, n_cells);
 }
 
@@ -82,7 +81,7 @@ swift_gguf_cost count(const llama_context & ctx, ggml_cgraph * graph, int64_t n_
                     cost.head_bytes += bytes;
                 }
             } else if (!is_store) {
-                cost.kv_bytes += kv_bytes_read(node, src, n_kv);
+                cost.kv_bytes += kv_bytes_read(src, n_kv);
             }
         }
     }

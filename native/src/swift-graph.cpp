@@ -78,32 +78,6 @@ ggml_tensor * swift_skip_attention(
     return zeros(graph, n_embd_head_v * q_cur->ne[1], graph.n_tokens);
 }
 
-void swift_window_attention(const llm_graph_context & graph, ggml_tensor *& k, ggml_tensor *& v, ggml_tensor *& kq_mask) {
-    const swift_subnetwork * subnetwork = subnetwork_of(graph);
-    if (subnetwork == nullptr || subnetwork->window == 0) {
-        return;
-    }
-    const int64_t n_kv = k->ne[2], window = subnetwork->window;
-
-    const bool is_one_stream = k->ne[3] == 1 && kq_mask->ne[0] == n_kv;
-    const bool is_transposed = v->nb[1] > v->nb[2];
-    if (n_kv <= window || !graph.cparams.flash_attn || !is_one_stream || is_transposed) {
-        return;
-    }
-    ggml_context * ctx   = graph.ctx0;
-    const int64_t  first = n_kv - window;
-
-    k = ggml_view_3d(ctx, k, k->ne[0], k->ne[1], window, k->nb[1], k->nb[2], first * k->nb[2]);
-    v = ggml_view_3d(ctx, v, v->ne[0], v->ne[1], window, v->nb[1], v->nb[2], first * v->nb[2]);
-
-    // one copy for all layers, which share a mask; flash attention wants it contiguous
-    ggml_tensor *& narrow = graph.swift_mask;
-    if (narrow == nullptr || narrow->src[0]->view_src != kq_mask) {
-        narrow = ggml_cont(ctx, ggml_view_2d(ctx, kq_mask, window, kq_mask->ne[1], kq_mask->nb[1], first * kq_mask->nb[0]));
-    }
-    kq_mask = narrow;
-}
-
 ggml_tensor * swift_skip_ffn(
         const llm_graph_context & graph,
         const ggml_tensor *       cur,

@@ -23,10 +23,6 @@ ggml_tensor * swift_skip_ffn(
         const ggml_tensor *       down, // down projection: [n_ff, n_embd] or [n_ff, n_embd, n_expert]
         int                       il);
 
-// Has attention read the latest cells of the cache alone, where the pass is to look back no further: `k` and
-// `v` become views of them, `kq_mask` a copy of their columns. Flash attention over one stream only.
-void swift_window_attention(const llm_graph_context & graph, ggml_tensor *& k, ggml_tensor *& v, ggml_tensor *& kq_mask);
-
 // Puts the sidecar's tensors in the place of an FFN's where the pass is to run it narrower.
 void swift_narrow_ffn(
         const llm_graph_context & graph,

@@ -102,7 +102,6 @@ swift_gguf_subnetwork * load(const llama_model & model, const char * path, const
     value->skip_attention = layers_of(found.skip_attn, n_layer);
     value->sidecar        = sidecar != nullptr ? sidecar->value : nullptr;
     value->draft_head     = found.draft_head;
-    value->window         = swift_window_cells(SWIFT_GGUF_DRAFT_WINDOW);
 
     const std::vector<bool> skipped = layers_of(found.skip_ffn, n_layer), narrow = layers_of(found.narrow_ffn, n_layer);
     for (int32_t il = 0; il < n_layer; ++il) {

@@ -46,9 +46,8 @@ swift_gguf_subnetwork * swift_gguf_subnetwork_init(
         const float *              ffn_share,
         int32_t                    n_layer,
         const swift_gguf_sidecar * sidecar,
-        bool                       draft_head,
-        int32_t                    window) try {
-    if (n_layer < 0 || n_layer > LLAMA_MAX_LAYERS || window < 0 || window > SWIFT_WINDOW_MAX) {
+        bool                       draft_head) try {
+    if (n_layer < 0 || n_layer > LLAMA_MAX_LAYERS) {
         return nullptr;
     }
     auto value = std::make_shared<swift_subnetwork>();
@@ -64,7 +63,6 @@ swift_gguf_subnetwork * swift_gguf_subnetwork_init(
         value->sidecar    = sidecar->value;
         value->draft_head = draft_head;
     }
-    value->window = swift_window_cells(window);
     return new swift_gguf_subnetwork { std::move(value) };
 } catch (...) { // std::bad_alloc
     return nullptr;

@@ -1,4 +1,4 @@
-// Which sub-layers of the target model a pass leaves out, which it runs narrower, and how far it looks back.
+// Which sub-layers of the target model a pass leaves out, and which it runs narrower.
 //
 // llama.cpp includes this header from llama-cparams.h, so it must stay free of ggml and llama types.
 
@@ -25,8 +25,6 @@ struct swift_subnetwork {
     std::shared_ptr<const swift_sidecar> sidecar;
     bool                                 draft_head = false; // logits of the sidecar's tokens only
 
-    int32_t window = 0; // cells of the cache that attention reads, the latest ones; 0: all
-
     // Not part of the value: where a probing build notes the sub-layers it meets.
     std::shared_ptr<swift_visits> visits;
 
@@ -36,19 +34,12 @@ struct swift_subnetwork {
 
     bool operator==(const swift_subnetwork & other) const {
         return skip_attention == other.skip_attention && ffn_share == other.ffn_share && sidecar == other.sidecar &&
-                draft_head == other.draft_head && window == other.window;
+                draft_head == other.draft_head;
     }
 
 private:
     bool has(int il) const { return il >= 0 && il < (int) ffn_share.size(); }
 };
-
-constexpr int32_t SWIFT_WINDOW_MAX = 1 << 24;
-
-// Cells that hold the latest `n_tokens` at least: llama.cpp pads what attention reads to multiples of 256.
-inline int32_t swift_window_cells(int32_t n_tokens) {
-    return n_tokens == 0 ? 0 : (n_tokens + 255) / 256 * 256 + 256;
-}
 
 using swift_subnetwork_ptr = std::shared_ptr<const swift_subnetwork>;
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from swift_gguf.drafting.tree import ROOT, Offer, Tree
 from swift_gguf.errors import DecodeError, StoppedError
 from swift_gguf.model import Model
-from swift_gguf.subnetwork import DRAFT_WINDOW, SubNetwork
+from swift_gguf.subnetwork import SubNetwork
 
 
 class Passes:
@@ -15,7 +13,7 @@ class Passes:
 
     Between `begin` and `end` the model is this object's; `end` leaves its context as it was.
 
-    subnetwork: what the passes run, with a window of `DRAFT_WINDOW`; may be set between drafts.
+    subnetwork: what the passes run; may be set between drafts.
     """
 
     def __init__(self, name: str, model: Model, subnetwork: SubNetwork | None = None) -> None:
@@ -25,15 +23,6 @@ class Passes:
         self._pending = 0
         self._n_past = 0
         self._decoded: dict[int, int] | None = None  # tree node -> its number in the context
-
-    @property
-    def subnetwork(self) -> SubNetwork | None:
-        return self._subnetwork
-
-    @subnetwork.setter
-    def subnetwork(self, subnetwork: SubNetwork | None) -> None:
-        self._subnetwork = subnetwork
-        self._windowed = subnetwork and replace(subnetwork, window=DRAFT_WINDOW)
 
     def begin(self, pending: int) -> None:
         """The root of the tree stands for `pending`, which the context does not hold yet."""
@@ -66,7 +55,7 @@ class Passes:
         parents += range(len(self._decoded), len(self._decoded) + len(path) - 1)
         tokens = [self._pending if each == ROOT else tree.tokens[each] for each in path]
         try:
-            self.model.decode_tree(tokens, parents, subnetwork=self._windowed)
+            self.model.decode_tree(tokens, parents, subnetwork=self.subnetwork)
         except StoppedError:
             raise
         except DecodeError:

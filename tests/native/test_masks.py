@@ -257,10 +257,8 @@ def test_bad_arguments_are_errors_not_crashes(
     assert model.tokens == PROMPT
     swift = library()._swift
     assert swift.swift_gguf_set_subnetwork(None, None) == -1
-    assert swift.swift_gguf_subnetwork_init(None, None, -1, None, False, 0) is None
-    assert swift.swift_gguf_subnetwork_init(None, None, 1 << 30, None, False, 0) is None
-    assert swift.swift_gguf_subnetwork_init(None, None, 1, None, False, -1) is None
-    assert swift.swift_gguf_subnetwork_init(None, None, 1, None, False, 1 << 30) is None
+    assert swift.swift_gguf_subnetwork_init(None, None, -1, None, False) is None
+    assert swift.swift_gguf_subnetwork_init(None, None, 1 << 30, None, False) is None
     assert swift.swift_gguf_struct_size(b"nonsense") == 0
     assert swift.swift_gguf_rollback_refusal(None)
     swift.swift_gguf_subnetwork_free(None)
