@@ -9,9 +9,12 @@
 #pragma once
 
 #include "ggml-impl.h"
+#include "ggml-quants.h" // before repack.h, which would name the parts of blocks otherwise
 #include "repack.h"
 #include "simd-mappings.h"
 #include "swift-simd.h"
+
+#include <cmath>
 
 namespace {
 
@@ -261,23 +264,101 @@ struct q6_K {
     }
 };
 
-// -- Q8_0: as ggml_vec_dot_q8_0_q8_0 ----------------------------------------------------------------
+// -- Q5_K: as ggml_vec_dot_q5_K_q8_K ----------------------------------------------------------------
 
-struct q8_0 {
-    using weights = block_q8_0;
-    using column  = block_q8_0;
+struct q5_K {
+    using weights  = block_q5_K;
+    using column   = block_q8_K;
+    using prepared = block_q8_K;
 
-    static constexpr int64_t rows = 4; // at a time, so that what is done for a column serves all
-    static constexpr int     tile = TILE / 2;
+    static constexpr int64_t rows = 1;
+    static constexpr int     tile = TILE;
 
-    struct prepared {
-        signed_dot dot_with;
-        float      d;
+    struct unpacked {
+        __m256i quants[8]; // 32 each, unsigned
+        __m256i scales[8]; // 16 bits
+        __m256i mins;      // 16 bits, twice each: as many as the column has sums
+        float   d, dmin;
     };
 
-    static prepared prepare(const column & y) {
-        return { signed_dot(_mm256_loadu_si256((const __m256i *) y.qs)), GGML_CPU_FP16_TO_FP32(y.d) };
+    static unpacked unpack(const weights & block) {
+        const __m256i low = _mm256_set1_epi8(0x0F), fifth = _mm256_set1_epi8(0x10);
+        const __m256i high = _mm256_loadu_si256((const __m256i *) block.qh);
+        unpacked      out;
+        out.d    = GGML_CPU_FP16_TO_FP32(block.d);
+        out.dmin = GGML_CPU_FP16_TO_FP32(block.dmin);
+        for (int pair = 0; pair < QK_K / 64; pair++) {
+            const __m256i nibbles = _mm256_loadu_si256((const __m256i *) block.qs + pair);
+            const auto    join    = [&](__m256i four, int bit) {
+                // the bit of every byte, to its fifth place
+                const __m256i at = bit < 4 ? _mm256_slli_epi16(high, 4 - bit) : _mm256_srli_epi16(high, bit - 4);
+                return _mm256_or_si256(_mm256_and_si256(four, low), _mm256_and_si256(at, fifth));
+            };
+            out.quants[2 * pair]     = join(nibbles, 2 * pair);
+            out.quants[2 * pair + 1] = join(_mm256_srli_epi16(nibbles, 4), 2 * pair + 1);
+        }
+        uint8_t scales[8], mins[8];
+        for (int i = 0; i < 4; i++) { // 6 bits each, the last four's upper two with the first four
+            const uint8_t first = block.scales[i], second = block.scales[i + 4], both = block.scales[i + 8];
+            scales[i]     = first & 63;
+            mins[i]       = second & 63;
+            scales[i + 4] = (both & 15) | (first >> 6 << 4);
+            mins[i + 4]   = (both >> 4) | (second >> 6 << 4);
+        }
+        for (int i = 0; i < 8; i++) {
+            out.scales[i] = _mm256_set1_epi16(scales[i]);
+        }
+        const __m128i eight = _mm_loadl_epi64((const __m128i *) mins);
+        out.mins            = _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(eight, eight));
+        return out;
     }
+
+    template <int N>
+    static void multiply_tile(int64_t n_blocks, const weights * x, const prepared * columns, float * out, size_t out_stride) {
+        __m256 sums[N]     = {};
+        float  min_sums[N] = {};
+        for (int64_t b = 0; b < n_blocks; b++) {
+            prefetch(x + b, sizeof(weights));
+            const unpacked w = unpack(x[b]);
+            for (int c = 0; c < N; c++) {
+                const column & y = columns[c * n_blocks + b];
+                sums[c]          = _mm256_fmadd_ps(_mm256_set1_ps(y.d * w.d), _mm256_cvtepi32_ps(dots(w, y)), sums[c]);
+
+                const __m256i bsums = _mm256_loadu_si256((const __m256i *) y.bsums);
+                min_sums[c]         = std::fma(-y.d * w.dmin, (float) add_up(_mm256_madd_epi16(bsums, w.mins)), min_sums[c]);
+            }
+        }
+        for (int c = 0; c < N; c++) {
+            out[c * out_stride] = add_up(sums[c]) + min_sums[c];
+        }
+    }
+
+    static __m256i dots(const unpacked & w, const column & y) {
+        __m256i sums = _mm256_setzero_si256();
+        for (int i = 0; i < 8; i++) {
+            const __m256i q8 = _mm256_loadu_si256((const __m256i *) y.qs + i);
+            sums             = dot_16(sums, w.scales[i], _mm256_maddubs_epi16(w.quants[i], q8));
+        }
+        return sums;
+    }
+};
+
+// -- Q8_0 and Q4_1: as ggml_vec_dot_q8_0_q8_0 and ggml_vec_dot_q4_1_q8_1 -----------------------------
+
+// Four rows at a time, so that what is done for a column serves all of them.
+//
+// type::quants      32 quants of a block, as type::prepared::dot_with takes them; type::scale, theirs
+// type::HAS_MIN     blocks are scale * quants + minimum: type::min, and prepared::sum of the column
+template <typename type>
+struct four_rows {
+    using weights  = typename type::weights;
+    using column   = typename type::column;
+    using prepared = typename type::prepared;
+
+    static constexpr int64_t rows = 4;
+    static constexpr int     tile = TILE / 2;
+
+    static prepared prepare(const column & y) { return type::prepare(y); }
 
     // Four rows at once are no order that the hardware foresees: the next four are asked for in order
     // instead, a piece with every block. To the first cache, where that holds them beside the columns.
@@ -287,6 +368,7 @@ struct q8_0 {
     static void multiply_rows(int64_t n_blocks, const weights * x, const prepared * columns, float * out, size_t out_stride) {
         static_assert(N <= 4);
         __m256          sums[rows][N] = {};
+        __m128          mins[rows]    = {}; // each column's
         const weights * next          = x + rows * n_blocks;
         for (int64_t b = 0; b < n_blocks; b++) {
             fetch<to>((const char *) (next + rows * b), rows * sizeof(weights));
@@ -297,19 +379,28 @@ struct q8_0 {
             alignas(16) float scales[rows][4]; // a row's times each column's
             for (int r = 0; r < rows; r++) {
                 const weights & block = x[r * n_blocks + b];
-                quants[r]             = _mm256_loadu_si256((const __m256i *) block.qs);
-                _mm_store_ps(scales[r], _mm_mul_ps(_mm_set1_ps(GGML_CPU_FP16_TO_FP32(block.d)), dy));
+                quants[r]             = type::quants(block);
+                _mm_store_ps(scales[r], _mm_mul_ps(_mm_set1_ps(type::scale(block)), dy));
+            }
+            if constexpr (type::HAS_MIN) {
+                const auto   total = [&](int c) { return c < N ? columns[c * n_blocks + b].sum : 0.0f; };
+                const __m128 sy    = _mm_setr_ps(total(0), total(1), total(2), total(3));
+                for (int r = 0; r < rows; r++) {
+                    mins[r] = _mm_fmadd_ps(_mm_set1_ps(type::min(x[r * n_blocks + b])), sy, mins[r]);
+                }
             }
             for (int c = 0; c < N; c++) {
-                const signed_dot dot_with = columns[c * n_blocks + b].dot_with;
+                const auto dot_with = columns[c * n_blocks + b].dot_with;
                 for (int r = 0; r < rows; r++) {
                     sums[r][c] = _mm256_fmadd_ps(_mm256_set1_ps(scales[r][c]), _mm256_cvtepi32_ps(dot_with(quants[r])), sums[r][c]);
                 }
             }
         }
-        for (int c = 0; c < N; c++) {
-            for (int r = 0; r < rows; r++) {
-                out[c * out_stride + r] = add_up(sums[r][c]);
+        for (int r = 0; r < rows; r++) {
+            alignas(16) float min[4];
+            _mm_store_ps(min, mins[r]);
+            for (int c = 0; c < N; c++) {
+                out[c * out_stride + r] = type::HAS_MIN ? add_up(sums[r][c]) + min[c] : add_up(sums[r][c]);
             }
         }
     }
@@ -318,12 +409,16 @@ struct q8_0 {
     static void multiply_one(int64_t n_blocks, const weights * x, const prepared * y, float * out) {
         for (int r = 0; r < rows; r++, x += n_blocks) {
             __m256 sums = _mm256_setzero_ps();
+            float  mins = 0.0f;
             for (int64_t b = 0; b < n_blocks; b++) {
                 prefetch(x + b, sizeof(weights));
-                const __m256i dots = y[b].dot_with(_mm256_loadu_si256((const __m256i *) x[b].qs));
-                sums               = _mm256_fmadd_ps(_mm256_set1_ps(GGML_CPU_FP16_TO_FP32(x[b].d) * y[b].d), _mm256_cvtepi32_ps(dots), sums);
+                const __m256i dots = y[b].dot_with(type::quants(x[b]));
+                sums               = _mm256_fmadd_ps(_mm256_set1_ps(type::scale(x[b]) * y[b].d), _mm256_cvtepi32_ps(dots), sums);
+                if constexpr (type::HAS_MIN) {
+                    mins = std::fma(type::min(x[b]), y[b].sum, mins);
+                }
             }
-            out[r] = add_up(sums);
+            out[r] = type::HAS_MIN ? add_up(sums) + mins : add_up(sums);
         }
     }
 
@@ -337,6 +432,51 @@ struct q8_0 {
             multiply_rows<N, cache::second>(n_blocks, x, columns, out, out_stride);
         }
     }
+};
+
+struct q8_0 {
+    using weights = block_q8_0;
+    using column  = block_q8_0;
+
+    struct prepared {
+        signed_dot dot_with;
+        float      d;
+    };
+
+    static constexpr bool HAS_MIN = false;
+
+    static prepared prepare(const column & y) {
+        return { signed_dot(_mm256_loadu_si256((const __m256i *) y.qs)), GGML_CPU_FP16_TO_FP32(y.d) };
+    }
+
+    static __m256i quants(const weights & x) { return _mm256_loadu_si256((const __m256i *) x.qs); }
+
+    static float scale(const weights & x) { return GGML_CPU_FP16_TO_FP32(x.d); }
+};
+
+struct q4_1 {
+    using weights = block_q4_1;
+    using column  = block_q8_1;
+
+    struct prepared {
+        unsigned_dot dot_with;
+        float        d, sum;
+    };
+
+    static constexpr bool HAS_MIN = true;
+
+    static prepared prepare(const column & y) {
+        return { { _mm256_loadu_si256((const __m256i *) y.qs) }, GGML_CPU_FP16_TO_FP32(y.d), GGML_CPU_FP16_TO_FP32(y.s) };
+    }
+
+    static __m256i quants(const weights & x) {
+        const __m128i nibbles = _mm_loadu_si128((const __m128i *) x.qs);
+        return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(nibbles, 4), nibbles), _mm256_set1_epi8(0x0F));
+    }
+
+    static float scale(const weights & x) { return GGML_CPU_FP16_TO_FP32(x.d); }
+
+    static float min(const weights & x) { return GGML_CPU_FP16_TO_FP32(x.m); }
 };
 
 } // namespace

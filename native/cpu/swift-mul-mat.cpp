@@ -139,12 +139,24 @@ bool swift_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int64_
                 return false;
         }
     }
-    if (n_interleaved == 1 && src0->type == GGML_TYPE_Q6_K) {
+    if (n_interleaved != 1) {
+        return false;
+    }
+    const bool by_four = src0->ne[1] % four_rows<q8_0>::rows == 0;
+    if (src0->type == GGML_TYPE_Q5_K) {
+        multiply<q5_K>(params, dst, GGML_TYPE_Q8_K);
+        return true;
+    }
+    if (src0->type == GGML_TYPE_Q6_K) {
         multiply<q6_K>(params, dst, GGML_TYPE_Q8_K);
         return true;
     }
-    if (n_interleaved == 1 && src0->type == GGML_TYPE_Q8_0 && src0->ne[1] % q8_0::rows == 0) {
-        multiply<q8_0>(params, dst, GGML_TYPE_Q8_0);
+    if (src0->type == GGML_TYPE_Q8_0 && by_four) {
+        multiply<four_rows<q8_0>>(params, dst, GGML_TYPE_Q8_0);
+        return true;
+    }
+    if (src0->type == GGML_TYPE_Q4_1 && by_four) {
+        multiply<four_rows<q4_1>>(params, dst, GGML_TYPE_Q8_1);
         return true;
     }
     return false;

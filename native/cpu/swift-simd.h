@@ -59,6 +59,13 @@ struct signed_dot {
 #endif
 };
 
+// x * y by fours, x of unsigned bytes of at most 7 bits
+struct unsigned_dot {
+    __m256i y;
+
+    __m256i operator()(__m256i x) const { return dot(_mm256_setzero_si256(), x, y); }
+};
+
 // sums + a * b, added up by twos
 inline __m256i dot_16(__m256i sums, __m256i a, __m256i b) {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
@@ -92,6 +99,12 @@ inline float add_up(__m256 lanes) {
     __m128 sum = _mm_add_ps(_mm256_extractf128_ps(lanes, 1), _mm256_castps256_ps128(lanes));
     sum        = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
     return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+
+inline int32_t add_up(__m256i lanes) {
+    __m128i sum = _mm_add_epi32(_mm256_extracti128_si256(lanes, 1), _mm256_castsi256_si128(lanes));
+    sum         = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, _MM_SHUFFLE(1, 0, 3, 2)));
+    return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, _MM_SHUFFLE(2, 3, 0, 1))));
 }
 
 // Weights are read once and faster than the hardware's own prefetching expects while each is multiplied with

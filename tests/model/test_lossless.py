@@ -174,8 +174,13 @@ def test_repacked_quantisations(
 
 @pytest.mark.parametrize(
     ("name", "quant"),
-    [("qwen2.5-coder-1.5b", None), ("qwen2.5-coder-1.5b", "Q4_0"), ("gemma3-270m", None)],
-    ids=["Q4_K_M", "Q4_0", "mixed"],
+    [
+        ("qwen2.5-coder-1.5b", None),
+        ("qwen2.5-coder-1.5b", "Q4_0"),
+        ("smollm2-135m", None),
+        ("gemma3-270m", None),
+    ],
+    ids=["Q4_K_M", "Q4_0", "Q4_1", "mixed"],
 )
 def test_logits_do_not_depend_on_the_width(
     real: Callable[..., Path], open_model: Callable[..., Model], name: str, quant: str | None
