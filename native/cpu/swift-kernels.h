@@ -343,7 +343,7 @@ struct q5_K {
     }
 };
 
-// -- Q8_0 and Q4_1: as ggml_vec_dot_q8_0_q8_0 and ggml_vec_dot_q4_1_q8_1 -----------------------------
+// -- blocks of 32: as ggml_vec_dot_q8_0_q8_0, _q5_0_q8_0, _q4_1_q8_1 and _q5_1_q8_1 -----------------
 
 // Four rows at a time, so that what is done for a column serves all of them.
 //
@@ -454,6 +454,23 @@ struct q8_0 {
     static float scale(const weights & x) { return GGML_CPU_FP16_TO_FP32(x.d); }
 };
 
+struct q5_0 {
+    using weights  = block_q5_0;
+    using column   = block_q8_0;
+    using prepared = q8_0::prepared;
+
+    static constexpr bool HAS_MIN = false;
+
+    static prepared prepare(const column & y) { return q8_0::prepare(y); }
+
+    static __m256i quants(const weights & x) {
+        const __m256i raised = _mm256_or_si256(nibbles_32(x.qs), where_set(x.qh, 0x10));
+        return _mm256_sub_epi8(raised, _mm256_set1_epi8(16));
+    }
+
+    static float scale(const weights & x) { return GGML_CPU_FP16_TO_FP32(x.d); }
+};
+
 struct q4_1 {
     using weights = block_q4_1;
     using column  = block_q8_1;
@@ -469,10 +486,23 @@ struct q4_1 {
         return { { _mm256_loadu_si256((const __m256i *) y.qs) }, GGML_CPU_FP16_TO_FP32(y.d), GGML_CPU_FP16_TO_FP32(y.s) };
     }
 
-    static __m256i quants(const weights & x) {
-        const __m128i nibbles = _mm_loadu_si128((const __m128i *) x.qs);
-        return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(nibbles, 4), nibbles), _mm256_set1_epi8(0x0F));
-    }
+    static __m256i quants(const weights & x) { return nibbles_32(x.qs); }
+
+    static float scale(const weights & x) { return GGML_CPU_FP16_TO_FP32(x.d); }
+
+    static float min(const weights & x) { return GGML_CPU_FP16_TO_FP32(x.m); }
+};
+
+struct q5_1 {
+    using weights  = block_q5_1;
+    using column   = block_q8_1;
+    using prepared = q4_1::prepared;
+
+    static constexpr bool HAS_MIN = true;
+
+    static prepared prepare(const column & y) { return q4_1::prepare(y); }
+
+    static __m256i quants(const weights & x) { return _mm256_or_si256(nibbles_32(x.qs), where_set(x.qh, 0x10)); }
 
     static float scale(const weights & x) { return GGML_CPU_FP16_TO_FP32(x.d); }
 

@@ -142,24 +142,35 @@ bool swift_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int64_
     if (n_interleaved != 1) {
         return false;
     }
-    const bool by_four = src0->ne[1] % four_rows<q8_0>::rows == 0;
-    if (src0->type == GGML_TYPE_Q5_K) {
-        multiply<q5_K>(params, dst, GGML_TYPE_Q8_K);
-        return true;
+    switch (src0->type) {
+        case GGML_TYPE_Q5_K:
+            multiply<q5_K>(params, dst, GGML_TYPE_Q8_K);
+            return true;
+        case GGML_TYPE_Q6_K:
+            multiply<q6_K>(params, dst, GGML_TYPE_Q8_K);
+            return true;
+        default:
+            break;
     }
-    if (src0->type == GGML_TYPE_Q6_K) {
-        multiply<q6_K>(params, dst, GGML_TYPE_Q8_K);
-        return true;
+    if (src0->ne[1] % four_rows<q8_0>::rows != 0) {
+        return false;
     }
-    if (src0->type == GGML_TYPE_Q8_0 && by_four) {
-        multiply<four_rows<q8_0>>(params, dst, GGML_TYPE_Q8_0);
-        return true;
+    switch (src0->type) {
+        case GGML_TYPE_Q8_0:
+            multiply<four_rows<q8_0>>(params, dst, GGML_TYPE_Q8_0);
+            return true;
+        case GGML_TYPE_Q5_0:
+            multiply<four_rows<q5_0>>(params, dst, GGML_TYPE_Q8_0);
+            return true;
+        case GGML_TYPE_Q4_1:
+            multiply<four_rows<q4_1>>(params, dst, GGML_TYPE_Q8_1);
+            return true;
+        case GGML_TYPE_Q5_1:
+            multiply<four_rows<q5_1>>(params, dst, GGML_TYPE_Q8_1);
+            return true;
+        default:
+            return false;
     }
-    if (src0->type == GGML_TYPE_Q4_1 && by_four) {
-        multiply<four_rows<q4_1>>(params, dst, GGML_TYPE_Q8_1);
-        return true;
-    }
-    return false;
 }
 
 #else // SWIFT_NARROW_AVX2

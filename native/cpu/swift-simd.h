@@ -77,6 +77,26 @@ inline __m256i dot_16(__m256i sums, __m256i a, __m256i b) {
 #endif
 }
 
+// 32 numbers of four bits: the lower ones of 16 bytes, then the upper ones
+inline __m256i nibbles_32(const uint8_t * bytes) {
+    const __m128i both = _mm_loadu_si128((const __m128i *) bytes);
+    return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(both, 4), both), _mm256_set1_epi8(0x0F));
+}
+
+// `value` in each of 32 bytes whose bit is set, else 0
+inline __m256i where_set(const uint8_t * bits, char value) {
+    uint32_t word;
+    memcpy(&word, bits, sizeof(word));
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    return _mm256_maskz_set1_epi8(word, value);
+#else
+    const __m256i of_eight = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const __m256i bytes    = _mm256_shuffle_epi8(_mm256_set1_epi32((int) word), of_eight);
+    const __m256i own      = _mm256_set1_epi64x((int64_t) 0x8040201008040201);
+    return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(bytes, own), own), _mm256_set1_epi8(value));
+#endif
+}
+
 inline __m256i eight_bytes(const int8_t * bytes) {
     int64_t eight;
     memcpy(&eight, bytes, sizeof(eight));

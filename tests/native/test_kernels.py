@@ -16,7 +16,7 @@ from swift_gguf.model import Model
 from swift_gguf.native import library
 from tests.conftest import N_GPU_LAYERS
 
-KINDS = ("Q4_0", "Q4_1", "Q8_0", "Q4_K_M", "Q5_K_M", "Q6_K")
+KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K_M", "Q5_K_M", "Q6_K")
 WIDTHS = (2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 33, 63, 64, 72)
 
 pytestmark = pytest.mark.skipif(
