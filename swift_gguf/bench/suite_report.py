@@ -173,12 +173,15 @@ class Report:
     def categories(self) -> list[str]:
         return sorted({result.category for result in self.results})
 
+    def diverged(self, *, of_peers: bool) -> list[Result]:
+        """Answers that differ from plain decoding's: other programs' or ours."""
+        modes = {mode.name for mode in self.modes if mode.is_peer == of_peers}
+        return [result for result in self.results if result.diverged and result.mode in modes]
+
     @property
     def broken(self) -> int:
         """Answers of ours that differ from plain decoding's where no bit may."""
-        ours = {mode.name for mode in self.modes if not mode.is_peer}
-        diverged = sum(result.diverged for result in self.results if result.mode in ours)
-        return diverged if self.bit_invariant else 0
+        return len(self.diverged(of_peers=False)) if self.bit_invariant else 0
 
     def summary(self, mode: str, category: str | None = None) -> Summary | None:
         """Of one category, or of all; None if nothing of it is answered."""

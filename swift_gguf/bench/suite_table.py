@@ -101,7 +101,7 @@ def _why(report: Report) -> Iterator[str]:
 
 
 def _notes(report: Report) -> Iterator[str]:
-    diverged = [result for result in report.results if result.diverged]
+    diverged, of_peers = (report.diverged(of_peers=each) for each in (False, True))
     ties = sum(result.near_tie is True for result in diverged)
     kind = "bit-invariant" if report.bit_invariant else "not bit-invariant"
     text = f"{len(diverged)} answers differ from plain decoding's"
@@ -110,6 +110,11 @@ def _notes(report: Report) -> Iterator[str]:
         if diverged
         else (f"every answer is plain decoding's; the model is {kind} here")
     )
+    if of_peers:
+        yield (
+            f"{len(of_peers)} of other programs' differ: their kernels round differently, by the "
+            "number of tokens decoded together"
+        )
     if (left := report.units - len(report.done)) > 0:
         yield f"{left} of {report.units} rows are not measured yet"
     if report.left_out:

@@ -233,6 +233,16 @@ def test_the_table() -> None:
     assert render(report()) == "nothing was measured"
 
 
+def test_the_table_tells_our_answers_from_other_programs() -> None:
+    found = filled()
+    found.results.append(result("prompt-lookup", 2, 9, 1.0, diverged=True))
+    text = render(found)
+    assert "every answer is plain decoding's" in text
+    assert "1 of other programs' differ" in text
+    found.results.append(result("auto", 2, 9, 1.0, diverged=True))
+    assert "1 answers differ from plain decoding's" in render(found)
+
+
 def test_the_figure(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     plot(filled(), tmp_path / "figure.png")
