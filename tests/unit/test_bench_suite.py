@@ -235,6 +235,7 @@ def test_the_table() -> None:
 
 def test_the_table_tells_our_answers_from_other_programs() -> None:
     found = filled()
+    found.results.append(result("plain", 2, 9, 1.0))
     found.results.append(result("prompt-lookup", 2, 9, 1.0, diverged=True))
     text = render(found)
     assert "every answer is plain decoding's" in text
