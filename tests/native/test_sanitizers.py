@@ -14,7 +14,13 @@ import pytest
 from tests.fixtures.instrumented import find_build, instrument, runtime
 
 ROOT = Path(__file__).parents[2]
-SUITES = ("test_c_api.py", "test_sidecar.py", "test_masks.py", "test_bindings.py")
+SUITES = (
+    "test_c_api.py",
+    "test_sidecar.py",
+    "test_masks.py",
+    "test_bindings.py",
+    "test_kernels.py",
+)
 TOO_LITTLE_ROOM = """
 import ctypes, sys
 from swift_gguf.model import Model, ModelOptions
