@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import codecs
 import gc
+import math
 import re
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any
 
 from swift_gguf.llama import SwiftLlama
 from swift_gguf.llama.chat_format import BoundedFormatter
 from swift_gguf.model import ModelOptions
 from swift_gguf.native import StopFlag, library
+from swift_gguf.native_memory import give_back_free_pages
 from swift_gguf.server.characters import Said, whole
 from swift_gguf.server.conversations import Conversations
 from swift_gguf.server.embedding import Embedder
@@ -24,6 +26,8 @@ from swift_gguf.server.options import ServerOptions
 from swift_gguf.server.worker import Job
 from swift_gguf.speculation_options import SpeculationOptions
 from swift_gguf.stats import Stats
+
+TIDY_EVERY_S = 20.0
 
 _JOINED_ARGUMENTS = re.compile(r"arguments['\"\]]*\s*\+")
 
@@ -70,6 +74,7 @@ class ServedLlama(SwiftLlama):
     _job: Job[ServedLlama] | None = None
     _tally: Tally
     _said: Said
+    _tidied_at = -math.inf
     thinks = False
     """Has the prompt of the generation under way, or the latest, opened the model's thoughts?"""
     _pieces: dict[int, bytes]
@@ -137,6 +142,9 @@ class ServedLlama(SwiftLlama):
             yield self._tally
         finally:
             self._job = None
+            if monotonic() - self._tidied_at >= TIDY_EVERY_S:
+                give_back_free_pages()
+                self._tidied_at = monotonic()
 
     @wraps(SwiftLlama.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:

@@ -32,9 +32,36 @@ libc.malloc({2 * LARGE})
 print(libc.mallinfo2().hblkhd - before)
 """
 
+# bytes of this process that are in memory, with holes between buffers before and after
+HOLES = """
+import ctypes, re
+from pathlib import Path
+from swift_gguf.native_memory import give_back_free_pages
+
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+buffers = [libc.malloc(50_000) for _ in range(1000)]
+for buffer in buffers:
+    ctypes.memset(buffer, 1, 50_000)
+for buffer in buffers[::2]:
+    libc.free(buffer)
+before = resident()
+give_back_free_pages()
+print(before - resident())
+"""
+
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="no glibc"
 )
+
+
+def test_holes_are_given_back() -> None:
+    done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 10 << 20
 
 
 def mapped(case: str) -> int:
