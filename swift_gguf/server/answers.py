@@ -109,13 +109,16 @@ class _Envelope:
 
     def work(self, llama: ServedLlama, job: Job[ServedLlama]) -> Iterator[object]:
         with llama.working_for(job) as tally, _telling():
+            answer = None
             try:
                 if self._request.stream:
                     yield from self._stream(llama, job, tally)
                 else:
-                    yield self._whole(llama, job, tally)
+                    answer = self._whole(llama, job, tally)
             finally:
                 self._on_end(tally, job.queue_s)
+            if answer is not None:  # counted before anybody can look at the counts
+                yield answer
 
     def _seeds(self) -> Iterator[int]:
         default = self._options.sampling.seed
