@@ -2,6 +2,12 @@
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from swift_gguf.llama import SwiftDraftModel as SwiftDraftModel
+    from swift_gguf.llama import SwiftLlama as SwiftLlama
+    from swift_gguf.speculation_options import SpeculationOptions as SpeculationOptions
 
 try:
     __version__ = version("swift-gguf")

@@ -14,33 +14,30 @@ from swift_gguf.subnetwork import SubNetwork
 class Handles:
     """Native sub-networks of a model, each made when a pass first needs it.
 
-    model: llama.cpp's, loaded from `path`.
+    path: the model's file.
     wanted: the sidecar to use; ``auto``: the one beside the model, if it is there and its own.
-    has_experts: a mixture is narrowed without a sidecar.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        path: Path,
-        *,
-        wanted: Path | Literal["auto"] | None,
-        has_experts: bool,
-    ) -> None:
+    def __init__(self, path: Path, *, wanted: Path | Literal["auto"] | None) -> None:
         self.sidecar: Sidecar | None = None
         self.refusal: str | None = None
         """Why the sidecar beside the model is not used, if there is one."""
         self.loaded_sidecar: SidecarHandle | None = None
-        self._model, self._path, self._wanted = model, path, wanted
-        self._has_experts = has_experts
+        self._path, self._wanted = path, wanted
+        self._model: Any = None
+        self._has_experts = False
         self._made: dict[SubNetwork, SubnetworkHandle] = {}
 
-    def find_sidecar(self, n_layer: int) -> None:
-        """Looks at its header; the weights are loaded when a pass first needs them.
+    def open(self, model: Any, *, n_layer: int, has_experts: bool) -> None:
+        """Looks at the sidecar's header; its weights are loaded when a pass first needs them.
+
+        model: llama.cpp's, which must outlive this, or `close`.
+        has_experts: a mixture is narrowed without a sidecar.
 
         Raises:
             SidecarError: the one that was asked for cannot be used.
         """
+        self._model, self._has_experts = model, has_experts
         place = path_beside(self._path) if self._wanted == "auto" else self._wanted
         if place is None or (self._wanted == "auto" and not place.exists()):
             return
@@ -73,7 +70,7 @@ class Handles:
         return self._made[subnetwork]
 
     def _load_sidecar(self) -> SidecarHandle:
-        if self.sidecar is None:
+        if self._model is None or self.sidecar is None:
             raise SubnetworkError(
                 "a narrow FFN or a draft head needs a sidecar; run swift-gguf prepare"
             )
@@ -88,7 +85,7 @@ class Handles:
             SidecarError: the one that was asked for cannot be loaded.
         """
         try:
-            if self.sidecar is not None:
+            if self._model is not None and self.sidecar is not None:
                 self._load_sidecar()
         except SidecarError as error:
             self._leave_aside(error)
@@ -97,4 +94,4 @@ class Handles:
     def close(self) -> None:
         """Frees them; before the model."""
         self._made.clear()
-        self.loaded_sidecar = None
+        self.loaded_sidecar = self._model = None

@@ -74,13 +74,11 @@ class Model:
         self._outputs = range(0)
         self._library = library()
         self._api = self._library.api
+        self._handles = Handles(self.path, wanted=self.options.sidecar)
         self._loaded = loaded or load(self.path, self.options)
-        self._handles = Handles(
-            self._model, self.path, wanted=self.options.sidecar, has_experts=self.has_experts
-        )
         try:
             self._set_up()
-            self._handles.find_sidecar(self.n_layer)
+            self._handles.open(self._model, n_layer=self.n_layer, has_experts=self.has_experts)
         except BaseException:
             self.close()
             raise
@@ -131,7 +129,7 @@ class Model:
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_handles"):
+        if hasattr(self, "_loaded"):
             self.close()
 
     # -- what the model is -------------------------------------------------------------------------

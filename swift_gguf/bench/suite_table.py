@@ -108,13 +108,11 @@ def _notes(report: Report) -> Iterator[str]:
     yield (
         f"{text}, {ties} at a near tie; the model is {kind} here"
         if diverged
-        else (f"every answer is plain decoding's; the model is {kind} here")
+        else (f"every answer of ours is plain decoding's; the model is {kind} here")
     )
     if of_peers:
-        yield (
-            f"{len(of_peers)} of other programs' differ: their kernels round differently, by the "
-            "number of tokens decoded together"
-        )
+        ties = sum(result.near_tie is True for result in of_peers)
+        yield f"{len(of_peers)} answers of other programs differ from it, {ties} at a near tie"
     if (left := report.units - len(report.done)) > 0:
         yield f"{left} of {report.units} rows are not measured yet"
     if report.left_out:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,20 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A model of random weights, all matrices of one type, with rows of whole K-quant blocks."""
+@pytest.fixture(scope="module", params=[512, 510], ids=["", "510 tokens"])
+def make(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """A model of random weights, all matrices of one type, with rows of whole K-quant blocks.
+
+    Its head has 512 rows, or some that are left where kernels take them by four or eight.
+    """
     folder = tmp_path_factory.mktemp("kernels")
     source = folder / "source.gguf"
-    make_synthetic.write_synthetic(source, name="tiny", type_name="q8_0")
+    shapes = make_synthetic.SHAPES
+    shapes["test"] = replace(shapes["tiny"], n_vocab=request.param)
+    make_synthetic.write_synthetic(source, name="test", type_name="q8_0")
+    del shapes["test"]
 
     def make_one(kind: str) -> Path:
         path = folder / f"{kind}.gguf"

@@ -419,3 +419,13 @@ def test_an_interrupted_write_leaves_nothing(tiny: Tiny, tmp_path: Path) -> None
 def test_a_missing_sidecar_is_one_clear_line(tiny: Tiny, open_model: Opener) -> None:
     with pytest.raises((SidecarError, ModelError), match="cannot be read"):
         open_model(tiny("llama"), sidecar=Path("/nowhere/x.swift.gguf"))
+
+
+def test_a_closed_model_loads_no_sidecar(pair: tuple[Path, Path], open_model: Opener) -> None:
+    model = open_model(pair[0])
+    assert model.sidecar is not None
+    subnetwork = narrow(model)
+    model.close()
+    model.usable_sidecar()
+    with pytest.raises(SubnetworkError):
+        model._handles.of(subnetwork)

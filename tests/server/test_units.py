@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from swift_gguf.cli import main
 from swift_gguf.errors import (
     ContextFullError,
     DecodeError,
@@ -18,7 +22,7 @@ from swift_gguf.errors import (
     SwiftError,
     TemplateError,
 )
-from swift_gguf.server import reasoning
+from swift_gguf.server import reasoning, served
 from swift_gguf.server.answers import _telling
 from swift_gguf.server.app import _failed
 from swift_gguf.server.characters import Said, whole
@@ -231,3 +235,32 @@ def test_a_model_is_closed_when_nobody_uses_it_any_more() -> None:
         worker.close(wait_s=0.1)
         assert not is_closed.is_set()
     assert is_closed.wait(10)
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def test_free_pages_are_given_back_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    times, given = iter([100.0, 100.1, 105.0, 121.0, 121.2]), []
+    monkeypatch.setattr(served, "monotonic", lambda: next(times))
+    monkeypatch.setattr(served, "give_back_free_pages", lambda: given.append(True))
+    llama: Any = SimpleNamespace(_tidied_at=-math.inf)
+    job: Any = None
+    for expected in (1, 1, 2):
+        with served.ServedLlama.working_for(llama, job):
+            pass
+        assert len(given) == expected
+
+
+def test_serve_has_large_buffers_given_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def called() -> None:
+        raise SwiftError("called")
+
+    monkeypatch.setattr("swift_gguf.native_memory.give_back_large_buffers", called)
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"")
+    with pytest.raises(SystemExit, match="1"):
+        main(["serve", str(model), "--port", "0"])
+    assert "called" in capsys.readouterr().err

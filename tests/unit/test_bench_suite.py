@@ -229,7 +229,7 @@ def test_the_table() -> None:
     assert "3.2 1.60x" in next(line for line in lines if line.startswith("a "))
     assert "ngram:4 2.00x, auto has 80%" in text
     assert "1 of 3 rows are not measured yet" in text
-    assert "every answer is plain decoding's" in text
+    assert "every answer of ours is plain decoding's" in text
     assert render(report()) == "nothing was measured"
 
 
@@ -238,8 +238,8 @@ def test_the_table_tells_our_answers_from_other_programs() -> None:
     found.results.append(result("plain", 2, 9, 1.0))
     found.results.append(result("prompt-lookup", 2, 9, 1.0, diverged=True))
     text = render(found)
-    assert "every answer is plain decoding's" in text
-    assert "1 of other programs' differ" in text
+    assert "every answer of ours is plain decoding's" in text
+    assert "1 answers of other programs differ" in text
     found.results.append(result("auto", 2, 9, 1.0, diverged=True))
     assert "1 answers differ from plain decoding's" in render(found)
 
