@@ -15,6 +15,7 @@
 #include "swift-simd.h"
 
 #include <cmath>
+#include <type_traits>
 
 namespace {
 
@@ -345,20 +346,44 @@ struct q5_K {
 
 // -- blocks of 32: as ggml_vec_dot_q8_0_q8_0, _q5_0_q8_0, _q4_1_q8_1 and _q5_1_q8_1 -----------------
 
+// Columns for blocks of scale * quants, signed.
+struct prepared_q8_0 {
+    signed_dot dot_with;
+    float      d;
+
+    explicit prepared_q8_0(const block_q8_0 & y) :
+        dot_with(_mm256_loadu_si256((const __m256i *) y.qs)),
+        d(GGML_CPU_FP16_TO_FP32(y.d)) {}
+};
+
+// Columns for blocks of scale * quants + minimum, the quants unsigned.
+struct prepared_q8_1 {
+    unsigned_dot dot_with;
+    float        d, sum;
+
+    explicit prepared_q8_1(const block_q8_1 & y) :
+        dot_with { _mm256_loadu_si256((const __m256i *) y.qs) },
+        d(GGML_CPU_FP16_TO_FP32(y.d)),
+        sum(GGML_CPU_FP16_TO_FP32(y.s)) {}
+};
+
 // Four rows at a time, so that what is done for a column serves all of them.
 //
-// type::quants      32 quants of a block, as type::prepared::dot_with takes them; type::scale, theirs
-// type::HAS_MIN     blocks are scale * quants + minimum: type::min, and prepared::sum of the column
+// type::weights, column   the blocks of both
+// type::quants            32 quants of a block, as the prepared column's dot_with takes them
 template <typename type>
 struct four_rows {
-    using weights  = typename type::weights;
-    using column   = typename type::column;
-    using prepared = typename type::prepared;
+    using weights = typename type::weights;
+    using column  = typename type::column;
+
+    static constexpr bool HAS_MIN = std::is_same_v<column, block_q8_1>;
+
+    using prepared = std::conditional_t<HAS_MIN, prepared_q8_1, prepared_q8_0>;
 
     static constexpr int64_t rows = 4;
     static constexpr int     tile = TILE / 2;
 
-    static prepared prepare(const column & y) { return type::prepare(y); }
+    static prepared prepare(const column & y) { return prepared(y); }
 
     // Four rows at once are no order that the hardware foresees: the next four are asked for in order
     // instead, a piece with every block. To the first cache, where that holds them beside the columns.
@@ -380,13 +405,13 @@ struct four_rows {
             for (int r = 0; r < rows; r++) {
                 const weights & block = x[r * n_blocks + b];
                 quants[r]             = type::quants(block);
-                _mm_store_ps(scales[r], _mm_mul_ps(_mm_set1_ps(type::scale(block)), dy));
+                _mm_store_ps(scales[r], _mm_mul_ps(_mm_set1_ps(GGML_CPU_FP16_TO_FP32(block.d)), dy));
             }
-            if constexpr (type::HAS_MIN) {
+            if constexpr (HAS_MIN) {
                 const auto   total = [&](int c) { return c < N ? columns[c * n_blocks + b].sum : 0.0f; };
                 const __m128 sy    = _mm_setr_ps(total(0), total(1), total(2), total(3));
                 for (int r = 0; r < rows; r++) {
-                    mins[r] = _mm_fmadd_ps(_mm_set1_ps(type::min(x[r * n_blocks + b])), sy, mins[r]);
+                    mins[r] = _mm_fmadd_ps(_mm_set1_ps(GGML_CPU_FP16_TO_FP32(x[r * n_blocks + b].m)), sy, mins[r]);
                 }
             }
             for (int c = 0; c < N; c++) {
@@ -400,7 +425,7 @@ struct four_rows {
             alignas(16) float min[4];
             _mm_store_ps(min, mins[r]);
             for (int c = 0; c < N; c++) {
-                out[c * out_stride + r] = type::HAS_MIN ? add_up(sums[r][c]) + min[c] : add_up(sums[r][c]);
+                out[c * out_stride + r] = HAS_MIN ? add_up(sums[r][c]) + min[c] : add_up(sums[r][c]);
             }
         }
     }
@@ -413,12 +438,12 @@ struct four_rows {
             for (int64_t b = 0; b < n_blocks; b++) {
                 prefetch(x + b, sizeof(weights));
                 const __m256i dots = y[b].dot_with(type::quants(x[b]));
-                sums               = _mm256_fmadd_ps(_mm256_set1_ps(type::scale(x[b]) * y[b].d), _mm256_cvtepi32_ps(dots), sums);
-                if constexpr (type::HAS_MIN) {
-                    mins = std::fma(type::min(x[b]), y[b].sum, mins);
+                sums               = _mm256_fmadd_ps(_mm256_set1_ps(GGML_CPU_FP16_TO_FP32(x[b].d) * y[b].d), _mm256_cvtepi32_ps(dots), sums);
+                if constexpr (HAS_MIN) {
+                    mins = std::fma(GGML_CPU_FP16_TO_FP32(x[b].m), y[b].sum, mins);
                 }
             }
-            out[r] = type::HAS_MIN ? add_up(sums) + mins : add_up(sums);
+            out[r] = HAS_MIN ? add_up(sums) + mins : add_up(sums);
         }
     }
 
@@ -438,75 +463,31 @@ struct q8_0 {
     using weights = block_q8_0;
     using column  = block_q8_0;
 
-    struct prepared {
-        signed_dot dot_with;
-        float      d;
-    };
-
-    static constexpr bool HAS_MIN = false;
-
-    static prepared prepare(const column & y) {
-        return { signed_dot(_mm256_loadu_si256((const __m256i *) y.qs)), GGML_CPU_FP16_TO_FP32(y.d) };
-    }
-
     static __m256i quants(const weights & x) { return _mm256_loadu_si256((const __m256i *) x.qs); }
-
-    static float scale(const weights & x) { return GGML_CPU_FP16_TO_FP32(x.d); }
 };
 
 struct q5_0 {
-    using weights  = block_q5_0;
-    using column   = block_q8_0;
-    using prepared = q8_0::prepared;
-
-    static constexpr bool HAS_MIN = false;
-
-    static prepared prepare(const column & y) { return q8_0::prepare(y); }
+    using weights = block_q5_0;
+    using column  = block_q8_0;
 
     static __m256i quants(const weights & x) {
         const __m256i raised = _mm256_or_si256(nibbles_32(x.qs), where_set(x.qh, 0x10));
         return _mm256_sub_epi8(raised, _mm256_set1_epi8(16));
     }
-
-    static float scale(const weights & x) { return GGML_CPU_FP16_TO_FP32(x.d); }
 };
 
 struct q4_1 {
     using weights = block_q4_1;
     using column  = block_q8_1;
 
-    struct prepared {
-        unsigned_dot dot_with;
-        float        d, sum;
-    };
-
-    static constexpr bool HAS_MIN = true;
-
-    static prepared prepare(const column & y) {
-        return { { _mm256_loadu_si256((const __m256i *) y.qs) }, GGML_CPU_FP16_TO_FP32(y.d), GGML_CPU_FP16_TO_FP32(y.s) };
-    }
-
     static __m256i quants(const weights & x) { return nibbles_32(x.qs); }
-
-    static float scale(const weights & x) { return GGML_CPU_FP16_TO_FP32(x.d); }
-
-    static float min(const weights & x) { return GGML_CPU_FP16_TO_FP32(x.m); }
 };
 
 struct q5_1 {
-    using weights  = block_q5_1;
-    using column   = block_q8_1;
-    using prepared = q4_1::prepared;
-
-    static constexpr bool HAS_MIN = true;
-
-    static prepared prepare(const column & y) { return q4_1::prepare(y); }
+    using weights = block_q5_1;
+    using column  = block_q8_1;
 
     static __m256i quants(const weights & x) { return _mm256_or_si256(nibbles_32(x.qs), where_set(x.qh, 0x10)); }
-
-    static float scale(const weights & x) { return GGML_CPU_FP16_TO_FP32(x.d); }
-
-    static float min(const weights & x) { return GGML_CPU_FP16_TO_FP32(x.m); }
 };
 
 } // namespace
