@@ -141,10 +141,15 @@ class Economy:
         """Is a pass worth its time that says what follows a node of joint probability `joint`?
 
         covered: the share that other offers there have already.
-        n_nodes: draft tokens that will be verified anyway; the next row's price depends on them.
+        n_nodes: draft tokens that will be verified anyway; the next rows' prices depend on them.
         """
-        gain = joint * max(0.0, self.calibration.first_acceptance(source) - covered)
-        return gain > self.rate * (cost_ms + self._row_ms(n_nodes + 1))
+        rate = self.rate
+        gain = -joint * covered - rate * cost_ms
+        for n, share in enumerate(self.calibration.acceptance_by_rank(source), n_nodes + 1):
+            gain += joint * share - rate * self._row_ms(n)
+            if gain > 0:
+                return True
+        return False
 
     def _row_ms(self, width: int) -> float:
         """What a further row adds to a pass of `width`: as one of several, where those are cheaper
@@ -216,7 +221,7 @@ class Planner:
     drafts: passes, run where they pay.
     forced: draft in every cycle, whether it pays or not; for those who ask for sources by name.
     fixed: how much to draft, whatever it costs; to compare with.
-    siblings: offers of a pass, at most.
+    shape: how many tokens may stand beside each other; a pass offers as many.
     """
 
     LATELY = 64
@@ -235,7 +240,6 @@ class Planner:
         forced: bool = False,
         fixed: Policy | None = None,
         shape: Shape = WIDE,
-        siblings: int = 1,
     ) -> None:
         self.economy = Economy(calibration or Calibration(PRIORS), prices)
         self.guard = Guard()
@@ -247,7 +251,7 @@ class Planner:
         self._fixed = fixed
         self._observers: list[Callable[[Cycle], None]] = []
         self._since_draft = self.LATELY
-        self._shape, self._siblings = shape, siblings
+        self._shape, self._siblings = shape, shape.branching(0.0)
         self._offered: dict[int, list[Offer]] = {}
         self._pending = 0
         self._passed = False  # for the latest draft

@@ -205,7 +205,6 @@ class Speculation:
             self._draft_model = DraftModel(options.draft_model, self._model)
             drafts.append(Drafts(self._draft_model, measured_ms(self._draft_model.model)))
         is_fixed = options.fixed or options.p_min is not None
-        shape = TREES[options.tree or "chain"]
         return Planner(
             self._model,
             learning.here,
@@ -214,8 +213,7 @@ class Speculation:
             calibration=self._calibration,
             forced=not options.is_auto,
             fixed=self._threshold() if is_fixed else None,
-            shape=shape if is_fixed or options.tree else WIDE,
-            siblings=shape.branching(0.0),
+            shape=TREES[options.tree or "chain"] if is_fixed or options.tree else WIDE,
         )
 
     def _drawing(self, learning: Learning) -> LayerSkip:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -37,6 +38,10 @@ BANDS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 """Lower ends of the bands of confidence; probabilities crowd towards 1."""
 
 
+RANKS = 4
+"""Offers of a source at one place that are told apart by their order."""
+
+
 @dataclass(frozen=True)
 class Prior:
     """What is believed of a source before anything was seen of it."""
@@ -59,8 +64,8 @@ class _Band:
 class _Source:
     prior: Prior
     bands: list[_Band] = field(default_factory=lambda: [_Band() for _ in BANDS])
-    first: _Band = field(default_factory=_Band)
-    """Of the likeliest offers, whatever their confidence."""
+    ranks: list[_Band] = field(default_factory=lambda: [_Band() for _ in range(RANKS)])
+    """Of the likeliest offers, the second likeliest, .., whatever their confidence."""
 
 
 class Calibration:
@@ -89,28 +94,33 @@ class Calibration:
         band = bisect_right(BANDS, probability, lo=1) - 1
         return self._share(known.bands[band], known.prior.acceptance[band], known.prior.weight)
 
-    def first_acceptance(self, source: str = "") -> float:
-        """The same of a source's likeliest offers, before their confidence is known."""
+    def acceptance_by_rank(self, source: str = "") -> list[float]:
+        """[RANKS], the same of a source's likeliest offers, the second likeliest, .., before their
+        confidence is known.  Of others than the likeliest nothing is expected until it is seen."""
         known = self._source(source)
-        prior = sum(known.prior.acceptance) / len(BANDS)
-        return self._share(known.first, prior, known.prior.weight)
+        first = sum(known.prior.acceptance) / len(BANDS)
+        priors = (first, *(0.0,) * (RANKS - 1))
+        return [
+            self._share(band, prior, known.prior.weight)
+            for band, prior in zip(known.ranks, priors, strict=True)
+        ]
 
     def evidence(self, source: str) -> float:
         """How many of a source's likeliest offers were judged, as far as they still count."""
-        first = self._source(source).first
+        first = self._source(source).ranks[0]
         return first.judged * self._faded(first)
 
     def judge(self, offers: Sequence[Offer], token: int) -> None:
         """The target chose `token` where these were offered, each source's likeliest first."""
-        seen: set[str] = set()
+        ranks: Counter[str] = Counter()
         for offer in offers:
             known = self._source(offer.source)
             is_right = offer.token == token
             band = bisect_right(BANDS, offer.probability, lo=1) - 1
             self._count(known.bands[band], is_right)
-            if offer.source not in seen:
-                seen.add(offer.source)
-                self._count(known.first, is_right)
+            if (rank := ranks[offer.source]) < RANKS:
+                self._count(known.ranks[rank], is_right)
+            ranks[offer.source] += 1
 
     def observe(self, tree: Tree, accepted: Sequence[int]) -> None:
         """Learns from one verification what can be read off the tree alone."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from swift_gguf.drafting.passes import Passes
 from swift_gguf.drafting.policy import Threshold
-from swift_gguf.drafting.tree import Shape
+from swift_gguf.drafting.tree import ROOT, Shape
 from swift_gguf.errors import StoppedError
 from swift_gguf.planner import Drafts, Guard, Planner
 from tests.unit.machine import CURVES, FakeLookup, Guesses, Machine, best_fixed, plain_rate
@@ -275,6 +275,19 @@ def test_forced_passes_run_in_every_cycle() -> None:
     assert all(cycle.tree.sources == ["layer-skip"] for cycle in machine.cycles)
 
 
+def test_less_likely_offers_of_a_pass_stand_beside_the_likeliest_and_pay_for_it() -> None:
+    """Rows are cheap and the pass is dear: its likeliest token alone would not pay for it."""
+    guesses = Guesses((0.4, 0.2, 0.1), name="layer-skip", confidence=0.6)
+    chain = {"shape": Shape(n_nodes=0)}
+    alone, beside = (
+        Machine(CURVES["flat"], passes=guesses, pass_ms=5.0, options=options).run(1500)
+        for options in (chain, {})
+    )
+    assert alone.rate <= 1.01 * plain_rate(alone)
+    assert beside.rate >= 1.05 * plain_rate(beside)
+    assert any(tree.parents.count(ROOT) == 3 for tree in (c.tree for c in beside.cycles[-100:]))
+
+
 @pytest.mark.parametrize("n", [1, 5])
 def test_fixed_drafts_so_many_whatever_they_cost(n: int) -> None:
     options = {"fixed": Threshold(0.0), "shape": Shape(n_nodes=0)}
@@ -319,7 +332,7 @@ def test_what_was_offered_and_not_used_is_judged_all_the_same() -> None:
     assert n_drafts(machine, first=0) == 0
     calibration = machine.planner.economy.calibration
     assert calibration.acceptance(0.85, "ngram") == pytest.approx(0.7, abs=0.08)
-    assert calibration.first_acceptance("ngram") == pytest.approx(0.7, abs=0.08)
+    assert calibration.acceptance_by_rank("ngram")[0] == pytest.approx(0.7, abs=0.08)
 
 
 def test_a_cycle_without_a_draft_teaches_nothing() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swift_gguf.drafting.policy import BANDS, Calibration, Prior, Threshold
+from swift_gguf.drafting.policy import BANDS, RANKS, Calibration, Prior, Threshold
 from swift_gguf.drafting.tree import ROOT, Offer, Tree
 
 PROBABILITY = st.floats(0, 1)
@@ -156,14 +156,24 @@ def test_sources_are_known_apart() -> None:
     assert calibration.acceptance(0.85, "modest") == pytest.approx(0.4 * 8 / 9)
 
 
-def test_the_first_acceptance_is_that_of_each_source_s_likeliest_offer() -> None:
+def test_each_source_s_offers_are_known_by_their_order() -> None:
     calibration = Calibration({"a": LOW, "b": LOW}, memory=1e12)
     believed = sum(LOW.acceptance) / len(BANDS)
-    assert calibration.first_acceptance("a") == pytest.approx(believed)
-    for token in (1, 1, 2, 3):  # right twice; a second offer that is right is none of its
+    assert calibration.acceptance_by_rank("a") == pytest.approx([believed, *[0.0] * (RANKS - 1)])
+    for token in (1, 1, 2, 3):  # a's likeliest is right twice, its second likeliest once
         calibration.judge([Offer(1, 0.9, "a"), Offer(4, 0.3, "b"), Offer(2, 0.1, "a")], token)
-    assert calibration.first_acceptance("a") == pytest.approx((2 + 8 * believed) / (4 + 8))
-    assert calibration.first_acceptance("b") == pytest.approx(8 * believed / (4 + 8))
+    first, second, *others = calibration.acceptance_by_rank("a")
+    assert first == pytest.approx((2 + 8 * believed) / (4 + 8))
+    assert second == pytest.approx(1 / (4 + 8))
+    assert others == [0.0] * (RANKS - 2)
+    assert calibration.acceptance_by_rank("b")[0] == pytest.approx(8 * believed / (4 + 8))
+
+
+def test_offers_beyond_those_told_apart_count_by_their_confidence_alone() -> None:
+    calibration = Calibration({"a": LOW}, memory=1e12)
+    calibration.judge([Offer(t, 0.15, "a") for t in range(RANKS + 1)], RANKS)
+    assert all(share < 0.01 for share in calibration.acceptance_by_rank("a")[1:])
+    assert calibration.acceptance(0.15, "a") > LOW.acceptance[1] * 8 / (8 + RANKS + 1)
 
 
 def test_nothing_offered_teaches_nothing() -> None:
@@ -180,7 +190,8 @@ def test_a_recalled_past_counts_as_a_seen_one() -> None:
         seen.judge([Offer(3, probability, "a")], 3 if is_right else 4)
     for probability in BANDS:
         assert recalled.acceptance(probability, "a") == seen.acceptance(probability, "a")
-    assert recalled.first_acceptance("a") == seen.first_acceptance("a") < 1.0
+    assert recalled.acceptance_by_rank("a") == seen.acceptance_by_rank("a")
+    assert recalled.acceptance_by_rank("a")[0] < 1.0
 
 
 def test_what_was_forgotten_is_believed_as_in_the_beginning() -> None:
