@@ -1,9 +1,24 @@
-"""What a model is asked when it is calibrated: some of everything people ask for."""
+"""What a model is asked when it is calibrated: some of everything people ask for.
 
-from swift_gguf.suite import BUILT_IN
+None of it is in `suite.BUILT_IN`: `tune` and `bench` ask that, and drafts that were fitted to the
+very answers they are measured on look better than they are.
+"""
 
 PROMPTS = (
-    *BUILT_IN,
+    "Explain to a child of ten why the moon shows different shapes in the course of a month.",
+    "Write a Python class for a bank account with deposits, withdrawals and a history, and show how "
+    "it is used.",
+    "Write a letter to a school that asks for two days off for a family celebration.",
+    "A shop takes 15 % off a coat that costs 80 euros, then 10 % off the new price. What does it "
+    "cost in the end? Show the steps.",
+    "Retell the fable of the hare and the tortoise in six sentences.",
+    "Translate to Italian: The shipment will arrive on Monday unless the road is closed by snow.",
+    "Compare renting and buying a home in a table.",
+    "Explain what this does: words = {}; [words.setdefault(len(w), []).append(w) for w in text.split()]",
+    "Write the opening of a science-fiction story on a ship that has lost its captain.",
+    "What is the difference between a process and a thread, and when is each the better choice?",
+    "Plan a weekend in a city by the sea for two friends with little money.",
+    "Write a SQL query that returns, for each department, the employee with the highest salary.",
     "Write a short poem about the first snow of the year.",
     "Rewrite this politely: I want my money back now, your service is terrible.",
     "What is photosynthesis? Answer in three paragraphs.",

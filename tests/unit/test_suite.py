@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swift_gguf.errors import SuiteError
+from swift_gguf.prepare.prompts import PROMPTS
 from swift_gguf.suite import BUILT_IN, Row, read_suite
 
 
@@ -61,3 +62,7 @@ def test_any_bytes_are_a_suite_or_an_error(
 
 def test_built_in_prompts_differ() -> None:
     assert len(set(BUILT_IN)) == len(BUILT_IN) >= 10
+
+
+def test_drafts_are_not_calibrated_on_what_they_are_measured_on() -> None:
+    assert not set(PROMPTS) & set(BUILT_IN)
