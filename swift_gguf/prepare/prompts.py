@@ -6,15 +6,16 @@ very answers they are measured on look better than they are.
 
 PROMPTS = (
     "Explain to a child of ten why the moon shows different shapes in the course of a month.",
-    "Write a Python class for a bank account with deposits, withdrawals and a history, and show how "
-    "it is used.",
+    "Write a Python class for a bank account with deposits, withdrawals and a history, and show "
+    "how it is used.",
     "Write a letter to a school that asks for two days off for a family celebration.",
     "A shop takes 15 % off a coat that costs 80 euros, then 10 % off the new price. What does it "
     "cost in the end? Show the steps.",
     "Retell the fable of the hare and the tortoise in six sentences.",
     "Translate to Italian: The shipment will arrive on Monday unless the road is closed by snow.",
     "Compare renting and buying a home in a table.",
-    "Explain what this does: words = {}; [words.setdefault(len(w), []).append(w) for w in text.split()]",
+    "Explain what this does: words = {}; [words.setdefault(len(w), []).append(w) for w in "
+    "text.split()]",
     "Write the opening of a science-fiction story on a ship that has lost its captain.",
     "What is the difference between a process and a thread, and when is each the better choice?",
     "Plan a weekend in a city by the sea for two friends with little money.",
