@@ -119,7 +119,8 @@ class Economy:
 
     def joint(self, joint: float, offer: Offer) -> float:
         """See `Policy`: the product of the measured acceptances."""
-        return joint * self.calibration.acceptance(offer.probability, offer.source)
+        acceptance = self.calibration.acceptance
+        return joint * acceptance(offer.probability, offer.source, rank=offer.rank)
 
     def includes(self, probability: float, joint: float) -> bool:
         """See `Policy`; what is worth its place is decided at the end, by `best_cut`."""

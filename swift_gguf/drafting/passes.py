@@ -71,7 +71,8 @@ class Passes:
         if row is None:
             return []
         tokens, probabilities = self.model.top(row, k)
-        return [Offer(t, p, self.name) for t, p in zip(tokens, probabilities, strict=True)]
+        likely = zip(tokens, probabilities, strict=True)
+        return [Offer(t, p, self.name, rank) for rank, (t, p) in enumerate(likely)]
 
     def _path(self, tree: Tree, node: int) -> list[int]:
         """Down to `node`, what is not decoded yet."""

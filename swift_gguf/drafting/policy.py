@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -39,7 +38,7 @@ BANDS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
 RANKS = 4
-"""Offers of a source at one place that are told apart by their order."""
+"""Offers of a pass that are told apart by their order."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,8 @@ class _Band:
 class _Source:
     prior: Prior
     bands: list[_Band] = field(default_factory=lambda: [_Band() for _ in BANDS])
+    others: list[_Band] = field(default_factory=lambda: [_Band() for _ in BANDS])
+    """Of offers that are not the likeliest."""
     ranks: list[_Band] = field(default_factory=lambda: [_Band() for _ in range(RANKS)])
     """Of the likeliest offers, the second likeliest, .., whatever their confidence."""
 
@@ -88,15 +89,20 @@ class Calibration:
         self._sources: dict[str, _Source] = {}
         self._now = 0
 
-    def acceptance(self, probability: float, source: str = "") -> float:
-        """The share of such tokens that are accepted, between 0 and 1."""
-        known = self._source(source)
+    def acceptance(self, probability: float, source: str = "", *, rank: int = 0) -> float:
+        """The share of such tokens that are accepted, between 0 and 1.
+
+        rank: see `Offer`; of others than the likeliest, those count that nobody else has offered.
+        """
+        known, weight = self._source(source), self._source(source).prior.weight
         band = bisect_right(BANDS, probability, lo=1) - 1
-        return self._share(known.bands[band], known.prior.acceptance[band], known.prior.weight)
+        if rank:
+            return self._share(known.others[band], BANDS[band], weight)
+        return self._share(known.bands[band], known.prior.acceptance[band], weight)
 
     def acceptance_by_rank(self, source: str = "") -> list[float]:
         """[RANKS], the same of a source's likeliest offers, the second likeliest, .., before their
-        confidence is known.  Of others than the likeliest nothing is expected until it is seen."""
+        confidence is known; of others than the likeliest nothing is expected until it is seen."""
         known = self._source(source)
         first = sum(known.prior.acceptance) / len(BANDS)
         priors = (first, *(0.0,) * (RANKS - 1))
@@ -112,15 +118,17 @@ class Calibration:
 
     def judge(self, offers: Sequence[Offer], token: int) -> None:
         """The target chose `token` where these were offered, each source's likeliest first."""
-        ranks: Counter[str] = Counter()
+        seen: set[tuple[str, int]] = set()
+        told: set[int] = set()
         for offer in offers:
-            known = self._source(offer.source)
-            is_right = offer.token == token
+            known, rank = self._source(offer.source), offer.rank
+            is_right = offer.token == token and not (rank and token in told)
+            told.add(offer.token)
             band = bisect_right(BANDS, offer.probability, lo=1) - 1
-            self._count(known.bands[band], is_right)
-            if (rank := ranks[offer.source]) < RANKS:
+            self._count((known.others if rank else known.bands)[band], is_right)
+            if rank < RANKS and (offer.source, rank) not in seen:
+                seen.add((offer.source, rank))
                 self._count(known.ranks[rank], is_right)
-            ranks[offer.source] += 1
 
     def observe(self, tree: Tree, accepted: Sequence[int]) -> None:
         """Learns from one verification what can be read off the tree alone."""
@@ -187,7 +195,9 @@ class Adaptive:
 
     def joint(self, joint: float, offer: Offer) -> float:
         """The product of the measured acceptances."""
-        return joint * self._calibration.acceptance(offer.probability, offer.source)
+        return joint * self._calibration.acceptance(
+            offer.probability, offer.source, rank=offer.rank
+        )
 
     def includes(self, probability: float, joint: float) -> bool:
         """Its place in the verification pays."""

@@ -93,6 +93,9 @@ class Offer:
     token: int
     probability: float
     source: str = ""
+    rank: int = 0
+    """Among the offers of one pass, 0 for the likeliest; lookups tell theirs apart by probability
+    alone."""
 
 
 class Policy(Protocol):

@@ -156,24 +156,36 @@ def test_sources_are_known_apart() -> None:
     assert calibration.acceptance(0.85, "modest") == pytest.approx(0.4 * 8 / 9)
 
 
-def test_each_source_s_offers_are_known_by_their_order() -> None:
+def test_the_offers_of_a_pass_are_known_by_their_order() -> None:
     calibration = Calibration({"a": LOW, "b": LOW}, memory=1e12)
     believed = sum(LOW.acceptance) / len(BANDS)
     assert calibration.acceptance_by_rank("a") == pytest.approx([believed, *[0.0] * (RANKS - 1)])
     for token in (1, 1, 2, 3):  # a's likeliest is right twice, its second likeliest once
-        calibration.judge([Offer(1, 0.9, "a"), Offer(4, 0.3, "b"), Offer(2, 0.1, "a")], token)
+        offers = [Offer(1, 0.9, "a"), Offer(4, 0.3, "b"), Offer(2, 0.15, "a", rank=1)]
+        calibration.judge(offers, token)
     first, second, *others = calibration.acceptance_by_rank("a")
     assert first == pytest.approx((2 + 8 * believed) / (4 + 8))
     assert second == pytest.approx(1 / (4 + 8))
     assert others == [0.0] * (RANKS - 2)
     assert calibration.acceptance_by_rank("b")[0] == pytest.approx(8 * believed / (4 + 8))
+    assert calibration.acceptance(0.15, "a", rank=1) == pytest.approx((1 + 8 * 0.1) / (4 + 8))
+    assert calibration.acceptance(0.15, "a") == LOW.acceptance[1]
 
 
-def test_offers_beyond_those_told_apart_count_by_their_confidence_alone() -> None:
+def test_a_lookup_s_offers_are_told_apart_by_confidence_alone() -> None:
     calibration = Calibration({"a": LOW}, memory=1e12)
-    calibration.judge([Offer(t, 0.15, "a") for t in range(RANKS + 1)], RANKS)
-    assert all(share < 0.01 for share in calibration.acceptance_by_rank("a")[1:])
-    assert calibration.acceptance(0.15, "a") > LOW.acceptance[1] * 8 / (8 + RANKS + 1)
+    calibration.judge([Offer(1, 0.15, "a"), Offer(2, 0.15, "a")], 2)
+    assert calibration.acceptance(0.15, "a") == pytest.approx((1 + 8 * LOW.acceptance[1]) / 10)
+    believed = sum(LOW.acceptance) / len(BANDS)
+    assert calibration.acceptance_by_rank("a")[0] == pytest.approx(8 * believed / 9)
+
+
+def test_a_less_likely_offer_that_repeats_another_s_is_no_merit() -> None:
+    calibration = Calibration(memory=1e12)
+    calibration.judge([Offer(5, 0.3, "b"), Offer(1, 0.6, "a"), Offer(5, 0.2, "a", rank=1)], 5)
+    assert calibration.acceptance_by_rank("a")[1] == 0.0
+    calibration.judge([Offer(1, 0.6, "a"), Offer(5, 0.2, "a", rank=1)], 5)
+    assert calibration.acceptance_by_rank("a")[1] == pytest.approx(1 / (2 + 2))
 
 
 def test_nothing_offered_teaches_nothing() -> None:
