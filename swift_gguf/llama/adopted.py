@@ -37,6 +37,7 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
 
     n_tokens: int
     _requires_eval: bool
+    _llama_sampler: Any = None
     input_ids: NDArray[np.intc]
 
     def __init__(
@@ -104,6 +105,18 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
             swa_full = params.swa_full  # the caller's to say
             fit_context(params, model.model)
             params.swa_full = swa_full
+
+    @property
+    def _sampler(self) -> Any:
+        return self._llama_sampler
+
+    @_sampler.setter
+    def _sampler(self, sampler: Any) -> None:
+        """Frees the one before: llama_cpp leaves its samplers to the garbage collector, which may
+        come by where the stack is nearly full (a request nested deeply), and then frees nothing."""
+        before, self._llama_sampler = self._llama_sampler, sampler
+        if before is not None and before is not sampler:
+            before.close()
 
     def _take_over(self, wanted: SpeculationOptions) -> Swift:
         why = refusal(self.model, self._options)

@@ -23,6 +23,7 @@ from swift_gguf.speculation_options import SpeculationOptions
 from tests.llama.conftest import LOADING, without_ids
 
 from llama_cpp import Llama, LlamaGrammar  # isort: skip
+from llama_cpp._internals import LlamaSampler  # isort: skip
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding  # isort: skip
 
 PROMPT = "one two three, one two three, one two three, one two"
@@ -179,6 +180,32 @@ def test_it_goes_when_nobody_needs_it(tiny_path: str) -> None:
     gc.collect()
     assert gone() is None
     assert model.ctx is None
+
+
+def test_samplers_go_without_the_garbage_collector(open_llama: Callable[..., Any]) -> None:
+    plain, swift = open_llama(Llama), open_llama()
+    gc.collect()
+    assert n_samplers_left(lambda: say(plain)) > 1  # the control
+    assert n_samplers_left(lambda: say(swift)) <= 1
+    assert n_samplers_left(lambda: say(swift, stop=["e"], logit_bias={5: 1.0})) <= 1
+
+
+def n_samplers_left(ask: Callable[[], object]) -> int:
+    """After four requests, until the collector comes."""
+    gc.collect()
+    before = len(open_samplers())
+    gc.disable()
+    try:
+        for _ in range(4):
+            ask()
+        return len(open_samplers()) - before
+    finally:
+        gc.enable()
+        gc.collect()
+
+
+def open_samplers() -> list[LlamaSampler]:
+    return [each for each in gc.get_objects() if isinstance(each, LlamaSampler) and each.sampler]
 
 
 def test_no_matrix_of_logits(open_llama: Callable[..., Any]) -> None:
