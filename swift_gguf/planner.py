@@ -1,14 +1,6 @@
 """What to do next: which sources draft, how much of it is verified, or plain decoding.
 
-Everything is counted in time.  A cycle that verifies the draft tokens 1..n takes T and yields one
-token and, of each draft token, the share J_i that the target will accept its whole path.  With
-lambda tokens a millisecond to be had otherwise, a draft is worth
-
-    1 + sum J_i - lambda T,    T = passes of the drafters + the target's pass of width n + 1
-
-(renewal-reward; at the best attainable lambda the best draft is worth exactly 0).  J_i is the
-product of measured acceptances along the path, T comes from measured costs, which need not be
-monotone: further guesses that make a pass no dearer are verified, too.
+What drafts are worth is `economy`'s to say.
 """
 
 from __future__ import annotations
@@ -16,53 +8,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from time import perf_counter
-from typing import Protocol
 
 from swift_gguf.drafting.passes import Passes
-from swift_gguf.drafting.policy import Calibration, Prior
+from swift_gguf.drafting.policy import Calibration
 from swift_gguf.drafting.recycling import Recycling
 from swift_gguf.drafting.source import Cycle, Lookup
 from swift_gguf.drafting.tree import ROOT, Offer, Policy, Shape, Tree, grow
+from swift_gguf.economy import PRIORS, Economy, Guard, Pace, Prices
 from swift_gguf.model import Model
 from swift_gguf.verification import Verdict
-
-MAX_NODES = 32
-"""Draft tokens at most, where the user sets no limit."""
-
-WIDTHS = (2, 3, 4, 6, 8, 12, 16, 24, MAX_NODES)
-"""Where the costs of a pass are looked at."""
 
 LAG_DISCOUNT = 4.0
 """By which tokens decoded together are cheaper than one by one."""
 
-FLOOR = 0.02
-"""Less likely tokens are not looked at."""
-
-PRIORS = {
-    # As counted over 1500 greedy tokens of Qwen2.5-Coder-1.5B, of 13 kinds of tasks.  What holds
-    # for the text at hand is soon known: every token that is generated tells, drafted or not.
-    "ngram": Prior((0.05, 0.1, 0.1, 0.1, 0.1, 0.2, 0.5, 0.5, 0.7, 0.85, 0.93, 0.97), weight=8.0),
-    "recycling": Prior(
-        (0.03, 0.04, 0.05, 0.08, 0.17, 0.15, 0.25, 0.3, 0.4, 0.35, 0.35, 0.55), weight=8.0
-    ),
-}
-"""By `BANDS`."""
-
 WIDE = Shape(n_nodes=0, branching=lambda top: 3)
-
-
-class Prices(Protocol):
-    """What passes cost at the present length of the context; `cost.CostsHere` is one."""
-
-    def verify_ms(self, width: int) -> float:
-        """A full pass with logits for every row."""
-        ...
-
-    def observe(self, width: int, ms: float) -> None:
-        """A pass took so long."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -87,134 +47,6 @@ def measured_ms(model: Model) -> Callable[[], float]:
     return lambda: 1e3 * fastest
 
 
-class Economy:
-    """A policy that draws a line where a draft's tokens cost more than they promise."""
-
-    MEMORY = 64
-    """Cycles over which the rate is averaged."""
-
-    def __init__(self, calibration: Calibration, prices: Prices) -> None:
-        self.calibration = calibration
-        self._prices = prices
-        self._tokens = self._ms = 0.0
-        self._least = FLOOR
-
-    @property
-    def plain_ms(self) -> float:
-        """A token by plain decoding."""
-        return self._prices.verify_ms(1)
-
-    @property
-    def rate(self) -> float:
-        """Tokens a millisecond to be had otherwise: plainly, or as was reached lately."""
-        # as if there had been as many cycles of plain decoding before the first
-        tokens, ms = self._tokens + self.MEMORY / 4, self._ms + self.MEMORY / 4 * self.plain_ms
-        return max(1.0 / self.plain_ms, tokens / ms)
-
-    def took(self, n_tokens: int, ms: float) -> None:
-        """A cycle yielded `n_tokens`."""
-        fade = 1.0 - 1.0 / self.MEMORY
-        self._tokens = self._tokens * fade + n_tokens
-        self._ms = self._ms * fade + ms
-
-    def joint(self, joint: float, offer: Offer) -> float:
-        """See `Policy`: the product of the measured acceptances."""
-        acceptance = self.calibration.acceptance
-        return joint * acceptance(offer.probability, offer.source, rank=offer.rank)
-
-    def includes(self, probability: float, joint: float) -> bool:
-        """See `Policy`; what is worth its place is decided at the end, by `best_cut`."""
-        return joint >= self._least
-
-    def extends(self, probability: float, joint: float) -> bool:
-        """See `Policy`."""
-        return joint >= self._least
-
-    def look(self) -> None:
-        """Before every draft: draws the line under which no token can pay for its place."""
-        # Tokens come likeliest first: unless so many alike pay together, none of them does.
-        least = self._row_ms(1) * self.rate
-        self._least = max(FLOOR, 0.5 * least)  # some less likely ones fill a pass that is paid for
-
-    def pays(
-        self, source: str, joint: float, covered: float, cost_ms: float, *, n_nodes: int = 0
-    ) -> bool:
-        """Is a pass worth its time that says what follows a node of joint probability `joint`?
-
-        covered: the share that other offers there have already.
-        n_nodes: draft tokens that will be verified anyway; the next rows' prices depend on them.
-        """
-        rate = self.rate
-        gain = -joint * covered - rate * cost_ms
-        for n, share in enumerate(self.calibration.acceptance_by_rank(source), n_nodes + 1):
-            gain += joint * share - rate * self._row_ms(n)
-            if gain > 0:
-                return True
-        return False
-
-    def _row_ms(self, width: int) -> float:
-        """What a further row adds to a pass of `width`: as one of several, where those are cheaper
-        together (four rows may take less than three), for there may be more to come."""
-        price = self._prices.verify_ms
-        wider = {width + 1, *(each for each in WIDTHS if each > width)}
-        return max(0.0, min((price(each) - price(width)) / (each - width) for each in wider))
-
-    def affordable(self, n_max: int, credit_ms: float) -> int:
-        """Draft tokens at most whose verification loses no more than that, if all are wrong."""
-        price, most_ms = self._prices.verify_ms, self.plain_ms + credit_ms
-        return next((n for n in range(n_max, 0, -1) if price(n + 1) <= most_ms), 0)
-
-    def best_cut(self, joints: Sequence[float]) -> int:
-        """How many of the tokens, likeliest first, are verified."""
-        rate, price = self.rate, self._prices.verify_ms
-        worth = 0.0 - rate * price(1)
-        best, best_n = worth, 0
-        for n, tokens in enumerate(accumulate(joints), 1):
-            worth = tokens - rate * price(n + 1)
-            if worth > best:
-                best, best_n = worth, n
-        return best_n
-
-
-class Guard:
-    """Never slower: losses against plain decoding stay within a share of the time.
-
-    In every answer drafts may lose what they gained lately, `share` of the time, and one pass.
-    Where many outcomes say that they pay, they may be unlucky for `TRUST` passes more: drafts that
-    gain a fifth of a pass a cycle, give or take half a pass, would lose their only one in every
-    third answer (gambler's ruin), and with it what they would have gained.
-    """
-
-    TRUST = 3.0
-
-    CREDIT = 8.0
-    """Plain passes that gains are remembered for at most: old ones do not pay for new losses."""
-
-    def __init__(self, *, share: float = 0.01) -> None:
-        self._share = share
-        self._balance = 1.0  # plain passes
-        self._trust = 0.0
-
-    def begin(self, *, trusted: bool = False) -> None:
-        """Another answer: what the last one gained is not this one's to lose.
-
-        trusted: much was seen of the drafts, and by that they pay.
-        """
-        self._balance = min(self._balance, 1.0)
-        self._trust = self.TRUST if trusted else 0.0
-
-    @property
-    def credit(self) -> float:
-        """What a draft may lose, in plain passes; negative after one that lost more."""
-        return self._balance + self._trust
-
-    def count(self, n_tokens: int, ms: float, plain_ms: float, *, drafted: bool) -> None:
-        """A cycle of `ms` yielded `n_tokens`, each of which takes `plain_ms` otherwise."""
-        passes = ms / plain_ms
-        gain = n_tokens - passes if drafted else 0.0
-        self._balance = min(self.CREDIT, self._balance + gain + self._share * passes)
-
-
 class Planner:
     """Drafts by whatever promises most tokens a second, or not at all.
 
@@ -227,6 +59,9 @@ class Planner:
 
     LATELY = 64
     """Cycles."""
+
+    LOOKING_UP = 0.1
+    """Plain passes that lookups take at most; what takes longer is another program's doing."""
 
     name = "planner"
 
@@ -260,6 +95,8 @@ class Planner:
         self._catching_up_s = 0.0
         self._credit_ms = 0.0  # what it may still lose
         self._priced: list[tuple[Passes, float]] = []
+        self._pace = Pace()
+        self._expected_ms = 0.0  # of the latest draft's passes
         self._worth = 0.1  # of what recycling offers where it knows something, in tokens
         self._reading_ms = 0.0  # to read the likeliest tokens off a row
         self._turn = 0
@@ -280,12 +117,15 @@ class Planner:
         """Is its worth known, and more than it costs?"""
         name, economy = drafts.passes.name, self.economy
         is_known = economy.calibration.evidence(name) >= self.ENOUGH
-        return is_known and economy.pays(name, 1.0, 0.0, drafts.cost_ms())
+        return is_known and economy.pays(name, 1.0, 0.0, self._pass_ms(drafts))
+
+    def _pass_ms(self, drafts: Drafts) -> float:
+        return drafts.cost_ms() * self._pace.factor
 
     def draft(self, pending: int, *, n_max: int) -> Tree:
         """See `Drafter.draft`."""
         self._pending = pending
-        self._offered = {}
+        self._offered, self._expected_ms = {}, 0.0
         text = [*self._model.tokens, pending]
         for lookup in self._lookups:
             lookup.follow(text)
@@ -298,7 +138,7 @@ class Planner:
             return Tree()
         if not self._forced:
             self.economy.look()
-        self._priced = [(each.passes, each.cost_ms()) for each in self.drafts]
+        self._priced = [(each.passes, self._pass_ms(each)) for each in self.drafts]
         self._catch_up()
         begun: list[Passes] = []
         try:
@@ -379,6 +219,7 @@ class Planner:
             within = economy.affordable(n, self._credit_ms - ms) == n
             if must or (within and economy.pays(passes.name, joint, covered, ms, n_nodes=n - 1)):
                 self._credit_ms -= ms
+                self._expected_ms += ms
                 if passes not in begun:
                     begun.append(passes)
                     passes.begin(self._pending)
@@ -396,16 +237,25 @@ class Planner:
         calibration.passed(n_tokens)
         self._prices.observe(width, 1e3 * cycle.verify_s)
         # what such a pass takes rather than what this one took: a hiccup is nobody's fault
-        ms = self._prices.verify_ms(width) + 1e3 * (cycle.draft_s - self._catching_up_s)
+        ms = self._prices.verify_ms(width) + self._drafting_ms(cycle)
         self._catching_up_s = 0.0
         economy.took(n_tokens, ms)
         self.guard.count(n_tokens, ms, economy.plain_ms, drafted=len(tree) > 0 or self._passed)
         self._since_draft = 0 if len(tree) else self._since_draft + 1
         if self._recycling is not None:
             self._recycle(self._recycling, verdict)
-        self._offered, self._passed = {}, False  # nothing may be drafted before the next cycle
+        # nothing may be drafted before the next cycle
+        self._offered, self._expected_ms, self._passed = {}, 0.0, False
         for observer in self._observers:
             observer(cycle)
+
+    def _drafting_ms(self, cycle: Cycle) -> float:
+        """What the draft took, but for hiccups; corrects what its passes are expected to take."""
+        took_ms = 1e3 * (cycle.draft_s - self._catching_up_s)
+        if 0.0 < self._expected_ms < math.inf and took_ms > 0.0:
+            return self._pace.observe(took_ms, self._expected_ms)
+        self._pace.rest()
+        return min(took_ms, self.LOOKING_UP * self.economy.plain_ms)
 
     def _recycle(self, table: Recycling, verdict: Verdict) -> None:
         """The table learns what the target said where it was asked.

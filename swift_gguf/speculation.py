@@ -16,10 +16,11 @@ from swift_gguf.drafting.passes import Passes
 from swift_gguf.drafting.policy import Adaptive, Calibration, Threshold
 from swift_gguf.drafting.recycling import Recycling
 from swift_gguf.drafting.source import Cycle, Lookup
+from swift_gguf.economy import MAX_NODES, PRIORS
 from swift_gguf.errors import SubnetworkError, SwiftError, UnsupportedModelError
 from swift_gguf.learning import Learning, SearchOptions, space_of
 from swift_gguf.model import Model, Sublayer
-from swift_gguf.planner import MAX_NODES, PRIORS, WIDE, Drafts, Planner, measured_ms
+from swift_gguf.planner import WIDE, Drafts, Planner, measured_ms
 from swift_gguf.profile import Store
 from swift_gguf.search.drivers import IdleSearch, OnTheFly
 from swift_gguf.search.optimizer import Search, Searcher

@@ -19,9 +19,10 @@ from swift_gguf.drafting.policy import Threshold
 from swift_gguf.drafting.recycling import Recycling
 from swift_gguf.drafting.source import Cycle, Lookup
 from swift_gguf.drafting.tree import ROOT, Shape, Tree
+from swift_gguf.economy import MAX_NODES
 from swift_gguf.engine import generate
 from swift_gguf.model import Model
-from swift_gguf.planner import MAX_NODES, WIDE, Planner
+from swift_gguf.planner import WIDE, Planner
 from swift_gguf.sampling import Sampler, SamplingOptions
 from swift_gguf.verification import verify
 

@@ -144,6 +144,8 @@ class Machine:
     """Plays cycles; the clock runs by the true costs, what is observed is noisy.
 
     measured: what the costs were when they were measured; None: as they are.
+    priced_ms: what a source's pass is believed to take; None: what it takes.
+    stall_ms: what drafts are observed to take beside that.
     """
 
     curve: Callable[[int], float]
@@ -155,6 +157,8 @@ class Machine:
     hiccups: float = 0.01
     options: dict[str, Any] = field(default_factory=dict)
     measured: Callable[[int], float] | None = None
+    priced_ms: float | None = None
+    stall_ms: float = 0.0
 
     def __post_init__(self) -> None:
         self.model = FakeTarget(self.passes)
@@ -174,7 +178,8 @@ class Machine:
         self.prices = CostsHere(model, costs)
         drafts = []
         if self.passes is not None:
-            drafts.append(Drafts(Passes(self.passes.name, model), lambda: self.pass_ms))
+            priced_ms = self.pass_ms if self.priced_ms is None else self.priced_ms
+            drafts.append(Drafts(Passes(self.passes.name, model), lambda: priced_ms))
         self.planner = Planner(
             model,
             self.prices,
@@ -208,7 +213,7 @@ class Machine:
         cycle = Cycle(
             tree,
             verdict,
-            draft_s=draft_ms * self._luck() / 1e3,
+            draft_s=(draft_ms * self._luck() + self.stall_ms) / 1e3,
             verify_s=verify_ms * self._luck() / 1e3,
         )
         self.planner.observe(cycle)

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from swift_gguf.drafting.passes import Passes
 from swift_gguf.drafting.policy import Threshold
 from swift_gguf.drafting.tree import ROOT, Shape
+from swift_gguf.economy import Guard
 from swift_gguf.errors import StoppedError
-from swift_gguf.planner import Drafts, Guard, Planner
+from swift_gguf.planner import Drafts, Planner
 from tests.unit.machine import CURVES, FakeLookup, Guesses, Machine, best_fixed, plain_rate
 
 N_TOKENS = 2000
@@ -273,6 +274,37 @@ def test_forced_passes_run_in_every_cycle() -> None:
         CURVES["linear"], passes=Guesses((0.2,), name="layer-skip"), options={"forced": True}
     ).run(100)
     assert all(cycle.tree.sources == ["layer-skip"] for cycle in machine.cycles)
+
+
+def test_a_draft_in_which_another_program_took_the_machine_is_nobody_s_fault() -> None:
+    guesses = Guesses((0.8,), name="layer-skip")
+    quiet, stalled = (
+        Machine(CURVES["flat"], passes=guesses, pass_ms=2.0, hiccups=0.0, noise=0.0)
+        for _ in range(2)
+    )
+    for machine in (quiet, stalled):
+        machine.run(300)
+        machine.stall_ms = 500.0 if machine is stalled else 0.0  # fifty plain passes
+        machine.cycle()
+        machine.stall_ms = 0.0
+    before = quiet.ms, stalled.ms
+    quiet.run(300)
+    stalled.run(300)
+    assert stalled.ms - before[1] <= 1.05 * (quiet.ms - before[0])
+
+
+def test_passes_that_take_longer_than_they_are_priced_are_given_up() -> None:
+    """As long as a plain pass, and priced at a fifth of it."""
+    machine = Machine(
+        CURVES["half"],
+        passes=Guesses((0.6,), name="layer-skip"),
+        pass_ms=10.0,
+        priced_ms=2.0,
+        noise=0.0,
+        hiccups=0.0,
+    ).run(2000)
+    assert machine.rate >= 0.97 * plain_rate(machine)
+    assert n_drafts(machine, first=machine.positions[-300]) <= 30
 
 
 def test_less_likely_offers_of_a_pass_stand_beside_the_likeliest_and_pay_for_it() -> None:
