@@ -103,16 +103,25 @@ class Economy:
         self._least = max(FLOOR, 0.5 * least)  # some less likely ones fill a pass that is paid for
 
     def pays(
-        self, source: str, joint: float, covered: float, cost_ms: float, *, n_nodes: int = 0
+        self,
+        source: str,
+        joint: float,
+        covered: float,
+        cost_ms: float,
+        *,
+        n_offers: int,
+        n_nodes: int = 0,
     ) -> bool:
         """Is a pass worth its time that says what follows a node of joint probability `joint`?
 
         covered: the share that other offers there have already.
+        n_offers: places there are for what it says.
         n_nodes: draft tokens that will be verified anyway; the next rows' prices depend on them.
         """
         rate = self.rate
         gain = -joint * covered - rate * cost_ms
-        for n, share in enumerate(self.calibration.acceptance_by_rank(source), n_nodes + 1):
+        shares = self.calibration.acceptance_by_rank(source)[:n_offers]
+        for n, share in enumerate(shares, n_nodes + 1):
             gain += joint * share - rate * self._row_ms(n)
             if gain > 0:
                 return True
@@ -182,26 +191,24 @@ class Guard:
 
 
 class Pace:
-    """How much longer passes of drafts take than they are priced, as seen lately."""
+    """How much longer a source's passes take than they are priced, as seen lately."""
 
     NOISE = 0.3  # what may be so for no reason; a logarithm
     KEPT = 255 / 256  # for each cycle without such a pass: who never looks errs
 
     def __init__(self) -> None:
-        self._log = self._before = 0.0
+        self._log = 0.0
 
     @property
     def factor(self) -> float:
         return math.exp(self._log)
 
-    def observe(self, took_ms: float, expected_ms: float) -> float:
-        """Passes took so long.  Returns what of it was theirs, in ms: what happens once is a
-        hiccup, another program's doing; what happened the time before, too, is not."""
-        surprise = math.log(took_ms / expected_ms)
-        believed = max(-self.NOISE, min(surprise, max(self.NOISE, self._before)))
-        self._log += believed / 16
-        self._before = surprise
-        return expected_ms * math.exp(min(surprise, believed))
+    def observe(self, took_ms: float, expected_ms: float) -> None:
+        """Passes took so long; a hiccup counts little, and passes that gave up next to nothing."""
+        if 0.0 < expected_ms < math.inf and took_ms > 0.0:
+            surprise = math.log(took_ms / expected_ms)
+            self._log += max(-self.NOISE, min(self.NOISE, surprise)) / 16
+            self._log = max(-self.NOISE, self._log)
 
     def rest(self) -> None:
         """A cycle without such a pass."""

@@ -54,14 +54,16 @@ class Planner:
     drafts: passes, run where they pay.
     forced: draft in every cycle, whether it pays or not; for those who ask for sources by name.
     fixed: how much to draft, whatever it costs; to compare with.
-    shape: how many tokens may stand beside each other; a pass offers as many.
+    shape: how many tokens may stand beside each other; a pass offers as many as may at most.
     """
 
     LATELY = 64
     """Cycles."""
 
-    LOOKING_UP = 0.1
-    """Plain passes that lookups take at most; what takes longer is another program's doing."""
+    HICCUP = 1.0
+    """Plain passes that a draft may take beyond what is expected of it; what is more is another
+    program's doing, and no reason to draft no more: a stall of a second would take an hour to earn
+    back."""
 
     name = "planner"
 
@@ -95,8 +97,9 @@ class Planner:
         self._catching_up_s = 0.0
         self._credit_ms = 0.0  # what it may still lose
         self._priced: list[tuple[Passes, float]] = []
-        self._pace = Pace()
-        self._expected_ms = 0.0  # of the latest draft's passes
+        self._paces = {each.passes.name: Pace() for each in self.drafts}
+        self._expected_ms: dict[str, float] = {}  # of the latest draft's passes, by source
+        self._n_max = 0
         self._worth = 0.1  # of what recycling offers where it knows something, in tokens
         self._reading_ms = 0.0  # to read the likeliest tokens off a row
         self._turn = 0
@@ -112,27 +115,34 @@ class Planner:
         self.economy.calibration.passed(self.NEW_TEXT)
         self.guard.begin(trusted=any(map(self._is_trusted, self.drafts)))
         self._is_new = True
+        self._forget_draft()
+
+    def _forget_draft(self) -> None:
+        """What is remembered of the latest draft until its verdict comes."""
+        self._offered, self._expected_ms = {}, {}
+        self._passed, self._catching_up_s = False, 0.0
 
     def _is_trusted(self, drafts: Drafts) -> bool:
         """Is its worth known, and more than it costs?"""
         name, economy = drafts.passes.name, self.economy
         is_known = economy.calibration.evidence(name) >= self.ENOUGH
-        return is_known and economy.pays(name, 1.0, 0.0, self._pass_ms(drafts))
+        ms = self._pass_ms(drafts)
+        return is_known and economy.pays(name, 1.0, 0.0, ms, n_offers=self._siblings)
 
     def _pass_ms(self, drafts: Drafts) -> float:
-        return drafts.cost_ms() * self._pace.factor
+        return drafts.cost_ms() * self._paces[drafts.passes.name].factor
 
     def draft(self, pending: int, *, n_max: int) -> Tree:
         """See `Drafter.draft`."""
         self._pending = pending
-        self._offered, self._expected_ms = {}, 0.0
+        self._forget_draft()
         text = [*self._model.tokens, pending]
         for lookup in self._lookups:
             lookup.follow(text)
         credit = math.inf if self._forced else self.guard.credit
         self._credit_ms = credit * self.economy.plain_ms
         n_max = self.economy.affordable(n_max, self._credit_ms)
-        self._passed = False
+        self._n_max = n_max
         if n_max == 0:
             self._look_up(Tree(), ROOT)  # to learn what it would have been worth
             return Tree()
@@ -160,13 +170,15 @@ class Planner:
 
     def _catch_up(self) -> None:
         """Another answer: sources that may pay read the prompt, which is part of getting ready."""
-        self._catching_up_s = 0.0
         if not self._is_new:
             return
         self._is_new = False
         start = perf_counter()
         for passes, cost_ms in self._priced:
-            if passes.lag() and (self._forced or self.economy.pays(passes.name, 1.0, 0.0, cost_ms)):
+            if not passes.lag():
+                continue
+            pays = self.economy.pays(passes.name, 1.0, 0.0, cost_ms, n_offers=self._siblings)
+            if self._forced or pays:
                 passes.begin(self._pending)
                 passes.end()
         self._catching_up_s = perf_counter() - start
@@ -217,9 +229,13 @@ class Planner:
                 ms += passes.lag() * cost_ms / LAG_DISCOUNT
             n = len(tree) + 1  # with what it will offer
             within = economy.affordable(n, self._credit_ms - ms) == n
-            if must or (within and economy.pays(passes.name, joint, covered, ms, n_nodes=n - 1)):
+            places = max(1, min(self._siblings - len(offers), self._n_max - len(tree)))
+            pays = within and economy.pays(
+                passes.name, joint, covered, ms, n_offers=places, n_nodes=n - 1
+            )
+            if must or pays:
                 self._credit_ms -= ms
-                self._expected_ms += ms
+                self._expected_ms[passes.name] = self._expected_ms.get(passes.name, 0.0) + ms
                 if passes not in begun:
                     begun.append(passes)
                     passes.begin(self._pending)
@@ -238,24 +254,26 @@ class Planner:
         self._prices.observe(width, 1e3 * cycle.verify_s)
         # what such a pass takes rather than what this one took: a hiccup is nobody's fault
         ms = self._prices.verify_ms(width) + self._drafting_ms(cycle)
-        self._catching_up_s = 0.0
         economy.took(n_tokens, ms)
         self.guard.count(n_tokens, ms, economy.plain_ms, drafted=len(tree) > 0 or self._passed)
         self._since_draft = 0 if len(tree) else self._since_draft + 1
         if self._recycling is not None:
             self._recycle(self._recycling, verdict)
-        # nothing may be drafted before the next cycle
-        self._offered, self._expected_ms, self._passed = {}, 0.0, False
+        self._forget_draft()  # nothing may be drafted before the next cycle
         for observer in self._observers:
             observer(cycle)
 
     def _drafting_ms(self, cycle: Cycle) -> float:
         """What the draft took, but for hiccups; corrects what its passes are expected to take."""
-        took_ms = 1e3 * (cycle.draft_s - self._catching_up_s)
-        if 0.0 < self._expected_ms < math.inf and took_ms > 0.0:
-            return self._pace.observe(took_ms, self._expected_ms)
-        self._pace.rest()
-        return min(took_ms, self.LOOKING_UP * self.economy.plain_ms)
+        took_ms = max(0.0, 1e3 * (cycle.draft_s - self._catching_up_s))
+        expected_ms = sum(self._expected_ms.values())
+        for name, pace in self._paces.items():
+            if name not in self._expected_ms:
+                pace.rest()
+            elif len(self._expected_ms) == 1:  # of several, who took how long?
+                pace.observe(took_ms, expected_ms)
+        hiccup_ms = self.HICCUP * self.economy.plain_ms
+        return min(took_ms, expected_ms * math.exp(Pace.NOISE) + hiccup_ms)
 
     def _recycle(self, table: Recycling, verdict: Verdict) -> None:
         """The table learns what the target said where it was asked.

@@ -298,7 +298,11 @@ class Speculation:
         searcher = self.learning.searcher if self.learning else None
         if not isinstance(searcher, Search):
             return
-        is_ours = [source == layer_skip.NAME for source in cycle.tree.sources]
+        tree = cycle.tree
+        is_ours = [  # what stands beside the likeliest says nothing of the sub-network
+            tree.offer(node).source == layer_skip.NAME and tree.offer(node).rank == 0
+            for node in range(len(tree))
+        ]
         if any(is_ours):
             searcher.observe(sum(is_ours[node] for node in cycle.verdict.accepted), sum(is_ours))
 

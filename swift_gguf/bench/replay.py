@@ -94,7 +94,7 @@ def record(model: Model, category: str, prompt: Sequence[int], *, max_tokens: in
 
 
 class Prices:
-    """Costs that neither change nor learn; see `planner.Prices`."""
+    """Costs that neither change nor learn; see `economy.Prices`."""
 
     def __init__(self, costs: Costs) -> None:
         self._ms = [costs.verify_ms(width) for width in range(1, MAX_NODES + 2)]

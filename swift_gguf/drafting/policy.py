@@ -92,7 +92,8 @@ class Calibration:
     def acceptance(self, probability: float, source: str = "", *, rank: int = 0) -> float:
         """The share of such tokens that are accepted, between 0 and 1.
 
-        rank: see `Offer`; of others than the likeliest, those count that nobody else has offered.
+        rank: see `Offer`; offers beside the likeliest count only where no source that was asked
+            before has offered the same.
         """
         known, weight = self._source(source), self._source(source).prior.weight
         band = bisect_right(BANDS, probability, lo=1) - 1

@@ -32,15 +32,17 @@ class Tree:
     """What a policy made of the probabilities along each path."""
     proposals: Mapping[int, Distribution] = field(default_factory=dict)
     """Sampled drafts only: what the children of a node were drawn from, in their order."""
+    ranks: list[int] = field(default_factory=list)
+    """Of the offers that nodes were made from; empty: all 0."""
 
     @classmethod
     def chain(cls, tokens: Sequence[int], probabilities: Sequence[float] | None = None) -> Tree:
         """Each token after the one before."""
         known = list(probabilities) if probabilities is not None else [1.0] * len(tokens)
         joints = list(accumulate(known, mul))
-        return cls(
-            list(tokens), list(range(-1, len(tokens) - 1)), known, [""] * len(tokens), joints
-        )
+        n = len(tokens)
+        parents = list(range(-1, n - 1))
+        return cls(list(tokens), parents, known, [""] * n, joints, ranks=[0] * n)
 
     def add(self, parent: int, offer: Offer, joint: float) -> int:
         """A node more, and its number."""
@@ -49,11 +51,13 @@ class Tree:
         self.probabilities.append(offer.probability)
         self.sources.append(offer.source)
         self.joints.append(joint)
+        self.ranks.append(offer.rank)
         return len(self) - 1
 
     def offer(self, node: int) -> Offer:
         """The offer a node was made from."""
-        return Offer(self.tokens[node], self.probabilities[node], self.sources[node])
+        rank = self.ranks[node] if self.ranks else 0
+        return Offer(self.tokens[node], self.probabilities[node], self.sources[node], rank)
 
     def cut(self, n: int) -> Tree:
         """The first n nodes: parents come before their children."""
@@ -64,6 +68,7 @@ class Tree:
             self.sources[:n],
             self.joints[:n],
             self.proposals,
+            self.ranks[:n],
         )
 
     def __len__(self) -> int:
@@ -94,8 +99,8 @@ class Offer:
     probability: float
     source: str = ""
     rank: int = 0
-    """Among the offers of one pass, 0 for the likeliest; lookups tell theirs apart by probability
-    alone."""
+    """Among the offers of one pass, 0 for the likeliest; 0 for all of a lookup's, which are told
+    apart by probability alone."""
 
 
 class Policy(Protocol):

@@ -38,6 +38,7 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
     n_tokens: int
     _requires_eval: bool
     _llama_sampler: Any = None
+    _n_sampling = 0
     input_ids: NDArray[np.intc]
 
     def __init__(
@@ -56,6 +57,7 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         self._stack = ExitStack()  # what closes it must be there if anything below fails
+        self._old_samplers: list[Any] = []
         self._adopted: Model | None = None
         self._flash_attn, self._keeps_all, self._options = flash_attn, logits_all, options
         wanted = options_of(speculation)
@@ -112,11 +114,28 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
 
     @_sampler.setter
     def _sampler(self, sampler: Any) -> None:
-        """Frees the one before: llama_cpp leaves its samplers to the garbage collector, which may
-        come by where the stack is nearly full (a request nested deeply), and then frees nothing."""
+        """Frees the one before.  llama_cpp leaves its samplers to the garbage collector; where that
+        comes while Python's stack is nearly full (while JSON is read that nests a thousand deep),
+        `LlamaSampler.__del__` fails, and the native sampler is lost.
+        """
         before, self._llama_sampler = self._llama_sampler, sampler
         if before is not None and before is not sampler:
-            before.close()
+            self._old_samplers.append(before)
+        self._free_samplers()
+
+    def _free_samplers(self) -> None:
+        """Not while one samples: a logits processor may ask this very llama for something else."""
+        while self._old_samplers and not self._n_sampling:
+            self._old_samplers.pop().close()
+
+    @wraps(Llama.sample)
+    def sample(self, *args: Any, **kwargs: Any) -> int:
+        self._n_sampling += 1
+        try:
+            return int(super().sample(*args, **kwargs))
+        finally:
+            self._n_sampling -= 1
+            self._free_samplers()
 
     def _take_over(self, wanted: SpeculationOptions) -> Swift:
         why = refusal(self.model, self._options)

@@ -22,7 +22,7 @@ from swift_gguf.profile import Store
 from swift_gguf.speculation_options import SpeculationOptions
 from tests.llama.conftest import LOADING, without_ids
 
-from llama_cpp import Llama, LlamaGrammar  # isort: skip
+from llama_cpp import Llama, LlamaGrammar, LogitsProcessorList  # isort: skip
 from llama_cpp._internals import LlamaSampler  # isort: skip
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding  # isort: skip
 
@@ -188,6 +188,26 @@ def test_samplers_go_without_the_garbage_collector(open_llama: Callable[..., Any
     assert n_samplers_left(lambda: say(plain)) > 1  # the control
     assert n_samplers_left(lambda: say(swift)) <= 1
     assert n_samplers_left(lambda: say(swift, stop=["e"], logit_bias={5: 1.0})) <= 1
+
+
+def test_a_logits_processor_may_ask_the_llama_it_belongs_to(
+    open_llama: Callable[..., Any],
+) -> None:
+    """What samples meanwhile is not freed under its feet."""
+    llama = open_llama()
+    asked: list[Any] = []
+
+    def processor(ids: Any, scores: Any) -> Any:
+        if not asked:
+            asked.append(None)
+            kept = llama.save_state()
+            asked.append(say(llama, "four five", max_tokens=2))
+            llama.load_state(kept)
+        return scores
+
+    assert say(llama, max_tokens=3, logits_processor=LogitsProcessorList([processor]))
+    assert asked[1]["usage"]["completion_tokens"] == 2
+    assert n_samplers_left(lambda: say(llama)) <= 1
 
 
 def n_samplers_left(ask: Callable[[], object]) -> int:

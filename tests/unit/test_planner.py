@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from swift_gguf.drafting.passes import Passes
 from swift_gguf.drafting.policy import Threshold
 from swift_gguf.drafting.tree import ROOT, Shape
-from swift_gguf.economy import Guard
+from swift_gguf.economy import Guard, Pace
 from swift_gguf.errors import StoppedError
 from swift_gguf.planner import Drafts, Planner
 from tests.unit.machine import CURVES, FakeLookup, Guesses, Machine, best_fixed, plain_rate
@@ -276,7 +276,8 @@ def test_forced_passes_run_in_every_cycle() -> None:
     assert all(cycle.tree.sources == ["layer-skip"] for cycle in machine.cycles)
 
 
-def test_a_draft_in_which_another_program_took_the_machine_is_nobody_s_fault() -> None:
+@pytest.mark.parametrize("n_stalls", [1, 2])
+def test_drafts_in_which_another_program_took_the_machine_are_nobody_s_fault(n_stalls: int) -> None:
     guesses = Guesses((0.8,), name="layer-skip")
     quiet, stalled = (
         Machine(CURVES["flat"], passes=guesses, pass_ms=2.0, hiccups=0.0, noise=0.0)
@@ -285,7 +286,8 @@ def test_a_draft_in_which_another_program_took_the_machine_is_nobody_s_fault() -
     for machine in (quiet, stalled):
         machine.run(300)
         machine.stall_ms = 500.0 if machine is stalled else 0.0  # fifty plain passes
-        machine.cycle()
+        for _ in range(n_stalls):
+            machine.cycle()
         machine.stall_ms = 0.0
     before = quiet.ms, stalled.ms
     quiet.run(300)
@@ -293,18 +295,59 @@ def test_a_draft_in_which_another_program_took_the_machine_is_nobody_s_fault() -
     assert stalled.ms - before[1] <= 1.05 * (quiet.ms - before[0])
 
 
-def test_passes_that_take_longer_than_they_are_priced_are_given_up() -> None:
-    """As long as a plain pass, and priced at a fifth of it."""
+@pytest.mark.parametrize("priced_ms", [0.0, 2.0, 5.0])
+def test_passes_that_take_longer_than_they_are_priced_are_given_up(priced_ms: float) -> None:
+    """As long as a plain pass, and priced at less of it."""
     machine = Machine(
         CURVES["half"],
         passes=Guesses((0.6,), name="layer-skip"),
         pass_ms=10.0,
-        priced_ms=2.0,
+        priced_ms=priced_ms,
         noise=0.0,
         hiccups=0.0,
     ).run(2000)
     assert machine.rate >= 0.97 * plain_rate(machine)
     assert n_drafts(machine, first=machine.positions[-300]) <= 30
+
+
+def test_passes_of_which_every_second_takes_long_are_not_hiccups() -> None:
+    machine = Machine(
+        CURVES["half"], passes=Guesses((0.8,), name="layer-skip"), pass_ms=2.0, hiccups=0.0
+    )
+    slow = 0.0
+    for number in range(1000):
+        machine.stall_ms = 10.0 * (number % 2)
+        tree = machine.cycle().tree
+        slow += machine.stall_ms if len(tree) else 0.0
+    assert machine.n_tokens / (machine.ms + slow) >= 0.97 * plain_rate(machine)
+
+
+def test_a_pass_is_worth_what_there_is_room_for() -> None:
+    """Its likeliest offer alone does not pay, and no other one may stand."""
+    guesses = Guesses((0.4, 0.2, 0.1), name="layer-skip", confidence=0.6)
+    machine = Machine(CURVES["flat"], passes=guesses, pass_ms=5.0).run(300)
+    n_passes = machine.model.n_drafted
+    for _ in range(300):
+        machine.cycle(n_max=1)
+    assert machine.model.n_drafted - n_passes <= 20
+
+
+def test_a_pace_follows_what_passes_take_and_comes_back() -> None:
+    pace = Pace()
+    pace.observe(1000.0, 1.0)
+    assert 1.0 < pace.factor < 1.05  # once is a hiccup
+    for _ in range(300):
+        pace.observe(3.0, 1.0 * pace.factor)
+    assert pace.factor == pytest.approx(3.0, rel=0.1)
+    for _ in range(600):
+        pace.rest()
+    assert pace.factor == pytest.approx(1.0, abs=0.15)
+    for _ in range(300):
+        pace.observe(1e-6, 1.0)  # gave up
+    assert pace.factor > 0.7
+    for nothing in (0.0, math.inf):
+        pace.observe(1.0, nothing)
+    assert pace.factor > 0.7
 
 
 def test_less_likely_offers_of_a_pass_stand_beside_the_likeliest_and_pay_for_it() -> None:

@@ -101,7 +101,9 @@ def test_a_tree_tells_children_and_paths() -> None:
 def test_a_chain_is_a_tree() -> None:
     chain = Tree.chain([4, 5, 6], [0.9, 0.8, 0.7])
     joints = [0.9, pytest.approx(0.72), pytest.approx(0.504)]
-    assert chain == Tree([4, 5, 6], [ROOT, 0, 1], [0.9, 0.8, 0.7], ["", "", ""], joints)
+    assert chain == Tree(
+        [4, 5, 6], [ROOT, 0, 1], [0.9, 0.8, 0.7], ["", "", ""], joints, ranks=[0, 0, 0]
+    )
     assert Tree.chain([4]).probabilities == [1.0]
     assert len(Tree.chain([])) == 0
 
