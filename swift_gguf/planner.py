@@ -62,8 +62,8 @@ class Planner:
 
     HICCUP = 1.0
     """Plain passes that a draft may take beyond what is expected of it; what is more is another
-    program's doing, and no reason to draft no more: a stall of a second would take an hour to earn
-    back."""
+    program's doing, and no reason to give drafts up: what two seconds lose would take thousands of
+    tokens to earn back."""
 
     name = "planner"
 
