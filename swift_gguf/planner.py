@@ -54,7 +54,8 @@ class Planner:
     drafts: passes, run where they pay.
     forced: draft in every cycle, whether it pays or not; for those who ask for sources by name.
     fixed: how much to draft, whatever it costs; to compare with.
-    shape: how many tokens may stand beside each other; a pass offers as many as may at most.
+    shape: how many tokens may stand beside each other.
+    n_offers: of a pass, at most; None: as many as may stand beside each other.
     """
 
     LATELY = 64
@@ -78,6 +79,7 @@ class Planner:
         forced: bool = False,
         fixed: Policy | None = None,
         shape: Shape = WIDE,
+        n_offers: int | None = None,
     ) -> None:
         self.economy = Economy(calibration or Calibration(PRIORS), prices)
         self.guard = Guard()
@@ -89,7 +91,8 @@ class Planner:
         self._fixed = fixed
         self._observers: list[Callable[[Cycle], None]] = []
         self._since_draft = self.LATELY
-        self._shape, self._siblings = shape, shape.branching(0.0)
+        self._shape = shape
+        self._n_offers = shape.branching(0.0) if n_offers is None else n_offers
         self._offered: dict[int, list[Offer]] = {}
         self._pending = 0
         self._passed = False  # for the latest draft
@@ -127,7 +130,7 @@ class Planner:
         name, economy = drafts.passes.name, self.economy
         is_known = economy.calibration.evidence(name) >= self.ENOUGH
         ms = self._pass_ms(drafts)
-        return is_known and economy.pays(name, 1.0, 0.0, ms, n_offers=self._siblings)
+        return is_known and economy.pays(name, 1.0, 0.0, ms, n_offers=self._n_offers)
 
     def _pass_ms(self, drafts: Drafts) -> float:
         return drafts.cost_ms() * self._paces[drafts.passes.name].factor
@@ -177,7 +180,7 @@ class Planner:
         for passes, cost_ms in self._priced:
             if not passes.lag():
                 continue
-            pays = self.economy.pays(passes.name, 1.0, 0.0, cost_ms, n_offers=self._siblings)
+            pays = self.economy.pays(passes.name, 1.0, 0.0, cost_ms, n_offers=self._n_offers)
             if self._forced or pays:
                 passes.begin(self._pending)
                 passes.end()
@@ -229,7 +232,7 @@ class Planner:
                 ms += passes.lag() * cost_ms / LAG_DISCOUNT
             n = len(tree) + 1  # with what it will offer
             within = economy.affordable(n, self._credit_ms - ms) == n
-            places = max(1, min(self._siblings - len(offers), self._n_max - len(tree)))
+            places = max(1, min(self._n_offers - len(offers), self._n_max - len(tree)))
             pays = within and economy.pays(
                 passes.name, joint, covered, ms, n_offers=places, n_nodes=n - 1
             )
@@ -239,7 +242,7 @@ class Planner:
                 if passes not in begun:
                     begun.append(passes)
                     passes.begin(self._pending)
-                offers += passes.offers(tree, node, self._siblings)
+                offers += passes.offers(tree, node, self._n_offers)
         return sorted(offers, key=lambda offer: -economy.joint(1.0, offer))
 
     def observe(self, cycle: Cycle) -> None:

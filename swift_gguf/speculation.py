@@ -215,6 +215,8 @@ class Speculation:
             forced=not options.is_auto,
             fixed=self._threshold() if is_fixed else None,
             shape=TREES[options.tree or "chain"] if is_fixed or options.tree else WIDE,
+            # a source asked for by name says what it holds likeliest, and how often that is right
+            n_offers=None if options.is_auto or options.tree else 1,
         )
 
     def _drawing(self, learning: Learning) -> LayerSkip:

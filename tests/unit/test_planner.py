@@ -322,6 +322,14 @@ def test_passes_of_which_every_second_takes_long_are_not_hiccups() -> None:
     assert machine.n_tokens / (machine.ms + slow) >= 0.97 * plain_rate(machine)
 
 
+def test_passes_offer_no_more_than_they_are_asked_for() -> None:
+    guesses = Guesses((0.5, 0.3), name="layer-skip")
+    options = {"forced": True, "n_offers": 1}
+    machine = Machine(CURVES["flat"], passes=guesses, options=options).run(200)
+    for tree in (cycle.tree for cycle in machine.cycles):
+        assert tree.parents == list(range(-1, len(tree) - 1))
+
+
 def test_a_pass_is_worth_what_there_is_room_for() -> None:
     """Its likeliest offer alone does not pay, and no other one may stand."""
     guesses = Guesses((0.4, 0.2, 0.1), name="layer-skip", confidence=0.6)
