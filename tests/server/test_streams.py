@@ -175,8 +175,9 @@ def test_requests_that_take_too_long(serve: Callable[..., Server], model: Path) 
             events.append(event)
         assert events[-1]["error"]["code"] == "timeout"
         assert waiting is not None
-        status, body = waiting.result()  # its turn came just before its end, or just after
-        assert status == 200 or (status, body["error"]["code"]) == (503, "timeout")
+        # its turn came just before its end (too late for an answer, on a busy machine), or just after
+        status, body = waiting.result()
+        assert status == 200 or (status in (408, 503) and body["error"]["code"] == "timeout")
     status, body = server.post(CHAT, talk(stream=False))
     assert (status, body["error"]["code"]) == (408, "timeout")
 
