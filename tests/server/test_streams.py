@@ -175,7 +175,7 @@ def test_requests_that_take_too_long(serve: Callable[..., Server], model: Path) 
             events.append(event)
         assert events[-1]["error"]["code"] == "timeout"
         assert waiting is not None
-        # its turn came just before its end (too late for an answer, on a busy machine), or just after
+        # its turn came just before its end, on a busy machine too late for an answer, or just after
         status, body = waiting.result()
         assert status == 200 or (status in (408, 503) and body["error"]["code"] == "timeout")
     status, body = server.post(CHAT, talk(stream=False))
