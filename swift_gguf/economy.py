@@ -85,8 +85,7 @@ class Economy:
 
     def joint(self, joint: float, offer: Offer) -> float:
         """See `Policy`: the product of the measured acceptances."""
-        acceptance = self.calibration.acceptance
-        return joint * acceptance(offer.probability, offer.source, rank=offer.rank)
+        return joint * self.calibration.acceptance_of(offer)
 
     def includes(self, probability: float, joint: float) -> bool:
         """See `Policy`; what is worth its place is decided at the end, by `best_cut`."""

@@ -233,10 +233,10 @@ class Planner:
             n = len(tree) + 1  # with what it will offer
             within = economy.affordable(n, self._credit_ms - ms) == n
             places = max(1, min(self._n_offers - len(offers), self._n_max - len(tree)))
-            pays = within and economy.pays(
-                passes.name, joint, covered, ms, n_offers=places, n_nodes=n - 1
-            )
-            if must or pays:
+            if must or (
+                within
+                and economy.pays(passes.name, joint, covered, ms, n_offers=places, n_nodes=n - 1)
+            ):
                 self._credit_ms -= ms
                 self._expected_ms[passes.name] = self._expected_ms.get(passes.name, 0.0) + ms
                 if passes not in begun:

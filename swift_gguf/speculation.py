@@ -302,8 +302,8 @@ class Speculation:
             return
         tree = cycle.tree
         is_ours = [  # what stands beside the likeliest says nothing of the sub-network
-            tree.offer(node).source == layer_skip.NAME and tree.offer(node).rank == 0
-            for node in range(len(tree))
+            offer.source == layer_skip.NAME and offer.rank == 0
+            for offer in map(tree.offer, range(len(tree)))
         ]
         if any(is_ours):
             searcher.observe(sum(is_ours[node] for node in cycle.verdict.accepted), sum(is_ours))

@@ -95,11 +95,16 @@ class Calibration:
         rank: see `Offer`; offers beside the likeliest count only where no source that was asked
             before has offered the same.
         """
-        known, weight = self._source(source), self._source(source).prior.weight
+        known = self._source(source)
+        weight = known.prior.weight
         band = bisect_right(BANDS, probability, lo=1) - 1
         if rank:
             return self._share(known.others[band], BANDS[band], weight)
         return self._share(known.bands[band], known.prior.acceptance[band], weight)
+
+    def acceptance_of(self, offer: Offer) -> float:
+        """`acceptance` of an offer."""
+        return self.acceptance(offer.probability, offer.source, rank=offer.rank)
 
     def acceptance_by_rank(self, source: str = "") -> list[float]:
         """[RANKS], the same of a source's likeliest offers, the second likeliest, .., before their
@@ -196,9 +201,7 @@ class Adaptive:
 
     def joint(self, joint: float, offer: Offer) -> float:
         """The product of the measured acceptances."""
-        return joint * self._calibration.acceptance(
-            offer.probability, offer.source, rank=offer.rank
-        )
+        return joint * self._calibration.acceptance_of(offer)
 
     def includes(self, probability: float, joint: float) -> bool:
         """Its place in the verification pays."""

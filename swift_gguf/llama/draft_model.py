@@ -79,7 +79,7 @@ class SwiftDraftModel(LlamaDraftModel):  # type: ignore[misc]
         ]
 
     def _acceptance(self, offer: Offer) -> float:
-        return self._calibration.acceptance(offer.probability, offer.source)
+        return self._calibration.acceptance_of(offer)
 
     def _learn(self, text: list[int]) -> None:
         """What became of the latest draft, and what follows what."""
