@@ -99,7 +99,7 @@ def test_the_same_text(
         calibration = speculation.drafter.economy.calibration
         asked |= {name for name in sources if calibration.evidence(name)}
     assert asked == set(sources)
-    # of several that offer the same token one gets the credit: which one, passes' measured times decide
+    # of several that offer the same token one gets the credit, and times decide which
     assert used == set(sources) if len(sources) == 1 else used
 
 
