@@ -1,12 +1,14 @@
 """Sidecars: weights derived from a model for its own draft passes, in a GGUF beside it.
 
 ``model.gguf`` may have a ``model.swift.gguf`` (`swift-gguf prepare`): for every FFN the neurons
-that matter most, with down columns refitted to what the whole FFN puts out, and an output head over
-the tokens that are used.  All else that a draft pass needs is the model's own, its KV included.
+that matter most, with down columns refitted to what the whole FFN puts out, an output head over the
+tokens that are used, and attention's matrices in fewer bits where the model has many.  All else
+that a draft pass needs is the model's own, its KV included.
 
 Keys: ``swift.version``, ``swift.fingerprint`` and ``swift.weights`` (of the model, see
 `identity`), ``swift.n_narrow`` ([n_layer], 0: that FFN is whole), ``swift.n_head``.
-Tensors: ``blk.N.ffn_{up,gate,down}.{weight,bias}``, ``output.weight``, ``output.ids``.
+Tensors: ``blk.N.ffn_{up,gate,down}.{weight,bias}``, ``blk.N.attn_{q,k,v,qkv,output}.weight``,
+``output.weight``, ``output.ids``.
 """
 
 from __future__ import annotations

@@ -86,7 +86,8 @@ struct swift_gguf_subnetwork;
 /* skip_attention: n_layer bytes, non-zero leaves that attention out; NULL leaves out none.
  * ffn_share: n_layer numbers; NULL: all whole. 0 or less leaves that FFN out, 1 or more runs it whole.
  *   Between, a mixture of experts runs that share of the experts it would run for a token, at least one,
- *   and any other FFN the sidecar's neurons, if it has some for the layer.
+ *   and any other FFN the sidecar's neurons, if it has some for the layer. Below 1, that layer's attention
+ *   reads the sidecar's copies of its matrices, if it has some.
  * sidecar: may be NULL.
  * draft_head: the pass computes logits of the sidecar's tokens only; the others' are -inf.
  *

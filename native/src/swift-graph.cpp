@@ -122,6 +122,15 @@ void swift_narrow_ffn(
     }
 }
 
+ggml_tensor * swift_draft_weight(const llm_graph_context & graph, ggml_tensor * w) {
+    const swift_subnetwork * subnetwork = subnetwork_of(graph);
+    if (subnetwork == nullptr || !subnetwork->sidecar) {
+        return w;
+    }
+    const auto found = subnetwork->sidecar->copies.find(w);
+    return found != subnetwork->sidecar->copies.end() && subnetwork->share(found->second.il) < 1.0f ? found->second.weight : w;
+}
+
 int64_t swift_n_experts(const llm_graph_context & graph, int64_t n_used, int il) {
     const swift_subnetwork * subnetwork = subnetwork_of(graph);
     if (subnetwork == nullptr || subnetwork->share(il) >= 1.0f) {

@@ -34,6 +34,9 @@ void swift_narrow_ffn(
         ggml_tensor *&            down_b,
         int                       il);
 
+// The sidecar's smaller copy of one of attention's matrices where the pass narrows that layer; else `w`.
+ggml_tensor * swift_draft_weight(const llm_graph_context & graph, ggml_tensor * w);
+
 // How many experts a token of this pass runs, where the model has it run `n_used`: at least one.
 int64_t swift_n_experts(const llm_graph_context & graph, int64_t n_used, int il);
 

@@ -72,9 +72,10 @@ public:
     std::shared_ptr<const swift_sidecar> load() {
         for (size_t il = 0; il < model.layers.size(); ++il) {
             plan_ffn(model.layers[il], (int) il);
+            plan_attention(model.layers[il], (int) il);
         }
         plan_head();
-        if (sidecar->ffns.empty() && sidecar->head == nullptr) {
+        if (sidecar->ffns.empty() && sidecar->copies.empty() && sidecar->head == nullptr) {
             throw refused("nothing in it belongs to this model");
         }
         fill();
@@ -102,7 +103,7 @@ private:
     ggml_tensor * place(ggml_backend_buffer_type_t buft, const ggml_tensor * source, const ggml_tensor * like) {
         auto & [ctx, tensors] = plan[buft];
         if (ctx == nullptr) {
-            const ggml_init_params params = { (model.layers.size() * 6 + 8) * ggml_tensor_overhead(), nullptr, true };
+            const ggml_init_params params = { (model.layers.size() * 11 + 8) * ggml_tensor_overhead(), nullptr, true };
             sidecar->contexts.emplace_back(ggml_init(params));
             ctx = sidecar->contexts.back().get();
         }
@@ -162,6 +163,30 @@ private:
         narrow.down   = matrix(prefix + "down.weight", layer.ffn_down, n_narrow, layer.ffn_down->ne[1]);
         narrow.down_b = own_vector(prefix + "down.bias", layer.ffn_down_b, layer.ffn_down, layer.ffn_down->ne[1]);
         sidecar->ffns.emplace(layer.ffn_down, narrow);
+    }
+
+    void plan_attention(const llama_layer & layer, int il) {
+        const struct {
+            const char *        name;
+            const ggml_tensor * whole;
+            const ggml_tensor * scale; // for types that are scaled a second time
+        } matrices[] = {
+            { "q",      layer.wq,   layer.wq_s   },
+            { "k",      layer.wk,   layer.wk_s   },
+            { "v",      layer.wv,   layer.wv_s   },
+            { "qkv",    layer.wqkv, layer.wqkv_s },
+            { "output", layer.wo,   layer.wo_s   },
+        };
+        for (const auto & [part, whole, scale] : matrices) {
+            const std::string name = "blk." + std::to_string(il) + ".attn_" + part + ".weight";
+            if (find(name) == nullptr) {
+                continue;
+            }
+            if (whole == nullptr || scale != nullptr || ggml_n_dims(whole) > 2) {
+                throw refused(name + " stands for nothing in this model");
+            }
+            sidecar->copies.emplace(whole, swift_smaller_copy{ matrix(name, whole, whole->ne[0], whole->ne[1]), il });
+        }
     }
 
     void plan_head() {

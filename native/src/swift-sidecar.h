@@ -1,5 +1,5 @@
-// Weights derived from a model for its draft passes (swift-gguf prepare): FFNs of fewer neurons and an
-// output head over fewer tokens.
+// Weights derived from a model for its draft passes (swift-gguf prepare): FFNs of fewer neurons, an
+// output head over fewer tokens, attention in fewer bits.
 
 #pragma once
 
@@ -21,9 +21,16 @@ struct swift_narrow_tensors {
     ggml_tensor * down_b = nullptr; // [n_embd], what the neurons left out add on average
 };
 
+// In the place of one of attention's matrices: the same in fewer bits.
+struct swift_smaller_copy {
+    ggml_tensor * weight;
+    int           il; // used where the FFN of this layer is narrower, too
+};
+
 // Immutable once loaded. Belongs to one model, whose tensors it refers to.
 struct swift_sidecar {
     std::unordered_map<const ggml_tensor *, swift_narrow_tensors> ffns; // by the whole down projection
+    std::unordered_map<const ggml_tensor *, swift_smaller_copy>   copies; // by the model's own
 
     const ggml_tensor * output   = nullptr; // the model's output projection, if there is a draft head
     ggml_tensor *       head     = nullptr; // [n_embd, n_head]: some of its rows

@@ -39,6 +39,9 @@ BATCH = 128  # tokens decoded at once, each with logits
               "model's width]")  # fmt: skip
 @click.option("--head", default=65536, show_default=True, metavar="N", type=click.IntRange(0),
               help="Tokens that drafts choose from; 0: all.")  # fmt: skip
+@click.option("--attention/--no-attention", default=True, show_default=True,
+              help="Copies of attention's matrices in fewer bits, where the model has eight or "
+              "more.")  # fmt: skip
 @click.option("--type", "kind", metavar="TYPE",
               help="Of the draft weights: Q4_0, Q4_K, Q8_0, ...  [default: the model's, at most "
               "4 bits]")  # fmt: skip
@@ -77,6 +80,7 @@ def _prepare(model: Model, out: Path, values: dict[str, Any], report: Report) ->
         width=values["width"],
         rank=values["rank"],
         n_head=values["head"],
+        attention=values["attention"],
         n_tokens=values["tokens"],
         kind=values["kind"],
         seed=values["seed"],

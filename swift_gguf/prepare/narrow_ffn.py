@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
-from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from swift_gguf.prepare.low_rank import OPEN
 from swift_gguf.prepare.narrowing import Narrow
-from swift_gguf.prepare.weights import Sidecar, Weights
-
-KindOf = Callable[[str, int], GGMLQuantizationType]
-"""The type for draft weights made from a tensor, in rows of some length."""
+from swift_gguf.prepare.weights import KindOf, Sidecar, Weights
 
 
 def add_ffn(sidecar: Sidecar, weights: Weights, narrow: Narrow, kind_of: KindOf) -> None:

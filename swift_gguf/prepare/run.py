@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from swift_gguf.errors import SwiftError, UnsupportedModelError
 from swift_gguf.model import Model
+from swift_gguf.prepare.attention import add_attention, copied
 from swift_gguf.prepare.calibration import answer, replay
 from swift_gguf.prepare.narrow_ffn import add_ffn
 from swift_gguf.prepare.narrowing import (
@@ -25,7 +27,7 @@ from swift_gguf.prepare.narrowing import (
 )
 from swift_gguf.prepare.statistics import Energy, NormalEquations, TokenMass
 from swift_gguf.prepare.texts import Text
-from swift_gguf.prepare.weights import BLOCK, Sidecar, Weights, as_stored
+from swift_gguf.prepare.weights import BLOCK, Sidecar, Weights, as_stored, bytes_each
 
 HELD_BACK = 8  # one answer of so many is not fitted to
 JUDGED_LAYERS = 4
@@ -48,6 +50,8 @@ class PrepareOptions:
     """Of the linear path beside them; 0: there is none, None: a sixth of the model's width."""
     n_head: int = 65536
     """Tokens of the draft head; 0: drafts use the model's own."""
+    attention: bool = True
+    """Copies of attention's matrices, where the model has them in far more bits."""
     n_tokens: int = 12000
     """Calibrated on."""
     answer_tokens: int = 96
@@ -181,13 +185,19 @@ class Preparation:
         for ffn in self.ffns:
             k = self.n_narrow(ffn) + self.rank(ffn)
             rows = (2 if ffn.has_gate or ffn.is_joined else 1) * k
-            total += rows * ffn.n_embd * _bytes_each(self.kind_of(ffn.name("up"), ffn.n_embd))
-            total += k * ffn.n_embd * _bytes_each(self.kind_of(ffn.name("down"), k))
+            total += rows * ffn.n_embd * bytes_each(self.kind_of(ffn.name("up"), ffn.n_embd))
+            total += k * ffn.n_embd * bytes_each(self.kind_of(ffn.name("down"), k))
+        for name, kind in copied(self.weights, self._layers_copied, self.kind_of):
+            total += math.prod(self.weights.shape(name)) * bytes_each(kind)
         if name := self._head_name:
             _, n_embd = self.weights.shape(name)
             n_head = min(self.options.n_head, self.model.n_vocab)
-            total += n_head * n_embd * _bytes_each(self.kind_of(name, n_embd))
+            total += n_head * n_embd * bytes_each(self.kind_of(name, n_embd))
         return round(total)
+
+    @property
+    def _layers_copied(self) -> list[int]:
+        return [ffn.layer for ffn in self.ffns] if self.options.attention else []
 
     @property
     def _head_name(self) -> str | None:
@@ -325,6 +335,7 @@ class Preparation:
         for narrow in self.fitted(texts, energy):
             add_ffn(sidecar, self.weights, narrow, self.kind_of)
             widths[narrow.ffn.layer] = narrow.width
+        add_attention(sidecar, self.weights, self._layers_copied, self.kind_of)
         n_head = self._add_head(sidecar, self.head_tokens(tokens, texts))
         sidecar.finish(self.model.path, widths, n_head)
         return sidecar.n_bytes
@@ -349,12 +360,6 @@ _SMALL = frozenset(
         GGMLQuantizationType.IQ4_NL,
     }
 )
-
-
-def _bytes_each(kind: GGMLQuantizationType) -> float:
-    """Bytes a weight."""
-    n_block, n_bytes = GGML_QUANT_SIZES[kind]
-    return float(n_bytes / n_block)
 
 
 _OFFERED = (

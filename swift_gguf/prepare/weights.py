@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize
 from numpy.typing import NDArray
 
 from swift_gguf import sidecar
@@ -15,7 +15,16 @@ from swift_gguf.errors import ModelError
 from swift_gguf.native import library
 
 BLOCK = 256  # weights in a block of the k-quants
+KindOf = Callable[[str, int], GGMLQuantizationType]
+"""The type for draft weights made from a tensor, in rows of a length."""
+
 PLAIN = frozenset({GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16})
+
+
+def bytes_each(kind: GGMLQuantizationType) -> float:
+    """Bytes a weight."""
+    n_block, n_bytes = GGML_QUANT_SIZES[kind]
+    return float(n_bytes / n_block)
 
 
 class Weights:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -20,6 +21,7 @@ from swift_gguf.learning import space_of
 from swift_gguf.model import Model, ModelOptions
 from swift_gguf.native import library
 from swift_gguf.prepare import weights
+from swift_gguf.prepare.attention import PARTS
 from swift_gguf.prepare.narrow_ffn import add_ffn
 from swift_gguf.prepare.narrowing import Fit, Narrow, ffns_of
 from swift_gguf.prepare.run import Preparation, PrepareOptions
@@ -217,6 +219,68 @@ def test_a_linear_path_is_what_its_rows_and_columns_say(
         np.testing.assert_allclose(output, expected, atol=2e-3 * np.abs(expected).max())
 
 
+def write_whole_ffns_and_attention(path: Path, out: Path, kind: gguf.GGMLQuantizationType) -> int:
+    """A sidecar that narrows nothing, with copies of attention; returns the bytes it saves."""
+    source, written, saved = weights.Weights(path), weights.Sidecar(out), 0
+    ffns = ffns_of(source, 99)
+    for ffn in ffns:
+        whole = Narrow(ffn, np.arange(ffn.n_ff))
+        add_ffn(written, source, whole, lambda name, length: source.kind(name))
+        for part in PARTS:
+            name = f"blk.{ffn.layer}.attn_{part}.weight"
+            if source.has(name):
+                rows = np.arange(source.shape(name)[0])
+                before = written.n_bytes
+                written.add_rows(name, source, rows, kind)
+                saved += source.rows(name, rows).nbytes - (written.n_bytes - before)
+    written.finish(path, [ffn.n_ff for ffn in ffns], 0)
+    return saved
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_drafts_read_their_own_copies_of_attention(
+    family: str, tiny: Tiny, open_model: Opener, tmp_path: Path
+) -> None:
+    """In the model's own type they change no bit; in fewer bits a draft differs and costs less."""
+    path = tiny(family, quant="Q8_0")
+    same, less = tmp_path / "same.swift.gguf", tmp_path / "less.swift.gguf"
+    assert write_whole_ffns_and_attention(path, same, gguf.GGMLQuantizationType.Q8_0) == 0
+    saved = write_whole_ffns_and_attention(path, less, gguf.GGMLQuantizationType.Q4_0)
+    model = open_model(path, sidecar=same)
+    full, draft = (logits_of(model, PROMPT, net) for net in (None, narrow(model, head=False)))
+    np.testing.assert_array_equal(draft, full)
+
+    model = open_model(path, sidecar=less)
+    subnetwork = narrow(model, head=False)
+    draft = logits_of(model, PROMPT, subnetwork)
+    assert not np.array_equal(draft, full)
+    assert np.corrcoef(draft, full)[0, 1] > 0.9
+    np.testing.assert_array_equal(logits_of(model, PROMPT, None), full)
+    whole, cheaper = model.pass_cost(None), model.pass_cost(subnetwork)
+    assert whole.weight_bytes - cheaper.weight_bytes == saved > 0
+    one_layer = SubNetwork(n_layer=model.n_layer, narrow_ffn=frozenset({1}))
+    assert 0 < whole.weight_bytes - model.pass_cost(one_layer).weight_bytes < saved
+
+
+@pytest.mark.parametrize(
+    ("quant", "kind", "n_copies"), [("Q8_0", "Q4_0", 4), ("Q8_0", "Q8_0", 0), ("Q4_1", "Q4_0", 0)]
+)
+def test_attention_is_copied_where_that_saves_much(
+    quant: str, kind: str, n_copies: int, tiny: Tiny, tmp_path: Path
+) -> None:
+    path, out = tiny("llama", quant=quant), tmp_path / "x.swift.gguf"
+    options = replace(SMALL, kind=kind)
+    with Model(path, ModelOptions(n_ctx=512, n_gpu_layers=0, sidecar=None)) as model:
+        expected = Preparation(model, [PROMPT], options).expected_bytes
+    prepared(path, out, options)
+    copies = [t for t in gguf.GGUFReader(out).tensors if ".attn_" in t.name]
+    assert len(copies) == n_copies * model.n_layer
+    assert all(t.tensor_type.name == kind for t in copies)
+    assert expected == pytest.approx(sum(t.n_bytes for t in gguf.GGUFReader(out).tensors), rel=0.05)
+    prepared(path, out, replace(options, attention=False))
+    assert not any(".attn_" in t.name for t in gguf.GGUFReader(out).tensors)
+
+
 def test_fewer_experts_cost_less(tiny: Tiny, open_model: Opener) -> None:
     """A mixture of experts needs no sidecar: a draft runs fewer of a token's experts."""
     model = open_model(tiny("qwen3moe"))
@@ -291,7 +355,7 @@ def pair(tiny: Tiny, tmp_path: Path) -> tuple[Path, Path]:
     """A model of the test's own and the sidecar beside it."""
     model = tmp_path / "model.gguf"
     shutil.copy(tiny("llama", quant="Q8_0"), model)
-    return model, prepared(model, sidecars.path_beside(model))
+    return model, prepared(model, sidecars.path_beside(model), replace(SMALL, kind="Q4_0"))
 
 
 def test_a_sidecar_beside_the_model_is_found_and_searched_with(
@@ -384,9 +448,12 @@ def rewrite(path: Path, change: Callable[[str, np.ndarray], np.ndarray | None]) 
         ("output.ids", lambda data: data[:40]),
         ("output.ids", lambda data: data + 1_000_000),
         ("output.ids", lambda data: -data - 1),
-        ("output.weight", lambda data: data[:, :34]),
+        ("output.weight", lambda data: data[:, :36]),
         ("output.ids", lambda data: data.reshape(-1, 1)),
         ("blk.0.ffn_up.weight", lambda data: np.zeros((32, 64), np.int32)),
+        ("blk.0.attn_q.weight", lambda data: data[:32]),
+        ("blk.1.attn_output.weight", lambda data: data[:, :18]),
+        ("blk.1.attn_v.weight", lambda data: np.zeros((32, 64), np.int32)),
     ],
 )
 def test_tensors_that_do_not_fit_the_model_are_refused(
@@ -405,6 +472,22 @@ def test_tensors_that_do_not_fit_the_model_are_refused(
     assert space is not None
     assert not space.is_narrow
     assert found.sidecar_refusal
+
+
+def test_a_copy_of_what_the_model_does_not_have_is_refused(
+    tiny: Tiny, open_model: Opener, tmp_path: Path
+) -> None:
+    path, out = tiny("phi3"), tmp_path / "x.swift.gguf"  # q, k and v are one matrix there
+    written = weights.Sidecar(out)
+    written.add_array("blk.0.attn_q.weight", np.zeros((64, 64), np.float32))
+    written.finish(path, [0] * 2, 0)
+    with (
+        open_model(path, sidecar=out) as model,
+        pytest.raises(SidecarError, match=r"attn_q\.weight stands for nothing"),
+    ):
+        model.decode(
+            PROMPT, subnetwork=SubNetwork(n_layer=model.n_layer, narrow_ffn=frozenset({0}))
+        )
 
 
 def test_an_interrupted_write_leaves_nothing(tiny: Tiny, tmp_path: Path) -> None:
