@@ -185,7 +185,7 @@ private:
             if (whole == nullptr || scale != nullptr || ggml_n_dims(whole) > 2) {
                 throw refused(name + " stands for nothing in this model");
             }
-            sidecar->copies.emplace(whole, swift_smaller_copy{ matrix(name, whole, whole->ne[0], whole->ne[1]), il });
+            sidecar->copies.emplace(whole, swift_smaller_copy { matrix(name, whole, whole->ne[0], whole->ne[1]), il });
         }
     }
 

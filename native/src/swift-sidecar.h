@@ -29,7 +29,7 @@ struct swift_smaller_copy {
 
 // Immutable once loaded. Belongs to one model, whose tensors it refers to.
 struct swift_sidecar {
-    std::unordered_map<const ggml_tensor *, swift_narrow_tensors> ffns; // by the whole down projection
+    std::unordered_map<const ggml_tensor *, swift_narrow_tensors> ffns;   // by the whole down projection
     std::unordered_map<const ggml_tensor *, swift_smaller_copy>   copies; // by the model's own
 
     const ggml_tensor * output   = nullptr; // the model's output projection, if there is a draft head

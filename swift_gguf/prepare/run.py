@@ -187,8 +187,8 @@ class Preparation:
             rows = (2 if ffn.has_gate or ffn.is_joined else 1) * k
             total += rows * ffn.n_embd * bytes_each(self.kind_of(ffn.name("up"), ffn.n_embd))
             total += k * ffn.n_embd * bytes_each(self.kind_of(ffn.name("down"), k))
-        for name, kind in copied(self.weights, self._layers_copied, self.kind_of):
-            total += math.prod(self.weights.shape(name)) * bytes_each(kind)
+        for matrix, kind in copied(self.weights, self._layers_copied, self.kind_of):
+            total += math.prod(self.weights.shape(matrix)) * bytes_each(kind)
         if name := self._head_name:
             _, n_embd = self.weights.shape(name)
             n_head = min(self.options.n_head, self.model.n_vocab)
