@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swift_gguf.deep_stack import on_deep_stack
 from swift_gguf.errors import (
     DecodeError,
     NativeLibraryError,
@@ -369,16 +370,28 @@ class Library:
         self, vocab: Any, text: bytes, *, add_special: bool, parse_special: bool
     ) -> list[int]:
         """Token ids of UTF-8 text (llama_tokenize)."""
-        size = len(text) + 8
-        for _ in range(2):
-            buffer = (self.api.llama_token * size)()
-            n = self.api.llama_tokenize(
-                vocab, text, len(text), buffer, size, add_special, parse_special
+
+        def tokenized() -> list[int]:
+            size = len(text) + 8
+            for _ in range(2):
+                buffer = (self.api.llama_token * size)()
+                n = self.api.llama_tokenize(
+                    vocab, text, len(text), buffer, size, add_special, parse_special
+                )
+                if n >= 0:
+                    return list(buffer[:n])
+                size = -n
+            raise SwiftError(
+                "llama.cpp could not tokenize the text; is the model's vocabulary intact?"
             )
-            if n >= 0:
-                return list(buffer[:n])
-            size = -n
-        raise SwiftError("llama.cpp could not tokenize the text; is the model's vocabulary intact?")
+
+        return on_deep_stack(self.stack_characters(vocab, text), tokenized)
+
+    def stack_characters(self, vocab: Any, text: bytes) -> int:
+        """How deep llama.cpp may recurse on this text; vocabularies without a regex do not."""
+        if self.api.llama_vocab_type(vocab) != self.api.LLAMA_VOCAB_TYPE_BPE:
+            return 0
+        return len(text.decode("utf-8", "replace"))
 
     def token_bytes(self, vocab: Any, token: int, *, special: bool) -> bytes:
         """The UTF-8 bytes a token stands for (llama_token_to_piece); may be part of a character."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from swift_gguf import gguf_check
 from swift_gguf.cells import N_SEQUENCES
+from swift_gguf.deep_stack import on_deep_stack
 from swift_gguf.llama.adoption import AUTO, adopt, context_length, our_errors, refusal
 from swift_gguf.llama.chat_format import formats
 from swift_gguf.llama.completion import with_globals
@@ -136,6 +137,12 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
         finally:
             self._n_sampling -= 1
             self._free_samplers()
+
+    @wraps(Llama.tokenize)
+    def tokenize(self, text: bytes, *args: Any, **kwargs: Any) -> list[int]:
+        tokenize = super().tokenize
+        n_characters = library().stack_characters(self._model.vocab, text)
+        return on_deep_stack(n_characters, lambda: list(tokenize(text, *args, **kwargs)))
 
     def _take_over(self, wanted: SpeculationOptions) -> Swift:
         why = refusal(self.model, self._options)

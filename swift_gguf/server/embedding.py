@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from swift_gguf.errors import DecodeError, ModelError
+from swift_gguf.errors import ContextFullError, DecodeError, ModelError
 from swift_gguf.native import StopFlag, library
-from swift_gguf.server.errors import bad_request
+from swift_gguf.server.errors import bad_request, one_line
 from swift_gguf.server.options import ServerOptions
 from swift_gguf.server.requests import EmbeddingRequest
 from swift_gguf.server.worker import Job
@@ -113,6 +113,8 @@ def _tokens(text: str | list[int], llama: ServedLlama, n_max: int) -> list[int]:
             tokens: list[int] = llama.tokenize(text.encode("utf-8"), add_bos=True)
         except UnicodeEncodeError:
             raise bad_request("a lone surrogate is no character", param="input") from None
+        except ContextFullError as error:
+            raise bad_request(one_line(error), param="input") from error
     else:
         tokens = text
         if any(token >= llama.n_vocab() for token in tokens):
