@@ -138,11 +138,11 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
             self._n_sampling -= 1
             self._free_samplers()
 
-    @wraps(Llama.tokenize)
-    def tokenize(self, text: bytes, *args: Any, **kwargs: Any) -> list[int]:
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """See `Llama.tokenize`."""
         tokenize = super().tokenize
         n_characters = library().stack_characters(self._model.vocab, text)
-        return on_deep_stack(n_characters, lambda: list(tokenize(text, *args, **kwargs)))
+        return on_deep_stack(n_characters, lambda: list(tokenize(text, add_bos, special)))
 
     def _take_over(self, wanted: SpeculationOptions) -> Swift:
         why = refusal(self.model, self._options)

@@ -24,7 +24,9 @@ MAX_GRAMMAR_LENGTH = 64 * 1024
 MAX_DEPTH = 64
 """Of brackets in a grammar, and of a JSON schema."""
 MAX_REPETITION = 2000
-"""Of an item in a grammar or a schema; llama.cpp's own limit for `{m,n}`."""
+"""Of an item in a grammar; llama.cpp's own limit for `{m,n}`."""
+MAX_GRAMMAR_SIZE = 1 << 18
+"""Characters, with repetitions written out; llama.cpp may make a rule of each."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,8 @@ from swift_gguf.engine import generate
 from swift_gguf.errors import GrammarError
 from swift_gguf.model import Model
 from swift_gguf.sampling import Sampler, SamplingOptions, _captured_stderr
+from swift_gguf.server import grammars
+from swift_gguf.server.errors import ApiError
 from swift_gguf.session import Session
 from swift_gguf.speculation import Speculation
 from swift_gguf.speculation_options import SpeculationOptions
@@ -176,3 +178,79 @@ def test_the_parsers_own_words_are_told_and_no_others(
     with pytest.raises(GrammarError, match=f"named root: ({says})") as raised:
         Sampler(open_model(no_z, n_threads=1), SamplingOptions(grammar=grammar))
     assert "192.0.2.7" not in str(raised.value)
+
+
+# -- texts of a few kilobytes that describe gigabytes ----------------------------------------------
+
+
+def _arrays(n: int, name: str) -> dict[str, object]:
+    array = {"type": "array", "items": {"const": 1}, "maxItems": 2000}
+    inner = {"type": "object", "properties": {str(i): array for i in range(n)}}
+    return {"type": "object", "properties": {name: inner}}
+
+
+BOUNDLESS_SCHEMAS: dict[str, dict[str, object]] = {
+    "long names": _arrays(4, "x" * 2000),
+    "many arrays": _arrays(400, "x" * 30_000),
+    "a bracket that nothing opened": {"type": "string", "pattern": "^a]$"},
+    "a repetition of repetitions": {"type": "string", "pattern": "^" + "a{2000}" * 9000 + "$"},
+    "references": {
+        "$defs": {"x" * 1000: _arrays(50, "y")},
+        "allOf": [{"$ref": "#/$defs/" + "x" * 1000}] * 30,
+    },
+}
+
+
+@pytest.mark.parametrize("name", BOUNDLESS_SCHEMAS)
+def test_a_schema_without_bounds_is_refused(name: str) -> None:
+    with pytest.raises(ApiError, match="the schema") as refused:
+        grammars.from_schema(BOUNDLESS_SCHEMAS[name], param="response_format")
+    assert refused.value.status == 400
+    assert len(str(refused.value).splitlines()) == 1
+    assert "root ::=" in grammars.from_schema({"type": "boolean"}, param="response_format")
+
+
+BOUNDLESS_GRAMMARS = {
+    "many": "root ::= " + '"a"{0,2000} ' * 5000,
+    "of a long literal": f'root ::= "{"a" * 60_000}"{{2000}}',
+    "of a long class": f"root ::= [{'ab' * 30_000}]{{2000}}",
+    "of repetitions": f'root ::= "{"a" * 600}"{{40}}{{50}}',
+    "after a comment": f'root ::= "{"a" * 60_000}" # "b"\n {{2000}}',
+    "with a quote": 'root ::= "\\"' + "a" * 60_000 + '"{2000}',
+}
+
+
+@pytest.mark.parametrize("name", BOUNDLESS_GRAMMARS)
+def test_a_grammar_without_bounds_is_refused(
+    name: str, tiny: Callable[..., Path], open_model: Opener
+) -> None:
+    vocab = open_model(tiny("llama")).vocab
+    with pytest.raises(ApiError, match="come to too much"):
+        grammars.check(vocab, BOUNDLESS_GRAMMARS[name], param="grammar")
+
+
+@pytest.mark.parametrize("unclosed", ["[", '"', "{", "[a", '"a\\'])
+def test_brackets_that_are_never_closed_take_no_time(
+    unclosed: str, tiny: Callable[..., Path], open_model: Opener
+) -> None:
+    vocab = open_model(tiny("llama")).vocab
+    start = time.monotonic()
+    with pytest.raises(ApiError):
+        grammars.check(vocab, "root ::= " + unclosed * 30_001, param="grammar")
+    assert time.monotonic() - start < 5
+
+
+def test_repetitions_that_a_schema_needs_are_taken(
+    tiny: Callable[..., Path], open_model: Opener
+) -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 200},
+            "zip": {"type": "string", "pattern": "^[0-9]{5}(-[0-9]{4})?$"},
+            "tags": {"type": "array", "items": {"type": "string"}, "maxItems": 20},
+        },
+    }
+    vocab = open_model(tiny("llama")).vocab
+    grammars.check(vocab, grammars.from_schema(schema, param="x"), param="x")
+    grammars.check(vocab, 'root ::= [a-z]{1,2000} "," [0-9]{3} # {9999}', param="x")

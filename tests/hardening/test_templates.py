@@ -37,6 +37,7 @@ HUGE = {
     "formatted": "{{ '%9999999999d' % 1 }}",
     "doubled": "{% set n = namespace(x='aa') %}{% for i in range(64) %}"
     "{% set n.x = n.x + n.x %}{% endfor %}",
+    "long": "{{ 'a' * 10 ** 7 }}",
     "written": "{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}",
 }
 REACHING = {
@@ -131,7 +132,7 @@ def test_an_application_that_carries_its_python(monkeypatch: pytest.MonkeyPatch)
 def test_close_ends_the_process() -> None:
     template = ChatTemplate("x")
     template.render()
-    process = template._process
+    process = template._process._process
     assert process is not None
     template.close()
     assert process.poll() is not None

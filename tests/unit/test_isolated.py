@@ -15,7 +15,7 @@ from swift_gguf import isolated
 def test_nothing_of_the_working_directory_is_run(tmp_path: Path, module: str) -> None:
     (tmp_path / f"{module}.py").write_text("print('code of the folder')\n")
     worker = subprocess.run(
-        isolated.command("swift_gguf.template_worker"),
+        isolated.command("swift_gguf.bounded_worker"),
         cwd=tmp_path,
         input='{"template": "fine", "variables": {}}\n',
         capture_output=True,

@@ -1,19 +1,12 @@
-"""The process that renders chat templates: a sandbox with an end to time and memory.
+"""Chat templates in jinja2's sandbox.
 
-jinja2's sandbox keeps a template from attributes that lead out of it, but not from running for ever
-or from making text without end; most of that happens inside single operations of Python's, which
-nothing within the process can break off.  Here the system does: a timer ends the process, and more
-memory is not to be had.
-
-Requests and answers are lines of JSON: {"template", "variables"} and {"text"} or {"error"}.
+That keeps a template from attributes that lead out of it, but not from running for ever or from
+making text without end: `bounded_worker` sees to that.
 """
 
 from __future__ import annotations
 
 import json
-import resource
-import signal
-import sys
 from collections.abc import Mapping
 from datetime import datetime
 from functools import lru_cache
@@ -26,12 +19,8 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-CPU_S = 2.0
-"""Seconds of the processor's for one rendering; an ordinary one takes thousandths."""
-MEMORY = 512 << 20
-"""Bytes of addresses, some 50 MB of them Python's own."""
-MAX_TEXT = 32 << 20
-"""Characters of a prompt: more than the longest context takes."""
+MAX_TEXT = 8 << 20
+"""Characters of a prompt: more than the longest context takes, and little to read."""
 
 
 class _Generation(Extension):
@@ -90,34 +79,8 @@ def render(source: str, variables: Mapping[str, Any]) -> dict[str, str]:
             return {"error": f"it makes a prompt of more than {MAX_TEXT} characters"}
         return {"text": text}
     except MemoryError:
-        return {"error": f"it needs more than {MEMORY >> 20} MB"}
+        raise
     except RecursionError:
         return {"error": "it is nested too deep, or calls itself without end"}
     except Exception as error:
         return {"error": " ".join(str(error).split())[:300] or type(error).__name__}
-
-
-def _limit_resources() -> None:
-    """For good: what is rendered later starts with what this leaves."""
-    for name, value in (("AS", MEMORY), ("FSIZE", 0), ("NPROC", 0), ("CORE", 0)):
-        kind = getattr(resource, f"RLIMIT_{name}", None)
-        if kind is not None:
-            hard = resource.getrlimit(kind)[1]
-            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-            resource.setrlimit(kind, (value, value))
-
-
-def main() -> None:
-    """Answers requests until there are no more."""
-    _limit_resources()
-    for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_PROF, CPU_S)  # its signal ends the process
-        request = json.loads(line)
-        answer = json.dumps(render(request["template"], request["variables"]))
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.write(answer + "\n")
-        sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main()
