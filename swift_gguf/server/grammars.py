@@ -30,6 +30,7 @@ _TOKEN = re.compile(
     r"""#[^\n]*|"(?:[^"\\]|\\.)*"?|\[(?:[^\]\\]|\\.)*\]?|\{[^}]*\}?|\S""", re.DOTALL
 )
 _COUNT = re.compile(r"\d+")
+_SCHEMA_COUNTS = ("minItems", "maxItems", "minLength", "maxLength")
 
 
 def from_schema(schema: dict[str, Any], *, param: str) -> str:
@@ -41,11 +42,25 @@ def from_schema(schema: dict[str, Any], *, param: str) -> str:
     text = json.dumps(schema)
     if len(text) > MAX_GRAMMAR_LENGTH:
         raise bad_request("the schema is too long", param=param)
+    _limit_counts(schema, param)
     answer = _converting.ask({"schema": text})
     if "text" not in answer:
         raise bad_request(f"the schema cannot be converted: {answer['error']}", param=param)
     # JSON has no raw control characters in strings, which the converter forgets
     return answer["text"].replace(r'[^"\\]', r'[^"\\\x7F\x00-\x1F]')
+
+
+def _limit_counts(schema: Any, param: str) -> None:
+    """Counts that no grammar could have are told by their names."""
+    values = schema.values() if isinstance(schema, dict) else schema
+    if isinstance(schema, dict):
+        for name in _SCHEMA_COUNTS:
+            count = schema.get(name)
+            if isinstance(count, (int, float)) and not 0 <= count <= MAX_REPETITION:
+                raise bad_request(f"{name} must be from 0 to {MAX_REPETITION}", param=param)
+    for value in values:
+        if isinstance(value, (dict, list)):
+            _limit_counts(value, param)
 
 
 def check(vocab: Any, gbnf: str, *, param: str) -> None:
