@@ -51,7 +51,7 @@ if ((seconds > 0)); then
     echo "== fuzzing for $seconds s"
     mkdir -p "$build/fuzz/found"
     LD_PRELOAD=$runtime SWIFT_GGUF_FUZZ_MODEL=$build/fuzz/model.gguf "$build/bin/fuzz_sidecar" \
-        -max_total_time="$seconds" -timeout=20 -rss_limit_mb=2048 -malloc_limit_mb=256 -max_len=65536 \
+        -max_total_time="$seconds" -timeout=20 -rss_limit_mb=2048 -malloc_limit_mb=256 -max_len=131072 \
         -print_final_stats=1 -verbosity=1 -artifact_prefix="$build/fuzz/found/" "$build/fuzz/new" "$build/fuzz/corpus"
 fi
 echo "== nothing found"

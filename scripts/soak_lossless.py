@@ -52,6 +52,7 @@ from llama_cpp import Llama, LlamaGrammar  # isort: skip - swift_gguf brings the
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "phi3")
 QUANTS = ("Q8_0", "Q4_1")
+SIDECARS = ("Q8_0", "Q4_0")  # the latter with copies of attention
 MODES = ("auto", "auto", "ngram", "recycling", "layer-skip", "draft-model", "ngram,recycling",
          "ngram,layer-skip", "ngram,recycling,layer-skip,draft-model")  # fmt: skip
 WORDS = ("the", "model", "answer", "code", "self", "return", "print", "Hello", "world", "with",
@@ -95,16 +96,17 @@ class Models:
         if self._named:
             return resolve(self._named)
         family, quant, seed = rng.choice(FAMILIES), rng.choice(QUANTS), rng.randrange(3)
-        has_sidecar, is_easy = rng.random() < 0.3, rng.random() < 0.5
-        marks = "-prepared" * has_sidecar + "-easy" * is_easy
+        kind = rng.choice(SIDECARS) if rng.random() < 0.3 else None
+        is_easy = rng.random() < 0.5
+        marks = (f"-prepared-{kind}" if kind else "") + "-easy" * is_easy
         path = self._folder / f"{family}-{quant}-{seed}{marks}.gguf"
         if not path.exists():
             attn, ffn = (IDLE_ATTN, IDLE_FFN) if is_easy else ((), ())
             write_tiny(
                 path, family, quant=quant, seed=seed, n_layer=6, noop_attn=attn, noop_ffn=ffn
             )
-            if has_sidecar:
-                _prepare(path)
+            if kind:
+                _prepare(path, kind)
         return path
 
     def draft(self) -> Path:
@@ -117,8 +119,8 @@ class Models:
         return path
 
 
-def _prepare(path: Path) -> None:
-    options = PrepareOptions(width=0.5, n_head=96, n_tokens=300, answer_tokens=12, kind="Q8_0")
+def _prepare(path: Path, kind: str) -> None:
+    options = PrepareOptions(width=0.5, n_head=96, n_tokens=300, answer_tokens=12, kind=kind)
     loading = ModelOptions(n_ctx=512, n_batch=128, n_gpu_layers=0, n_threads=1, sidecar=None)
     with Model(path, loading) as model:
         preparation = Preparation(model, [list(range(5, 25))], options)

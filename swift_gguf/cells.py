@@ -69,6 +69,8 @@ class Cells:
         self.certain: int | None = None
         """So much of the trunk is, after what changed it was interrupted, until `mend`."""
         self.nodes: list[Node] = []
+        self.spoiled = False
+        """Cells hold what is not finite: sums that it is masked out of are not, either."""
         self._parked: list[tuple[int, list[int]]] = []  # trunk length before, positions of cells
         self._shared = [0] * n_sequences  # how much of the trunk each branch holds
         self._branches: set[int] = set()  # in use by the tree
@@ -223,6 +225,8 @@ class Cells:
                 self._unpark(n_past)
         if not is_done:
             raise UnsupportedModelError("the cache cannot take tokens back")
+        if self.spoiled:
+            self.clear()
 
     def _roll_branches_back(self, n_past: int) -> None:
         for branch in range(HELD, self.n_sequences):
@@ -331,7 +335,8 @@ class Cells:
     def clear(self) -> None:
         """Nothing is held any more; always possible."""
         with self._changing(0):
-            self._api.llama_memory_clear(self._memory, False)
+            self._api.llama_memory_clear(self._memory, self.spoiled)  # with or without the numbers
+            self.spoiled = False
             self.n_trunk = 0
             self.nodes.clear()
             self._branches.clear()

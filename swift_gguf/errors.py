@@ -31,6 +31,14 @@ class DecodeError(SwiftError, RuntimeError):
     """llama.cpp could not evaluate a batch."""
 
 
+class NotFiniteError(DecodeError):
+    """Logits are no numbers: weights are damaged."""
+
+
+class SpoiledError(NotFiniteError):
+    """A draft pass wrote what is not finite; the context is empty now, or will be with its tree."""
+
+
 class StoppedError(DecodeError):
     """A pass was stopped because something more urgent came up; nothing of it is left."""
 

@@ -47,9 +47,14 @@ class Handles:
                 raise SidecarError(f"{place} is for {len(found.n_narrow)} layers")
             self.sidecar = found
         except SidecarError as error:
-            self._leave_aside(error)
+            self.leave_aside(error)
 
-    def _leave_aside(self, error: SidecarError) -> None:
+    def leave_aside(self, error: SidecarError) -> None:
+        """Goes on without the sidecar, where it was only found.
+
+        Raises:
+            SidecarError: this one, where it was asked for.
+        """
         if self._wanted != "auto":
             raise error
         self.sidecar, self.refusal = None, str(error)
@@ -88,7 +93,7 @@ class Handles:
             if self._model is not None and self.sidecar is not None:
                 self._load_sidecar()
         except SidecarError as error:
-            self._leave_aside(error)
+            self.leave_aside(error)
         return self.sidecar
 
     def close(self) -> None:

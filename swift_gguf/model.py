@@ -13,6 +13,9 @@ from swift_gguf.cells import TRUNK, Cells
 from swift_gguf.errors import (
     ContextFullError,
     DecodeError,
+    NotFiniteError,
+    SidecarError,
+    SpoiledError,
     StoppedError,
     UnsupportedModelError,
 )
@@ -94,7 +97,9 @@ class Model:
         self.n_batch: int = api.llama_n_batch(ctx)
         n_branches = n_sequences(model)
         self._batch = api.llama_batch_init(self.n_batch, 0, n_branches)
+        self._is_draft = False  # was the latest pass one?
         self._invariant = False
+        self._is_draft = False  # was the latest pass one?
         self.cells = Cells(
             api,
             ctx,
@@ -374,6 +379,7 @@ class Model:
         if not invariant:
             self.cells.close_gaps()
         self._library.set_subnetwork(self.ctx, self._handles.of(subnetwork))
+        self._is_draft = subnetwork is not None
         batch, first = self._batch, len(tokens) - n_outputs
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
@@ -397,8 +403,30 @@ class Model:
         return self._outputs[row]
 
     def top(self, row: int, k: int = 1) -> tuple[list[int], list[float]]:
-        """The k likeliest tokens of an output row and their probabilities at temperature 1."""
-        return self._library.top(self.ctx, self._outputs[row], k)
+        """The k likeliest tokens of an output row and their probabilities at temperature 1.
+
+        Raises:
+            SpoiledError: those of a draft pass are not finite.
+            NotFiniteError: those of the whole model are not.
+        """
+        try:
+            return self._library.top(self.ctx, self._outputs[row], k)
+        except NotFiniteError as error:
+            if self._is_draft:
+                raise self._spoiled() from error
+            raise
+
+    def _spoiled(self) -> SpoiledError:
+        """What a draft pass wrote may spoil every pass after it: nothing of the cache is kept."""
+        self.cells.spoiled = True
+        if not self.cells.nodes:
+            self.clear()
+        sidecar = self.sidecar
+        weights = f"{sidecar.path} or of the model" if sidecar else "the model"
+        return SpoiledError(
+            f"a draft's logits are not finite: weights of {weights} are damaged; "
+            + ("use --sidecar none" if sidecar else "use --speculation off")
+        )
 
     def logits(self, row: int) -> Any:
         """A copy of an output row's logits, float32 [n_vocab]."""
@@ -467,6 +495,10 @@ class Model:
     def usable_sidecar(self) -> Sidecar | None:
         """See `Handles.usable_sidecar`."""
         return self._handles.usable_sidecar()
+
+    def leave_sidecar_aside(self, error: SidecarError) -> None:
+        """See `Handles.leave_aside`."""
+        self._handles.leave_aside(error)
 
     @contextmanager
     def observe_ffn(self, observer: FfnObserver) -> Iterator[None]:

@@ -20,10 +20,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swift_gguf.captured import captured_stderr
 from swift_gguf.deep_stack import on_deep_stack
 from swift_gguf.errors import (
     DecodeError,
     NativeLibraryError,
+    NotFiniteError,
     SwiftError,
     UnsupportedModelError,
 )
@@ -31,6 +33,7 @@ from swift_gguf.native_abi import (
     ABI,
     ERRORS,
     FLOATS,
+    NOT_FINITE,
     ON_FFN,
     SIGNATURES,
     DraftParams,
@@ -189,7 +192,7 @@ class Library:
         Raises:
             SidecarError: it does not fit the model, or the machine.
         """
-        with self.messages():
+        with self.messages(), captured_stderr():
             return SidecarHandle(self._swift, model, path)
 
     def subnetwork(
@@ -444,9 +447,8 @@ def _check(code: int, what: str) -> None:
         return
     if code == -2:
         raise UnsupportedModelError(f"could not {what}: {ERRORS[code]}; use --speculation off")
-    raise DecodeError(
-        f"could not {what}: {ERRORS.get(code, f'llama_decode returned {-100 - code}')}"
-    )
+    kind = NotFiniteError if code == NOT_FINITE else DecodeError
+    raise kind(f"could not {what}: {ERRORS.get(code, f'llama_decode returned {-100 - code}')}")
 
 
 @cache

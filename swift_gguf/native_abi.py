@@ -66,11 +66,12 @@ class DraftParams(ctypes.Structure):
 SUBLAYER_STATUS = ("ok", "absent", "unshared", "useless")
 """enum swift_gguf_sublayer_status, by value."""
 
+NOT_FINITE = -4
 ERRORS = {
     -1: "an argument is out of range",
     -2: "the context cannot be rolled back",
     -3: "llama.cpp could not build the graph",
-    -4: "the logits are not finite; the model's weights are damaged",
+    NOT_FINITE: "the logits are not finite; the model's weights are damaged",
 }
 
 MASK = ctypes.POINTER(ctypes.c_uint8)

@@ -151,7 +151,8 @@ class Planner:
             return Tree()
         if not self._forced:
             self.economy.look()
-        self._priced = [(each.passes, self._pass_ms(each)) for each in self.drafts]
+        sound = (each for each in self.drafts if not each.passes.is_broken)
+        self._priced = [(each.passes, self._pass_ms(each)) for each in sound]
         self._catch_up()
         begun: list[Passes] = []
         try:

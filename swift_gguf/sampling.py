@@ -9,18 +9,15 @@ same (`SpeculativeSampler`).
 from __future__ import annotations
 
 import math
-import os
 import random
 import re
-import tempfile
-import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from swift_gguf.captured import captured_stderr
 from swift_gguf.errors import GrammarError, SamplingError
 from swift_gguf.native import library
 from swift_gguf.speculative_sampling import Distribution, choose, draw_children
@@ -35,8 +32,6 @@ MAX_RULES = 4096
 _COMPLAINT = re.compile(
     r"(?<=error parsing grammar: ).+|unsupported grammar, .+|grammar does not contain .+"
 )
-_STDERR = threading.Lock()
-"""There is one such descriptor: who saved another one's replacement would restore that."""
 
 _C = TypeVar("_C", bound="_Chain")
 
@@ -290,7 +285,7 @@ def grammar_sampler(vocab: Any, grammar: str) -> Any:
         GrammarError: the grammar does not parse, or is nested deeper than llama.cpp's stack is.
     """
     _limit_depth(grammar)
-    with _captured_stderr() as lines:
+    with captured_stderr() as lines:
         part = library().api.llama_sampler_init_grammar(vocab, grammar.encode(), b"root")
     if not part:
         detail = next(filter(None, map(_parsers_own, lines)), "it does not parse")
@@ -331,28 +326,3 @@ def _penalties(model: Model, options: SamplingOptions, prompt: Sequence[int]) ->
     for token in prompt[-last_n:] if last_n else ():
         api.llama_sampler_accept(penalties, token)
     return penalties
-
-
-@contextmanager
-def _captured_stderr() -> Iterator[list[str]]:
-    """Lines that native code writes straight to standard error inside the block.
-
-    llama.cpp's grammar parser prints its errors instead of logging them.  The descriptor is the
-    process's own, so this must stay around short calls; what other threads write is among them.
-    """
-    lines: list[str] = []
-    with _STDERR:
-        try:
-            saved = os.dup(2)
-        except OSError:  # closed: nothing can be written there anyway
-            yield lines
-            return
-        with tempfile.TemporaryFile() as file:
-            os.dup2(file.fileno(), 2)
-            try:
-                yield lines
-            finally:
-                os.dup2(saved, 2)
-                os.close(saved)
-                file.seek(0)
-                lines.extend(file.read().decode("utf-8", "replace").splitlines())

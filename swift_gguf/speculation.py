@@ -17,7 +17,13 @@ from swift_gguf.drafting.policy import Adaptive, Calibration, Threshold
 from swift_gguf.drafting.recycling import Recycling
 from swift_gguf.drafting.source import Cycle, Lookup
 from swift_gguf.economy import MAX_NODES, PRIORS
-from swift_gguf.errors import SubnetworkError, SwiftError, UnsupportedModelError
+from swift_gguf.errors import (
+    SidecarError,
+    SpoiledError,
+    SubnetworkError,
+    SwiftError,
+    UnsupportedModelError,
+)
 from swift_gguf.learning import Learning, SearchOptions, space_of
 from swift_gguf.model import Model, Sublayer
 from swift_gguf.planner import WIDE, Drafts, Planner, measured_ms
@@ -65,6 +71,7 @@ class Speculation:
         UnsupportedModelError: a source is asked for by name, and the model cannot be rolled back.
         SubnetworkError: a named sub-layer does not exist or cannot be skipped.
         ModelError: the draft model cannot draft for this one.
+        SidecarError: the sidecar that was asked for makes no numbers.
     """
 
     def __init__(
@@ -88,7 +95,13 @@ class Speculation:
         self._idle_windows: Windows | None = None
         self._on_the_fly: OnTheFly | None = None
         self._saved_at = -math.inf
-        self._why = self._set_up(store)
+        try:
+            self._why = self._set_up(store)
+        except SpoiledError as error:  # measured, they made no numbers
+            if model.sidecar is None:
+                raise
+            model.leave_sidecar_aside(SidecarError(str(error)))
+            self._why = self._set_up(store)
 
     @property
     def enabled(self) -> bool:
@@ -292,6 +305,8 @@ class Speculation:
     def _is_promising(self) -> bool:
         """Is a search worth the user's time?  Where layer-skip is one source of several, only if it
         nearly pays; else `tune` and idle time are soon enough."""
+        if self._skipping and self._skipping.is_broken:
+            return False
         known = self.learning.best_known if self.learning and self.learning.searcher else None
         return not self.options.is_auto or (known is not None and known.rate.speedup > 0.9)
 

@@ -230,6 +230,9 @@ private:
             auto & [ctx, tensors] = group;
             for (const planned & each : tensors) {
                 sidecar->n_bytes += ggml_nbytes(each.target);
+                if (each.source != nullptr && !ggml_validate_row_data(each.source->type, bytes_of(each.source), ggml_nbytes(each.source))) {
+                    throw refused(std::string(ggml_get_name(each.source)) + " has numbers that are not finite");
+                }
                 if (each.target == sidecar->head_ids) {
                     check_ids((const int32_t *) bytes_of(each.source), ggml_nelements(each.target));
                 }

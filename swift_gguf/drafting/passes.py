@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from swift_gguf.drafting.tree import ROOT, Offer, Tree
-from swift_gguf.errors import DecodeError, StoppedError
+from swift_gguf.errors import DecodeError, NotFiniteError, SpoiledError, StoppedError
 from swift_gguf.model import Model
 from swift_gguf.subnetwork import SubNetwork
 
@@ -20,6 +20,8 @@ class Passes:
         self.name = name
         self.model = model
         self.subnetwork = subnetwork
+        self.is_broken = False
+        """Its weights are damaged: it is of no use."""
         self._pending = 0
         self._n_past = 0
         self._decoded: dict[int, int] | None = None  # tree node -> its number in the context
@@ -70,7 +72,14 @@ class Passes:
         row = self.run(tree, node)
         if row is None:
             return []
-        tokens, probabilities = self.model.top(row, k)
+        try:
+            tokens, probabilities = self.model.top(row, k)
+        except SpoiledError:
+            self.is_broken = True
+            raise
+        except NotFiniteError:  # of a model of its own
+            self.is_broken = True
+            return []
         likely = zip(tokens, probabilities, strict=True)
         return [Offer(t, p, self.name, rank) for rank, (t, p) in enumerate(likely)]
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 
-from swift_gguf.errors import StoppedError, SwiftError
+from swift_gguf.errors import SpoiledError, StoppedError, SwiftError
 from swift_gguf.model import Model
 from swift_gguf.search.optimizer import Searcher
 from swift_gguf.search.window import TextWindow
@@ -79,6 +79,9 @@ class OnTheFly:
         try:
             self._score()
         except StoppedError:  # whoever stopped it wants the text stopped, not the search
+            raise
+        except SpoiledError:  # and the text with it
+            self._failed = True
             raise
         except SwiftError as error:  # the text is what matters
             _log.warning("the search stops: %s", error)

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from swift_gguf.captured import captured_stderr
 from swift_gguf.engine import generate
 from swift_gguf.errors import GrammarError
 from swift_gguf.model import Model
-from swift_gguf.sampling import Sampler, SamplingOptions, _captured_stderr
+from swift_gguf.sampling import Sampler, SamplingOptions
 from swift_gguf.server import grammars
 from swift_gguf.server.errors import ApiError
 from swift_gguf.session import Session
@@ -148,7 +149,7 @@ def test_two_threads_leave_standard_error_as_it_was(capfd: pytest.CaptureFixture
     def capture() -> None:
         barrier.wait()
         for _ in range(200):
-            with _captured_stderr():
+            with captured_stderr():
                 time.sleep(0)
 
     threads = [threading.Thread(target=capture) for _ in range(2)]
@@ -170,11 +171,11 @@ def test_the_parsers_own_words_are_told_and_no_others(
 ) -> None:
     @contextmanager
     def with_another_thread() -> Iterator[list[str]]:
-        with _captured_stderr() as lines:
+        with captured_stderr() as lines:
             os.write(2, b"a request came from 192.0.2.7\n")
             yield lines
 
-    monkeypatch.setattr("swift_gguf.sampling._captured_stderr", with_another_thread)
+    monkeypatch.setattr("swift_gguf.sampling.captured_stderr", with_another_thread)
     with pytest.raises(GrammarError, match=f"named root: ({says})") as raised:
         Sampler(open_model(no_z, n_threads=1), SamplingOptions(grammar=grammar))
     assert "192.0.2.7" not in str(raised.value)
