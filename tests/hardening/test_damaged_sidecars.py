@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
+from swift_gguf import SwiftLlama
 from swift_gguf import sidecar as sidecars
 from swift_gguf.drafting.passes import Passes
 from swift_gguf.errors import NotFiniteError, SidecarError, SpoiledError
@@ -169,3 +170,34 @@ def test_another_model_that_is_damaged_drafts_nothing(
     assert passes.offers(Tree(), ROOT, 1) == []
     passes.end()
     assert passes.is_broken
+
+
+def test_a_llama_goes_on_without(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama_cpp's account of the context follows."""
+    llama = SwiftLlama(
+        str(pair[0]), speculation="layer-skip", n_threads=1, n_gpu_layers=0, verbose=False
+    )
+
+    def completed() -> str:
+        text: str = llama.create_completion(PROMPT, max_tokens=24, temperature=0.0)["choices"][0][
+            "text"
+        ]
+        return text
+
+    before = completed()
+    assert llama.swift.stats.drafted > 0
+    model = llama._adopted
+    assert model is not None
+    top, failures = model.top, iter([True])
+
+    def overflowing(row: int, k: int = 1) -> tuple[list[int], list[float]]:
+        if model._is_draft and next(failures, False):
+            raise model._spoiled()
+        return top(row, k)
+
+    monkeypatch.setattr(model, "top", overflowing)
+    with pytest.raises(SpoiledError):
+        completed()
+    assert completed() == before
+    assert llama.swift.stats.drafted == 0
+    llama.close()
