@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from swift_gguf.errors import ContextFullError, GrammarError, TemplateError
+from swift_gguf.errors import ContextFullError, GrammarError, SpoiledError, TemplateError
 from swift_gguf.server import grammars, reasoning, tools
-from swift_gguf.server.errors import bad_request, one_line
+from swift_gguf.server.errors import bad_request, one_line, unavailable
 from swift_gguf.server.options import ServerOptions
 from swift_gguf.server.requests import (
     ANY_OBJECT,
@@ -159,6 +159,8 @@ def _telling() -> Iterator[None]:
         raise bad_request(
             f"the prompt cannot be made: {one_line(error)}", param="messages"
         ) from error
+    except SpoiledError as error:  # asked again, it is answered without them
+        raise unavailable(one_line(error), code="draft_weights", retry_s=1.0) from error
     except GrammarError as error:
         raise bad_request(one_line(error), param="grammar") from error
     except UnicodeEncodeError as error:
