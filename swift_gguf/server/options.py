@@ -19,6 +19,10 @@ MAX_TOOLS = 128
 MAX_TOP_LOGPROBS = 20
 MAX_BIASES = 1024
 MAX_NAME_LENGTH = 256
+MAX_CONTENT_LENGTH = 1 << 18
+"""Of a text to tokenize, in characters."""
+MAX_TOKEN_IDS = 1 << 17
+"""Tokens to make a text of."""
 MAX_GRAMMAR_LENGTH = 64 * 1024
 """Of GBNF, given or made from a schema, in characters."""
 MAX_DEPTH = 64
