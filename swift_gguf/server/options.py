@@ -7,6 +7,12 @@ from ipaddress import ip_address
 
 from swift_gguf.sampling import SamplingOptions
 
+MAX_HELD_BODIES = 32 << 20
+"""Bytes of the bodies of all requests under way, or one body, if `max_body` is more.  A request
+keeps what its body was parsed to, up to 25 times as much, until it is answered."""
+SPARE_CONNECTIONS = 448
+"""Connections besides those of the requests that may wait: idle ones, and clients that read, leave
+or are refused.  With a queue of 64, half of the 1024 files that Linux lets a process open."""
 MAX_CHOICES = 8
 MAX_MESSAGES = 2048
 MAX_INPUTS = 64
@@ -63,6 +69,16 @@ class ServerOptions:
     """Jinja, instead of the model's own."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     """What a request gets that does not say."""
+
+    @property
+    def max_held(self) -> int:
+        """Bytes of all bodies at a time."""
+        return max(MAX_HELD_BODIES, self.max_body)
+
+    @property
+    def max_connections(self) -> int:
+        """Beyond them, 503."""
+        return self.queue_size + SPARE_CONNECTIONS
 
     @property
     def is_loopback(self) -> bool:

@@ -15,6 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from swift_gguf.errors import SwiftError
 from swift_gguf.server.app import create_app
+from swift_gguf.server.guard import too_many
 from swift_gguf.server.options import ServerOptions
 from swift_gguf.server.served import ServedLlama
 from swift_gguf.server.service import Service
@@ -55,7 +56,7 @@ def serve(
     service = Service(load, options, on_loaded=on_loaded)
     config = uvicorn.Config(
         create_app(service),
-        http=partial(_PatientProtocol, patience_s=options.receive_s),  # type: ignore[arg-type]
+        http=partial(_PatientProtocol, options=options),  # type: ignore[arg-type]
         ws="none",
         loop="asyncio",
         log_config=None,
@@ -132,15 +133,21 @@ class _Server(uvicorn.Server):
 
 
 class _PatientProtocol(H11Protocol):
-    """uvicorn waits for ever for the first request of a connection; this one does not."""
+    """uvicorn waits for ever for the first request of a connection; this one does not.
 
-    def __init__(self, *args: Any, patience_s: float, **kwargs: Any) -> None:
+    Connections that are too many get a 503 as every other.  (uvicorn's `limit_concurrency` answers
+    in a form of its own.)
+    """
+
+    def __init__(self, *args: Any, options: ServerOptions, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._patience_s = patience_s
+        self._options, self._patience_s = options, options.receive_s
         self._patience: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if len(self.connections) > self._options.max_connections:
+            self.app = too_many
         self._patience = self.loop.call_later(self._patience_s, self._give_up)
 
     def connection_lost(self, exc: Exception | None) -> None:

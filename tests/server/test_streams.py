@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from swift_gguf.server.options import MAX_CONTENT_LENGTH
+from swift_gguf.server.options import MAX_CONTENT_LENGTH, SPARE_CONNECTIONS
 from tests.server.conftest import COMMAND, Server
 
 CHAT = "/v1/chat/completions"
@@ -138,6 +138,36 @@ def test_a_full_queue(busy: Server) -> None:
         assert busy.get("/health")[0] == 200  # what needs no model is answered
         first.leave()
         assert [future.result()[0] for future in waiting] == [200, 200]
+
+
+def test_bodies_that_are_too_large_together(serve: Callable[..., Server], model: Path) -> None:
+    server = serve(model, "-c", 32768, "-t", 1).wait_until_ready()
+    large = talk(4, stream=False, padding="x" * 4_100_000)
+    first = Stream(server, talk(n=8, padding="x" * 4_100_000))
+    with ThreadPoolExecutor(7) as pool:
+        waiting = [pool.submit(server.post, CHAT, large) for _ in range(7)]
+        wait_for(server, "requests_deferred", 7)
+        assert server.post("/tokenize", {"content": "a"})[0] == 200
+        status, headers, body = server.request("POST", CHAT, large)
+        assert (status, json.loads(body)["error"]["code"]) == (503, "queue_full")
+        assert int(headers["retry-after"]) >= 1
+        first.leave()
+        assert [future.result()[0] for future in waiting] == [200] * 7
+    assert server.post(CHAT, large)[0] == 200
+
+
+def test_too_many_connections(serve: Callable[..., Server], model: Path) -> None:
+    server = serve(model, "-c", 512, "-t", 1, "--queue-size", 0).wait_until_ready()
+    address = server.host.split(":")
+    idle = [socket.create_connection(address) for _ in range(SPARE_CONNECTIONS)]
+    status, headers, body = server.request("POST", CHAT, talk(4, stream=False))
+    assert (status, json.loads(body)["error"]["code"]) == (503, "queue_full")
+    assert int(headers["retry-after"]) >= 1
+    for connection in idle:
+        connection.close()
+    end = time.monotonic() + 10
+    while server.post(CHAT, talk(4, stream=False))[0] == 503:
+        assert time.monotonic() < end
 
 
 def test_concurrent_clients_get_their_own_answers(server: Server) -> None:
