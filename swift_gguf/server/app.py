@@ -212,9 +212,7 @@ async def _answer(
         first = await _unless_gone(request, anext(events))
         if stream:
             # from here on the response itself watches the client
-            return EventSourceResponse(
-                _sse(service, job, events), sep="\n", send_timeout=service.options.timeout_s
-            )
+            return EventSourceResponse(_sse(service, job, events), sep="\n")
         async with aclosing(events):
             while isinstance(first, Started):
                 first = await _unless_gone(request, anext(events))

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import logging
 from urllib.parse import urlsplit
 
-from sse_starlette.sse import SendTimeoutError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from swift_gguf.server.errors import ApiError, unavailable
 from swift_gguf.server.options import ServerOptions, is_loopback
-
-_log = logging.getLogger("swift_gguf")
 
 PUBLIC = ("/", "/health", "/v1/health")
 """Paths that need no key."""
@@ -89,10 +85,7 @@ class Guard:
         except ClientGone:
             pass
         else:
-            try:
-                await self._app(scope, receive, send_on)
-            except SendTimeoutError:
-                _log.info("a client read nothing for %g s", self._options.timeout_s)
+            await self._app(scope, receive, send_on)
 
     def _check_key(self, headers: Headers, path: str) -> None:
         if self._key is None or path in PUBLIC:

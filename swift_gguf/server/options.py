@@ -56,7 +56,7 @@ class ServerOptions:
     n_predict: int | None = None
     """Tokens of an answer at most; None: as many as the context holds."""
     timeout_s: float = 600.0
-    """For one request, its wait in the queue included; also how long a reader may stall."""
+    """For one request, its wait in the queue included; and for a client to read what was sent."""
     receive_s: float = 30.0
     """For a client to send its request."""
     drain_s: float = 30.0

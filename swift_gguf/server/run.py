@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from swift_gguf.server.guard import too_many
 from swift_gguf.server.options import ServerOptions
 from swift_gguf.server.served import ServedLlama
 from swift_gguf.server.service import Service
+
+_log = logging.getLogger("swift_gguf")
 
 FAREWELL_S = 5.0
 """For the last words to reach clients, after `drain_s`."""
@@ -133,7 +136,8 @@ class _Server(uvicorn.Server):
 
 
 class _PatientProtocol(H11Protocol):
-    """uvicorn waits for ever for the first request of a connection; this one does not.
+    """uvicorn waits for ever for the first request of a connection, and for a client to read its
+    answer; this one does not.
 
     Connections that are too many get a 503 as every other.  (uvicorn's `limit_concurrency` answers
     in a form of its own.)
@@ -143,17 +147,35 @@ class _PatientProtocol(H11Protocol):
         super().__init__(*args, **kwargs)
         self._options, self._patience_s = options, options.receive_s
         self._patience: asyncio.TimerHandle | None = None
+        self._stall: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self._options.max_connections:
             self.app = too_many
+        # so that `pause_writing` is called whenever the client does not take all, however little
+        transport.set_write_buffer_limits(high=0)
         self._patience = self.loop.call_later(self._patience_s, self._give_up)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._patience:
-            self._patience.cancel()
+        for timer in (self._patience, self._stall):
+            if timer:
+                timer.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stall = self.loop.call_later(self._options.timeout_s, self._abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stall:
+            self._stall.cancel()
+
+    def _abort(self) -> None:
+        """`close` would wait for what was written to be read."""
+        _log.info("a client did not read its answer in %g s", self._options.timeout_s)
+        self.transport.abort()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

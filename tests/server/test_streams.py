@@ -113,6 +113,35 @@ def test_a_client_that_leaves_during_the_prompt(busy: Server) -> None:
     assert busy.post(CHAT, talk(4, stream=False))[0] == 200
 
 
+@pytest.mark.parametrize("way", ["kept", "closed", "twice", "stream"])
+def test_a_client_that_does_not_read(serve: Callable[..., Server], model: Path, way: str) -> None:
+    flags = ("-c", 32768, "-t", 1, "--timeout", 1.5, "--alias", "x" * 50_000)  # for long events
+    server = serve(model, *flags).wait_until_ready()
+    psutil = pytest.importorskip("psutil")
+    process = psutil.Process(server.process.pid)
+
+    def is_connected() -> bool:
+        return any(one.raddr for one in process.net_connections("tcp"))
+
+    path: str = CHAT if way == "stream" else "/tokenize"
+    long = {"content": "\U0001f642" * MAX_CONTENT_LENGTH, "with_pieces": True}
+    body = json.dumps(talk() if way == "stream" else long).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: {server.host}\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n" + "Connection: close\r\n" * (way == "closed")
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, port = server.host.split(":")
+        client.connect((host, int(port)))
+        client.sendall((head.encode() + b"\r\n" + body) * (1 + (way == "twice")))
+        client.recv(1)  # the answer has begun
+        assert is_connected()
+        end = time.monotonic() + 6
+        while is_connected():
+            assert time.monotonic() < end, "still there"
+            time.sleep(0.05)
+    assert server.terminate() == 0
+
+
 def test_a_client_that_leaves_the_queue(busy: Server) -> None:
     first = Stream(busy, talk())
     next(iter(first))
