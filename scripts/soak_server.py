@@ -7,6 +7,10 @@ Clients run in bounded loops on loopback.  They ask and read, ask and leave, rea
 is no request.  In the middle the server gets SIGTERM and is started again.  The exit code is 1 if
 a request that was accepted was neither answered nor told, if there was a 5xx but the promised 503,
 if an answer broke off, or if memory grew.
+
+While the server runs, every request is accepted.  When it ends, the system still makes connections
+for it that it will never take, and clients cannot tell these from some that it took and dropped:
+accepted is then what got the beginning of an answer, or was sent a second before SIGTERM.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import math
 import os
 import random
 import re
@@ -23,6 +28,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
@@ -30,29 +36,36 @@ from typing import Any
 
 TOLD = (400, 404, 405, 408, 413, 415, 503)
 """Statuses that clients are promised."""
+ACCEPTED_S = 1.0
+"""By then the server has read what was sent to it."""
 WORDS = [
-    "the",
-    "a",
-    "cat",
-    "sat",
-    "on",
-    "mat",
-    "and",
-    "saw",
-    "how",
-    "many",
-    "birds",
-    "flew",
-    "over",
-    "there",
-    "東京",
-    "é",
-    "🙂",
-    "{}",
-    "[]",
-    "\\",
-    '"',
-]
+    "the", "a", "cat", "sat", "on", "mat", "and", "saw", "how", "many", "birds", "flew", "over",
+    "there", "東京", "é", "🙂", "{}", "[]", "\\", '"',
+]  # fmt: skip
+LONG = "a " * 30_000
+CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
+WHERE = {"type": "object", "properties": {"at": {"type": "string"}}}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": WHERE}}
+RUBBISH: list[object] = [
+    b"", b"{", b"\xff" * 100, b"[" * 5000, b"null", {}, {"pad": "x" * 100_000},
+    {"messages": 3, "prompt": [], "input": "", "content": 3, "tokens": [-1]},
+]  # fmt: skip
+"""Bodies that no route takes."""
+RUBBISH_OF: dict[str, list[object]] = {
+    CHAT: [
+        {"messages": []}, {"messages": [{"role": "user", "content": LONG}]},
+        HELLO | {"temperature": -1}, HELLO | {"grammar": "root ::= ("},
+        HELLO | {"response_format": {"type": "json_schema", "json_schema": {
+            "schema": {"type": "nonsense"}}}},
+        HELLO | {"tools": [{"function": {"name": "no name"}}]},
+    ],
+    COMPLETIONS: [{"prompt": LONG}, {"prompt": [[]]}, {"prompt": "a", "suffix": "b"}],
+    EMBEDDINGS: [{"input": LONG}, {"input": [10**9]}, {"input": "a", "dimensions": 3}],
+    "/tokenize": [{"content": "\ud800"}],
+    "/detokenize": [{"tokens": [10**9]}, {"tokens": [1.5]}],
+}  # fmt: skip
+"""Those that one takes least."""
 
 
 class Server:
@@ -66,6 +79,7 @@ class Server:
         self._told = threading.Event()  # that it is ready, or has ended
         self.host = ""
         self.is_ready = False
+        self.stopped = math.inf  # when it got SIGTERM
         threading.Thread(target=self._read, daemon=True).start()
         if not self._told.wait(300) or not self.is_ready:
             raise SystemExit("the server does not start: " + "\n".join(self.log))
@@ -98,9 +112,42 @@ class Server:
         n = len(self.rss) // 4
         return median(self.rss[-n:]) / median(self.rss[n : 2 * n]) - 1
 
-    def stop(self) -> int:
+    def stop(self) -> None:
+        self.stopped = time.monotonic()
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(120)
+
+
+class Call:
+    """A request to a server, and whether it owes an answer."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._connection = http.client.HTTPConnection(server.host, timeout=300)
+        self._sent = math.inf
+        self._is_answered = False
+
+    def send(self, method: str, path: str, body: object = None) -> None:
+        data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
+        self._connection.request(method, path, data, {"Content-Type": "application/json"})
+        self._sent = time.monotonic()
+
+    def ask(self, method: str, path: str, body: object = None) -> http.client.HTTPResponse:
+        self.send(method, path, body)
+        response = self._connection.getresponse()
+        self._is_answered = True
+        return response
+
+    def close(self) -> None:
+        self._connection.close()
+
+    @property
+    def was_accepted(self) -> bool:
+        """Is it lost if its connection breaks?  See above."""
+        is_running = self._server.stopped == math.inf
+        return is_running or self._is_answered or self._sent < self._server.stopped - ACCEPTED_S
+
+
+Deed = Callable[[random.Random, str, Call], None]
 
 
 @dataclass
@@ -138,11 +185,15 @@ class Soak:
                  "--max-body": 1 << 16, "--receive-timeout": 5, "--cache-ram": 32}  # fmt: skip
         self.arguments = [options.model, *(str(x) for flag in flags.items() for x in flag)]
         self.arguments += options.flags
-        self.server = Server(self.arguments)
-        self.servers = [self.server]
-        self.serving.set()
+        self.servers: list[Server] = []
+
+    @property
+    def server(self) -> Server:
+        """The present one."""
+        return self.servers[-1]
 
     def run(self) -> None:
+        self._start()
         clients = [
             threading.Thread(target=self._client, args=(random.Random(self.options.seed + i),))
             for i in range(self.options.clients)
@@ -175,16 +226,19 @@ class Soak:
     def _restart(self) -> None:
         self._stop()
         try:
-            self.server = Server(self.arguments)
+            self._start()
         except BaseException:
             self.ended.set()  # nobody would be there for the clients
             raise
-        self.servers.append(self.server)
+
+    def _start(self) -> None:
+        self.servers.append(Server(self.arguments))
         self.serving.set()
 
     def _stop(self) -> None:
+        self.server.stop()
         self.serving.clear()
-        if code := self.server.stop():
+        if code := self.server.process.wait(120):
             self.record.fault(f"the server ended with {code}")
         log = self.server.log
         for i, line in enumerate(log):
@@ -193,37 +247,31 @@ class Soak:
                 break
 
     def _client(self, rng: random.Random) -> None:
-        deeds = [
-            (self._ask, 6), (self._stream, 8), (self._leave, 5), (self._crawl, 1),
-            (self._rubbish, 4), (self._embed, 1), (self._look, 2),
+        deeds: list[tuple[Deed, int]] = [
+            (self._ask, 5), (self._stream, 6), (self._complete, 4), (self._leave, 5),
+            (self._crawl, 1), (self._rubbish, 4), (self._embed, 1), (self._tokenize, 1),
+            (self._detokenize, 1), (self._look, 2),
         ]  # fmt: skip
         while not self.ended.is_set():
             if not self.serving.wait(1):
                 continue
             deed = rng.choices([deed for deed, _ in deeds], [weight for _, weight in deeds])[0]
-            kind = deed.__name__[1:]
-            server = self.server
-            try:
-                deed(rng, kind, server)
-            except (OSError, http.client.HTTPException) as error:
-                if self.serving.is_set() and server is self.server:
-                    self.record.fault(f"{kind}: {type(error).__name__}: {error}")
-                self.record.note(kind, "not accepted")  # the server was on its way out
+            self.attempt(deed, deed.__name__[1:], rng)
             time.sleep(rng.random() * 0.05)
 
-    # -- deeds -------------------------------------------------------------------------------------
-
-    def _open(
-        self, server: Server, method: str, path: str, body: object = None
-    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-        connection = http.client.HTTPConnection(server.host, timeout=300)
-        data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
+    def attempt(self, deed: Deed, kind: str, rng: random.Random) -> None:
+        """One request, and what became of it."""
+        call = Call(self.server)
         try:
-            connection.request(method, path, data, {"Content-Type": "application/json"})
-            return connection, connection.getresponse()
-        except BaseException:
-            connection.close()
-            raise
+            deed(rng, kind, call)
+        except (OSError, http.client.HTTPException) as error:
+            if call.was_accepted:
+                self.record.fault(f"{kind}: {type(error).__name__}: {error}")
+            self.record.note(kind, "lost" if call.was_accepted else "not accepted")
+        finally:
+            call.close()
+
+    # -- deeds -------------------------------------------------------------------------------------
 
     def _chat(self, rng: random.Random, **more: object) -> dict[str, Any]:
         words = rng.choices(WORDS, k=rng.choice([3, 10, 60, 200]))
@@ -233,6 +281,8 @@ class Soak:
         }
         if rng.random() < 0.2:
             body["response_format"] = {"type": "json_object"}
+        elif rng.random() < 0.2:
+            body |= {"tools": [TOOL], "tool_choice": rng.choice(["auto", "none", "required"])}
         if rng.random() < 0.2:
             body["stop"] = rng.choices(WORDS, k=2)
         if rng.random() < 0.1:
@@ -241,15 +291,60 @@ class Soak:
             body["n"] = 2
         return body | more
 
-    def _ask(self, rng: random.Random, kind: str, server: Server) -> None:
-        connection, response = self._open(server, "POST", "/v1/chat/completions", self._chat(rng))
-        self._finish(kind, connection, response)
+    def _ask(self, rng: random.Random, kind: str, call: Call) -> None:
+        self._read(kind, call, CHAT, self._chat(rng))
 
-    def _stream(self, rng: random.Random, kind: str, server: Server, pause_s: float = 0.0) -> None:
-        body = self._chat(rng, stream=True)
-        connection, response = self._open(server, "POST", "/v1/chat/completions", body)
-        if response.status != 200:
-            self._finish(kind, connection, response)
+    def _stream(self, rng: random.Random, kind: str, call: Call) -> None:
+        self._read(kind, call, CHAT, self._chat(rng, stream=True))
+
+    def _crawl(self, rng: random.Random, kind: str, call: Call) -> None:
+        self._read(kind, call, CHAT, self._chat(rng, stream=True), pause_s=0.05)
+
+    def _complete(self, rng: random.Random, kind: str, call: Call) -> None:
+        prompts = [" ".join(rng.choices(WORDS, k=9)) for _ in range(rng.choice([1, 1, 2]))]
+        body: dict[str, Any] = {"prompt": prompts, "stream": rng.random() < 0.5}
+        if rng.random() < 0.2:
+            body |= {"logprobs": 2, "n": 2}
+        self._read(kind, call, COMPLETIONS, body)
+
+    def _leave(self, rng: random.Random, kind: str, call: Call) -> None:
+        call.send("POST", CHAT, self._chat(rng, stream=rng.random() < 0.7))
+        time.sleep(rng.random() * 0.3)
+        self.record.note(kind, "left")
+
+    def _rubbish(self, rng: random.Random, kind: str, call: Call) -> None:
+        path = rng.choice(list(RUBBISH_OF))
+        body = rng.choice(RUBBISH + RUBBISH_OF[path])
+        response = call.ask("POST", path, body)
+        if response.status == 200:
+            self.record.fault(f"rubbish was answered by {path}: {str(body)[:80]}")
+        self._finish(kind, response)
+
+    def _embed(self, rng: random.Random, kind: str, call: Call) -> None:
+        body = {"input": [" ".join(rng.choices(WORDS, k=9)) for _ in range(3)]}
+        self._finish(kind, call.ask("POST", EMBEDDINGS, body))
+
+    def _tokenize(self, rng: random.Random, kind: str, call: Call) -> None:
+        body = {"content": " ".join(rng.choices(WORDS, k=rng.choice([9, 5000])))}
+        body |= {"with_pieces": rng.random() < 0.5}
+        self._finish(kind, call.ask("POST", "/tokenize", body))
+
+    def _detokenize(self, rng: random.Random, kind: str, call: Call) -> None:
+        body = {"tokens": rng.choices(range(256), k=rng.choice([9, 5000]))}
+        self._finish(kind, call.ask("POST", "/detokenize", body))
+
+    def _look(self, rng: random.Random, kind: str, call: Call) -> None:
+        paths = ["/health", "/metrics", "/props", "/v1/models", "/", "/nowhere"]
+        self._finish(kind, call.ask("GET", rng.choice(paths)))
+
+    # -- answers -----------------------------------------------------------------------------------
+
+    def _read(
+        self, kind: str, call: Call, path: str, body: dict[str, Any], *, pause_s: float = 0.0
+    ) -> None:
+        response = call.ask("POST", path, body)
+        if response.status != 200 or not body.get("stream"):
+            self._finish(kind, response)
             return
         last, timings = "", None
         for line in response:
@@ -258,7 +353,6 @@ class Soak:
                 last = line[6:].decode().strip()
                 if '"timings"' in last:
                     timings = json.loads(last)["timings"]
-        connection.close()
         if last == "[DONE]":
             self.record.note(kind, "answered", 200, timings and timings["queue_ms"])
         elif last.startswith('{"error"'):
@@ -267,47 +361,8 @@ class Soak:
             self.record.note(kind, "broken", 200)
             self.record.fault(f"{kind}: a stream broke off after {last[:80]!r}")
 
-    def _crawl(self, rng: random.Random, kind: str, server: Server) -> None:
-        self._stream(rng, kind, server, pause_s=0.05)
-
-    def _leave(self, rng: random.Random, kind: str, server: Server) -> None:
-        connection = http.client.HTTPConnection(server.host, timeout=300)
-        body = json.dumps(self._chat(rng, stream=rng.random() < 0.7)).encode()
-        connection.request("POST", "/v1/chat/completions", body,
-                           {"Content-Type": "application/json"})  # fmt: skip
-        time.sleep(rng.random() * 0.3)
-        connection.close()
-        self.record.note(kind, "left")
-
-    def _rubbish(self, rng: random.Random, kind: str, server: Server) -> None:
-        bodies: list[object] = [
-            b"", b"{", b"\xff" * 100, b"[" * 5000, {"messages": []}, {"messages": 3},
-            {"messages": [{"role": "user", "content": "x" * 100_000}]},
-            {"messages": [{"role": "user", "content": "a " * 30_000}]},
-            self._chat(rng, temperature=-1), self._chat(rng, grammar="root ::= ("),
-            self._chat(rng, response_format={"type": "json_schema", "json_schema": {
-                "schema": {"type": "nonsense"}}}),
-        ]  # fmt: skip
-        connection, response = self._open(
-            server, "POST", "/v1/chat/completions", rng.choice(bodies)
-        )
-        if response.status == 200:
-            self.record.fault("rubbish was answered")
-        self._finish(kind, connection, response)
-
-    def _embed(self, rng: random.Random, kind: str, server: Server) -> None:
-        body = {"input": [" ".join(rng.choices(WORDS, k=9)) for _ in range(3)]}
-        self._finish(kind, *self._open(server, "POST", "/v1/embeddings", body))
-
-    def _look(self, rng: random.Random, kind: str, server: Server) -> None:
-        paths = ["/health", "/metrics", "/props", "/v1/models", "/", "/nowhere"]
-        self._finish(kind, *self._open(server, "GET", rng.choice(paths)))
-
-    def _finish(
-        self, kind: str, connection: http.client.HTTPConnection, response: http.client.HTTPResponse
-    ) -> None:
+    def _finish(self, kind: str, response: http.client.HTTPResponse) -> None:
         data = response.read()
-        connection.close()
         if response.status == 200:
             is_answer = b'"timings"' in data
             wait_ms = json.loads(data)["timings"]["queue_ms"] if is_answer else None
@@ -366,8 +421,9 @@ def main() -> None:
     try:
         soak.run()
     finally:
-        if soak.server.process.poll() is None:
-            soak.server.process.kill()
+        for server in soak.servers:
+            if server.process.poll() is None:
+                server.process.kill()
     found = report(soak)
     text = json.dumps(found, indent=2, ensure_ascii=False)
     if options.json:

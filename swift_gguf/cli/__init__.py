@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
 import click
@@ -83,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
     try:
-        sys.exit(root.main(arguments, prog_name="swift-gguf", standalone_mode=False))
+        with _interrupts():
+            sys.exit(root.main(arguments, prog_name="swift-gguf", standalone_mode=False))
     except click.UsageError as error:
         error.show()
         sys.exit(2)
@@ -99,6 +101,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         click.echo(f"swift-gguf: {_line(error)}", err=True)
         sys.exit(1)
+
+
+@contextmanager
+def _interrupts() -> Iterator[None]:
+    """Raises those that became errors on their way.
+
+    Of a Ctrl-C while a module is imported, Python makes a RuntimeError in some places, and
+    extensions an ImportError: torch takes seconds, and has both.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, KeyboardInterrupt):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
+        raise
 
 
 def _line(error: BaseException) -> str:

@@ -132,11 +132,11 @@ def _native_routes(service: Service) -> APIRouter:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @router.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(body: TokenizeRequest) -> Response:
         return await asyncio.to_thread(_tokenize, service, body)
 
     @router.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+    async def detokenize(body: DetokenizeRequest) -> Response:
         return await asyncio.to_thread(_detokenize, service, body)
 
     return router
@@ -162,23 +162,28 @@ def _hash(page: str, tag: str) -> str:
     return f"'sha256-{base64.b64encode(sha256(text.encode()).digest()).decode()}'"
 
 
-def _tokenize(service: Service, body: TokenizeRequest) -> dict[str, Any]:
+def _tokenize(service: Service, body: TokenizeRequest) -> Response:
+    """A whole response: the loop has none of its JSON to make."""
     text = _utf8(body.content)
     with service.vocabulary() as model:
         ids = model.tokenize(text, add_bos=body.add_special, special=body.parse_special)
-        if not body.with_pieces:
-            return {"tokens": ids}
-        pieces = [library().token_bytes(model.vocab, id, special=True) for id in ids]
-    told = zip(ids, map(_text_or_bytes, pieces), strict=True)
-    return {"tokens": [{"id": id, "piece": piece} for id, piece in told]}
+        # a long text has many tokens, of which few are different: each is put into JSON once
+        shown = {id: _shown(model, id) if body.with_pieces else str(id) for id in set(ids)}
+    return _ready(f'{{"tokens":[{",".join(map(shown.__getitem__, ids))}]}}')
 
 
-def _detokenize(service: Service, body: DetokenizeRequest) -> dict[str, Any]:
+def _shown(model: ServedLlama, id: int) -> str:
+    piece = library().token_bytes(model.vocab, id, special=True)
+    return _json({"id": id, "piece": _text_or_bytes(piece)})
+
+
+def _detokenize(service: Service, body: DetokenizeRequest) -> Response:
+    """As `_tokenize`."""
     with service.vocabulary() as model:
         if any(token >= model.n_vocab() for token in body.tokens):
             raise bad_request("there is no such token", param="tokens")
         pieces = [library().token_bytes(model.vocab, id, special=True) for id in body.tokens]
-    return {"content": b"".join(pieces).decode("utf-8", "replace")}
+    return _ready(_json({"content": b"".join(pieces).decode("utf-8", "replace")}))
 
 
 def _utf8(text: str) -> bytes:
@@ -207,13 +212,11 @@ async def _answer(
         first = await _unless_gone(request, anext(events))
         if stream:
             # from here on the response itself watches the client
-            return EventSourceResponse(
-                _sse(service, job, events), sep="\n", send_timeout=service.options.timeout_s
-            )
+            return EventSourceResponse(_sse(service, job, events), sep="\n")
         async with aclosing(events):
             while isinstance(first, Started):
                 first = await _unless_gone(request, anext(events))
-            return Response(_json(first), media_type="application/json")
+            return _ready(_json(first))
     except BaseException as error:
         service.stop(job, _gone())
         await events.aclose()
@@ -237,6 +240,11 @@ async def _sse(
         yield {"data": _json(ApiError(500, _failed(error)).body)}
     finally:
         service.stop(job, _gone())
+
+
+def _ready(text: str) -> Response:
+    """JSON as a response."""
+    return Response(text, media_type="application/json")
 
 
 def _json(value: object) -> str:

@@ -7,6 +7,12 @@ from ipaddress import ip_address
 
 from swift_gguf.sampling import SamplingOptions
 
+MAX_HELD_BODIES = 32 << 20
+"""Bytes of the bodies of all requests under way, or one body, if `max_body` is more.  A request
+keeps what its body was parsed to, up to 25 times as much, until it is answered."""
+SPARE_CONNECTIONS = 448
+"""Connections besides those of the requests that may wait: idle ones, and clients that read, leave
+or are refused.  With a queue of 64, half of the 1024 files that Linux lets a process open."""
 MAX_CHOICES = 8
 MAX_MESSAGES = 2048
 MAX_INPUTS = 64
@@ -19,6 +25,10 @@ MAX_TOOLS = 128
 MAX_TOP_LOGPROBS = 20
 MAX_BIASES = 1024
 MAX_NAME_LENGTH = 256
+MAX_CONTENT_LENGTH = 1 << 18
+"""Of a text to tokenize, in characters."""
+MAX_TOKEN_IDS = 1 << 17
+"""Tokens to make a text of."""
 MAX_GRAMMAR_LENGTH = 64 * 1024
 """Of GBNF, given or made from a schema, in characters."""
 MAX_DEPTH = 64
@@ -48,7 +58,7 @@ class ServerOptions:
     n_predict: int | None = None
     """Tokens of an answer at most; None: as many as the context holds."""
     timeout_s: float = 600.0
-    """For one request, its wait in the queue included; also how long a reader may stall."""
+    """For one request, its wait in the queue included; and for a client to read what was sent."""
     receive_s: float = 30.0
     """For a client to send its request."""
     drain_s: float = 30.0
@@ -61,6 +71,16 @@ class ServerOptions:
     """Jinja, instead of the model's own."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     """What a request gets that does not say."""
+
+    @property
+    def max_held(self) -> int:
+        """Bytes of all bodies at a time."""
+        return max(MAX_HELD_BODIES, self.max_body)
+
+    @property
+    def max_connections(self) -> int:
+        """Beyond them, 503."""
+        return self.queue_size + SPARE_CONNECTIONS
 
     @property
     def is_loopback(self) -> bool:

@@ -19,6 +19,7 @@ from swift_gguf.sampling import SamplingOptions
 from swift_gguf.server.options import (
     MAX_BIASES,
     MAX_CHOICES,
+    MAX_CONTENT_LENGTH,
     MAX_DEPTH,
     MAX_GRAMMAR_LENGTH,
     MAX_INPUTS,
@@ -27,6 +28,7 @@ from swift_gguf.server.options import (
     MAX_STOP_LENGTH,
     MAX_STOPS,
     MAX_TEXTS,
+    MAX_TOKEN_IDS,
     MAX_TOOLS,
     MAX_TOP_LOGPROBS,
 )
@@ -362,7 +364,7 @@ class EmbeddingRequest(Body):
 class TokenizeRequest(Body):
     """POST /tokenize; llama-server's names."""
 
-    content: str
+    content: Annotated[str, StringConstraints(max_length=MAX_CONTENT_LENGTH)]
     add_special: bool = False
     parse_special: bool = True
     with_pieces: bool = False
@@ -371,4 +373,4 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     """POST /detokenize."""
 
-    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_TOKEN_IDS)]

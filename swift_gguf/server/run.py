@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -15,9 +16,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from swift_gguf.errors import SwiftError
 from swift_gguf.server.app import create_app
+from swift_gguf.server.guard import too_many
 from swift_gguf.server.options import ServerOptions
 from swift_gguf.server.served import ServedLlama
 from swift_gguf.server.service import Service
+
+_log = logging.getLogger("swift_gguf")
 
 FAREWELL_S = 5.0
 """For the last words to reach clients, after `drain_s`."""
@@ -55,7 +59,7 @@ def serve(
     service = Service(load, options, on_loaded=on_loaded)
     config = uvicorn.Config(
         create_app(service),
-        http=partial(_PatientProtocol, patience_s=options.receive_s),  # type: ignore[arg-type]
+        http=partial(_PatientProtocol, options=options),  # type: ignore[arg-type]
         ws="none",
         loop="asyncio",
         log_config=None,
@@ -132,21 +136,46 @@ class _Server(uvicorn.Server):
 
 
 class _PatientProtocol(H11Protocol):
-    """uvicorn waits for ever for the first request of a connection; this one does not."""
+    """uvicorn waits for ever for the first request of a connection, and for a client to read its
+    answer; this one does not.
 
-    def __init__(self, *args: Any, patience_s: float, **kwargs: Any) -> None:
+    Connections that are too many get a 503 as every other.  (uvicorn's `limit_concurrency` answers
+    in a form of its own.)
+    """
+
+    def __init__(self, *args: Any, options: ServerOptions, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._patience_s = patience_s
+        self._options, self._patience_s = options, options.receive_s
         self._patience: asyncio.TimerHandle | None = None
+        self._stall: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if len(self.connections) > self._options.max_connections:
+            self.app = too_many
+        # so that `pause_writing` is called whenever the client does not take all, however little
+        transport.set_write_buffer_limits(high=0)
         self._patience = self.loop.call_later(self._patience_s, self._give_up)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._patience:
-            self._patience.cancel()
+        for timer in (self._patience, self._stall):
+            if timer:
+                timer.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stall = self.loop.call_later(self._options.timeout_s, self._abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stall:
+            self._stall.cancel()
+
+    def _abort(self) -> None:
+        """`close` would wait for what was written to be read."""
+        _log.info("a client did not read its answer in %g s", self._options.timeout_s)
+        self.transport.abort()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

@@ -12,6 +12,8 @@ import soak_hostile
 import soak_lossless
 import soak_signals
 
+from swift_gguf import cli
+from swift_gguf.errors import SwiftError
 from swift_gguf.model import Model
 
 SCRIPTS = Path(soak_lossless.__file__).parent
@@ -120,18 +122,53 @@ def test_what_counts_as_wrong(outcome: soak_hostile.Outcome, what: str) -> None:
 def test_ctrl_c_at_any_moment() -> None:
     told: list[str] = []
     names = ["generate", "chat in a terminal", "tune in a terminal", "prepare", "models pull"]
-    ended = soak_signals.soak(seed=3, numbers=range(10), names=names, tell=told.append)
+    names += ["completion", "models"]
+    ended = soak_signals.soak(seed=3, numbers=range(14), names=names, tell=told.append)
     assert not told
-    assert sum(len(endings) for endings in ended.values()) == 10
+    assert sum(len(endings) for endings in ended.values()) == 14
     assert any(ending.code == 130 for endings in ended.values() for ending in endings)
+
+
+@pytest.mark.parametrize("is_interrupt", [True, False])
+def test_interrupts_that_became_errors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_interrupt: bool
+) -> None:
+    """As while torch is imported, under `except Exception`."""
+
+    def fail(*_: object, **__: object) -> None:
+        try:
+            try:
+                raise KeyboardInterrupt if is_interrupt else OSError
+            except BaseException as error:
+                raise ImportError("initialization failed") from error
+        except ImportError as error:
+            raise SwiftError("it cannot be loaded") from error
+
+    monkeypatch.setattr(cli.root, "main", fail)
+    with pytest.raises(SystemExit) as ended:
+        cli.main([])
+    assert ended.value.code == (130 if is_interrupt else 1)
+    assert ("cannot be loaded" in capsys.readouterr().err) != is_interrupt
 
 
 def test_what_an_interrupt_must_not_leave(tmp_path: Path) -> None:
     scene = soak_signals.SCENES["generate"]
     fine = soak_signals.Ending(130, 0.1, "")
     assert soak_signals.complaint(scene, fine, tmp_path) == ""
-    for said, code in (("", 1), ("", -11), ("Exception ignored in", 130)):
-        ending = soak_signals.Ending(code, 0.1, said + "swift_gguf/cli/__init__.py")
+    traceback = 'Traceback\n  File "swift_gguf/cli/__init__.py", line 1, in {}\nKeyboardInterrupt'
+    for said, code in (
+        ("", 1),
+        ("", -11),
+        ("Exception ignored in", 130),
+        (traceback.format("main"), -2),
+        (traceback.format("main"), 1),
+    ):
+        ending = soak_signals.Ending(code, 0.1, said)
         assert soak_signals.complaint(scene, ending, tmp_path)
+    starting = soak_signals.Ending(-2, 0.1, traceback.format("<module>"))
+    assert soak_signals.complaint(scene, starting, tmp_path) == ""
+    for seconds, what in ((4.9, ""), (5.1, "took 5.1 s to end")):
+        slow = soak_signals.Ending(130, seconds, "")
+        assert soak_signals.complaint(scene, slow, tmp_path) == what
     (tmp_path / "model.swift.gguf").write_bytes(b"GGUF")
     assert "no whole file" in soak_signals.complaint(scene, fine, tmp_path)

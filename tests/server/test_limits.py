@@ -6,11 +6,13 @@ import json
 import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from swift_gguf.server.options import MAX_CONTENT_LENGTH, MAX_TOKEN_IDS
 from tests.server.conftest import Server
 
 CHAT = "/v1/chat/completions"
@@ -192,7 +194,9 @@ def test_a_deep_schema(server: Server) -> None:
         ("/v1/embeddings", {"input": "a", "dimensions": 3}, "dimensions"),
         ("/v1/embeddings", {"input": "a b " * 5000}, "input"),
         ("/detokenize", {"tokens": [999_999]}, "tokens"),
+        ("/detokenize", {"tokens": [1] * (MAX_TOKEN_IDS + 1)}, "tokens"),
         ("/tokenize", {"content": 3}, "content"),
+        ("/tokenize", {"content": "a" * (MAX_CONTENT_LENGTH + 1)}, "content"),
     ],
     ids=lambda value: ascii(value)[:60],
 )
@@ -200,6 +204,25 @@ def test_other_endpoints(
     server: Server, path: str, body: dict[str, object], param: str | None
 ) -> None:
     assert told(*server.post(path, body))["param"] == param
+
+
+def test_as_much_text_as_may_be_tokenized(server: Server) -> None:
+    """Every character is several tokens of this model's; memory must not go with their number."""
+    psutil = pytest.importorskip("psutil")
+    process = psutil.Process(server.process.pid)
+    text = "\U0001f642" * MAX_CONTENT_LENGTH
+    before, most = process.memory_info().rss, 0
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.post, "/tokenize", {"content": text, "with_pieces": True})
+        while not asked.done():
+            most = max(most, process.memory_info().rss)
+            time.sleep(0.01)
+    status, body = asked.result()
+    assert status == 200
+    assert b"".join(bytes(item["piece"]) for item in body["tokens"]).decode() == text
+    assert most - before < 200e6
+    status, body = server.post("/detokenize", {"tokens": [65] * MAX_TOKEN_IDS})
+    assert status == 200
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from swift_gguf.server.options import MAX_CONTENT_LENGTH, SPARE_CONNECTIONS
 from tests.server.conftest import COMMAND, Server
 
 CHAT = "/v1/chat/completions"
@@ -112,6 +113,35 @@ def test_a_client_that_leaves_during_the_prompt(busy: Server) -> None:
     assert busy.post(CHAT, talk(4, stream=False))[0] == 200
 
 
+@pytest.mark.parametrize("way", ["kept", "closed", "twice", "stream"])
+def test_a_client_that_does_not_read(serve: Callable[..., Server], model: Path, way: str) -> None:
+    flags = ("-c", 32768, "-t", 1, "--timeout", 1.5, "--alias", "x" * 50_000)  # for long events
+    server = serve(model, *flags).wait_until_ready()
+    psutil = pytest.importorskip("psutil")
+    process = psutil.Process(server.process.pid)
+
+    def is_connected() -> bool:
+        return any(one.raddr for one in process.net_connections("tcp"))
+
+    path: str = CHAT if way == "stream" else "/tokenize"
+    long = {"content": "\U0001f642" * MAX_CONTENT_LENGTH, "with_pieces": True}
+    body = json.dumps(talk() if way == "stream" else long).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: {server.host}\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n" + "Connection: close\r\n" * (way == "closed")
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, port = server.host.split(":")
+        client.connect((host, int(port)))
+        client.sendall((head.encode() + b"\r\n" + body) * (1 + (way == "twice")))
+        client.recv(1)  # the answer has begun
+        assert is_connected()
+        end = time.monotonic() + 6
+        while is_connected():
+            assert time.monotonic() < end, "still there"
+            time.sleep(0.05)
+    assert server.terminate() == 0
+
+
 def test_a_client_that_leaves_the_queue(busy: Server) -> None:
     first = Stream(busy, talk())
     next(iter(first))
@@ -137,6 +167,36 @@ def test_a_full_queue(busy: Server) -> None:
         assert busy.get("/health")[0] == 200  # what needs no model is answered
         first.leave()
         assert [future.result()[0] for future in waiting] == [200, 200]
+
+
+def test_bodies_that_are_too_large_together(serve: Callable[..., Server], model: Path) -> None:
+    server = serve(model, "-c", 32768, "-t", 1).wait_until_ready()
+    large = talk(4, stream=False, padding="x" * 4_100_000)
+    first = Stream(server, talk(n=8, padding="x" * 4_100_000))
+    with ThreadPoolExecutor(7) as pool:
+        waiting = [pool.submit(server.post, CHAT, large) for _ in range(7)]
+        wait_for(server, "requests_deferred", 7)
+        assert server.post("/tokenize", {"content": "a"})[0] == 200
+        status, headers, body = server.request("POST", CHAT, large)
+        assert (status, json.loads(body)["error"]["code"]) == (503, "queue_full")
+        assert int(headers["retry-after"]) >= 1
+        first.leave()
+        assert [future.result()[0] for future in waiting] == [200] * 7
+    assert server.post(CHAT, large)[0] == 200
+
+
+def test_too_many_connections(serve: Callable[..., Server], model: Path) -> None:
+    server = serve(model, "-c", 512, "-t", 1, "--queue-size", 0).wait_until_ready()
+    address = server.host.split(":")
+    idle = [socket.create_connection(address) for _ in range(SPARE_CONNECTIONS)]
+    status, headers, body = server.request("POST", CHAT, talk(4, stream=False))
+    assert (status, json.loads(body)["error"]["code"]) == (503, "queue_full")
+    assert int(headers["retry-after"]) >= 1
+    for connection in idle:
+        connection.close()
+    end = time.monotonic() + 10
+    while server.post(CHAT, talk(4, stream=False))[0] == 503:
+        assert time.monotonic() < end
 
 
 def test_concurrent_clients_get_their_own_answers(server: Server) -> None:
@@ -261,14 +321,19 @@ def test_sigterm_tells_an_answer_that_takes_too_long(
 
 def test_sigterm_while_text_is_tokenized(busy: Server) -> None:
     """That uses the model beside its thread."""
-    text = "word " * 400_000
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(busy.post, "/tokenize", {"content": text, "with_pieces": True})
-        time.sleep(0.3)
+    text = "word " * (MAX_CONTENT_LENGTH // 5)
+    with ThreadPoolExecutor(4) as pool:  # one after the other, so that one is in the middle of it
+        asked = [
+            pool.submit(busy.post, "/tokenize", {"content": text, "with_pieces": True})
+            for _ in range(4)
+        ]
+        time.sleep(0.4)
         busy.process.send_signal(signal.SIGTERM)
-        status, body = asked.result()
-    assert status == 200
-    assert "".join(item["piece"] for item in body["tokens"]) == text
+        answers = [one.result() for one in asked]
+    assert {status for status, _ in answers} <= {200, 503}
+    for body in [body for status, body in answers if status == 200]:
+        assert "".join(item["piece"] for item in body["tokens"]) == text
+    assert any(status == 200 for status, _ in answers)
     assert busy.process.wait(30) == 0
 
 

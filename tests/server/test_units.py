@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from starlette.responses import JSONResponse
 
 from swift_gguf.cli import main
 from swift_gguf.errors import (
@@ -28,6 +29,7 @@ from swift_gguf.server.app import _failed
 from swift_gguf.server.characters import Said, whole
 from swift_gguf.server.errors import ApiError
 from swift_gguf.server.extra import PACKAGES, require
+from swift_gguf.server.guard import Guard
 from swift_gguf.server.options import ServerOptions, is_loopback
 from swift_gguf.server.requests import Message, Tool
 from swift_gguf.server.tools import Calls, any_call, in_message, in_stream
@@ -235,6 +237,72 @@ def test_a_model_is_closed_when_nobody_uses_it_any_more() -> None:
         worker.close(wait_s=0.1)
         assert not is_closed.is_set()
     assert is_closed.wait(10)
+
+
+# -- room for bodies -------------------------------------------------------------------------------
+
+
+class Client:
+    """A request of 100 bytes on its way through a guard, and what it hears."""
+
+    def __init__(self, guard: Guard, path: str = "/answer", *, size: int = 100) -> None:
+        self.started: dict[str, Any] = {}
+        self._messages = [{"type": "http.request", "body": b"x" * size}]
+        if path == "/leave":
+            self._messages[0]["more_body"] = True
+            self._messages.append({"type": "http.disconnect"})
+        host = (b"host", b"127.0.0.1")
+        scope = {"type": "http", "method": "POST", "path": path, "headers": [host]}
+        self.task = asyncio.ensure_future(guard(scope, self._receive, self._send))
+
+    async def _receive(self) -> dict[str, Any]:
+        return self._messages.pop(0)
+
+    async def _send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            self.started = message
+
+    @property
+    def status(self) -> int:
+        return int(self.started.get("status", 0))
+
+
+@pytest.mark.parametrize("way", ["/answer", "/fail", "/cancel", "/leave"])
+def test_bodies_share_a_room(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Who finds it full is told; whatever becomes of the others, their room is free again."""
+    monkeypatch.setattr("swift_gguf.server.options.MAX_HELD_BODIES", 250)
+
+    async def run() -> None:
+        go_on = asyncio.Event()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await receive()
+            await go_on.wait()
+            if scope["path"] == "/fail":
+                raise ValueError
+            await JSONResponse({})(scope, receive, send)
+
+        async def outcomes(*clients: Client) -> list[int]:
+            await asyncio.gather(*(client.task for client in clients), return_exceptions=True)
+            return [client.status for client in clients]
+
+        guard = Guard(app, options=ServerOptions(max_body=100))
+        for _ in range(5):
+            clients = [Client(guard, way), Client(guard, way)]
+            await asyncio.sleep(0.01)
+            if way == "/cancel":
+                assert all(client.task.cancel() for client in clients)
+            go_on.set()
+            assert await outcomes(*clients) == [200 if way == "/answer" else 0] * 2
+            go_on.clear()
+        held = [Client(guard), Client(guard)]
+        refused, small = Client(guard), Client(guard, size=50)
+        assert await outcomes(refused) == [503]
+        assert int(dict(refused.started["headers"])[b"retry-after"]) >= 1
+        go_on.set()
+        assert await outcomes(*held, small) == [200, 200, 200]
+
+    asyncio.run(run())
 
 
 # -- memory ----------------------------------------------------------------------------------------
