@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from swift_gguf.server.answers import Work
     from swift_gguf.server.served import ServedLlama
 
-MAX_TOKEN_IDS = 2048
+MAX_TOKENS = 2048
 """Of one text: a mean needs all of them in one pass, and memory for that."""
 MEAN = 1  # LLAMA_POOLING_TYPE_MEAN
 
@@ -33,7 +33,7 @@ class Embedder:
 
     def __init__(self, model: Any, *, n_threads: int, pools: bool, stop: StopFlag) -> None:
         self._api = api = library().api
-        self.n_max = min(MAX_TOKEN_IDS, api.llama_model_n_ctx_train(model) or MAX_TOKEN_IDS)
+        self.n_max = min(MAX_TOKENS, api.llama_model_n_ctx_train(model) or MAX_TOKENS)
         self._n_embd = api.llama_model_n_embd(model)
         params = api.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = self.n_max
