@@ -42,9 +42,8 @@ BATCH = 128  # tokens decoded at once, each with logits
 @click.option("--attention/--no-attention", default=True, show_default=True,
               help="Copies of attention's matrices in fewer bits, where the model has eight or "
               "more.")  # fmt: skip
-@click.option("--type", "kind", metavar="TYPE",
-              help="Of the draft weights: Q4_0, Q4_K, Q8_0, ...  [default: the model's, at most "
-              "4 bits]")  # fmt: skip
+@click.option("--type", "kind", default="Q4_0", show_default=True, metavar="TYPE",
+              help="Of the draft weights: Q4_0, Q4_K, Q8_0, ...")  # fmt: skip
 @click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE",
               help="Prompts to calibrate on: JSON lines with `turns`, or one a line.  [default: "
               "some built in]")  # fmt: skip

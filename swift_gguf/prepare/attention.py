@@ -29,7 +29,7 @@ def copied(
             if not weights.has(f"{name}.weight") or weights.has(f"{name}.scale"):
                 continue
             name += ".weight"
-            kind = kind_of(name, weights.shape(name)[-1])
+            kind = kind_of(weights.shape(name)[-1])
             if bytes_each(kind) <= WORTH_A_COPY * bytes_each(weights.kind(name)):
                 yield name, kind
 

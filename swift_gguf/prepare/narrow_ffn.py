@@ -18,7 +18,7 @@ def add_ffn(sidecar: Sidecar, weights: Weights, narrow: Narrow, kind_of: KindOf)
     if ffn.has_gate:
         parts.append(("gate", neurons, np.zeros_like(path), OPEN))
     for part, chosen, more, bias in parts:
-        kind = kind_of(ffn.name(part), ffn.n_embd)
+        kind = kind_of(ffn.n_embd)
         sidecar.add_rows(ffn.name(part), weights, chosen, kind, more=more)
         _add_bias(sidecar, weights, ffn.name(part, "bias"), chosen, np.full(len(path), bias))
     _add_down(sidecar, weights, narrow, kind_of)
@@ -40,7 +40,7 @@ def _add_bias(
 
 def _add_down(sidecar: Sidecar, weights: Weights, narrow: Narrow, kind_of: KindOf) -> None:
     name, bias_name = narrow.ffn.name("down"), narrow.ffn.name("down", "bias")
-    kind = kind_of(name, narrow.width)
+    kind = kind_of(narrow.width)
     bias = weights.values(bias_name).reshape(-1) if weights.has(bias_name) else None
     if narrow.fit is None:
         sidecar.add_rows(name, weights, np.arange(narrow.ffn.n_embd), kind)

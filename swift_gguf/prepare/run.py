@@ -55,8 +55,9 @@ class PrepareOptions:
     n_tokens: int = 12000
     """Calibrated on."""
     answer_tokens: int = 96
-    kind: str | None = None
-    """ggml's name of the type that draft weights are stored in; None: one that suits the model."""
+    kind: str = "Q4_0"
+    """ggml's name of the type that draft weights are stored in.  Four bits do, whatever the model
+    has, and of their types this one is multiplied fastest (docs/benchmarks.md)."""
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -66,8 +67,7 @@ class PrepareOptions:
             raise SwiftError(f"a rank of {self.rank}; give a multiple of 32, or 0")
         if self.n_head < 0 or self.n_tokens < 1 or self.answer_tokens < 1:
             raise SwiftError("the head, the calibration and its answers need positive sizes")
-        if self.kind:
-            _kind_named(self.kind)
+        _kind_named(self.kind)
 
 
 def narrow_width(n_ff: int, share: float) -> int:
@@ -153,16 +153,9 @@ class Preparation:
         rank = -(-ffn.n_embd // 6 // block) * block if wanted is None else wanted
         return rank if ffn.has_gate and k + rank < ffn.n_ff and rank <= ffn.n_embd else 0
 
-    def kind_of(self, name: str, row_length: int) -> GGMLQuantizationType:
-        """The type for draft weights made from the tensor `name`, in rows of this length."""
-        own = self.weights.kind(name)
-        if self.options.kind:
-            wanted = _kind_named(self.options.kind)
-        elif own in _SMALL:
-            wanted = own
-        else:
-            wanted = GGMLQuantizationType.Q4_K
-        for kind in (wanted, GGMLQuantizationType.Q4_0):
+    def kind_of(self, row_length: int) -> GGMLQuantizationType:
+        """The type for draft weights in rows of this length."""
+        for kind in (_kind_named(self.options.kind), GGMLQuantizationType.Q4_0):
             if row_length % GGML_QUANT_SIZES[kind][0] == 0:
                 return kind
         return GGMLQuantizationType.F32
@@ -171,8 +164,8 @@ class Preparation:
     def odd_columns(self) -> str | None:
         """Which other type down columns get, and why, where they are too short for the others'."""
         for ffn in self.ffns:
-            name, k = ffn.name("down"), self.n_narrow(ffn) + self.rank(ffn)
-            whole, kind = self.kind_of(name, BLOCK), self.kind_of(name, k)
+            k = self.n_narrow(ffn) + self.rank(ffn)
+            whole, kind = self.kind_of(BLOCK), self.kind_of(k)
             if kind != whole:
                 block = GGML_QUANT_SIZES[whole][0]
                 return f"down columns in {kind.name}: {k} neurons and ranks, no multiple of {block}"
@@ -185,14 +178,14 @@ class Preparation:
         for ffn in self.ffns:
             k = self.n_narrow(ffn) + self.rank(ffn)
             rows = (2 if ffn.has_gate or ffn.is_joined else 1) * k
-            total += rows * ffn.n_embd * bytes_each(self.kind_of(ffn.name("up"), ffn.n_embd))
-            total += k * ffn.n_embd * bytes_each(self.kind_of(ffn.name("down"), k))
+            total += rows * ffn.n_embd * bytes_each(self.kind_of(ffn.n_embd))
+            total += k * ffn.n_embd * bytes_each(self.kind_of(k))
         for matrix, kind in copied(self.weights, self._layers_copied, self.kind_of):
             total += math.prod(self.weights.shape(matrix)) * bytes_each(kind)
         if name := self._head_name:
             _, n_embd = self.weights.shape(name)
             n_head = min(self.options.n_head, self.model.n_vocab)
-            total += n_head * n_embd * bytes_each(self.kind_of(name, n_embd))
+            total += n_head * n_embd * bytes_each(self.kind_of(n_embd))
         return round(total)
 
     @property
@@ -277,7 +270,7 @@ class Preparation:
                     originals[ffn.layer],
                     self.strength,
                     rank=self.rank(ffn),
-                    stored=partial(as_stored, kind=self.kind_of(ffn.name("up"), ffn.n_embd)),
+                    stored=partial(as_stored, kind=self.kind_of(ffn.n_embd)),
                 )
                 report("solving", (i + 1) / len(group))
                 yield Narrow(ffn, kept[ffn.layer], found)
@@ -344,22 +337,10 @@ class Preparation:
         name = self._head_name
         if name is None or not len(tokens):
             return 0
-        kind = self.kind_of(name, self.weights.shape(name)[1])
+        kind = self.kind_of(self.weights.shape(name)[1])
         sidecar.add_rows("output.weight", self.weights, tokens, kind, of=name)
         sidecar.add_array("output.ids", tokens.astype(np.int32))
         return len(tokens)
-
-
-_SMALL = frozenset(
-    {
-        GGMLQuantizationType.Q4_0,
-        GGMLQuantizationType.Q4_1,
-        GGMLQuantizationType.Q4_K,
-        GGMLQuantizationType.Q3_K,
-        GGMLQuantizationType.Q2_K,
-        GGMLQuantizationType.IQ4_NL,
-    }
-)
 
 
 _OFFERED = (

@@ -15,8 +15,8 @@ from swift_gguf.errors import ModelError
 from swift_gguf.native import library
 
 BLOCK = 256  # weights in a block of the k-quants
-KindOf = Callable[[str, int], GGMLQuantizationType]
-"""The type for draft weights made from a tensor, in rows of a length."""
+KindOf = Callable[[int], GGMLQuantizationType]
+"""The type for draft weights in rows of a length."""
 
 PLAIN = frozenset({GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16})
 

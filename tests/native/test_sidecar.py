@@ -201,7 +201,7 @@ def test_a_linear_path_is_what_its_rows_and_columns_say(
         rows, columns = (rng.standard_normal((rank, ffn.n_embd)).astype("f4") for _ in range(2))
         maps[ffn.layer] = rows.T @ columns
         fit = Fit(rows, np.vstack([columns, np.zeros((1, ffn.n_embd), np.float32)]))
-        add_ffn(written, source, Narrow(ffn, np.arange(0), fit), lambda name, length: f32)
+        add_ffn(written, source, Narrow(ffn, np.arange(0), fit), lambda length: f32)
     written.finish(path, [rank] * len(ffns), 0)
     model = open_model(path, sidecar=out)
     seen: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -225,7 +225,7 @@ def write_whole_ffns_and_attention(path: Path, out: Path, kind: gguf.GGMLQuantiz
     ffns = ffns_of(source, 99)
     for ffn in ffns:
         whole = Narrow(ffn, np.arange(ffn.n_ff))
-        add_ffn(written, source, whole, lambda name, length: source.kind(name))
+        add_ffn(written, source, whole, lambda length: gguf.GGMLQuantizationType.Q8_0)
         for part in PARTS:
             name = f"blk.{ffn.layer}.attn_{part}.weight"
             if source.has(name):
