@@ -8,7 +8,8 @@ from time import perf_counter
 
 from swift_gguf.cost import WIDTHS, Costs
 from swift_gguf.errors import ContextFullError, UnsupportedModelError
-from swift_gguf.model import Model, Sublayer
+from swift_gguf.model import Model
+from swift_gguf.open_model import Sublayer
 from swift_gguf.subnetwork import SubNetwork
 
 ROWS_WIDTH = 8  # of the pass that tells what rows of logits cost

@@ -1,11 +1,9 @@
-"""A loaded model and its context: decode, logits, rollback.  Token ids only, no text."""
+"""Decoding, logits, rollback.  Token ids only, no text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +12,14 @@ from swift_gguf.errors import (
     ContextFullError,
     DecodeError,
     NotFiniteError,
-    SidecarError,
     SpoiledError,
     StoppedError,
     UnsupportedModelError,
 )
-from swift_gguf.handles import Handles
 from swift_gguf.loading import DEFAULT_CONTEXT as DEFAULT_CONTEXT
-from swift_gguf.loading import Loaded, cause, load, n_sequences
+from swift_gguf.loading import Loaded, cause, n_sequences
 from swift_gguf.loading import ModelOptions as ModelOptions
-from swift_gguf.native import (
-    SUBLAYER_STATUS,
-    Cost,
-    FfnObserver,
-    StopFlag,
-    library,
-)
-from swift_gguf.sidecar import Sidecar
+from swift_gguf.open_model import OpenModel
 from swift_gguf.subnetwork import SubNetwork
 
 # From this width on (ggml_fa_tile_config::Q), CPU flash attention has a tiled kernel: right for
@@ -38,25 +27,14 @@ from swift_gguf.subnetwork import SubNetwork
 PREFILL_WIDTH = 64
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sublayer:
-    """What skipping one sub-layer would save in a one-token pass."""
-
-    status: str
-    """``ok``; ``absent``: the layer has none; ``unshared``: the architecture builds it without
-    llama.cpp's shared helpers; ``useless``: skipping saves nothing."""
-    weight_bytes: int
-    kv_bytes: int
-    """At a full context."""
-    n_nodes: int
-
-
-class Model:
+class Model(OpenModel):
     """A model with one sequence in one context.  Not safe for use by several threads at once.
 
     Raises:
         ModelError: the file is missing, damaged or not a model llama.cpp can run.
     """
+
+    _batch: Any = None
 
     def __init__(
         self,
@@ -65,67 +43,29 @@ class Model:
         *,
         loaded: Loaded | None = None,
     ) -> None:
-        """loaded: use these, made elsewhere of the same file, in a context that `fit_context` made
-        ready and that is empty; None: load it."""
-        self.path = Path(path)
-        self.options = options or ModelOptions()
-        self.tokens: list[int] = []
-        """The tokens the context holds, in order."""
+        """See `OpenModel`."""
+        super().__init__(path, options, loaded=loaded)
         self.n_passes = 0
         """Passes so far: while it stands still, so do the rows of logits."""
-        self._batch: Any = None
         self._outputs = range(0)
-        self._library = library()
-        self._api = self._library.api
-        self._handles = Handles(self.path, wanted=self.options.sidecar)
-        self._loaded = loaded or load(self.path, self.options)
-        try:
-            self._set_up()
-            self._handles.open(self._model, n_layer=self.n_layer, has_experts=self.has_experts)
-        except BaseException:
-            self.close()
-            raise
-
-    # -- loading -----------------------------------------------------------------------------------
-
-    def _set_up(self) -> None:
-        api, model, ctx = self._api, self._loaded.model, self._loaded.ctx
-        self.vocab = api.llama_model_get_vocab(model)
-        self.n_layer: int = api.llama_model_n_layer(model)
-        self.n_vocab: int = api.llama_vocab_n_tokens(self.vocab)
-        self.n_ctx: int = api.llama_n_ctx(ctx)
-        self.n_batch: int = api.llama_n_batch(ctx)
-        n_branches = n_sequences(model)
-        self._batch = api.llama_batch_init(self.n_batch, 0, n_branches)
-        self._is_draft = False  # was the latest pass one?
         self._invariant = False
         self._is_draft = False  # was the latest pass one?
+        n_branches = n_sequences(self._model)
+        self._batch = self._api.llama_batch_init(self.n_batch, 0, n_branches)
         self.cells = Cells(
-            api,
-            ctx,
+            self._api,
+            self.ctx,
             capacity=self.n_ctx,
             n_sequences=1 if self.rollback_refusal else n_branches,
-            n_swa=api.llama_model_n_swa(model),
+            n_swa=self._api.llama_model_n_swa(self._model),
         )
-        self.stop = StopFlag()
-        self._library.set_stop_flag(ctx, self.stop)
-
-    @property
-    def ctx(self) -> Any:
-        """llama.cpp's context; None once it is closed."""
-        return self._loaded.ctx
-
-    @property
-    def _model(self) -> Any:
-        return self._loaded.model
 
     def close(self) -> None:
         """Frees everything that is its own; safe to call twice."""
-        self._handles.close()
         if self._batch is not None:
             self._api.llama_batch_free(self._batch)
             self._batch = None
-        self._loaded.close()
+        super().close()
 
     def __enter__(self) -> Model:
         return self
@@ -133,76 +73,7 @@ class Model:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if hasattr(self, "_loaded"):
-            self.close()
-
-    # -- what the model is -------------------------------------------------------------------------
-
-    @property
-    def n_threads(self) -> int:
-        return self._loaded.n_threads
-
-    @property
-    def n_ctx_train(self) -> int:
-        return int(self._api.llama_model_n_ctx_train(self._model))
-
-    @property
-    def n_params(self) -> int:
-        return int(self._api.llama_model_n_params(self._model))
-
-    @property
-    def n_bytes(self) -> int:
-        """Size of all tensors."""
-        return int(self._api.llama_model_size(self._model))
-
-    @property
-    def description(self) -> str:
-        """Architecture, size and quantisation in a line, as llama.cpp puts it."""
-        return self._library.description(self._model)
-
-    def metadata(self, key: str) -> str | None:
-        """A value of the GGUF's metadata as text, or None."""
-        return self._library.metadata(self._model, key)
-
-    @property
-    def has_experts(self) -> bool:
-        """Is it a mixture of experts, of which a draft may run fewer?"""
-        architecture = self.metadata("general.architecture")
-        return int(self.metadata(f"{architecture}.expert_count") or 0) > 0
-
-    @property
-    def rollback_refusal(self) -> str | None:
-        """Why speculation is impossible with this model, or None if it is possible."""
-        return self._library.rollback_refusal(self.ctx)
-
-    @cached_property
-    def sublayers(self) -> tuple[list[Sublayer], list[Sublayer]]:
-        """Attention and FFN of every layer, each [n_layer], from the graphs llama.cpp builds."""
-        attention, ffn = (
-            [
-                Sublayer(
-                    status=SUBLAYER_STATUS[item.status],
-                    weight_bytes=item.weight_bytes,
-                    kv_bytes=item.kv_bytes,
-                    n_nodes=item.n_nodes,
-                )
-                for item in kind
-            ]
-            for kind in self._library.sublayers(self.ctx, self.n_layer)
-        )
-        return attention, ffn
-
-    def is_eog(self, token: int) -> bool:
-        """Does this token end a generation?"""
-        return bool(self._api.llama_vocab_is_eog(self.vocab, token))
-
     # -- decoding ----------------------------------------------------------------------------------
-
-    @property
-    def n_past(self) -> int:
-        """How many tokens the context holds."""
-        return len(self.tokens)
 
     @property
     def room(self) -> int:
@@ -479,65 +350,3 @@ class Model:
         """The context was filled by somebody else, with these tokens or more."""
         self.cells.assume(len(tokens))
         self.tokens[:] = tokens
-
-    # -- sub-networks ------------------------------------------------------------------------------
-
-    @property
-    def sidecar(self) -> Sidecar | None:
-        """The weights for draft passes that were found."""
-        return self._handles.sidecar
-
-    @property
-    def sidecar_refusal(self) -> str | None:
-        """Why the sidecar beside the model is not used, if there is one."""
-        return self._handles.refusal
-
-    def usable_sidecar(self) -> Sidecar | None:
-        """See `Handles.usable_sidecar`."""
-        return self._handles.usable_sidecar()
-
-    def leave_sidecar_aside(self, error: SidecarError) -> None:
-        """See `Handles.leave_aside`."""
-        self._handles.leave_aside(error)
-
-    @contextmanager
-    def observe_ffn(self, observer: FfnObserver) -> Iterator[None]:
-        """See `Library.observe_ffn`.  Where the observer raises, a Ctrl-C included, passes stop."""
-        failed: list[BaseException] = []
-
-        def guarded(layer: int, inputs: Any, activations: Any, output: Any) -> None:
-            try:
-                observer(layer, inputs, activations, output)
-            except BaseException as error:
-                failed.append(error)
-                self.stop.raise_()
-
-        try:
-            with self._library.observe_ffn(self.ctx, guarded, self._handles.loaded_sidecar):
-                yield
-        except StoppedError:
-            if not failed:
-                raise
-        finally:
-            if failed:
-                self.stop.lower()
-        if failed:
-            raise failed[0]
-
-    def pass_cost(
-        self,
-        subnetwork: SubNetwork | None = None,
-        *,
-        n_tokens: int = 1,
-        n_outputs: int = 1,
-        n_kv: int | None = None,
-    ) -> Cost:
-        """Bytes and operations of a pass, from the graph llama.cpp would run.
-
-        n_kv: positions the cache holds; default: as many as now.
-        """
-        n_kv = self.n_past if n_kv is None else n_kv
-        handle = self._handles.of(subnetwork)
-        return self._library.pass_cost(
-            self.ctx, handle, n_tokens=n_tokens, n_outputs=n_outputs, n_kv=n_kv
-        )

@@ -25,7 +25,8 @@ from swift_gguf.errors import (
     UnsupportedModelError,
 )
 from swift_gguf.learning import Learning, SearchOptions, space_of
-from swift_gguf.model import Model, Sublayer
+from swift_gguf.model import Model
+from swift_gguf.open_model import Sublayer
 from swift_gguf.planner import WIDE, Drafts, Planner, measured_ms
 from swift_gguf.profile import Store
 from swift_gguf.search.drivers import IdleSearch, OnTheFly

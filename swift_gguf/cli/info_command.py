@@ -15,7 +15,8 @@ from swift_gguf.subnetwork import format_layers
 
 if TYPE_CHECKING:
     from swift_gguf.cost import Costs
-    from swift_gguf.model import Model, Sublayer
+    from swift_gguf.model import Model
+    from swift_gguf.open_model import Sublayer
     from swift_gguf.profile import Known
     from swift_gguf.search.objective import Objective
 

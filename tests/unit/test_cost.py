@@ -29,7 +29,8 @@ from swift_gguf.errors import (
     UnsupportedModelError,
 )
 from swift_gguf.measuring import measure
-from swift_gguf.model import Model, Sublayer
+from swift_gguf.model import Model
+from swift_gguf.open_model import Sublayer
 from swift_gguf.sidecar import Sidecar
 from swift_gguf.subnetwork import SubNetwork
 
