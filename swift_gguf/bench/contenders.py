@@ -5,13 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
 
 from swift_gguf.bench.modes import AUTO, BARE, LOOKUP, PLAIN, Mode
 from swift_gguf.engine import generate
+from swift_gguf.identity import profile_key
 from swift_gguf.model import Model
 from swift_gguf.profile import Store
 from swift_gguf.sampling import Sampler, SamplingOptions
@@ -63,10 +64,12 @@ def opened(
     draft_model: Path | None = None,
     cold: bool = False,
 ) -> Iterator[dict[str, Contender]]:
-    """The contenders by the names of their modes; what they learned is kept at the end.
+    """The contenders by the names of their modes.
 
-    All but the peers, which load the file once more, work on `model`, in turns.
-    cold: each one begins without a profile, and what it learns is forgotten.
+    All but the peers, which load the file once more, work on `model`, in turns.  Each one begins
+    with what is known of the model, but for the texts of earlier answers: with those, the second
+    bench of a suite would tell how well answers are remembered.  What it learns is forgotten.
+    cold: each one begins without a profile.
 
     Raises:
         SwiftError: a mode is impossible with this model.
@@ -77,18 +80,28 @@ def opened(
             if mode.is_peer:
                 contenders[mode.name] = stack.enter_context(closing(Peer(model, mode, sampling)))
                 continue
-            folder = stack.enter_context(tempfile.TemporaryDirectory()) if cold else None
+            store = Store(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+            if not cold:
+                _copy_but_texts(model, store)
             contenders[mode.name] = stack.enter_context(
                 closing(
                     Ours(
                         model,
                         speculation_options(mode, draft_model=draft_model),
                         sampling,
-                        store=Store(Path(folder)) if folder else None,
+                        store=store,
                     )
                 )
             )
         yield contenders
+
+
+def _copy_but_texts(model: Model, store: Store) -> None:
+    """What the user's profiles hold of a model, with and without its sidecar."""
+    for sidecar in {None, model.sidecar.path if model.sidecar else None}:
+        known = Store().load(profile_key(model.path, sidecar))
+        if known is not None:
+            store.add(replace(known, recycling=()))
 
 
 def speculation_options(mode: Mode, *, draft_model: Path | None) -> SpeculationOptions:
@@ -118,7 +131,7 @@ class Ours:
         options: SpeculationOptions,
         sampling: SamplingOptions,
         *,
-        store: Store | None = None,
+        store: Store,
     ) -> None:
         model.clear()
         start = perf_counter()
@@ -158,8 +171,6 @@ class Ours:
             return Answer(tuple(token.id for token in tokens), stats)
 
     def close(self) -> None:
-        """Keeps what was learned."""
-        self._speculation.save()
         self._speculation.close()
 
 
