@@ -30,6 +30,7 @@ _TOKEN = re.compile(
     r"""#[^\n]*|"(?:[^"\\]|\\.)*"?|\[(?:[^\]\\]|\\.)*\]?|\{[^}]*\}?|\S""", re.DOTALL
 )
 _COUNT = re.compile(r"\d+")
+_BRACKETED = re.compile(r"\\.|\[(?:[^\]\\]|\\.)*\]?|\{[^}]*\}?", re.DOTALL)
 _SCHEMA_COUNTS = ("minItems", "maxItems", "minLength", "maxLength")
 
 
@@ -51,13 +52,20 @@ def from_schema(schema: dict[str, Any], *, param: str) -> str:
 
 
 def _limit_counts(schema: Any, param: str) -> None:
-    """Counts that no grammar could have are told by their names."""
+    """Tells counts that no grammar could have by their names, and brackets that nothing opened."""
     values = schema.values() if isinstance(schema, dict) else schema
     if isinstance(schema, dict):
         for name in _SCHEMA_COUNTS:
             count = schema.get(name)
             if isinstance(count, (int, float)) and not 0 <= count <= MAX_REPETITION:
                 raise bad_request(f"{name} must be from 0 to {MAX_REPETITION}", param=param)
+        pattern = schema.get("pattern")
+        if isinstance(pattern, str) and re.search(r"[\]}]", _BRACKETED.sub("", pattern)):
+            # the converter would never come to its end
+            raise bad_request(
+                "the schema's pattern has a ] or } that nothing opened; put a \\ before it",
+                param=param,
+            )
     for value in values:
         if isinstance(value, (dict, list)):
             _limit_counts(value, param)

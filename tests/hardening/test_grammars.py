@@ -194,6 +194,7 @@ BOUNDLESS_SCHEMAS: dict[str, dict[str, object]] = {
     "long names": _arrays(4, "x" * 2000),
     "many arrays": _arrays(400, "x" * 30_000),
     "a bracket that nothing opened": {"type": "string", "pattern": "^a]$"},
+    "a brace that nothing opened": {"items": {"type": "string", "pattern": r"^[^\]]\[a{2}}$"}},
     "a repetition of repetitions": {"type": "string", "pattern": "^" + "a{2000}" * 9000 + "$"},
     "references": {
         "$defs": {"x" * 1000: _arrays(50, "y")},
@@ -248,6 +249,7 @@ def test_repetitions_that_a_schema_needs_are_taken(
         "type": "object",
         "properties": {
             "name": {"type": "string", "maxLength": 200},
+            "in brackets": {"type": "string", "pattern": r"^\[[^\]]{1,9}\]\}$"},
             "zip": {"type": "string", "pattern": "^[0-9]{5}(-[0-9]{4})?$"},
             "tags": {"type": "array", "items": {"type": "string"}, "maxItems": 20},
         },
