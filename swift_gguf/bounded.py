@@ -1,7 +1,7 @@
 """Work on what strangers wrote, in a process of its own with an end to time and memory.
 
 Chat templates are programs (`template_rendering`); JSON schemas are small texts that may describe
-gigabytes (`server.schema_conversion`).
+gigabytes (`schema_conversion`).
 """
 
 from __future__ import annotations

@@ -24,17 +24,25 @@ MEMORY = 512 << 20
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, str]:
-    """The answer to a request."""
+    """The answer to a request; whatever its text trips over is an error of its own."""
     try:
-        if "schema" in request:
-            from swift_gguf.server.schema_conversion import convert
-
-            return convert(request["schema"])
-        from swift_gguf.template_rendering import render
-
-        return render(request["template"], request["variables"])
+        return {"text": _work(request)}
     except MemoryError:
         return {"error": f"it needs more than {MEMORY >> 20} MB"}
+    except RecursionError:
+        return {"error": "it is nested too deep, or calls itself without end"}
+    except Exception as error:
+        return {"error": " ".join(str(error).split())[:300] or type(error).__name__}
+
+
+def _work(request: Mapping[str, Any]) -> str:
+    if "schema" in request:
+        from swift_gguf.schema_conversion import convert
+
+        return convert(request["schema"])
+    from swift_gguf.template_rendering import render
+
+    return render(request["template"], request["variables"])
 
 
 def _limit_resources() -> None:

@@ -45,7 +45,7 @@ def on_deep_stack(n_characters: int, call: Callable[[], T]) -> T:
         except BaseException as error:
             failed.append(error)
 
-    _start(threading.Thread(target=run), SHALLOW * BYTES_EACH + n_characters * BYTES_EACH).join()
+    _start(threading.Thread(target=run), (SHALLOW + n_characters) * BYTES_EACH).join()
     if failed:
         raise failed[0]
     return done[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from swift_gguf.cells import TRUNK, Cells
@@ -17,8 +16,8 @@ from swift_gguf.errors import (
     UnsupportedModelError,
 )
 from swift_gguf.loading import DEFAULT_CONTEXT as DEFAULT_CONTEXT
-from swift_gguf.loading import Loaded, cause, n_sequences
 from swift_gguf.loading import ModelOptions as ModelOptions
+from swift_gguf.loading import cause, n_sequences
 from swift_gguf.open_model import OpenModel
 from swift_gguf.subnetwork import SubNetwork
 
@@ -36,15 +35,8 @@ class Model(OpenModel):
 
     _batch: Any = None
 
-    def __init__(
-        self,
-        path: str | Path,
-        options: ModelOptions | None = None,
-        *,
-        loaded: Loaded | None = None,
-    ) -> None:
-        """See `OpenModel`."""
-        super().__init__(path, options, loaded=loaded)
+    def _set_up(self) -> None:
+        super()._set_up()
         self.n_passes = 0
         """Passes so far: while it stands still, so do the rows of logits."""
         self._outputs = range(0)

@@ -56,13 +56,13 @@ class OpenModel:
         self._handles = Handles(self.path, wanted=self.options.sidecar)
         self._loaded = loaded or load(self.path, self.options)
         try:
-            self._look()
+            self._set_up()
             self._handles.open(self._model, n_layer=self.n_layer, has_experts=self.has_experts)
         except BaseException:
             self.close()
             raise
 
-    def _look(self) -> None:
+    def _set_up(self) -> None:
         api, model, ctx = self._api, self._model, self.ctx
         self.vocab = api.llama_model_get_vocab(model)
         self.n_layer: int = api.llama_model_n_layer(model)

@@ -71,16 +71,14 @@ def _compiled(source: str) -> jinja2.Template:
     return environment.from_string(source)
 
 
-def render(source: str, variables: Mapping[str, Any]) -> dict[str, str]:
-    """The answer to a request; whatever a template trips over is an error of its own."""
-    try:
-        text = _compiled(source).render(variables)
-        if len(text) > MAX_TEXT:
-            return {"error": f"it makes a prompt of more than {MAX_TEXT} characters"}
-        return {"text": text}
-    except MemoryError:
-        raise
-    except RecursionError:
-        return {"error": "it is nested too deep, or calls itself without end"}
-    except Exception as error:
-        return {"error": " ".join(str(error).split())[:300] or type(error).__name__}
+def render(source: str, variables: Mapping[str, Any]) -> str:
+    """The prompt.
+
+    Raises:
+        ValueError: it is too long.
+        Exception: whatever the template trips over.
+    """
+    text = _compiled(source).render(variables)
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"it makes a prompt of more than {MAX_TEXT} characters")
+    return text

@@ -17,19 +17,17 @@ MAX_LENGTH = 256 * 1024
 """Characters of a grammar."""
 
 
-def convert(schema: str) -> dict[str, str]:
-    """{"text": GBNF} or {"error": why not}."""
-    try:
-        gbnf: str = _converter().json_schema_to_gbnf(schema)
-    except MemoryError:
-        raise
-    except RecursionError:
-        return {"error": "it is nested too deep"}
-    except Exception as error:  # whatever the converter trips over is the schema's fault
-        return {"error": " ".join(str(error).split())[:300] or type(error).__name__}
+def convert(schema: str) -> str:
+    """GBNF for the JSON that a schema describes.
+
+    Raises:
+        ValueError: it describes too much.
+        Exception: whatever the converter trips over.
+    """
+    gbnf: str = _converter().json_schema_to_gbnf(schema)
     if len(gbnf) > MAX_LENGTH:
-        return {"error": "it describes too much; make it smaller"}
-    return {"text": gbnf}
+        raise ValueError("it describes too much; make it smaller")
+    return gbnf
 
 
 @cache
