@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import ModuleType
 
@@ -14,13 +15,22 @@ from swift_gguf.errors import NativeLibraryError
 REINSTALL = "reinstall swift-gguf (pip install --force-reinstall swift-gguf, or make)"
 
 
-def _library_folders() -> Iterator[Path]:
+def built_folders(name: str) -> list[Path]:
+    """Where a folder of built files may be: in the package, or where the package is installed.
+
+    An editable install has two roots, the sources and the built files in site-packages; and in a
+    checkout Python finds the sources first, which have no built files beside them.
+    """
+    roots = [Path(root) for root in sys.modules["swift_gguf"].__path__]
+    with suppress(PackageNotFoundError):
+        roots.append(Path(str(distribution("swift-gguf").locate_file("swift_gguf"))))
+    return list(dict.fromkeys(root / name for root in roots))
+
+
+def _library_folders() -> list[Path]:
     if override := os.environ.get("SWIFT_GGUF_LIB_DIR"):
-        yield Path(override)
-        return
-    # An editable install has two roots: the sources, and the built files in site-packages.
-    for root in sys.modules["swift_gguf"].__path__:
-        yield Path(root) / "lib"
+        return [Path(override)]
+    return built_folders("lib")
 
 
 def find_library() -> Path:
@@ -29,7 +39,7 @@ def find_library() -> Path:
     Raises:
         NativeLibraryError: nothing is built, or SWIFT_GGUF_LIB_DIR leads nowhere.
     """
-    tried = list(_library_folders())
+    tried = _library_folders()
     for folder in tried:
         if any(folder.glob("*llama.*")):
             return folder

@@ -5,11 +5,10 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
-import sys
 from pathlib import Path
 
 from swift_gguf.errors import ConvertError, NativeLibraryError
-from swift_gguf.native_load import REINSTALL
+from swift_gguf.native_load import REINSTALL, built_folders
 
 SCRIPT = "convert_hf_to_gguf.py"
 PACKAGES = ("torch", "transformers", "safetensors", "sentencepiece")
@@ -22,12 +21,11 @@ def find() -> Path:
     Raises:
         NativeLibraryError: it was not installed.
     """
-    # An editable install has two roots: the sources, and the built files in site-packages.
-    roots = [Path(root) / "converter" for root in sys.modules["swift_gguf"].__path__]
-    for root in roots:
-        if (root / SCRIPT).is_file():
-            return root
-    raise NativeLibraryError(f"llama.cpp's converter is not in {roots[-1]}; {REINSTALL}")
+    folders = built_folders("converter")
+    for folder in folders:
+        if (folder / SCRIPT).is_file():
+            return folder
+    raise NativeLibraryError(f"llama.cpp's converter is not in {folders[-1]}; {REINSTALL}")
 
 
 def require_packages() -> None:
