@@ -32,7 +32,7 @@ class ModelOptions:
     n_batch: int = 512
     """Tokens decoded at once during prefill; at least 48, so that trees and windows fit, too."""
     n_threads: int | None = None
-    """None: one a physical core, performance cores only where there are two kinds."""
+    """None: see `threads.default_threads`."""
     n_gpu_layers: int = -1
     """-1: all of them, where there is a GPU."""
     flash_attn: bool | None = None

@@ -5,17 +5,26 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
-from swift_gguf.subnetwork import parse_layers
+ROOT = Path("/")
+"""Of `proc` and `sys`; tests have their own."""
 
 
-def default_threads() -> int:
-    """Physical cores this process may use, performance cores only where there are two kinds.
+def default_threads(root: Path = ROOT) -> int:
+    """Physical cores this process may use, performance cores only where there are two kinds, and no
+    more than its container's quota of CPU time is worth.
 
     Decoding is bound by memory: a second hardware thread a core gains nothing, and one slow core
-    holds all others up at every operation.
+    holds all others up at every operation.  Threads beyond the quota use it up early in every
+    period, and all of them stand still for the rest.
     """
+    cores, quota = _cores(root), quota_cpus(root)
+    return max(1, cores if quota is None else min(cores, int(quota)))
+
+
+def _cores(root: Path) -> int:
     if sys.platform == "darwin":
         for key in ("hw.perflevel0.physicalcpu", "hw.physicalcpu"):
             done = subprocess.run(["sysctl", "-n", key], capture_output=True, text=True)
@@ -23,17 +32,100 @@ def default_threads() -> int:
                 return int(done.stdout)
     if hasattr(os, "sched_getaffinity"):
         cores = set()
-        for cpu in os.sched_getaffinity(0) & (_performance_cpus() or os.sched_getaffinity(0)):
-            siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        usable = os.sched_getaffinity(0)
+        for cpu in usable & (_performance_cpus(root) or usable):
+            siblings = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
             cores.add(siblings.read_text() if siblings.exists() else str(cpu))
-        return max(1, len(cores))
-    return max(1, (os.cpu_count() or 2) // 2)
+        return len(cores)
+    return (os.cpu_count() or 2) // 2
 
 
-def _performance_cpus() -> set[int]:
+def _performance_cpus(root: Path) -> set[int]:
     """Linux' list of performance cores on processors with two kinds; empty on others."""
     try:
-        text = Path("/sys/devices/cpu_core/cpus").read_text()
-    except OSError:
+        return cpu_list((root / "sys/devices/cpu_core/cpus").read_text())
+    except (OSError, ValueError):
         return set()
-    return set(parse_layers(text.strip()))
+
+
+def cpu_list(text: str) -> set[int]:
+    """The CPUs of a list as Linux writes it: "0-3,8".
+
+    Raises:
+        ValueError: it is no such list.
+    """
+    cpus = set[int]()
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        cpus.update(range(int(first), int(last or first) + 1))
+    return cpus
+
+
+# -- a container's share ---------------------------------------------------------------------------
+
+
+def quota_cpus(root: Path = ROOT) -> float | None:
+    """CPUs' worth of time that this process' control group and those above it leave to it; None
+    where there is no limit, or no control groups.
+
+    Linux' cgroups(7): `cpu.max` in version 2, `cpu.cfs_quota_us` of `cpu.cfs_period_us` in 1.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        return min(_quotas(root), default=None)
+    except (OSError, ValueError, ArithmeticError):  # no such system, or other files
+        return None
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    groups = _groups((root / "proc/self/cgroup").read_text())
+    for line in (root / "proc/self/mountinfo").read_text().splitlines():
+        fields, _, rest = line.partition(" - ")
+        kind, _, options = rest.split(" ", 2)
+        shown, mount = map(_unescaped, fields.split()[3:5])
+        if kind == "cgroup2" and "" in groups:
+            read, group = _quota_v2, groups[""]
+        elif kind == "cgroup" and "cpu" in options.split(",") and "cpu" in groups:
+            read, group = _quota_v1, groups["cpu"]
+        else:
+            continue
+        top = root / mount.lstrip("/")
+        # inside a container the mount may show the container's own group as the top of all
+        inside = PurePosixPath(group)
+        below = inside.relative_to(shown) if inside.is_relative_to(shown) else PurePosixPath()
+        for folder in (below, *below.parents):
+            if (quota := read(top / folder)) is not None:
+                yield quota
+
+
+def _groups(text: str) -> dict[str, str]:
+    """proc/self/cgroup: this process' group by controller; under "" that of version 2."""
+    groups = dict[str, str]()
+    for line in text.splitlines():
+        _, controllers, group = line.split(":", 2)
+        groups |= dict.fromkeys(controllers.split(","), group)
+    return groups
+
+
+def _unescaped(path: str) -> str:
+    """mountinfo writes spaces in octal."""
+    return path.replace("\\040", " ")
+
+
+def _quota_v2(folder: Path) -> float | None:
+    quota, period = (_read(folder / "cpu.max") or "max 100000").split()
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def _quota_v1(folder: Path) -> float | None:
+    quota, period = (_read(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+    return int(quota) / int(period) if quota and period and int(quota) > 0 else None
+
+
+def _read(path: Path) -> str:
+    """Empty where there is none: the topmost group has no limits."""
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return ""
