@@ -24,8 +24,8 @@ NATIVE = Path(__file__).resolve().parent
 PIN_FILE = NATIVE / "llama_cpp.pin"
 PATCHES = sorted((NATIVE / "patches").glob("*.patch"))
 
-# What libllama is built from; models, docs and tools are 80 % of the archive.
-NEEDED = ("CMakeLists.txt", "LICENSE", "cmake/", "ggml/", "include/", "src/", "vendor/")
+# What the libraries are built from; models, docs and tools are 80 % of the archive.
+NEEDED = ("CMakeLists.txt", "LICENSE", "cmake/", "common/", "ggml/", "include/", "src/", "vendor/")
 # llama.cpp's converter of Hugging Face checkpoints, which is Python and installed as it is.
 CONVERTER = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/gguf/", "gguf-py/LICENSE")
 STAMP = ".swift-gguf-source"

@@ -27,6 +27,7 @@ LISTED = {
         "ggml/src/ggml-cpu/ggml-cpu.c",
         "ggml/src/ggml-cpu/repack.cpp",
     },
+    "0003-bounded-parsing.patch": {"common/peg-parser.cpp", "common/peg-parser.h"},
 }
 
 

@@ -20,6 +20,7 @@ SUITES = (
     "test_masks.py",
     "test_bindings.py",
     "test_kernels.py",
+    "test_chat_answers.py",
 )
 TOO_LITTLE_ROOM = """
 import ctypes, sys
