@@ -119,9 +119,13 @@ def split(text: str) -> tuple[list[str], str]:
     return [block for block in blocks if block.strip()], "".join(lines[cuts[-1] :])
 
 
-def rendered(console: Console, renderable: Any) -> list[list[Segment]]:
-    """Lines of segments, without the blanks that fill them up to the width of the terminal."""
-    lines = console.render_lines(renderable, pad=False)
+def rendered(console: Console, renderable: Any, width: int | None = None) -> list[list[Segment]]:
+    """Lines of segments, without the blanks that fill them up to the width of the terminal.
+
+    width: in columns, if it is another than the terminal's.
+    """
+    options = console.options.update(width=width) if width else None
+    lines = console.render_lines(renderable, options, pad=False)
     return [_without_end(line) for line in lines]
 
 

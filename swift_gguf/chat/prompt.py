@@ -13,6 +13,7 @@ from prompt_toolkit.completion import CompleteEvent, Completer, Completion, Path
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.layout.processors import TabsProcessor
 from prompt_toolkit.output.color_depth import ColorDepth
 from prompt_toolkit.styles import Style
 
@@ -61,6 +62,7 @@ class Prompt:
             ),
             history=history(data_dir() / "chat_history"),
             completer=ChatCompleter(),
+            input_processors=[TabsProcessor(char1=" ", char2=" ")],
             complete_while_typing=False,
             key_bindings=bindings(),
             bottom_toolbar=self._toolbar,

@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from time import perf_counter
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.live import Live
 from rich.segment import Segment, Segments
 from rich.text import Text
 
 from swift_gguf.chat.markdown import THEME, Markdown, rendered, split
+from swift_gguf.chat.reflow import Line, place, text_of, without
 from swift_gguf.chat.screen import View
 from swift_gguf.chat.settings import Settings
 from swift_gguf.chat.thinking import Part
@@ -101,14 +102,21 @@ def _silent_keyboard() -> Iterator[None]:
 
 
 class _Drawing(AbstractContextManager["_Drawing"]):
-    """An answer on the terminal: what is finished scrolls away, the rest is redrawn."""
+    """An answer on the terminal: what is finished scrolls away, the rest is redrawn.
+
+    Of a block that is too tall to be redrawn, the first lines are printed for good before it is
+    finished.  Where its rest begins is counted in lines, and found anew when the width changes.
+    """
 
     def __init__(self, output: Console, settings: Settings) -> None:
         self._console, self._settings = output, settings
         self._live = Live(console=output, auto_refresh=False, transient=True)
         self._thought, self._text = "", ""
         self._thought_n = 0
-        self._n_printed = 0  # lines of the last block, where it is too tall to be redrawn
+        self._begin_block()
+        self._size = output.size
+        self._rows: list[Line] = []  # what is redrawn; the first of them are the answer's
+        self._n_answer_rows = 0
         self._has_gap = False  # an empty line comes before the last block
         self._begun = perf_counter()
         self._thought_s: float | None = None
@@ -117,12 +125,18 @@ class _Drawing(AbstractContextManager["_Drawing"]):
 
     def __enter__(self) -> _Drawing:
         self._live.start()
-        self._draw(Text("reading …", style="dim"))
+        self._draw(rendered(self._console, Text("reading …", style="dim")))
         return self
+
+    def _begin_block(self) -> None:
+        self._printed: list[Line] = []  # of the last block, for good
+        self._n_lines = self._n_chars = 0  # where its rest begins: see `place`
+        self._width: int | None = None  # that it is laid out for, where it is not the window's
 
     def __exit__(self, *_: object) -> None:
         try:
             with self._console:
+                self._fit()
                 self._end_thought()
                 self._print_text(final=True)
         finally:
@@ -162,12 +176,12 @@ class _Drawing(AbstractContextManager["_Drawing"]):
         self._print(rendered(self._console, Text(thought, style="dim italic")))
         self._has_gap = True
 
-    def _thinking(self) -> RenderableType:
+    def _thinking(self) -> list[Line]:
         if self._settings.thinking == "hide":
-            return Text("thinking …", style="dim italic")
+            return rendered(self._console, Text("thinking …", style="dim italic"))
         n = self._height if self._settings.thinking == "show" else THOUGHT_LINES
         latest = "\n".join(self._thought.strip().split("\n")[-n:])
-        return _segments(rendered(self._console, Text(latest, style="dim italic"))[-n:])
+        return rendered(self._console, Text(latest, style="dim italic"))[-n:]
 
     # -- the answer --------------------------------------------------------------------------------
 
@@ -176,6 +190,7 @@ class _Drawing(AbstractContextManager["_Drawing"]):
         return max(3, self._console.height - 3)
 
     def _refresh(self) -> None:
+        self._fit()
         if self._thought and self._thought_s is None:
             self._draw(self._thinking())
             return
@@ -183,10 +198,13 @@ class _Drawing(AbstractContextManager["_Drawing"]):
         if self._text:
             lines = self._lines(self._text)
             overflow = len(lines) - self._height
-            if overflow > self._n_printed:
-                self._print(lines[self._n_printed : overflow])
-                self._n_printed = overflow
-            self._draw(_segments(lines[self._n_printed :]))
+            if overflow > self._n_lines:
+                scrolled = self._rest(lines[:overflow])
+                self._print(scrolled)
+                self._printed += scrolled
+                self._n_lines, self._n_chars = overflow, 0
+            rest = self._rest(lines)
+            self._draw(rest, n_answer=len(rest))
 
     def _print_text(self, *, final: bool = False) -> None:
         """Blocks that are finished scroll away."""
@@ -197,37 +215,87 @@ class _Drawing(AbstractContextManager["_Drawing"]):
         if final:
             blocks, rest = [*blocks, rest], ""
         for block in blocks:
-            lines = self._lines(block)[self._n_printed :]
-            self._n_printed = 0
+            lines = self._rest(self._lines(block))
+            self._begin_block()
             if lines:
                 self._print(lines)
                 self._has_gap = True
         if blocks:
             self._text = rest
 
-    def _lines(self, block: str) -> list[list[Segment]]:
+    def _lines(self, block: str) -> list[Line]:
         """A block, after an empty line where something comes before it."""
+        lines = self._laid_out(block)
+        width = self._console.width
+        if self._width is None or self._width <= width:
+            return lines
+        return [part for line in lines for part in rendered(self._console, text_of(line))]
+
+    def _laid_out(self, block: str) -> list[Line]:
         if not self._settings.markdown:
-            return rendered(self._console, Text(block)) if block else []
+            return rendered(self._console, Text(block), self._width) if block else []
         if not block.strip():
             return []
-        lines = rendered(self._console, Markdown(block))
+        lines = rendered(self._console, Markdown(block), self._width)
         while lines and not lines[-1]:
             lines.pop()
         while lines and not lines[0]:
             lines.pop(0)
         return [[], *lines] if self._has_gap else lines
 
-    def _print(self, lines: Sequence[Sequence[Segment]]) -> None:
+    def _rest(self, lines: list[Line]) -> list[Line]:
+        """What is not printed yet of a block."""
+        rest = lines[self._n_lines :]
+        if rest and self._n_chars:
+            rest[0] = without(rest[0], self._n_chars)
+        return rest
+
+    def _print(self, lines: Sequence[Line]) -> None:
         """For good, above what is redrawn."""
         self._live.update(Text(""), refresh=True)  # or what was drawn last would stay below
+        self._rows, self._n_answer_rows = [[]], 0
         self._console.print(_segments(lines), end="")
 
-    def _draw(self, renderable: RenderableType) -> None:
-        seconds = perf_counter() - self._begun
-        status = Text(f"{self._n} tokens, {seconds:.0f} s; Ctrl-C stops", style="dim")
-        show = Group(renderable, status) if self._n else renderable
-        self._live.update(show, refresh=True)
+    def _draw(self, rows: list[Line], *, n_answer: int = 0) -> None:
+        """n_answer: how many of the rows are the answer's."""
+        if self._n:
+            seconds = perf_counter() - self._begun
+            status = Text(f"{self._n} tokens, {seconds:.0f} s; Ctrl-C stops", style="dim")
+            rows = [*rows, *rendered(self._console, status)]
+        self._live.update(_segments(rows), refresh=True)
+        self._rows, self._n_answer_rows = rows, n_answer
+
+    # -- another size ------------------------------------------------------------------------------
+
+    def _fit(self) -> None:
+        """After the window's size has changed.
+
+        Terminals wrap long rows anew where the window got narrower, or cut them, and move the
+        first ones out of reach where it got lower.  What is left of the rows that were to be
+        redrawn is what surely is one row each; the others stay as they are.
+        """
+        if self._console.size == self._size:
+            return
+        before, self._size = self._width or self._size.width, self._console.size
+        n_kept = 0
+        for row in reversed(self._rows[-self._size.height :]):
+            if Segment.get_line_length(row) > self._size.width:
+                break
+            n_kept += 1
+        self._live._live_render._shape = (self._size.width, n_kept)  # how far it moves up
+        n_staying = min(len(self._rows) - n_kept, self._n_answer_rows)
+        self._printed += self._rows[:n_staying]
+        self._find_rest(before)
+
+    def _find_rest(self, before: int) -> None:
+        """before: the width that the last block was laid out for."""
+        if not self._printed:
+            return
+        for width in (None, before):
+            self._width = width
+            self._n_lines, self._n_chars, is_all = place(self._lines(self._text), self._printed)
+            if is_all:
+                return
 
 
 def _finished_lines(text: str) -> tuple[list[str], str]:
@@ -235,7 +303,7 @@ def _finished_lines(text: str) -> tuple[list[str], str]:
     return ([done], rest) if newline else ([], text)
 
 
-def _segments(lines: Sequence[Sequence[Segment]]) -> Segments:
+def _segments(lines: Sequence[Line]) -> Segments:
     return Segments([segment for line in lines for segment in (*line, Segment.line())])
 
 

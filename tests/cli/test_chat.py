@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pexpect
-import pyte
 import pytest
 
 from swift_gguf.models import resolve
 from tests.cli.conftest import COMMAND, assert_one_line_failure
+from tests.fixtures.window import Window
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 QUICK = ("-n", 24, "-c", 512, "--seed", 5, "-ngl", 0)
@@ -28,7 +28,7 @@ CTRL_C, CTRL_D, ALT_ENTER, UP = "\x03", "\x04", "\x1b\r", "\x1b[A"
 PASTE = "\x1b[200~{}\x1b[201~"
 
 
-class Terminal(pyte.HistoryScreen):  # type: ignore[misc]
+class Terminal(Window):
     """A terminal that a chat runs in, and what a person sees and types there."""
 
     def __init__(
@@ -39,9 +39,8 @@ class Terminal(pyte.HistoryScreen):  # type: ignore[misc]
         cwd: Path | None = None,
         **environment: str,
     ) -> None:
-        super().__init__(columns, lines, history=5000)
+        super().__init__(columns, lines)
         self.raw = ""
-        self._stream = pyte.Stream(self)
         self.child = pexpect.spawn(
             COMMAND[0],
             [*COMMAND[1:], "chat", *map(str, arguments)],
@@ -69,16 +68,13 @@ class Terminal(pyte.HistoryScreen):  # type: ignore[misc]
         except pexpect.EOF:
             return False
         self.raw += text
-        self._stream.feed(text)
+        self.feed(text)
         return True
 
-    @property
-    def text(self) -> str:
-        """What is on the screen and above it."""
-        above = [
-            "".join(line[x].data for x in range(self.columns)).rstrip() for line in self.history.top
-        ]
-        return "\n".join([*above, *(line.rstrip() for line in self.display)]).rstrip()
+    def set_size(self, columns: int, lines: int) -> None:
+        """A person pulls at the window."""
+        self.resize(lines, columns)
+        self.child.setwinsize(lines, columns)
 
     def wait(self, condition: Callable[[], Any] | str, seconds: float = 20) -> None:
         """Until it is so, or a text is on the screen."""
@@ -209,6 +205,20 @@ def test_several_lines(terminal: Callable[..., Terminal], model: Path, tmp_path:
     assert chat.leave() == 0
 
 
+def test_pasted_tabs_are_blanks_on_the_screen_and_tabs_in_the_message(
+    terminal: Callable[..., Terminal], model: Path, tmp_path: Path
+) -> None:
+    chat = terminal(model, *QUICK)
+    chat.ready()
+    chat.type(PASTE.format("one\ttwo"), enter=False)
+    chat.wait(">>> one two")
+    assert "^I" not in chat.text
+    n = chat.n_prompts
+    chat.type("")
+    chat.wait(lambda: chat.n_prompts > n)
+    assert saved(chat, tmp_path / "talk.json")[0]["user"] == "one\ttwo"
+
+
 def test_completion_and_history_across_sessions(
     terminal: Callable[..., Terminal], model: Path, tmp_path: Path
 ) -> None:
@@ -314,6 +324,24 @@ def test_colours_and_width(
     assert bool(colours) == (not environment)
 
 
+@pytest.mark.parametrize("size", [(120, 12), (60, 30)], ids=str)
+def test_no_word_is_lost_when_the_window_changes(
+    terminal: Callable[..., Terminal], model: Path, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    chat = terminal(model, *ENDLESS, "-n", 1500, columns=40, lines=12)
+    chat.ask("/set markdown off")
+    chat.ready()
+    chat.type("Hello")
+    chat.wait(lambda: len(chat.text) > 800)  # its first lines are above the screen
+    assert "Ctrl-C stops" in chat.text, "it has ended already"
+    chat.set_size(*size)
+    chat.ready()
+    (turn,) = saved(chat, tmp_path / "talk.json")
+    answer = "".join(turn["assistant"].split())
+    assert len(turn["assistant"]) >= 1500
+    assert "".join(chat.text.split()).count(answer) == 1
+
+
 def test_what_is_typed_meanwhile_waits_and_the_terminal_is_left_as_it_was(
     terminal: Callable[..., Terminal], model: Path
 ) -> None:
@@ -414,7 +442,7 @@ def test_input_that_is_no_text(model: Path) -> None:
     command = [*COMMAND, "chat", str(model), *map(str, QUICK)]
     done = subprocess.run(command, input=b"caf\xe9 \xff\n", capture_output=True)
     assert done.returncode == 1
-    assert done.stderr == b"swift-gguf: standard input is not UTF-8 text\n"
+    assert done.stderr == b"swift-gguf: standard input is not UTF-8 text; save it as UTF-8\n"
 
 
 def test_ctrl_c_ends_a_script(model: Path) -> None:
