@@ -21,6 +21,7 @@ from pydantic import Field
 from swift_gguf.errors import ModelError, SwiftError
 from swift_gguf.hub import PREFIX as HUB
 from swift_gguf.models import registry, resolve
+from swift_gguf.text_files import read_text
 
 if TYPE_CHECKING:
     from swift_gguf.llama import SwiftLlama
@@ -209,8 +210,8 @@ def _list_path() -> Path:
 
 def _remembered() -> list[str]:
     try:
-        names = json.loads(_list_path().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        names = json.loads(read_text(_list_path()))
+    except (SwiftError, ValueError):
         return []
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swift_gguf.errors import SuiteError
+from swift_gguf.text_files import read_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +44,8 @@ def read_suite(path: Path) -> list[Row]:
     Raises:
         SuiteError: it cannot be read, or a line is something else.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise SuiteError(f"{path} cannot be read: {reason}") from error
+    # by "\n" alone: what else `splitlines` takes for an end may stand in strings, U+2028 for one
+    lines = read_text(path, error=SuiteError).split("\n")
     rows = [_row(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise SuiteError(f"{path} holds no prompts")

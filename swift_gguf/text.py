@@ -5,11 +5,17 @@ from __future__ import annotations
 import codecs
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 
+from swift_gguf.deep_stack import MOST
 from swift_gguf.errors import ModelError, SwiftError, TemplateError
 from swift_gguf.model import Model
 from swift_gguf.native import library
 from swift_gguf.templates import ChatTemplate
+from swift_gguf.text_files import read_text
+
+MOST_BYTES = 4 * MOST
+"""Of a text that can be split into tokens."""
 
 Message = Mapping[str, str]
 """``{"role": "system" | "user" | "assistant", "content": ...}``."""
@@ -93,9 +99,33 @@ def read_template(value: str) -> str:
     if "{" in value:
         return value
     try:
-        with open(value, encoding="utf-8") as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(value)
+    except SwiftError as error:
         raise SwiftError(
-            f"the chat template {value!r} is neither Jinja text nor a file that can be read"
+            f"the chat template is neither Jinja text nor a file that can be read: {error}"
         ) from error
+
+
+def read_prompt(path: Path, *, pipes: bool = True) -> str:
+    """A text file whose text can be split into tokens; see `read_text`.
+
+    Raises:
+        SwiftError: it cannot be read, or is longer than any text that can be split.
+    """
+    return splittable(read_text(path, limit=MOST_BYTES, pipes=pipes), str(path))
+
+
+def splittable(text: str, name: str) -> str:
+    """The text.
+
+    name: what it is from, for the message.
+
+    Raises:
+        SwiftError: it is too long to be split into tokens.
+    """
+    if len(text) > MOST:
+        raise SwiftError(
+            f"{name} is too long: it has {len(text)} characters, and at most {MOST} can be split "
+            "into tokens; give a part of it"
+        )
+    return text

@@ -15,9 +15,9 @@ from swift_gguf.chat.thinking import read
 from swift_gguf.errors import SwiftError
 from swift_gguf.model import Model
 from swift_gguf.text import StreamDecoder, encode
+from swift_gguf.text_files import read_text
 
 FORMAT, VERSION = "swift-gguf conversation", 1
-MAX_BYTES = 64 << 20
 
 
 def save(path: Path, model: Model, *, system: str | None, turns: Sequence[Turn]) -> None:
@@ -89,11 +89,7 @@ def load(path: Path, model: Model) -> tuple[str | None, list[Turn]]:
 
 def _content(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError("it is too large")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SwiftError(f"{path} cannot be read: {error.strerror or error}") from error
+        content = json.loads(read_text(path, pipes=False))
     except (ValueError, RecursionError) as error:
         raise SwiftError(f"{path} is no saved conversation: {_reason(error)}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:

@@ -18,7 +18,7 @@ from swift_gguf.sampling import SamplingOptions
 from swift_gguf.session import Answer, Piece, Session, stopped_by_ctrl_c
 from swift_gguf.speculation import Speculation
 from swift_gguf.speculation_options import SpeculationOptions
-from swift_gguf.text import encode
+from swift_gguf.text import encode, read_prompt
 
 BETTER = 1.02
 """By which drafts must be expected to be faster before a person is told."""
@@ -259,19 +259,17 @@ class Chat:
         """A text file goes with the next message.
 
         Raises:
-            SwiftError: it cannot be read, or is larger than the context.
+            SwiftError: it is no regular file, cannot be read, or is larger than the context.
         """
         try:
-            text = path.expanduser().read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise SwiftError(f"{path} is not UTF-8 text") from error
-        except (OSError, RuntimeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise SwiftError(f"{path} cannot be read: {reason}") from error
+            text = read_prompt(path.expanduser(), pipes=False)
+        except RuntimeError as error:  # no such user's home
+            raise SwiftError(f"{path} cannot be read: {error}") from error
         n_tokens, n_ctx = len(encode(self.session.model, text, start=False)), self.figures.n_ctx
         if n_tokens >= n_ctx:
             raise SwiftError(
-                f"{path} has {n_tokens} tokens and the context {n_ctx}; start with a larger -c"
+                f"{path} has {n_tokens} tokens and the context {n_ctx}; start with a larger -c, "
+                "or give a part of it"
             )
         fence = "```"
         while fence in text:

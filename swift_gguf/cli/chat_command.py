@@ -143,6 +143,8 @@ def _answer_lines(talk: Chat) -> None:
 def _messages() -> Iterator[str]:
     """Lines of standard input, those between quotes as one."""
     from swift_gguf.chat.commands import is_open
+    from swift_gguf.cli.options import STANDARD_INPUT
+    from swift_gguf.text_files import decode
 
     if sys.stdin is None:
         return
@@ -152,10 +154,7 @@ def _messages() -> Iterator[str]:
         if is_person:
             click.echo("... " if message else ">>> ", nl=False, err=True)
         line = sys.stdin.buffer.readline()
-        try:
-            message += line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise click.ClickException("standard input is not UTF-8 text") from error
+        message += decode(line, STANDARD_INPUT)
         if line and is_open(message):
             continue
         if message.strip():

@@ -13,6 +13,7 @@ import click
 
 from swift_gguf.cli.help import examples, model_argument
 from swift_gguf.cli.options import (
+    STANDARD_INPUT,
     answer_flags,
     load_model,
     model_flags,
@@ -43,7 +44,12 @@ LITTLE = 1.1
 )
 @model_argument
 @click.option("-p", "--prompt", help="The prompt.  [default: standard input]")
-@click.option("-f", "--file", type=click.Path(path_type=Path), help="Read the prompt from a file.")
+@click.option(
+    "-f",
+    "--file",
+    type=click.Path(path_type=Path),
+    help="Read the prompt from a file; -: standard input.",
+)
 @answer_flags
 @click.option("--raw", is_flag=True, help="No chat template: continue the prompt as it stands.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, no stream.")
@@ -107,15 +113,16 @@ def _prompt_text(values: dict[str, Any]) -> str:
         raise click.UsageError("give -p or -f, not both")
     if prompt is not None:
         return prompt
+    file: Path | None = values["file"]
+    if file is None:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise click.UsageError("no prompt; give -p TEXT, -f FILE, or pipe it in")
+        file = Path("-")
+    from swift_gguf.text import MOST_BYTES, splittable
+
     # a text file ends with a line break that is no part of the prompt; llama-cli drops it too
-    if values["file"] is not None:
-        return read_text(values["file"]).removesuffix("\n")
-    if sys.stdin is None or sys.stdin.isatty():
-        raise click.UsageError("no prompt; give -p TEXT, -f FILE, or pipe it in")
-    try:
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise click.ClickException("standard input is not UTF-8 text") from error
+    text = read_text(file, limit=MOST_BYTES).removesuffix("\n")
+    return splittable(text, STANDARD_INPUT if str(file) == "-" else str(file))
 
 
 def _prompt_tokens(model: Model, text: str, values: dict[str, Any]) -> list[int]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
+from swift_gguf import text_files
+
 if TYPE_CHECKING:
     from swift_gguf.model import Model, ModelOptions
     from swift_gguf.sampling import SamplingOptions
     from swift_gguf.search.paper import PaperOptions
     from swift_gguf.speculation_options import SpeculationOptions
+
+STANDARD_INPUT = "standard input"
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -197,10 +202,13 @@ def load_model(reference: str, values: dict[str, Any], *, n_batch: int | None = 
     return model
 
 
-def read_text(path: Path) -> str:
-    """A text file, or one line that says why not."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise click.ClickException(f"{path} cannot be read: {reason}") from error
+def read_text(path: Path, *, limit: int = text_files.MAX_BYTES) -> str:
+    """A text file, or ``-``: standard input.  At most `limit` bytes.
+
+    Raises:
+        SwiftError: it cannot be read, is longer, or is no text.
+    """
+    if str(path) != "-":
+        return text_files.read_text(path, limit=limit)
+    data = sys.stdin.buffer.read(limit + 1) if sys.stdin else b""
+    return text_files.decode(data, STANDARD_INPUT, limit=limit)

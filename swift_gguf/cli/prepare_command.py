@@ -117,7 +117,7 @@ def _prompts(model: Model, file: Path | None) -> list[list[int]]:
     elif file.suffix == ".jsonl":
         texts = [row.turns[0] for row in read_suite(file)]
     else:
-        texts = [line for line in read_text(file).splitlines() if line.strip()]
+        texts = [line for line in read_text(file).split("\n") if line.strip()]
     has_template = model.metadata("tokenizer.chat_template") is not None
     longest = CONTEXT // 4
 

@@ -9,6 +9,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from hashlib import sha256
+from http import HTTPStatus
 from importlib.resources import files
 from typing import Any, TypeVar
 
@@ -324,8 +325,11 @@ def _place(names: Sequence[str | int], body: Any, *, is_missing: bool) -> str:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, UnicodeDecodeError):
+        return _response(bad_request("the body is not valid JSON: it is not UTF-8"))
     message = f"{request.method} {request.url.path}: {error.detail}"
-    return _response(ApiError(error.status_code, message, code=str(error.detail).lower()))
+    code = HTTPStatus(error.status_code).name.lower()  # not_found, method_not_allowed
+    return _response(ApiError(error.status_code, message, code=code))
 
 
 async def _unexpected(_: Request, error: Exception) -> Response:

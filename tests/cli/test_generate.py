@@ -89,15 +89,18 @@ def test_a_seed_is_drawn_and_reported(cli: Cli, model: Path) -> None:
 def test_where_the_prompt_comes_from(cli: Cli, model: Path, tmp_path: Path) -> None:
     prompt = "Grüße, 漢字\nand a second line"
     (tmp_path / "prompt.txt").write_text(prompt)
+    (tmp_path / "marked.txt").write_text(prompt.replace("\n", "\r\n"), encoding="utf-8-sig")
     answers = [
         json.loads(done.stdout)["tokens"]
         for done in (
             cli("generate", model, "--json", "-p", prompt, *QUICK),
             cli("generate", model, "--json", "-f", tmp_path / "prompt.txt", *QUICK),
+            cli("generate", model, "--json", "-f", tmp_path / "marked.txt", *QUICK),
             cli("generate", model, "--json", *QUICK, stdin=prompt),
+            cli("generate", model, "--json", "-f", "-", *QUICK, stdin=f"\ufeff{prompt}\n"),
         )
     ]
-    assert answers[0] == answers[1] == answers[2]
+    assert answers[1:] == answers[:1] * 4
 
 
 def test_template_raw_and_system_prompt(cli: Cli, model: Path, tmp_path: Path) -> None:
@@ -111,6 +114,23 @@ def test_template_raw_and_system_prompt(cli: Cli, model: Path, tmp_path: Path) -
     assert prompt_n("--chat-template", tmp_path / "mine.jinja") == raw + 1
     assert prompt_n() > raw + 4
     assert prompt_n("-sys", "Be brief.") > prompt_n() + 4
+
+
+def test_files_may_begin_with_a_byte_order_mark(cli: Cli, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}!", encoding="utf-8-sig")
+    (tmp_path / "yes.gbnf").write_text('root ::= "yes"\n', encoding="utf-8-sig")
+    flags = ("--chat-template", tmp_path / "mine.jinja", "--grammar-file", tmp_path / "yes.gbnf")
+    done = cli("generate", model, "--json", "-p", "hi", *flags, *QUICK)
+    report = json.loads(done.stdout)
+    raw = json.loads(cli("generate", model, "--json", "--raw", "-p", "hi!", *QUICK).stdout)
+    assert report["timings"]["prompt_n"] == raw["timings"]["prompt_n"]
+    assert report["text"] == "yes"
+    for flag in ("--chat-template", "--grammar-file", "-f"):
+        (tmp_path / "utf16").write_bytes("root".encode("utf-16-le"))
+        prompt = [] if flag == "-f" else ["-p", "hi"]
+        done = cli("generate", model, *prompt, flag, tmp_path / "utf16", *QUICK)
+        assert_one_line_failure(done)
+        assert f"{tmp_path}/utf16 is not UTF-8 text" in done.stderr
 
 
 def test_limits(cli: Cli, model: Path) -> None:
@@ -135,6 +155,7 @@ def test_limits(cli: Cli, model: Path) -> None:
         (("-p", "x", "--chat-template", "{% for %}"), "chat template"),
         (("-p", "x", "--chat-template", "missing.jinja"), "neither Jinja text nor a file"),
         (("-f", "missing.txt"), "missing.txt"),
+        (("-f", "/dev/zero"), "/dev/zero cannot be read: it is no regular file"),
         (("-p", "", "--raw"), "empty"),
     ],
 )
@@ -198,7 +219,7 @@ def test_standard_input_that_is_no_text(model: Path) -> None:
     command = [*COMMAND, "generate", str(model), *map(str, QUICK)]
     done = subprocess.run(command, input=b"caf\xe9 \xff", capture_output=True)
     assert done.returncode == 1
-    assert done.stderr == b"swift-gguf: standard input is not UTF-8 text\n"
+    assert done.stderr == b"swift-gguf: standard input is not UTF-8 text; save it as UTF-8\n"
 
 
 def test_a_terminal_that_cannot_show_a_character(cli: Cli, model: Path) -> None:

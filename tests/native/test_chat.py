@@ -341,6 +341,9 @@ def test_speculation_changes_between_answers_and_the_text_does_not(talk: Talk) -
         ("/read", "needs the name of a file"),
         ("/read /no/such/file", "cannot be read: No such file"),
         ("/read /", "cannot be read: Is a directory"),
+        ("/read /dev/zero", "/dev/zero cannot be read: it is no regular file"),
+        ("/load /dev/zero", "/dev/zero cannot be read: it is no regular file"),
+        ("/read ~nobody-has-this-name/x", "cannot be read"),
         ("/load /no/such/file", "cannot be read"),
         ("/save /no/such/folder/x", "cannot be written: No such file"),
         ("/set temp", "needs a key and a value"),
@@ -371,8 +374,22 @@ def test_a_file_that_is_no_text_or_too_long(talk: Talk, tmp_path: Path) -> None:
     (tmp_path / "long").write_text("x" * 600)
     with pytest.raises(SwiftError, match="not UTF-8"):
         talk.say(f"/read {tmp_path}/binary")
-    with pytest.raises(SwiftError, match="has 600 tokens and the context 512"):
+    with pytest.raises(SwiftError, match="has 600 tokens and the context 512; start with a larger"):
         talk.say(f"/read {tmp_path}/long")
+    (tmp_path / "longer").write_text("x" * 5_400_000)
+    with pytest.raises(SwiftError, match=r"longer is too long: .* give a part of it"):
+        talk.say(f"/read {tmp_path}/longer")
+    with (tmp_path / "film.mp4").open("wb") as film:
+        film.truncate(3 << 30)
+    with pytest.raises(SwiftError, match=r"film.mp4 is not UTF-8 text"):
+        talk.say(f"/read {tmp_path}/film.mp4")
+
+
+def test_a_file_with_a_byte_order_mark_is_its_text(talk: Talk, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_bytes(b"\xef\xbb\xbfall")
+    talk.say(f"/read {tmp_path}/notes.txt")
+    talk.say("Well?")
+    assert talk.turns[0].user == "notes.txt:\n```\nall\n```\n\nWell?"
 
 
 def test_a_template_that_refuses_a_message(model: Model) -> None:
@@ -687,8 +704,14 @@ def test_a_damaged_conversation_is_refused_and_the_present_one_stays(
     assert str(path) in str(raised.value)
     assert talk.turns == turns
     path.write_bytes(b"\xff\x00")
-    with pytest.raises(SwiftError, match="no saved conversation"):
+    with pytest.raises(SwiftError, match=f"{path} is not UTF-8 text"):
         talk.say(f"/load {path}")
+
+
+def test_a_conversation_may_begin_with_a_byte_order_mark(model: Model, tmp_path: Path) -> None:
+    path = tmp_path / "talk.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({**SAVED, "turns": [TURN]}).encode())
+    assert archive.load(path, model)[1][0].user == "a"
 
 
 def test_half_a_character_in_a_file(model: Model, tmp_path: Path) -> None:

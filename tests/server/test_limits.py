@@ -57,6 +57,23 @@ def test_malformed_bodies(server: Server, body: bytes) -> None:
     told(*server.post(CHAT, body))
 
 
+def test_bodies_in_other_encodings(server: Server) -> None:
+    """JSON with a byte order mark, or in UTF-16, is read; in Latin-1 it is none."""
+    text = json.dumps(chat(messages=[{"role": "user", "content": "café"}]), ensure_ascii=False)
+    for encoding in ("utf-8-sig", "utf-16", "utf-16-le"):
+        assert server.post(CHAT, text.encode(encoding))[0] == 200
+    error = told(*server.post(CHAT, text.encode("latin-1")))
+    assert error["message"] == "the body is not valid JSON: it is not UTF-8"
+    assert error["code"] is None
+
+
+def test_codes_are_no_sentences(server: Server) -> None:
+    status, _, body = server.request("GET", "/v1/nothing")
+    assert told(status, json.loads(body), 404)["code"] == "not_found"
+    status, _, body = server.request("GET", CHAT)
+    assert told(status, json.loads(body), 405)["code"] == "method_not_allowed"
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -325,7 +342,7 @@ def test_cors(serve: Callable[..., Server], model: Path) -> None:
 
 @pytest.mark.parametrize("source", ["flag", "variable", "file"])
 def test_keys(serve: Callable[..., Server], model: Path, tmp_path: Path, source: str) -> None:
-    (tmp_path / "key").write_text("sesame-open\n")
+    (tmp_path / "key").write_text("sesame-open\n", encoding="utf-8-sig")
     flags = {"flag": ["--api-key", "sesame-open"], "file": ["--api-key-file", tmp_path / "key"]}
     environment = {"SWIFT_GGUF_API_KEY": "sesame-open"} if source == "variable" else {}
     server = serve(model, "-c", 512, "-t", 1, *flags.get(source, []), **environment)

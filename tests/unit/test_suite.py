@@ -43,6 +43,18 @@ def test_other_lines_are_named(row: object, tmp_path: Path) -> None:
         read_suite(path)
 
 
+def test_lines_end_where_json_lines_do(tmp_path: Path) -> None:
+    """What else ends a line in Unicode may stand in a string as it is; a file may have a mark."""
+    text = "a\u2028b\u2029c\x85d\x7fe"
+    row = json.dumps({"turns": [text]}, ensure_ascii=False)
+    path = tmp_path / "suite.jsonl"
+    path.write_bytes(f"\ufeff{row}\r\n\n{row}\n".encode())
+    assert [found.turns for found in read_suite(path)] == [(text,), (text,)]
+    path.write_bytes(row.encode("utf-16-le"))
+    with pytest.raises(SuiteError, match=f"{path} is not UTF-8"):
+        read_suite(path)
+
+
 def test_no_file_and_no_prompts(tmp_path: Path) -> None:
     with pytest.raises(SuiteError, match="No such file"):
         read_suite(tmp_path / "none.jsonl")
