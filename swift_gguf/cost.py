@@ -20,6 +20,8 @@ from swift_gguf.subnetwork import SubNetwork
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 LONG_CONTEXT = 1024  # tokens; what attention takes there is worth measuring
+PARTS = ("passes", "sub-layers", "sidecar", "rows", "switch")
+"""What a measurement is made of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,13 @@ class Costs:
     """[n_layer], of `ffn_ms` what the sidecar's narrow FFN saves; empty: there is no sidecar."""
     draft_head_ms: float = 0.0
     """What the sidecar's head saves."""
+    untimed: tuple[str, ...] = ()
+    """What no time was left for (of `PARTS`): taken from the bytes that passes read, or as nothing.
+    Widths that were not timed are not in `pass_ms`."""
+    is_provisional: bool = False
+    """Measured in a hurry: to be measured again at the next chance."""
+    is_busy: bool = False
+    """Measured while other programs took the CPUs: likewise, and worth less than all others."""
 
     def __post_init__(self) -> None:
         widths = [width for width, _ in self.pass_ms]
@@ -64,12 +73,30 @@ class Costs:
             raise ValueError("times of narrow FFNs for another number of layers")
         if not all(0 <= ms < math.inf for ms in chain(times, single, self.narrow_ms, *layers)):
             raise ValueError("a time is negative or not finite")
+        if not set(self.untimed) <= set(PARTS):
+            raise ValueError(f"{self.untimed!r:.60} are not parts of a measurement")
         if min(times) == 0 or self.n_kv < 0:
             raise ValueError("a pass that takes no time, or a context of negative length")
 
     @property
     def n_layer(self) -> int:
         return len(self.ffn_ms)
+
+    @property
+    def trust(self) -> int:
+        """0: measured on a busy machine; 1: in a hurry; 2: neither.  What is trusted more is never
+        replaced by what is trusted less."""
+        return 0 if self.is_busy else 2 - self.is_provisional
+
+    @property
+    def is_guess(self) -> bool:
+        """Is it unknown what several tokens take?  They are taken for as many passes then."""
+        return self.is_provisional and len(self.pass_ms) == 1
+
+    @property
+    def is_sure(self) -> bool:
+        """Need they not be measured again?"""
+        return not (self.is_busy or self.is_provisional)
 
     def draft_ms(self, subnetwork: SubNetwork) -> float:
         """A one-token pass under this sub-network.
@@ -133,6 +160,7 @@ class Costs:
             "ffn_ms": list(self.ffn_ms),
             "kv_ms": list(self.kv_ms),
             "narrow_ms": list(self.narrow_ms),
+            "untimed": list(self.untimed),
         }
 
     @classmethod
@@ -159,6 +187,9 @@ class Costs:
             switch_ms=_real(values["switch_ms"]),
             narrow_ms=tuple(_real(ms) for ms in _list(values["narrow_ms"])),
             draft_head_ms=_real(values["draft_head_ms"]),
+            untimed=tuple(_list(values["untimed"])),
+            is_provisional=_truth(values["is_provisional"]),
+            is_busy=_truth(values["is_busy"]),
         )
 
 
@@ -171,6 +202,12 @@ def _list(value: object) -> list[Any]:
 def _whole(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or abs(value) >= 1 << 53:
         raise ValueError(f"{str(value)[:40]!r} is not a whole number")
+    return value
+
+
+def _truth(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{value!r:.40} is neither true nor false")
     return value
 
 
@@ -190,6 +227,7 @@ class CostsHere:
     MAX_WIDTH = 65
     KEPT = 255 / 256  # of what several took longer, for each that ran alone: who never looks errs
     NOISE = 0.3  # what a pass may take more or less for no reason; a logarithm
+    LOADED = math.log(1.25)  # so much slower than measured, the machine has other work
 
     def __init__(self, model: Model, costs: Costs) -> None:
         self._model = model
@@ -201,6 +239,11 @@ class CostsHere:
         self._speed = self._together = 0.0  # logarithms of how much longer passes take
         self._beside: dict[int, float] = {}
         self._set(costs)
+
+    @property
+    def measured(self) -> Costs:
+        """What is corrected here."""
+        return self._costs
 
     def _set(self, costs: Costs) -> None:
         self._at = costs
@@ -252,7 +295,10 @@ class CostsHere:
         self._correct()
 
     def refreshed(self) -> Costs:
-        """The measured costs, with the widths corrected that take otherwise by now."""
+        """The measured costs, with the widths corrected that take otherwise by now; as they were
+        measured while the machine has other work: it would mislead when that is done."""
+        if self._speed > self.LOADED:
+            return self._costs
         pass_ms = tuple(
             (width, ms * math.exp(self._beside.get(width, 0.0) + self._together * (width > 1)))
             for width, ms in self._costs.pass_ms
@@ -283,6 +329,10 @@ def costs_key(model: Model, costs: Costs) -> str:
     return f"{machine_key(model)}@{context_bucket(costs.n_kv)}"
 
 
+NEAR = 2
+"""Buckets of context apart, the better measured costs count rather than the nearer ones."""
+
+
 def stored_costs(model: Model, profile_costs: Mapping[str, Mapping[str, Any]]) -> Costs | None:
     """Of what a profile holds, the costs measured here at the context nearest to the present one.
 
@@ -298,7 +348,12 @@ def stored_costs(model: Model, profile_costs: Mapping[str, Mapping[str, Any]]) -
     def distance(costs: Costs) -> float:
         return abs(math.log2(context_bucket(costs.n_kv) / context_bucket(n_past)))
 
-    nearest = min(measured, key=distance, default=None)
+    def rank(costs: Costs) -> tuple[float, ...]:
+        """Lengths that are not far apart differ by less than what was measured in a hurry."""
+        is_far = distance(costs) > NEAR
+        return (distance(costs) if is_far else 0.0, -costs.trust, distance(costs))
+
+    nearest = min(measured, key=rank, default=None)
     if nearest and n_past >= LONG_CONTEXT and distance(nearest) > 1 and model.room:
         return None
     return nearest

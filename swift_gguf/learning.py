@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from swift_gguf.cost import WIDTHS, Costs, CostsHere, costs_key, stored_costs
 from swift_gguf.drafting.recycling import Recycling
+from swift_gguf.errors import StoppedError
 from swift_gguf.identity import profile_key
-from swift_gguf.measuring import measure
+from swift_gguf.measuring import Budget, Measurement
 from swift_gguf.model import Model
 from swift_gguf.profile import EMBEDDED, Known, Profile, Seen, Store, embedded
 from swift_gguf.search.drivers import Meter
@@ -21,7 +24,10 @@ MIN_POSITIONS = 64
 """What was seen on fewer may be luck: it is remembered, but nothing is built on it yet."""
 
 QUICK_WIDTHS = tuple(width for width in WIDTHS if width <= 8)
-WARM_UP_TOKENS = 32
+LOOK_S = 2.0
+"""For measuring before anybody gets an answer."""
+IDLE_LOOK_S = 10.0
+"""For the same where nobody waits."""
 
 
 def space_of(model: Model, *, with_sidecar: bool = True) -> Space | None:
@@ -55,8 +61,13 @@ class SearchOptions:
 class Learning:
     """The profile of a model, the costs of its passes here, and a search that goes on from there.
 
-    The first time a model meets a machine, or a long context there, costs are measured; that takes
-    some dozens of passes at the end of the present context, which stays as it is.
+    The first time a model meets a machine, or a long context there, costs are measured, for at most
+    `LOOK_S` seconds, at the end of the present context, which stays as it is.  What there was no
+    time for, or was measured while the machine was busy, is measured again in idle time
+    (`look_again`) and at the next start.  What was measured is in the profile at once, also if that
+    is interrupted.
+
+    on_measuring: called before costs are measured.
 
     Raises:
         UnsupportedModelError: the model cannot take tokens back.
@@ -70,6 +81,7 @@ class Learning:
         store: Store | None = None,
         options: SearchOptions | None = None,
         with_sidecar: bool = True,
+        on_measuring: Callable[[], None] = lambda: None,
     ) -> None:
         options = options or SearchOptions()
         self.store = store or Store()
@@ -84,9 +96,13 @@ class Learning:
             profile = embedded(text, fingerprint=self._fingerprint)
         if profile is not None and profile.n_layer != model.n_layer:
             profile = None
-        stored = stored_costs(model, profile.costs) if profile else None
-        self.costs = stored or self._measured(QUICK_WIDTHS, rounds=2)
-        self.here = CostsHere(model, self.costs)
+        self._may_look = True
+        self._latest: Costs | None = None
+        costs = stored_costs(model, profile.costs) if profile else None
+        if costs is None or not costs.is_sure:
+            on_measuring()
+            costs = self._measured(QUICK_WIDTHS, rounds=2, known=costs, seconds=LOOK_S)
+        self.here = CostsHere(model, costs)
         """The costs at the present length of the context, which the search counts in."""
         self._recycled = profile.recycling if profile else ()
         self.searcher: Searcher | None = None
@@ -116,23 +132,74 @@ class Learning:
             seed=profile.evaluations if profile else 0,
         )
 
+    @property
+    def costs(self) -> Costs:
+        """As they were measured."""
+        return self.here.measured
+
     def measure_costs(self) -> None:
         """Measures again, and thoroughly, what passes cost."""
-        self.costs = self._measured(WIDTHS, rounds=3)
-        self.here.update(self.costs)
+        self.here.update(self._measured(WIDTHS, rounds=3))
 
-    def _measured(self, widths: Sequence[int], *, rounds: int) -> Costs:
-        """In an empty context on some tokens that are taken back."""
-        model = self._model
-        is_empty = model.n_past == 0
-        if is_empty:
-            n_tokens = max(1, min(WARM_UP_TOKENS, model.n_ctx // 2))
-            model.decode([7919 * i % model.n_vocab for i in range(n_tokens)])
+    def begin(self) -> None:
+        """An answer begins: after it, costs may be measured again."""
+        self._may_look = True
+
+    def look_again(self) -> bool:
+        """In idle time: measures again what was measured in a hurry or on a busy machine.
+
+        Once an answer, for the machine may be busy for long.  False: there is nothing to do.
+        """
+        if self.costs.is_sure or not self._may_look or self._model.room < max(QUICK_WIDTHS):
+            return False
         try:
-            return measure(model, widths=widths, rounds=rounds)
+            self._measured(QUICK_WIDTHS, rounds=2, known=self.costs, seconds=IDLE_LOOK_S)
+            self._may_look = False  # only now: it may be stopped
+        finally:
+            if self._latest is not None:
+                self.here.update(self._latest)
+        return True
+
+    def _measured(
+        self,
+        widths: Sequence[int],
+        *,
+        rounds: int,
+        known: Costs | None = None,
+        seconds: float = math.inf,
+    ) -> Costs:
+        """Costs, measured and kept; in an empty context on some tokens that are taken back.
+
+        known: what there was before; it stays where it is better.
+        """
+        self._latest = None
+        model, budget = self._model, Budget(seconds=seconds)
+        measurement = Measurement(model, widths=widths, known=known)
+        is_empty = model.n_past == 0
+        try:
+            if is_empty:
+                n_tokens = max(1, min(max(widths), model.n_ctx // 2))
+                with budget.stopping(model):
+                    model.decode([7919 * i % model.n_vocab for i in range(n_tokens)])
+            if model.n_past:
+                measurement.run(budget, rounds=rounds)
+            return self._kept(measurement, known)
+        except (KeyboardInterrupt, StoppedError):
+            self._kept(measurement, known)
+            raise
         finally:
             if is_empty:
                 model.clear()
+
+    def _kept(self, measurement: Measurement, known: Costs | None) -> Costs:
+        """The better ones of both; new ones go into the profile."""
+        costs = measurement.costs()
+        if known is not None and (costs.trust < known.trust or not measurement.has_timed):
+            return known
+        if measurement.has_timed:
+            self._latest = costs
+            self.store.add(replace(self._nothing_new(), costs=self._by_key(costs)))
+        return costs
 
     @property
     def best(self) -> SubNetwork:
@@ -162,12 +229,9 @@ class Learning:
         Nobody may be searching at the same time; see `IdleSearch.paused`.
         """
         found = self.searcher.knowledge() if isinstance(self.searcher, Search) else []
-        costs = self.here.refreshed()
         self.store.add(
-            Profile(
-                fingerprint=self._fingerprint,
-                model=self._model.metadata("general.name") or self._model.path.stem,
-                n_layer=self._model.n_layer,
+            replace(
+                self._nothing_new(),
                 known=tuple(
                     Known(
                         subnetwork=item.subnetwork,
@@ -175,10 +239,23 @@ class Learning:
                     )
                     for item in found
                 ),
-                costs={costs_key(self._model, costs): costs.as_dict()},
+                costs=self._by_key(self.here.refreshed()),
                 recycling=tuple(recycling.to_rows()) if recycling is not None else (),
                 search_s=self.meter.seconds - self._saved.seconds,
                 evaluations=self.meter.steps - self._saved.steps,
             )
         )
         self._saved = Meter(self.meter.seconds, self.meter.steps)
+
+    def _nothing_new(self) -> Profile:
+        """To fill in what was learned."""
+        return Profile(
+            fingerprint=self._fingerprint,
+            model=self._model.metadata("general.name") or self._model.path.stem,
+            n_layer=self._model.n_layer,
+        )
+
+    def _by_key(self, costs: Costs) -> dict[str, dict[str, Any]]:
+        if "passes" in costs.untimed:
+            return {}  # nothing but guesses
+        return {costs_key(self._model, costs): costs.as_dict()}

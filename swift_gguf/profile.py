@@ -143,7 +143,7 @@ class Profile:
     def merged(self, learned: Profile) -> Profile:
         """This profile and what was learned since: totals and what was seen add up.
 
-        Of two measurements of costs the newer stays.
+        Of two measurements of costs the newer stays, unless it is trusted less (`Costs.trust`).
 
         Raises:
             ValueError: they are of different models.
@@ -163,11 +163,25 @@ class Profile:
             model=learned.model,
             n_layer=self.n_layer,
             known=tuple(known[:MAX_KNOWN]),
-            costs={**self.costs, **learned.costs},
+            costs=_trusted_costs(self.costs, learned.costs),
             recycling=_latest_rows(self.recycling, learned.recycling),
             search_s=self.search_s + learned.search_s,
             evaluations=self.evaluations + learned.evaluations,
         )
+
+
+def _trusted_costs(
+    stored: Mapping[str, Mapping[str, Any]], learned: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Mapping[str, Any]]:
+    def trust(costs: Mapping[str, Any]) -> int:
+        return Costs.from_dict(costs).trust
+
+    better = {
+        key: costs
+        for key, costs in learned.items()
+        if key not in stored or trust(costs) >= trust(stored[key])
+    }
+    return {**stored, **better}
 
 
 def _latest_rows(stored: tuple[Any, ...], learned: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -62,11 +62,15 @@ IDLE_HEAD_MS = 40.0
 
 SAVE_EVERY_S = 60.0
 
+NOT_MEASURED = "what passes cost here is not measured yet: drafts begin later"
+
 _log = logging.getLogger("swift_gguf")
 
 
 class Speculation:
     """What drafts for a model, why, and the search that goes on beside it.
+
+    on_measuring: called before what passes cost is measured, which takes up to two seconds.
 
     Raises:
         UnsupportedModelError: a source is asked for by name, and the model cannot be rolled back.
@@ -81,7 +85,9 @@ class Speculation:
         options: SpeculationOptions | None = None,
         *,
         store: Store | None = None,
+        on_measuring: Callable[[], None] = lambda: None,
     ) -> None:
+        self._on_measuring = on_measuring
         self.options = options or SpeculationOptions()
         self.drafter: Planner | LayerSkip | None = None
         self.learning: Learning | None = None
@@ -115,7 +121,10 @@ class Speculation:
     def why(self) -> str:
         """The reason for what drafts, or for why nothing does."""
         if isinstance(self.drafter, Planner) and self.options.is_auto:
-            return f"{self._why}: where they pay" if self.enabled else self.drafter.why_plain
+            if self.enabled:
+                return f"{self._why}: where they pay"
+            is_guess = self.learning is not None and self.learning.costs.is_guess
+            return NOT_MEASURED if is_guess else self.drafter.why_plain
         if self.learning and self.learning.searcher and self._skipping:
             return f"{self._why}: {self._subnetwork}"
         return self._why
@@ -175,6 +184,7 @@ class Speculation:
             self._space() if searches else None,
             store=store,
             with_sidecar=options.sidecar,
+            on_measuring=self._on_measuring,
             options=SearchOptions(
                 paper=options.paper if options.search == "paper" else None,
                 draft_max=options.draft_max or SEARCHED_LENGTH,
@@ -265,6 +275,8 @@ class Speculation:
         prompt_n: where the generated text will begin.
         sampler: draws the drafts, for speculative sampling.
         """
+        if self.learning:
+            self.learning.begin()
         searcher = self.learning.searcher if self.learning else None
         if isinstance(searcher, Search) and searcher.done:
             searcher.reopen()  # of another kind of text there may be more to learn
@@ -299,6 +311,7 @@ class Speculation:
             self.learning.searcher,
             self._idle_windows,
             on_step=step,
+            before=self.learning.look_again,
             meter=self.learning.meter,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import termios
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from time import perf_counter
 
@@ -54,9 +54,11 @@ class Terminal:
         """What went wrong, in a line."""
         self.console.print(Text(text, style="red"))
 
-    def busy(self, what: str) -> AbstractContextManager[object]:
-        """Something takes a while."""
-        return self.console.status(Text(what, style="dim"))
+    @contextmanager
+    def busy(self, what: str) -> Iterator[Callable[[str], None]]:
+        """Something takes a while; what that is may be said anew."""
+        with self.console.status(Text(what, style="dim")) as status:
+            yield lambda now: status.update(Text(now, style="dim"))
 
     def lines(self, lines: Sequence[str]) -> None:
         """See `Screen`."""

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from swift_gguf.chat.terminal import Terminal
     from swift_gguf.model import Model
 
+MEASURING = "measuring what passes cost here (once)"
+BUSY = "the machine is busy: what passes cost here will be measured again"
+
 
 @click.command(
     epilog=examples(
@@ -73,8 +76,8 @@ def chat(model: str, **values: Any) -> None:
     with ExitStack() as stack:
         loaded = stack.enter_context(load_model(model, values))
         conversation = _conversation(loaded, values)
-        with screen.busy("getting ready") if screen else nullcontext():
-            speculation = Speculation(loaded, wanted)
+        with screen.busy("getting ready") if screen else nullcontext(_say_nothing) as tell:
+            speculation = Speculation(loaded, wanted, on_measuring=lambda: tell(MEASURING))
         session = stack.enter_context(closing(Session(loaded, speculation)))
         talk = Chat(session, conversation, screen or Plain(), settings)
         try:
@@ -86,6 +89,10 @@ def chat(model: str, **values: Any) -> None:
                 _answer_lines(talk)
         finally:
             session.save()
+
+
+def _say_nothing(what: str) -> None:
+    """Without a terminal."""
 
 
 def _conversation(model: Model, values: dict[str, Any]) -> Conversation:
@@ -114,6 +121,9 @@ def _talk(talk: Chat, screen: Terminal) -> None:
     from swift_gguf.chat.prompt import Prompt
 
     model = talk.session.model
+    learning = talk.session.speculation.learning if talk.session.speculation else None
+    if learning and learning.costs.is_busy:
+        screen.note(BUSY)
     screen.note(f"{model.description}, {model.n_ctx} tokens of context; /help lists commands")
     prompt = Prompt(lambda width: footer(talk.current_figures(), width=width))
     while True:

@@ -68,11 +68,12 @@ def _require_plot(path: Path) -> None:
 
 
 def _costs(model: Model) -> Costs:
-    """As the profile has them; else they are measured, and kept there."""
+    """As the profile has them, if they are sure; else they are measured, and kept there."""
     from swift_gguf.learning import Learning
 
     learning = Learning(model, None)
-    learning.save()
+    if not learning.costs.is_sure:
+        learning.measure_costs()
     return learning.costs
 
 

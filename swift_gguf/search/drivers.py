@@ -110,6 +110,8 @@ class IdleSearch:
 
     window: makes the window of the present text, None if there is none.
     on_step: called after every step, in the thread, while the model is still its own.
+    before: called there before a step, for what is more urgent than the search; True: it took the
+        step's turn.
     limit_s: rest after so much time on one text: a laptop's battery is worth more than the last
         per cent.
     """
@@ -121,12 +123,13 @@ class IdleSearch:
         window: Callable[[], TextWindow | None],
         *,
         on_step: Callable[[], None] = lambda: None,
+        before: Callable[[], bool] = lambda: False,
         limit_s: float = 60.0,
         meter: Meter | None = None,
     ) -> None:
         self.meter = meter or Meter()
         self._model, self._searcher, self._window = model, searcher, window
-        self._on_step, self._limit_s = on_step, limit_s
+        self._on_step, self._before, self._limit_s = on_step, before, limit_s
         self._state = threading.Condition()
         self._users = 0
         self._working = False
@@ -208,6 +211,8 @@ class IdleSearch:
 
     def _step(self) -> bool:
         """One step; False if there is nothing to do on this text."""
+        if self._before():
+            return True
         window = None if self._searcher.done else self._window()
         if window is None:
             return False

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from swift_gguf.engine import SamplesRows, generate
 from swift_gguf.errors import DecodeError, SubnetworkError, UnsupportedModelError
 from swift_gguf.identity import fingerprint
 from swift_gguf.learning import Learning, space_of
+from swift_gguf.measuring import Budget
 from swift_gguf.model import Model
 from swift_gguf.profile import Store
 from swift_gguf.sampling import Sampler, SamplingOptions, SpeculativeSampler
@@ -257,9 +259,13 @@ def learn(model: Model, store: Store, *, steps: int = 120) -> tuple[Speculation,
 def test_what_one_run_learned_the_next_begins_with(
     load: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(learning, "Budget", partial(Budget, waited=lambda: 0.0))
     model, store = with_no_ops(load), Store(tmp_path)
     speculation, first = learn(model, store)
-    assert store.load(fingerprint(model.path)) is None
+    at_once = store.load(fingerprint(model.path))
+    assert at_once is not None
+    assert list(at_once.costs.values()) == [first.costs.as_dict()]
+    assert not at_once.known
     speculation.save()
     stored = store.load(fingerprint(model.path))
     assert stored is not None
@@ -277,7 +283,7 @@ def test_what_one_run_learned_the_next_begins_with(
     def refuse(*_: object, **__: object) -> None:
         pytest.fail("the costs are known already")
 
-    monkeypatch.setattr(learning, "measure", refuse)
+    monkeypatch.setattr(learning, "Measurement", refuse)
     options = SpeculationOptions(mode="layer-skip")
     later = Speculation(with_no_ops(load), options, store=Store(tmp_path))
     assert later.learning is not None
@@ -293,6 +299,69 @@ def test_what_one_run_learned_the_next_begins_with(
     assert {k.subnetwork: k for k in again.known} == {k.subnetwork: k for k in stored.known}
     assert again.known[0] == stored.known[0]
     assert (again.evaluations, again.search_s) == (stored.evaluations, stored.search_s)
+
+
+def test_costs_of_a_busy_machine_are_measured_again(
+    load: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, waited, told = Store(tmp_path), 0.0, list[bool]()
+
+    def wait() -> float:
+        nonlocal waited
+        return waited
+
+    def learning_of(model: Model) -> Learning:
+        return Learning(model, None, store=store, on_measuring=lambda: told.append(True))
+
+    def count_time() -> float:
+        nonlocal waited
+        waited += 0.5 * is_busy
+        return time.perf_counter()
+
+    monkeypatch.setattr(learning, "Budget", partial(Budget, waited=wait, clock=count_time))
+    model, is_busy = with_no_ops(load), True
+    first = learning_of(model)
+    assert first.costs.is_busy
+    first.save()
+    again = learning_of(model)  # still busy
+    assert again.costs.is_busy
+    assert again.costs != first.costs
+    write(model)
+    assert again.look_again()
+    assert not again.look_again()  # not before the next answer
+    is_busy = False
+    again.begin()
+    assert again.look_again()
+    assert again.costs.is_sure
+    again.begin()
+    assert not again.look_again()
+    assert len(told) == 2
+    model.clear()
+    quiet = learning_of(model)
+    assert len(told) == 2
+    assert quiet.costs == again.costs
+    first.save()  # what was measured under load comes last, and is not what stays
+    assert learning_of(model).costs == again.costs
+
+
+@pytest.mark.parametrize("number", [0, 5, 20])
+def test_what_was_measured_is_kept_also_if_that_is_interrupted(
+    load: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    clock = iter(range(1000))
+
+    def tick() -> float:
+        if next(clock) == 2 * number:
+            raise KeyboardInterrupt
+        return time.perf_counter()
+
+    monkeypatch.setattr(learning, "Budget", partial(Budget, clock=tick))
+    model, store = with_no_ops(load), Store(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        Learning(model, None, store=store)
+    assert model.n_past == 0
+    stored = store.load(fingerprint(model.path))
+    assert (stored is not None) == (number >= 5)
 
 
 def test_two_runs_add_up(load: Opener, tmp_path: Path) -> None:

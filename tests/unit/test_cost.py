@@ -25,11 +25,13 @@ from swift_gguf.cost import (
 from swift_gguf.errors import (
     ContextFullError,
     DecodeError,
+    StoppedError,
     SubnetworkError,
     UnsupportedModelError,
 )
-from swift_gguf.measuring import measure
+from swift_gguf.measuring import Budget, measure
 from swift_gguf.model import Model
+from swift_gguf.native_abi import StopFlag
 from swift_gguf.open_model import Sublayer
 from swift_gguf.sidecar import Sidecar
 from swift_gguf.subnetwork import SubNetwork
@@ -56,6 +58,8 @@ class TimedModel:
     switch_ms: added where the pass before was another one.
     slow_passes: by number, ms that a pass takes longer.
     noise: by how much each pass takes longer, a factor.
+    waiting: of a pass's time, what its threads wait for a CPU.
+    stop_s: when somebody raises the stop flag.
     """
 
     rollback_refusal: str | None = None
@@ -72,6 +76,8 @@ class TimedModel:
         row_ms: float = 0.0,
         switch_ms: float = 0.0,
         noise: Callable[[], float] = lambda: 1.0,
+        waiting: Callable[[], float] = lambda: 0.0,
+        stop_s: float = math.inf,
         n_ctx: int = 256,
         slow_passes: dict[int, float] | None = None,
         fail_at: int | None = None,
@@ -80,11 +86,13 @@ class TimedModel:
         self.attention_ms, self.ffn_ms = attention_ms, ffn_ms
         self.interaction_ms, self.n_ctx = interaction_ms, n_ctx
         self.row_ms, self.switch_ms, self.noise = row_ms, switch_ms, noise
+        self.waiting, self.stop_s = waiting, stop_s
         self.slow_passes = slow_passes or {}
         self.fail_at, self.fail_with = fail_at, fail_with
+        self.stop = StopFlag()
         self.n_layer = len(ffn_ms)
         self.tokens = list(TEXT)
-        self.now_s = 0.0
+        self.now_s = self.waited_s = 0.0
         self.passes: list[tuple[int, SubNetwork | None]] = []
         self.inputs: list[list[int]] = []
         self.sublayers = tuple(
@@ -131,7 +139,12 @@ class TimedModel:
                 ms -= self.interaction_ms
             ms -= NARROW_SHARE * sum(self.ffn_ms[layer] for layer in subnetwork.narrow_ffn)
             ms -= HEAD_MS if subnetwork.draft_head else 0.0
-        self.now_s += self.noise() * ms / 1e3
+        seconds = self.noise() * ms / 1e3
+        if self.now_s + seconds > self.stop_s:
+            self.now_s = self.stop_s
+            raise StoppedError("the pass was stopped")
+        self.now_s += seconds
+        self.waited_s += self.waiting() * seconds
         if len(self.passes) == self.fail_at:
             raise self.fail_with()
 
@@ -143,11 +156,18 @@ class TimedModel:
         del self.tokens[n_past:]
 
     def pass_cost(self, subnetwork: SubNetwork | None = None) -> SimpleNamespace:
-        return SimpleNamespace(weight_bytes=70, kv_bytes=10, head_bytes=60)
+        n_bytes = 100
+        if subnetwork:
+            n_bytes -= 10 * bool(subnetwork.skip_attn) + 20 * bool(subnetwork.skip_ffn)
+        return SimpleNamespace(weight_bytes=n_bytes, kv_bytes=10, head_bytes=60)
 
 
 def measured(model: TimedModel, **options: Any) -> Costs:
-    return measure(cast(Model, model), clock=model.clock, **options)
+    return measure(cast(Model, model), budget=budget(model), **options)
+
+
+def budget(model: TimedModel, seconds: float = math.inf) -> Budget:
+    return Budget(seconds=seconds, clock=model.clock, waited=lambda: model.waited_s)
 
 
 # -- measuring -------------------------------------------------------------------------------------
