@@ -26,8 +26,8 @@ MIN_POSITIONS = 64
 QUICK_WIDTHS = tuple(width for width in WIDTHS if width <= 8)
 LOOK_S = 2.0
 """For measuring before anybody gets an answer."""
-IDLE_LOOK_S = 10.0
-"""For the same where nobody waits."""
+IDLE_LOOK_S = 1.0
+"""For the same between answers, where the search waits."""
 
 
 def space_of(model: Model, *, with_sidecar: bool = True) -> Space | None:
@@ -148,14 +148,15 @@ class Learning:
     def look_again(self) -> bool:
         """In idle time: measures again what was measured in a hurry or on a busy machine.
 
-        Once an answer, for the machine may be busy for long.  False: there is nothing to do.
+        Piece by piece, as long as that gets on; on a busy machine once an answer, for it may be
+        busy for long.  False: there is nothing to do.
         """
         if self.costs.is_sure or not self._may_look or self._model.room < max(QUICK_WIDTHS):
             return False
         try:
-            self._measured(QUICK_WIDTHS, rounds=2, known=self.costs, seconds=IDLE_LOOK_S)
-            self._may_look = False  # only now: it may be stopped
-        finally:
+            costs = self._measured(QUICK_WIDTHS, rounds=2, known=self.costs, seconds=IDLE_LOOK_S)
+            self._may_look = costs is self._latest and not costs.is_busy
+        finally:  # it may be stopped
             if self._latest is not None:
                 self.here.update(self._latest)
         return True
