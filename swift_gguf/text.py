@@ -11,7 +11,7 @@ from swift_gguf.deep_stack import MOST
 from swift_gguf.errors import ModelError, SwiftError, TemplateError
 from swift_gguf.model import Model
 from swift_gguf.native import library
-from swift_gguf.templates import ChatTemplate
+from swift_gguf.templates import ChatTemplate, Prompting
 from swift_gguf.text_files import read_text
 
 MOST_BYTES = 4 * MOST
@@ -64,10 +64,17 @@ def chat_template(model: Model) -> str | None:
     return model.metadata("tokenizer.chat_template")
 
 
-def render_chat(model: Model, messages: Sequence[Message], *, template: str | None = None) -> str:
+def render_chat(
+    model: Model,
+    messages: Sequence[Message],
+    *,
+    template: str | None = None,
+    prompting: Prompting | None = None,
+) -> str:
     """The prompt for these messages, ready for the assistant's answer.
 
     template: a Jinja template instead of the model's own.
+    prompting: what else the template is told, and where the prompt ends.
 
     Raises:
         ModelError: the model has no template.
@@ -84,7 +91,7 @@ def render_chat(model: Model, messages: Sequence[Message], *, template: str | No
         for token in (api.llama_vocab_bos(model.vocab), api.llama_vocab_eos(model.vocab))
     )
     try:
-        return _template(source, start, end).render(messages=list(messages))
+        return _template(source, start, end).render(messages, prompting)
     except TemplateError as error:
         raise TemplateError(f"{error}; try --raw or --chat-template") from error
 

@@ -18,6 +18,7 @@ from swift_gguf.sampling import SamplingOptions
 from swift_gguf.session import Answer, Piece, Session, stopped_by_ctrl_c
 from swift_gguf.speculation import Speculation
 from swift_gguf.speculation_options import SpeculationOptions
+from swift_gguf.templates import THINKS
 from swift_gguf.text import encode, read_prompt
 
 BETTER = 1.02
@@ -132,6 +133,7 @@ class Chat:
                 self.conversation.first = first
 
     def _answer(self, user: str) -> None:
+        self.conversation.thinks = THINKS[self.settings.reasoning]
         prompt = self._fitting(user)
         opens_thoughts = self.conversation.opens_thoughts(user)
         said = _Said(self._options(), Reader(self.session.model, is_open=opens_thoughts))

@@ -7,11 +7,13 @@ from there on; so only what is new is tokenised and decoded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from swift_gguf.chat.thinking import MARKS
 from swift_gguf.model import Model
+from swift_gguf.templates import Prompting, with_reasoning
 from swift_gguf.text import Message, encode, render_chat
 
 
@@ -37,12 +39,21 @@ class Conversation:
     """Turns, and the prompts that continue them.
 
     template: a Jinja template instead of the model's own.
+    variables: what it is told beside the messages: ``enable_thinking``, ...
     """
 
     def __init__(
-        self, model: Model, *, system: str | None = None, template: str | None = None
+        self,
+        model: Model,
+        *,
+        system: str | None = None,
+        template: str | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> None:
         self.system = system
+        self.thinks: bool | None = None
+        """Does the model think first?  None: as the variables, or the template, have it."""
+        self._variables = variables or {}
         self.turns: list[Turn] = []
         self.first = 0
         """Turns before this one have left the context."""
@@ -99,7 +110,12 @@ class Conversation:
 
     def _render(self, messages: list[Message]) -> str:
         system = [_message("system", self.system)] if self.system else []
-        return render_chat(self._model, [*system, *messages], template=self._template)
+        return render_chat(
+            self._model,
+            [*system, *messages],
+            template=self._template,
+            prompting=Prompting(variables=with_reasoning(self._variables, thinks=self.thinks)),
+        )
 
     # -- changing it -------------------------------------------------------------------------------
 

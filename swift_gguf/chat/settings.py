@@ -8,6 +8,7 @@ from typing import Any
 
 from swift_gguf.errors import SwiftError
 from swift_gguf.sampling import SamplingOptions
+from swift_gguf.templates import THINKS
 
 THINKING = ("fold", "show", "hide")
 CONTEXT = ("shift", "stop")
@@ -25,6 +26,9 @@ class Settings:
     markdown: bool = True
     context: str = "shift"
     """When the context is full: ``shift``: the oldest turns leave it; ``stop``."""
+
+    reasoning: str = "auto"
+    """Does the model think first?  ``on``, ``off``, or as its template has it."""
 
     @property
     def max_tokens(self) -> int | None:
@@ -112,5 +116,6 @@ KEYS: dict[str, tuple[Callable[[str], Any], str]] = {
     "thinking": (_one_of(*THINKING), f"one of {', '.join(THINKING)}"),
     "markdown": (_switch, "on or off"),
     "context": (_one_of(*CONTEXT), f"one of {', '.join(CONTEXT)}"),
+    "reasoning": (_one_of(*THINKS), f"one of {', '.join(THINKS)}"),
 }
 """Names are the command line's; how a value is read, and what it may be."""

@@ -65,6 +65,11 @@ class Thoughts:
             pass
         return parts
 
+    def skip(self, text: str) -> None:
+        """Text that was there before: it is no part of what comes, which begins where it ends."""
+        self.feed(text)
+        self.finish()
+
     def finish(self) -> list[Part]:
         """What was held back, when no text follows."""
         rest, self._rest = self._rest, ""

@@ -20,6 +20,7 @@ from swift_gguf.cli.options import (
     search_flags,
     speculation_flags,
     speculation_options,
+    template_variables,
 )
 from swift_gguf.errors import ModelError, SwiftError
 
@@ -71,11 +72,13 @@ def chat(model: str, **values: Any) -> None:
         n_predict=values["n_predict"],
         thinking=values["thinking"],
         context=values["context"],
+        reasoning=values["reasoning"],
     )
+    variables = template_variables(values | {"reasoning": "auto"})  # that may change: a setting
     screen = terminal.Terminal() if terminal.is_usable() else None
     with ExitStack() as stack:
         loaded = stack.enter_context(load_model(model, values))
-        conversation = _conversation(loaded, values)
+        conversation = _conversation(loaded, values, variables)
         with screen.busy("getting ready") if screen else nullcontext(_say_nothing) as tell:
             speculation = Speculation(loaded, wanted, on_measuring=lambda: tell(MEASURING))
         session = stack.enter_context(closing(Session(loaded, speculation)))
@@ -95,7 +98,7 @@ def _say_nothing(what: str) -> None:
     """Without a terminal."""
 
 
-def _conversation(model: Model, values: dict[str, Any]) -> Conversation:
+def _conversation(model: Model, values: dict[str, Any], variables: dict[str, Any]) -> Conversation:
     from swift_gguf.chat.conversation import Conversation
     from swift_gguf.text import chat_template, read_template
 
@@ -105,7 +108,12 @@ def _conversation(model: Model, values: dict[str, Any]) -> Conversation:
             f"{model.path} has no chat template: it goes on with texts, see generate --raw; "
             "or give a template with --chat-template"
         )
-    return Conversation(model, system=values["system_prompt"], template=template)
+    return Conversation(
+        model,
+        system=values["system_prompt"],
+        template=template,
+        variables=variables,
+    )
 
 
 def _leave_when_told() -> None:

@@ -23,6 +23,7 @@ from swift_gguf.cli.options import (
     search_flags,
     speculation_flags,
     speculation_options,
+    template_variables,
 )
 
 if TYPE_CHECKING:
@@ -68,9 +69,10 @@ def generate(model: str, as_json: bool, compare: bool, **values: Any) -> None:
     text = _prompt_text(values)
     speculation_wanted = speculation_options(values)
     options = sampling_options(values).with_seed()
+    variables = template_variables(values)
     with ExitStack() as stack:
         loaded = stack.enter_context(load_model(model, values))
-        prompt = _prompt_tokens(loaded, text, values)
+        prompt = _prompt_tokens(loaded, text, values, variables)
         speculation = Speculation(loaded, speculation_wanted)
         session = stack.enter_context(closing(Session(loaded, speculation)))
         n_predict = values["n_predict"]
@@ -125,7 +127,10 @@ def _prompt_text(values: dict[str, Any]) -> str:
     return splittable(text, STANDARD_INPUT if str(file) == "-" else str(file))
 
 
-def _prompt_tokens(model: Model, text: str, values: dict[str, Any]) -> list[int]:
+def _prompt_tokens(
+    model: Model, text: str, values: dict[str, Any], variables: dict[str, Any]
+) -> list[int]:
+    from swift_gguf.templates import Prompting
     from swift_gguf.text import encode, read_template, render_chat
 
     if not values["raw"]:
@@ -133,7 +138,12 @@ def _prompt_tokens(model: Model, text: str, values: dict[str, Any]) -> list[int]
         messages = [{"role": "user", "content": text}]
         if values["system_prompt"]:
             messages.insert(0, {"role": "system", "content": values["system_prompt"]})
-        text = render_chat(model, messages, template=template and read_template(template))
+        text = render_chat(
+            model,
+            messages,
+            template=template and read_template(template),
+            prompting=Prompting(variables=variables),
+        )
     tokens = encode(model, text)
     if not tokens:
         raise click.ClickException("the prompt is empty; give some text")

@@ -60,13 +60,29 @@ sampling_flags = _all(
     click.option("--grammar-file", type=click.Path(path_type=Path), metavar="FILE"),
 )  # fmt: skip
 
-answer_flags = _all(
-    click.option("-n", "--n-predict", default=-1, metavar="N",
-                 help="At most N tokens an answer; -1: to the end."),
-    click.option("-sys", "--system-prompt", metavar="TEXT", help="A system message."),
+template_flags = _all(
     click.option("--chat-template", metavar="JINJA",
                  help="A template (text or file) instead of the model's."),
+    click.option("--chat-template-kwargs", metavar="JSON",
+                 help="Further variables of the template, as {\"name\": value}."),
+    click.option("-rea", "--reasoning", type=click.Choice(["on", "off", "auto"]), default="auto",
+                 help="Does the model think first?  [default: auto, as its template has it]"),
+    click.option("--reasoning-effort", metavar="LEVEL",
+                 help="How hard it thinks, where its template knows levels: low, medium, high, "
+                 "none, ...  [default: the template's]"),
 )  # fmt: skip
+
+answer_flags = _all(
+    click.option(
+        "-n",
+        "--n-predict",
+        default=-1,
+        metavar="N",
+        help="At most N tokens an answer; -1: to the end.",
+    ),
+    click.option("-sys", "--system-prompt", metavar="TEXT", help="A system message."),
+    template_flags,
+)
 
 speculation_flags = _all(
     click.option("--speculation", default="auto", show_default=True,
@@ -181,6 +197,22 @@ def sampling_options(values: dict[str, Any]) -> SamplingOptions:
         repeat_last_n=values["repeat_last_n"],
         seed=None if values["seed"] < 0 else values["seed"],
         grammar=grammar,
+    )
+
+
+def template_variables(values: dict[str, Any]) -> dict[str, Any]:
+    """What the chat template is told, from the values of `template_flags`.
+
+    Raises:
+        TemplateError: they are no JSON object, or set what is not to be set.
+    """
+    from swift_gguf.templates import THINKS, parse_variables, with_reasoning
+
+    text, effort = values["chat_template_kwargs"], values["reasoning_effort"]
+    return with_reasoning(
+        {} if text is None else parse_variables(text),
+        thinks=THINKS[values["reasoning"]],
+        effort=None if effort == "default" else effort,
     )
 
 

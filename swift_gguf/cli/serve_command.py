@@ -17,6 +17,8 @@ from swift_gguf.cli.options import (
     search_flags,
     speculation_flags,
     speculation_options,
+    template_flags,
+    template_variables,
 )
 
 if TYPE_CHECKING:
@@ -67,8 +69,7 @@ if TYPE_CHECKING:
 @click.option("--cache-ram", "cache_mib", default=1024, show_default=True, metavar="MIB",
               type=click.IntRange(0),
               help="Memory for conversations besides the latest; 0: none.")  # fmt: skip
-@click.option("--chat-template", metavar="JINJA",
-              help="A template (text or file) instead of the model's.")  # fmt: skip
+@template_flags
 @speculation_flags
 @search_flags
 @sampling_flags
@@ -135,5 +136,6 @@ def _options(model: str, values: dict[str, Any]) -> ServerOptions:
         grammars=values["grammars"],
         cache_bytes=values["cache_mib"] << 20,
         chat_template=template and read_template(template),
+        template_variables=template_variables(values),
         sampling=sampling_options(values),
     )

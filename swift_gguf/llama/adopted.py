@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import wraps
+from inspect import signature
 from typing import Any
 
 import llama_cpp
@@ -18,7 +19,7 @@ from swift_gguf import gguf_check
 from swift_gguf.cells import N_SEQUENCES
 from swift_gguf.deep_stack import on_deep_stack
 from swift_gguf.llama.adoption import AUTO, adopt, context_length, our_errors, refusal
-from swift_gguf.llama.chat_format import formats
+from swift_gguf.llama.chat_format import formats, templated_handler
 from swift_gguf.llama.completion import with_globals
 from swift_gguf.llama.control import Swift, options_of
 from swift_gguf.llama.scores import without_scores
@@ -26,6 +27,7 @@ from swift_gguf.loading import fit_context, padded
 from swift_gguf.model import Model
 from swift_gguf.native import library
 from swift_gguf.speculation_options import SpeculationOptions
+from swift_gguf.templates import Continued, Prompting
 from swift_gguf.threads import default_threads
 
 
@@ -143,6 +145,39 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
         tokenize = super().tokenize
         n_characters = library().stack_characters(self._model.vocab, text)
         return on_deep_stack(n_characters, lambda: list(tokenize(text, add_bos, special)))
+
+    def create_chat_completion(
+        self,
+        *args: Any,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        continue_final_message: bool | Continued = False,
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """See `Llama.create_chat_completion`.
+
+        chat_template_kwargs: further variables of the chat template: ``enable_thinking``, ...
+        continue_final_message: the last message is an answer that goes on: what it says or, by
+            ``"reasoning_content"``, what it thinks.  What comes is what is new.
+        add_generation_prompt: False: the prompt ends with the last message.
+
+        Raises:
+            TemplateError: the template refuses them, or does not show what is to go on.
+            ModelError: chats do not go by a template (a ValueError).
+        """
+        continues = "content" if continue_final_message is True else continue_final_message
+        prompting = Prompting(
+            variables=chat_template_kwargs or {},
+            opens_answer=add_generation_prompt,
+            continues=continues or None,
+        )
+        if prompting == Prompting():
+            return super().create_chat_completion(*args, **kwargs)
+        call = signature(Llama.create_chat_completion).bind(self, *args, **kwargs)
+        call.apply_defaults()
+        arguments = dict(call.arguments)
+        del arguments["self"]
+        return templated_handler(self)(llama=self, prompting=prompting, **arguments)
 
     def _take_over(self, wanted: SpeculationOptions) -> Swift:
         why = refusal(self.model, self._options)

@@ -1,4 +1,8 @@
-"""llama_cpp's chat formats, with templates rendered where they can do no harm (`templates`)."""
+"""llama_cpp's chat formats, with templates rendered where they can do no harm (`templates`).
+
+llama_cpp's handlers pass on to the formatter what they do not know, and it to the template: so
+comes what `Prompting` says.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,11 @@ from typing import Any
 
 from llama_cpp import llama_chat_format
 
-from swift_gguf.templates import ChatTemplate
+from swift_gguf.errors import ModelError
+from swift_gguf.templates import ChatTemplate, Prompting
+
+CHATML: str = llama_chat_format.CHATML_CHAT_TEMPLATE
+"""For models without a template."""
 
 
 class BoundedFormatter(llama_chat_format.Jinja2ChatFormatter):  # type: ignore[misc]
@@ -25,11 +33,31 @@ class _Rendering:
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
 
-    def render(self, **variables: Any) -> str:
+    def render(
+        self, *, messages: Any, add_generation_prompt: bool, prompting: Any = None, **variables: Any
+    ) -> str:
         """Functions among the variables are dropped: templates have their own."""
         return self._template.render(
-            **{name: value for name, value in variables.items() if not callable(value)}
+            messages,
+            prompting or Prompting(opens_answer=add_generation_prompt),
+            **{name: value for name, value in variables.items() if not callable(value)},
         )
+
+
+def templated_handler(llama: Any) -> Any:
+    """What answers a llama's chats by its own chat template, and takes `Prompting`.
+
+    Raises:
+        ModelError: they go by something else.
+    """
+    guess = llama_chat_format.guess_chat_format_from_gguf_metadata(llama.metadata)
+    own = llama.chat_format if llama.chat_format != guess else "chat_template.default"
+    if llama.chat_handler is not None or own not in llama._chat_handlers:
+        raise ModelError(
+            "chats do not go by a chat template, which alone takes variables and continues "
+            "messages; leave out chat_handler and chat_format, and use a model that has one"
+        )
+    return llama._chat_handlers[own]
 
 
 formats = SimpleNamespace(

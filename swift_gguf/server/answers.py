@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from swift_gguf.errors import ContextFullError, GrammarError, SpoiledError, TemplateError
-from swift_gguf.server import grammars, reasoning, tools
+from swift_gguf.server import functions, grammars, reasoning, tools
+from swift_gguf.server.chat_requests import ChatRequest
 from swift_gguf.server.errors import bad_request, one_line, unavailable
 from swift_gguf.server.options import ServerOptions
 from swift_gguf.server.requests import (
     ANY_OBJECT,
-    ChatRequest,
     CompletionRequest,
     Sampling,
     ToolChoice,
@@ -31,6 +31,9 @@ Call = Callable[..., Any]
 
 Choice = dict[str, Any]
 
+OPEN = "<think>"
+"""Thoughts begin; what opens them in a prompt may be another mark."""
+
 _TOO_LONG = "exceed context window"  # of llama_cpp's ValueError
 
 
@@ -42,23 +45,58 @@ def chat(request: ChatRequest, options: ServerOptions, on_end: OnEnd) -> Work:
         for _ in range(request.n):
             yield lambda **more: llama.create_chat_completion(**arguments, **more)
 
-    def thinks(llama: ServedLlama) -> bool:
-        """Does the answer begin among thoughts, as the prompt has it?"""
-        is_free = request.grammar is None and _schema(request) is None and not request.must_call
-        return is_free and llama.thinks
+    def before(llama: ServedLlama) -> str:
+        """What of the answer the prompt has already."""
+        if request.must_call or _schema(request) is not None:
+            return ""  # the answer has a form, in which there are no thoughts
+        if request.continued is None:
+            return OPEN if llama.thinks and request.grammar is None else ""
+        return (OPEN if request.continued == "reasoning_content" else "") + request.prefix
 
     def finish(llama: ServedLlama, choice: Choice) -> Choice:
-        choice = reasoning.in_message(choice, is_open=thinks(llama))
-        return tools.in_message(choice, bare=request.must_call) if request.offered else choice
+        if request.reasoning_format != "none":
+            choice = reasoning.in_message(choice, before=before(llama))
+        if request.offered:
+            choice = tools.in_message(choice, bare=request.must_call)
+        if request.calls_once:
+            choice = functions.first_in_message(choice)
+        if request.is_legacy:
+            choice = functions.in_message(choice)
+        return _with_prefix(choice, request) if request.echo else choice
 
     def finish_stream(llama: ServedLlama, choices: Iterator[Choice]) -> Iterator[Choice]:
-        choices = reasoning.in_stream(choices, is_open=lambda: thinks(llama))
-        return tools.in_stream(choices, bare=request.must_call) if request.offered else choices
+        if request.reasoning_format != "none":
+            choices = reasoning.in_stream(choices, before=lambda: before(llama))
+        if request.offered:
+            choices = tools.in_stream(choices, bare=request.must_call)
+        if request.calls_once:
+            choices = functions.first_in_stream(choices)
+        if request.is_legacy:
+            choices = functions.in_stream(choices)
+        return _after_prefix(choices, request) if request.echo else choices
 
     kinds = ("chat.completion", "chat.completion.chunk")
     return _Envelope(
         kinds, request, options, calls, on_end, finish=finish, finish_stream=finish_stream
     ).work
+
+
+def _with_prefix(choice: Choice, request: ChatRequest) -> Choice:
+    """An answer, with what it continues."""
+    if request.continued is None:
+        return choice
+    message = choice["message"]
+    text = request.prefix + (message.get(request.continued) or "")
+    return {**choice, "message": {**message, request.continued: text}}
+
+
+def _after_prefix(choices: Iterator[Choice], request: ChatRequest) -> Iterator[Choice]:
+    """The chunks of an answer, after what it continues."""
+    first = next(choices)
+    yield first
+    if request.continued:
+        yield {**first, "delta": {request.continued: request.prefix}, "logprobs": None}
+    yield from choices
 
 
 def complete(request: CompletionRequest, options: ServerOptions, on_end: OnEnd) -> Work:
@@ -215,7 +253,13 @@ def _chat_arguments(
     arguments = _common(request, options, llama)
     arguments["max_tokens"] = request.limit(options.n_predict)
     as_text = llama.calls_as_text
-    arguments["messages"] = [m.as_dict(calls_as_text=as_text) for m in request.messages]
+    arguments["messages"] = [m.as_dict(calls_as_text=as_text) for m in request.prompted]
+    prompting = request.prompting(options.template_variables)
+    arguments |= {
+        "chat_template_kwargs": prompting.variables,
+        "continue_final_message": prompting.continues or False,
+        "add_generation_prompt": prompting.opens_answer,
+    }
     if request.logprobs:
         arguments |= {"logprobs": True, "top_logprobs": request.top_logprobs or 0}
     if (wanted := _schema(request)) is not None:
@@ -231,7 +275,7 @@ def _chat_arguments(
     if not request.must_call:
         return arguments
     _allow(options, "tool_choice")
-    choice = request.tool_choice
+    choice = request.choice
     chosen = [
         tool
         for tool in request.offered

@@ -23,10 +23,10 @@ from starlette.middleware.cors import CORSMiddleware
 from swift_gguf import __version__
 from swift_gguf.native import library
 from swift_gguf.server import answers, embedding
+from swift_gguf.server.chat_requests import ChatRequest
 from swift_gguf.server.errors import ApiError, bad_request
 from swift_gguf.server.guard import Guard
 from swift_gguf.server.requests import (
-    ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
+from typing import Any
 
 from swift_gguf.sampling import SamplingOptions
 
@@ -69,6 +71,8 @@ class ServerOptions:
     """Memory for conversations that are not the present one."""
     chat_template: str | None = field(default=None, repr=False)
     """Jinja, instead of the model's own."""
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
+    """What it is told, unless a request says otherwise: ``enable_thinking``, ..."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     """What a request gets that does not say."""
 

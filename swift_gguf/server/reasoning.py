@@ -8,12 +8,12 @@ from typing import Any
 from swift_gguf.chat.thinking import Part, Thoughts
 
 
-def in_message(choice: dict[str, Any], *, is_open: bool) -> dict[str, Any]:
+def in_message(choice: dict[str, Any], *, before: str = "") -> dict[str, Any]:
     """A choice of a chat completion, its thoughts apart.
 
-    is_open: the prompt itself has opened them.
+    before: what of the answer the prompt itself has.
     """
-    thoughts = Thoughts(is_open=is_open)
+    thoughts = _thoughts(before)
     parts = thoughts.feed(choice["message"]["content"] or "") + thoughts.finish()
     if not thoughts.thought:
         return choice
@@ -27,15 +27,15 @@ def in_message(choice: dict[str, Any], *, is_open: bool) -> dict[str, Any]:
 
 
 def in_stream(
-    choices: Iterator[dict[str, Any]], *, is_open: Callable[[], bool]
+    choices: Iterator[dict[str, Any]], *, before: Callable[[], str]
 ) -> Iterator[dict[str, Any]]:
     """Choices of chunks, their thoughts apart.
 
-    is_open: as for `in_message`; asked when the first chunk is there.
+    before: as for `in_message`; asked when the first chunk is there.
     """
     thoughts = None
     for choice in choices:
-        thoughts = thoughts or Thoughts(is_open=is_open())
+        thoughts = thoughts or _thoughts(before())
         delta = {key: value for key, value in choice["delta"].items() if key != "content"}
         parts = thoughts.feed(choice["delta"].get("content") or "")
         if choice["finish_reason"]:
@@ -49,6 +49,12 @@ def in_stream(
             yield {**choice, "delta": {**delta, **_delta(part)}}
             choice = {**choice, "logprobs": None}  # a token's, once
             delta = {}
+
+
+def _thoughts(before: str) -> Thoughts:
+    thoughts = Thoughts()
+    thoughts.skip(before)
+    return thoughts
 
 
 def _delta(part: Part) -> dict[str, str]:

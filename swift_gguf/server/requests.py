@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from swift_gguf.sampling import SamplingOptions
+from swift_gguf.server.fields import refuse_unheld
 from swift_gguf.server.options import (
     MAX_BIASES,
     MAX_CHOICES,
@@ -23,13 +24,11 @@ from swift_gguf.server.options import (
     MAX_DEPTH,
     MAX_GRAMMAR_LENGTH,
     MAX_INPUTS,
-    MAX_MESSAGES,
     MAX_NAME_LENGTH,
     MAX_STOP_LENGTH,
     MAX_STOPS,
     MAX_TEXTS,
     MAX_TOKEN_IDS,
-    MAX_TOOLS,
     MAX_TOP_LOGPROBS,
 )
 
@@ -94,6 +93,10 @@ Texts = (
 )
 
 
+TEXT_PARTS = ("text", "refusal")
+"""Of a message."""
+
+
 class Body(BaseModel):
     """JSON from a client.  A field that is null is one that is not there, as OpenAI has it."""
 
@@ -118,7 +121,8 @@ class Message(Body):
     def _only_text(cls, content: str | list[dict[str, Any]] | None) -> str | None:
         if not isinstance(content, list):
             return content
-        texts = [part.get("text") for part in content if part.get("type") in ("text", "refusal")]
+        # a part's text has the name of its type
+        texts = [part.get(part["type"]) for part in content if part.get("type") in TEXT_PARTS]
         if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
             raise ValueError("only text parts are understood; this model sees no images or sound")
         return "".join(map(str, texts))
@@ -133,11 +137,30 @@ class Message(Body):
 
         calls_as_text: of calls, it wants the arguments as clients send them.
         """
-        role = "system" if self.role == "developer" else self.role
+        role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
         more = dict(self.model_extra or {})
+        if "function_call" in more:  # what calls of tools were before
+            more["tool_calls"] = [{"type": "function", "function": more.pop("function_call")}]
         if isinstance(calls := more.get("tool_calls"), list) and not calls_as_text:
             more["tool_calls"] = list(map(_called, calls))
         return {**more, "role": role, "content": self.content or ""}
+
+    @property
+    def text(self) -> str:
+        """What it says."""
+        return self.content if isinstance(self.content, str) else ""
+
+    @property
+    def thought(self) -> str:
+        """What an answer gives as its thoughts."""
+        thought = (self.model_extra or {}).get("reasoning_content")
+        return thought if isinstance(thought, str) else ""
+
+    @property
+    def calls(self) -> bool:
+        """Is it an answer that calls something?"""
+        more = self.model_extra or {}
+        return bool(more.get("tool_calls") or more.get("function_call"))
 
 
 def _called(call: Any) -> Any:
@@ -157,7 +180,7 @@ class StreamOptions(Body):
 
 
 class Sampling(Body):
-    """What completions and chat completions share; other fields are ignored, as elsewhere."""
+    """What completions and chat completions share; for other fields see `fields`."""
 
     model: Name | None = None
     temperature: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
@@ -180,6 +203,13 @@ class Sampling(Body):
     stream_options: StreamOptions | None = None
     grammar: Grammar | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _held(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            refuse_unheld(given)
+        return given
 
     @field_validator("logit_bias", mode="before")
     @classmethod
@@ -222,7 +252,7 @@ class Sampling(Body):
         return None if seed is None or seed == -1 else (seed + choice) & MAX_SEED
 
 
-def _limit(wanted: int | None, limit: int | None) -> int | None:
+def lesser(wanted: int | None, limit: int | None) -> int | None:
     wanted = None if wanted == -1 else wanted
     return limit if wanted is None else wanted if limit is None else min(wanted, limit)
 
@@ -296,34 +326,6 @@ class ToolChoice(Body):
         return self.function.name
 
 
-class ChatRequest(Sampling):
-    """POST /v1/chat/completions."""
-
-    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
-    max_tokens: TokenLimit = None
-    max_completion_tokens: TokenLimit = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
-    response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
-
-    @property
-    def offered(self) -> list[Tool]:
-        """The tools that may be called."""
-        return [] if self.tool_choice == "none" else self.tools or []
-
-    @property
-    def must_call(self) -> bool:
-        """Is the answer a call, and nothing else?"""
-        return bool(self.offered) and self.tool_choice not in (None, "auto")
-
-    def limit(self, n_predict: int | None) -> int | None:
-        """Of tokens, for each choice."""
-        asked = self.max_completion_tokens
-        return _limit(self.max_tokens if asked is None else asked, n_predict)
-
-
 class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
@@ -343,7 +345,7 @@ class CompletionRequest(Sampling):
 
     def limit(self, n_predict: int | None) -> int | None:
         """Of tokens, for each choice."""
-        return _limit(self.max_tokens, n_predict)
+        return lesser(self.max_tokens, n_predict)
 
 
 class EmbeddingRequest(Body):

@@ -15,7 +15,7 @@ from time import monotonic, perf_counter
 from typing import Any
 
 from swift_gguf.llama import SwiftLlama
-from swift_gguf.llama.chat_format import BoundedFormatter
+from swift_gguf.llama.chat_format import CHATML, BoundedFormatter
 from swift_gguf.model import ModelOptions
 from swift_gguf.native import StopFlag, library
 from swift_gguf.native_memory import give_back_free_pages
@@ -120,17 +120,26 @@ class ServedLlama(SwiftLlama):
             library().set_stop_flag(self.ctx, self._stop)
         if self.last_n_tokens_size < 0:  # all; llama_cpp looks at none
             self.last_n_tokens_size = self.n_ctx()
-        if template is not None:
-            self.metadata["tokenizer.chat_template"] = template
-            eos, bos = (
-                self._model.token_get_text(token) if token >= 0 else ""
-                for token in (self.token_eos(), self.token_bos())
-            )
-            self.chat_handler = BoundedFormatter(template, eos, bos).to_chat_handler()
-        elif "tokenizer.chat_template" not in self.metadata:
-            self.chat_format: str | None = "chatml"  # llama_cpp's guess fits one old family only
+        if template is not None or "tokenizer.chat_template" not in self.metadata:
+            self._chat_by(template)
         self._conversations = Conversations(self, budget=cache_bytes)
         self.swift.idle()
+
+    def _chat_by(self, template: str | None) -> None:
+        """template: None, as the model has none either: ChatML, llama-server's choice, too."""
+        eos, bos = (
+            self._model.token_get_text(token) if token >= 0 else ""
+            for token in (self.token_eos(), self.token_bos())
+        )
+        if template is None:
+            self.chat_format: str | None = "chatml"
+            template, eos = CHATML, "<|im_end|>"  # text to this model: a stop
+        else:
+            self.chat_format, self.chat_handler = "chat_template.default", None
+            self.metadata["tokenizer.chat_template"] = template
+        self._chat_handlers[self.chat_format] = BoundedFormatter(
+            template, eos, bos
+        ).to_chat_handler()
 
     # -- jobs --------------------------------------------------------------------------------------
 

@@ -133,6 +133,29 @@ def test_files_may_begin_with_a_byte_order_mark(cli: Cli, model: Path, tmp_path:
         assert f"{tmp_path}/utf16 is not UTF-8 text" in done.stderr
 
 
+def test_what_a_template_is_told(cli: Cli, model: Path) -> None:
+    template = "{{ enable_thinking | tojson }} {{ reasoning_effort or '-' }} {{ style }}"
+
+    def answer(*flags: object) -> tuple[int, list[int]]:
+        """How many tokens the prompt has, and what comes after it."""
+        done = cli("generate", model, "--json", *flags, *QUICK)
+        report = json.loads(done.stdout)
+        return report["timings"]["prompt_n"], report["tokens"]
+
+    def prompt(*flags: object) -> tuple[int, list[int]]:
+        return answer("-p", "hi", "--chat-template", template, *flags)
+
+    def told(text: str) -> tuple[int, list[int]]:
+        return answer("--raw", "-p", text)
+
+    assert told("a b") != told("a b c d")
+    style = '{"style": "very very dry", "enable_thinking": true}'
+    assert prompt("--chat-template-kwargs", style) == told("true - very very dry")
+    assert prompt("-rea", "off", "--chat-template-kwargs", style) == told("false - very very dry")
+    assert prompt("--reasoning", "on", "--reasoning-effort", "high") == told("true high ")
+    assert prompt("--reasoning-effort", "none") == told("false - ")
+
+
 def test_limits(cli: Cli, model: Path) -> None:
     report = json.loads(cli("generate", model, "-p", "x", "--json", "-n", 0, "-c", 128).stdout)
     assert report["tokens"] == []
@@ -154,6 +177,8 @@ def test_limits(cli: Cli, model: Path) -> None:
         (("-p", "x", "--chat-template", "{{ nothing.at.all }}"), "chat template"),
         (("-p", "x", "--chat-template", "{% for %}"), "chat template"),
         (("-p", "x", "--chat-template", "missing.jinja"), "neither Jinja text nor a file"),
+        (("-p", "x", "--chat-template-kwargs", "{"), "no JSON object"),
+        (("-p", "x", "--chat-template-kwargs", '{"messages": []}'), "'messages' is not to be set"),
         (("-f", "missing.txt"), "missing.txt"),
         (("-f", "/dev/zero"), "/dev/zero cannot be read: it is no regular file"),
         (("-p", "", "--raw"), "empty"),

@@ -32,9 +32,10 @@ from swift_gguf.sampling import Sampler, SamplingOptions
 from swift_gguf.session import Answer, Piece, Session, stopped_by_ctrl_c
 from swift_gguf.speculation import Speculation
 from swift_gguf.speculation_options import SpeculationOptions
+from swift_gguf.templates import Prompting
 from swift_gguf.text import encode, render_chat
 from swift_gguf.text import piece as bytes_of
-from tests.fixtures.tokenizer import CHATML
+from tests.fixtures.tokenizer import CHATML, THINKING
 
 OpenModel = Callable[..., Model]
 SEEDED = SamplingOptions(seed=7, temperature=0.9)
@@ -54,11 +55,14 @@ class Talk:
     """A chat whose screen is kept."""
 
     def __init__(self, model: Model, *, mode: str = "off", template: str | None = None,
-                 settings: Settings | None = None, system: str | None = None) -> None:  # fmt: skip
+                 settings: Settings | None = None, system: str | None = None,
+                 variables: dict[str, object] | None = None) -> None:  # fmt: skip
         self.out, self.err = io.StringIO(), io.StringIO()
         speculation = Speculation(model, SpeculationOptions(mode=mode))
         self.session = Session(model, speculation)
-        self.conversation = Conversation(model, system=system, template=template)
+        self.conversation = Conversation(
+            model, system=system, template=template, variables=variables
+        )
         settings = settings or Settings(sampling=SEEDED, n_predict=20)
         self.chat = Chat(self.session, self.conversation, Plain(self.out, self.err), settings)
 
@@ -152,6 +156,35 @@ def test_thoughts_stay_out_where_the_template_leaves_them_out(model: Model) -> N
         start = len(encode(model, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"))
         assert bytes(prompt[start : start + len(kept)]) == kept
         assert prompt[start + len(kept)] == encode(model, "<|im_end|>")[0]
+
+
+def test_a_model_is_told_whether_and_how_hard_to_think(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what the chat was started with, and by `/set reasoning`, for the next answer."""
+    started = {"reasoning_effort": "low"}
+    talk = Talk(model, template=THINKING, variables=started)
+    answer, seen = talk.session.answer, []
+
+    def watched(prompt: list[int], *args: Any, **kwargs: Any) -> Any:
+        seen.append(prompt)
+        return answer(prompt, *args, **kwargs)
+
+    monkeypatch.setattr(talk.session, "answer", watched)
+    for command, variables in (
+        ("/set reasoning auto", started),
+        ("/set reasoning off", started | {"enable_thinking": False}),
+        ("/set reasoning on", started | {"enable_thinking": True}),
+    ):
+        talk.say(command)
+        talk.say("/clear")
+        talk.say("Hi")
+        asked = [{"role": "user", "content": "Hi"}]
+        wanted = render_chat(
+            model, asked, template=THINKING, prompting=Prompting(variables=variables)
+        )
+        assert seen[-1] == encode(model, wanted)
+    assert seen[0] == seen[2] != seen[1]
 
 
 def test_a_template_that_rewrites_answers_is_rendered_as_a_whole(model: Model) -> None:

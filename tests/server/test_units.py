@@ -110,10 +110,11 @@ def test_a_call_that_had_to_be_made() -> None:
 @pytest.mark.parametrize("is_open", [False, True])
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_thoughts_and_calls_are_no_part_of_what_is_said(size: int, is_open: bool) -> None:
+    before = "<think>" if is_open else ""
     text = f"{'' if is_open else '<think>'}\nLook, <tool_call>?\n</think>\n\nI look. {CALL}"
     parts = [choice(text[i : i + size]) for i in range(0, len(text), size)]
     stream = [{**choice(None), "delta": {"role": "assistant"}}, *parts, choice(None, "stop")]
-    apart = reasoning.in_stream(iter(stream), is_open=lambda: is_open)
+    apart = reasoning.in_stream(iter(stream), before=lambda: before)
     out = [c["delta"] for c in in_stream(apart, bare=False)]
     assert out[0] == {"role": "assistant"}
     assert "".join(d.get("reasoning_content", "") for d in out) == "Look, <tool_call>?"
@@ -122,7 +123,7 @@ def test_thoughts_and_calls_are_no_part_of_what_is_said(size: int, is_open: bool
     assert call["function"]["name"] == "look"
 
     whole = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-    message = in_message(reasoning.in_message(whole, is_open=is_open), bare=False)["message"]
+    message = in_message(reasoning.in_message(whole, before=before), bare=False)["message"]
     assert message["reasoning_content"] == "Look, <tool_call>?"
     assert message["content"] == "I look."
     assert len(message["tool_calls"]) == 1

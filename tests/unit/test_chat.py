@@ -81,6 +81,28 @@ def test_text_is_held_back_only_where_it_may_be_a_mark() -> None:
     assert thoughts.feed("c </think>") == [Part("c </think>")]
 
 
+@pytest.mark.parametrize(
+    ("before", "text", "parts"),
+    [
+        ("", "<think>a</think>b", [("a", True), ("b", False)]),
+        ("<think>", "\na</think>b", [("a", True), ("b", False)]),
+        ("<think>a", " b</think> c", [(" b", True), ("c", False)]),
+        ("<think>a\n", "b</think>c", [("b", True), ("c", False)]),
+        ("<think>a</think>b", " c", [(" c", False)]),
+        ("a", " <think>b", [(" <think>b", False)]),
+        ("a <", "think>", [("think>", False)]),
+        ("<thi", "s", [("s", False)]),
+    ],
+)
+def test_what_was_there_before_is_no_part_of_what_comes(
+    before: str, text: str, parts: list[tuple[str, bool]]
+) -> None:
+    thoughts = Thoughts()
+    thoughts.skip(before)
+    found = thoughts.feed(text) + thoughts.finish()
+    assert [(part.text, part.is_thought) for part in found] == parts
+
+
 # -- settings --------------------------------------------------------------------------------------
 
 
@@ -106,6 +128,7 @@ def test_settings_of_the_chats_own() -> None:
     assert (settings.max_tokens, settings.thinking, settings.markdown) == (12, "hide", False)
     assert settings.set("n_predict", "-1").max_tokens is None
     assert settings.set("context", "stop").context == "stop"
+    assert settings.set("reasoning", "OFF").reasoning == "off"
 
 
 @pytest.mark.parametrize(

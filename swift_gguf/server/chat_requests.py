@@ -1,0 +1,186 @@
+"""What clients may ask of a chat."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
+
+from swift_gguf.server.options import MAX_MESSAGES, MAX_TOOLS, MAX_TOP_LOGPROBS
+from swift_gguf.server.requests import (
+    Body,
+    Function,
+    FunctionName,
+    Json,
+    Message,
+    Name,
+    ResponseFormat,
+    Sampling,
+    TokenLimit,
+    Tool,
+    ToolChoice,
+    lesser,
+)
+from swift_gguf.templates import Continued, Prompting, check_variables, with_reasoning
+
+
+def _object(value: Any) -> Any:
+    """Some clients send an object as text."""
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            raise ValueError("it is neither an object nor the JSON text of one") from None
+    return value
+
+
+def _variables(value: dict[str, Any]) -> dict[str, Any]:
+    check_variables(value)
+    return value
+
+
+Variables = Annotated[Json, BeforeValidator(_object), AfterValidator(_variables)]
+"""Of a chat template."""
+
+
+class Thinking(Body):
+    """As DeepSeek's, GLM's and Kimi's APIs have it; a budget of tokens cannot be held."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["enabled", "disabled", "auto", "adaptive"]
+
+    @property
+    def wanted(self) -> bool | None:
+        """None: as the template has it."""
+        return {"enabled": True, "disabled": False}.get(self.type)
+
+
+class ChatRequest(Sampling):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
+    max_tokens: TokenLimit = None
+    max_completion_tokens: TokenLimit = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    functions: Annotated[list[Function], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
+    """What tools were before; an answer then has a `function_call`."""
+    function_call: Literal["none", "auto"] | FunctionName | None = None
+    chat_template_kwargs: Variables = Field(default_factory=dict)
+    enable_thinking: bool | None = None
+    thinking: Thinking | None = None
+    reasoning_effort: Name | None = None
+    reasoning_format: Literal["none", "auto", "deepseek"] = "auto"
+    """none: thoughts are part of the content, as the model writes them."""
+    continue_final_message: bool | Continued | None = None
+    """None: if it is an answer, and calls nothing; llama-server's choice, too."""
+    add_generation_prompt: bool | None = None
+    echo: bool = False
+    """Does what is continued come again, before what is new?"""
+
+    @field_validator("add_generation_prompt")
+    @classmethod
+    def _new_or_old(cls, wanted: bool | None, info: ValidationInfo) -> bool | None:
+        if wanted and info.data.get("continue_final_message"):
+            raise ValueError("a message is continued or a new one begun, not both")
+        return wanted
+
+    @field_validator("functions")
+    @classmethod
+    def _either(cls, functions: list[Function] | None, info: ValidationInfo) -> Any:
+        if functions is not None and info.data.get("tools") is not None:
+            raise ValueError("give tools or functions, not both")
+        return functions
+
+    @property
+    def is_legacy(self) -> bool:
+        """Does it have `functions` for tools?"""
+        return self.functions is not None
+
+    @property
+    def choice(self) -> Literal["none", "auto", "required"] | ToolChoice | None:
+        """`tool_choice`, however it is said."""
+        if isinstance(self.function_call, FunctionName):
+            return ToolChoice(function=self.function_call)
+        return self.function_call if self.is_legacy else self.tool_choice
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that may be called."""
+        if self.choice == "none":
+            return []
+        return [Tool(function=one) for one in self.functions or ()] or self.tools or []
+
+    @property
+    def must_call(self) -> bool:
+        """Is the answer a call, and nothing else?"""
+        return bool(self.offered) and self.choice not in (None, "auto")
+
+    @property
+    def calls_once(self) -> bool:
+        """May there be one call at most?"""
+        return self.is_legacy or not self.parallel_tool_calls
+
+    @property
+    def continued(self) -> Continued | None:
+        """What of the last message goes on, if it does."""
+        last, wanted = self.messages[-1], self.continue_final_message
+        if isinstance(wanted, str):
+            return wanted
+        if wanted is None:
+            is_new = self.add_generation_prompt or last.calls
+            wanted = last.role == "assistant" and not is_new and bool(last.content or last.thought)
+        if not wanted:
+            return None
+        return "reasoning_content" if last.thought and not last.content else "content"
+
+    @property
+    def prompted(self) -> list[Message]:
+        """The messages that the prompt is made of: an answer that says nothing yet is none, unless
+        it is to be continued."""
+        last = self.messages[-1]
+        is_blank = last.role == "assistant" and not (last.content or last.thought or last.calls)
+        begins = is_blank and self.continued is None and self.add_generation_prompt is not False
+        return self.messages[:-1] if begins and len(self.messages) > 1 else self.messages
+
+    @property
+    def prefix(self) -> str:
+        """The text that goes on."""
+        last = self.messages[-1]
+        if self.continued is None:
+            return ""
+        return last.thought if self.continued == "reasoning_content" else last.text
+
+    def prompting(self, defaults: Mapping[str, Any]) -> Prompting:
+        """How the template makes the prompt.
+
+        defaults: its variables that the server was started with.
+        """
+        thinks = self.enable_thinking
+        if thinks is None and self.thinking is not None:
+            thinks = self.thinking.wanted
+        told = with_reasoning(defaults, thinks=thinks, effort=self.reasoning_effort)
+        return Prompting(
+            variables=told | self.chat_template_kwargs,
+            opens_answer=self.add_generation_prompt is not False,
+            continues=self.continued,
+        )
+
+    def limit(self, n_predict: int | None) -> int | None:
+        """Of tokens, for each choice."""
+        asked = self.max_completion_tokens
+        return lesser(self.max_tokens if asked is None else asked, n_predict)
