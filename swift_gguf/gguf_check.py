@@ -183,8 +183,8 @@ def _check_splits(header: Header, path: Path) -> None:
             raise Problem(f"its part {part.name} does not say which part it is")
 
 
-def check(path: Path | str, *, tokenizer: bool = True) -> None:
-    """Raise ModelError, in one line, if llama.cpp could not load this file or would crash on it.
+def check(path: Path | str, *, tokenizer: bool = True) -> Header:
+    """The header; ModelError, in one line, if llama.cpp could not load this file or would crash.
 
     tokenizer=False allows models that come without a vocabulary.
     """
@@ -206,3 +206,4 @@ def check(path: Path | str, *, tokenizer: bool = True) -> None:
         _check_splits(header, Path(path))
     except Problem as problem:
         raise ModelError(f"{path}: {problem}") from None
+    return header

@@ -68,7 +68,7 @@ class AnswerOptions(llm.Model.Options):
     speculation: str = Field(
         default="auto", description="auto, off, or sources of drafts, joined by commas"
     )
-    ctx_size: int = Field(default=4096, ge=1, description="Context in tokens")
+    ctx_size: int | None = Field(default=None, ge=1, description="Context in tokens")
 
 
 class SwiftModel(llm.Model):
@@ -82,6 +82,7 @@ class SwiftModel(llm.Model):
         self.model_id = PREFIX + reference
         self._reference = reference
         self._llama: SwiftLlama | None = None
+        self._ctx_size: int | None = None
 
     def execute(
         self,
@@ -137,10 +138,9 @@ class SwiftModel(llm.Model):
         """The model, with a context of the size that is wanted."""
         from swift_gguf.cli.progress import download_progress
         from swift_gguf.llama import SwiftLlama
-        from swift_gguf.loading import padded
 
         llama = self._llama
-        if llama is None or llama.n_ctx() != padded(options.ctx_size):
+        if llama is None or self._ctx_size != options.ctx_size:
             if llama:
                 self._llama = None
                 llama.close()
@@ -150,10 +150,11 @@ class SwiftModel(llm.Model):
                 str(path),
                 n_ctx=options.ctx_size,
                 n_gpu_layers=-1,
+                flash_attn=None,
                 speculation=options.speculation,
                 verbose=False,
             )
-            self._llama = llama
+            self._llama, self._ctx_size = llama, options.ctx_size
         if llama.swift.speculation != options.speculation:
             llama.swift.speculation = options.speculation
         return llama

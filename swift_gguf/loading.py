@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from swift_gguf.cells import N_SEQUENCES
+from swift_gguf.context_length import context_length
 from swift_gguf.errors import ModelError, UnsupportedModelError
 from swift_gguf.gguf_check import check
 from swift_gguf.native import library
@@ -17,18 +18,13 @@ from swift_gguf.threads import default_threads
 if TYPE_CHECKING:
     from swift_gguf.native_convert import ProductWatch
 
-DEFAULT_CONTEXT = 4096
-
-CONTEXT_STEP = 256
-"""llama.cpp makes contexts of multiples of this."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """How to load a model; names follow llama.cpp's command line."""
 
-    n_ctx: int = DEFAULT_CONTEXT
-    """Context size in tokens; 0: as long as the model was trained for."""
+    n_ctx: int | None = None
+    """Context size in tokens; None: 4096, or as long as the model was trained for, if that is less;
+    0: as long as it was trained for.  Never longer than a table of learned positions."""
     n_batch: int = 512
     """Tokens decoded at once during prefill; at least 48, so that trees and windows fit, too."""
     n_threads: int | None = None
@@ -36,8 +32,7 @@ class ModelOptions:
     n_gpu_layers: int = -1
     """-1: all of them, where there is a GPU."""
     flash_attn: bool | None = None
-    """None: where the backend has it.  Off, verified rows differ from plainly decoded ones by
-    rounding on CPUs, whatever the quantisation."""
+    """None: where the backend has it.  Texts with it may be others than without."""
     sidecar: Path | Literal["auto"] | None = "auto"
     """Weights for draft passes; ``auto``: those beside the model, if they are there and its own."""
     exact_kv: bool = False
@@ -53,6 +48,8 @@ class Loaded:
     model: Any
     ctx: Any
     n_threads: int
+    n_ctx: int = 0
+    """Tokens it can hold: not all of llama.cpp's where the model has fewer positions."""
     is_ours: bool = True
     """Freed by `close`; otherwise by whoever made them, afterwards."""
 
@@ -74,7 +71,8 @@ def load(path: Path, options: ModelOptions) -> Loaded:
         ModelError: the file is missing, damaged or not a model llama.cpp can run.
         UnsupportedModelError: it runs, but does something else.
     """
-    check(path)
+    length = context_length(check(path))
+    length.warn(path, options.n_ctx)
     api = library().api
     loaded = Loaded(None, None, options.n_threads or default_threads())
     try:
@@ -82,7 +80,8 @@ def load(path: Path, options: ModelOptions) -> Loaded:
         vocab = api.llama_model_get_vocab(loaded.model)
         if api.llama_vocab_n_tokens(vocab) == 0 or api.llama_vocab_type(vocab) == 0:
             raise ModelError(f"{path} has no tokenizer; convert the model again, with one")
-        loaded.ctx = _make_context(path, options, loaded)
+        loaded.ctx = _make_context(path, options, loaded, n_ctx=length.choose(options.n_ctx))
+        loaded.n_ctx = length.usable(api.llama_n_ctx(loaded.ctx))
         if not generates_text(loaded):
             raise UnsupportedModelError(
                 f"{path} does not generate text token by token; use a decoder-only model"
@@ -116,11 +115,6 @@ def fit_context(params: Any, model: Any) -> None:
     params.swa_full = True  # a sliding-window cache of the window's size cannot be rolled back
 
 
-def padded(n_ctx: int) -> int:
-    """A context's size as llama.cpp makes it, but before it limits n_batch."""
-    return -(-n_ctx // CONTEXT_STEP) * CONTEXT_STEP
-
-
 def cause(messages: Sequence[str]) -> str:
     """The most telling of llama.cpp's messages: the first is the cause, the rest its echo."""
     lines = [line.strip(" .") for line in messages if line.strip(" .")]
@@ -138,10 +132,10 @@ def _load_model(path: Path, options: ModelOptions) -> Any:
     return model
 
 
-def _make_context(path: Path, options: ModelOptions, loaded: Loaded) -> Any:
+def _make_context(path: Path, options: ModelOptions, loaded: Loaded, *, n_ctx: int) -> Any:
     api = library().api
     params = api.llama_context_default_params()
-    params.n_ctx = padded(options.n_ctx or api.llama_model_n_ctx_train(loaded.model))
+    params.n_ctx = n_ctx
     params.n_batch = params.n_ubatch = options.n_batch
     params.n_threads = params.n_threads_batch = loaded.n_threads
     params.flash_attn_type = -1 if options.flash_attn is None else int(options.flash_attn)

@@ -15,7 +15,6 @@ from swift_gguf.errors import (
     StoppedError,
     UnsupportedModelError,
 )
-from swift_gguf.loading import DEFAULT_CONTEXT as DEFAULT_CONTEXT
 from swift_gguf.loading import ModelOptions as ModelOptions
 from swift_gguf.loading import cause, n_sequences
 from swift_gguf.open_model import OpenModel
@@ -126,6 +125,8 @@ class Model(OpenModel):
             if not self.cells.nodes:
                 self._make_room(len(tokens))
             nodes = self.cells.place(tokens, parents)
+            if max(node.pos for node in nodes) >= self.n_ctx:
+                raise ContextFullError(f"the tree does not fit the context of {self.n_ctx}")
             self._decode_batch(
                 tokens,
                 [node.pos for node in nodes],

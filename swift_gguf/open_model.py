@@ -67,7 +67,7 @@ class OpenModel:
         self.vocab = api.llama_model_get_vocab(model)
         self.n_layer: int = api.llama_model_n_layer(model)
         self.n_vocab: int = api.llama_vocab_n_tokens(self.vocab)
-        self.n_ctx: int = api.llama_n_ctx(ctx)
+        self.n_ctx = self._loaded.n_ctx
         self.n_batch: int = api.llama_n_batch(ctx)
         self._library.set_stop_flag(ctx, self.stop)
 
@@ -149,6 +149,12 @@ class OpenModel:
             for kind in self._library.sublayers(self.ctx, self.n_layer)
         )
         return attention, ffn
+
+    @property
+    def only_chains(self) -> bool:
+        """Must drafts be chains?  Flash attention sums up the cells that a token sees one after the
+        other.  Without it, sums are shared out by the cells' numbers, so that gaps change them."""
+        return self.options.flash_attn is False
 
     def is_eog(self, token: int) -> bool:
         """Does this token end a generation?"""

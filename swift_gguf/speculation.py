@@ -146,6 +146,11 @@ class Speculation:
         model, options = self._model, self.options
         if options.mode == "off":
             return "switched off"
+        if model.only_chains and options.tree not in (None, "chain"):
+            raise SwiftError(
+                f"drafts of the shape {options.tree} need flash attention: without it a branch's sums "
+                "are rounded otherwise than plain decoding's; draft chains, or switch it on"
+            )
         if refusal := model.rollback_refusal:
             if options.mode != "auto" or options.is_by_hand:
                 raise UnsupportedModelError(f"no speculation: {refusal}; use --speculation off")
@@ -230,6 +235,7 @@ class Speculation:
             self._draft_model = DraftModel(options.draft_model, self._model)
             drafts.append(Drafts(self._draft_model, measured_ms(self._draft_model.model)))
         is_fixed = options.fixed or options.p_min is not None
+        is_wide = not (is_fixed or options.tree or self._model.only_chains)
         return Planner(
             self._model,
             learning.here,
@@ -238,7 +244,7 @@ class Speculation:
             calibration=self._calibration,
             forced=not options.is_auto,
             fixed=self._threshold() if is_fixed else None,
-            shape=TREES[options.tree or "chain"] if is_fixed or options.tree else WIDE,
+            shape=WIDE if is_wide else TREES[options.tree or "chain"],
             # a source asked for by name says what it holds likeliest, and how often that is right
             n_offers=None if options.is_auto or options.tree else 1,
         )

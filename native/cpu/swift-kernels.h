@@ -13,6 +13,7 @@
 #include "repack.h"
 #include "simd-mappings.h"
 #include "swift-simd.h"
+#include "vec.h"
 
 #include <cmath>
 #include <type_traits>
@@ -488,6 +489,44 @@ struct q5_1 {
     using column  = block_q8_1;
 
     static __m256i quants(const weights & x) { return _mm256_or_si256(nibbles_32(x.qs), where_set(x.qh, 0x10)); }
+};
+
+
+// -- F32 and F16: one row at a time, as ggml_vec_dot_f32 and ggml_vec_dot_f16 ------------------------
+
+template <typename type>
+struct floats {
+    using weights  = type;
+    using column   = type;
+    using prepared = float;
+
+    static constexpr int64_t rows = 1;
+    static constexpr int     tile = TILE / 2;
+    static constexpr int64_t step = GGML_F32_STEP; // rows are of whole steps: ggml adds up what is left in another way
+
+    static prepared prepare(ggml_fp16_t x) { return GGML_CPU_FP16_TO_FP32(x); }
+
+    static GGML_F32_VEC load(const float * x) { return GGML_F32_VEC_LOAD(x); }
+
+    static GGML_F32_VEC load(const ggml_fp16_t * x) { return GGML_F16_DOT_VEC_LOAD(x, 0); }
+
+    template <int N>
+    static void multiply_tile(int64_t n, const weights * x, const prepared * columns, float * out, size_t out_stride) {
+        GGML_F32_VEC sums[N][GGML_F32_ARR] = {};
+        for (int64_t i = 0; i < n; i += step) {
+            prefetch(x + i, step * sizeof(weights));
+            for (int j = 0; j < GGML_F32_ARR; j++) {
+                const int64_t      k = i + j * GGML_F32_EPR;
+                const GGML_F32_VEC w = load(x + k);
+                for (int c = 0; c < N; c++) {
+                    sums[c][j] = GGML_F32_VEC_FMA(sums[c][j], w, GGML_F32_VEC_LOAD(columns + c * n + k));
+                }
+            }
+        }
+        for (int c = 0; c < N; c++) {
+            GGML_F32_VEC_REDUCE(out[c * out_stride], sums[c]);
+        }
+    }
 };
 
 } // namespace

@@ -89,13 +89,16 @@ void multiply(const ggml_compute_params * params, ggml_tensor * dst, ggml_type c
     const size_t        group     = src0->nb[1] * kernel::rows;
     const int           n_columns = (int) src1->ne[1];
 
-    quantize_columns(params, src1, column_type, stride);
+    constexpr bool as_they_are = std::is_same_v<typename kernel::column, float>;
+    if (!as_they_are) {
+        quantize_columns(params, src1, column_type, stride);
+    }
     if (params->ith == 0) {
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
     }
     ggml_barrier(params->threadpool);
 
-    const auto * columns = prepared_columns<kernel>(params->wdata, n_columns * n_blocks);
+    const auto * columns = prepared_columns<kernel>(as_they_are ? src1->data : params->wdata, n_columns * n_blocks);
 
     // several chunks a thread: one that was held up leaves its share to the others; but none so short that
     // what is fetched ahead of it were mostly another thread's
@@ -142,7 +145,20 @@ bool swift_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int64_
     if (n_interleaved != 1) {
         return false;
     }
+    const bool has_whole_steps = src0->ne[0] % floats<float>::step == 0;
     switch (src0->type) {
+        case GGML_TYPE_F32:
+            if (has_whole_steps && ggml_is_contiguous(dst->src[1])) {
+                multiply<floats<float>>(params, dst, GGML_TYPE_F32);
+                return true;
+            }
+            return false;
+        case GGML_TYPE_F16:
+            if (has_whole_steps) {
+                multiply<floats<ggml_fp16_t>>(params, dst, GGML_TYPE_F16);
+                return true;
+            }
+            return false;
         case GGML_TYPE_Q5_K:
             multiply<q5_K>(params, dst, GGML_TYPE_Q8_K);
             return true;
@@ -180,3 +196,7 @@ bool swift_mul_mat(const ggml_compute_params *, ggml_tensor *, int64_t, int64_t)
 }
 
 #endif // SWIFT_NARROW_AVX2
+
+bool swift_is_narrow(const ggml_compute_params * params, const ggml_tensor * dst) {
+    return params->use_ref && dst->src[1]->ne[1] <= SWIFT_NARROW_MAX;
+}

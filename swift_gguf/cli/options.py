@@ -32,8 +32,9 @@ def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 model_flags = _all(
-    click.option("-c", "--ctx-size", default=4096, show_default=True, metavar="N",
-                 type=click.IntRange(0), help="Context in tokens; 0: the model's own."),
+    click.option("-c", "--ctx-size", metavar="N",
+                 type=click.IntRange(0), help="Context in tokens; 0: the model's own.  [default: "
+                 "4096, or the model's own if that is less]"),
     click.option("-t", "--threads", type=click.IntRange(1, 512), metavar="N",
                  help="Threads  [default: one a physical core]"),
     click.option("-ngl", "--n-gpu-layers", default=-1, metavar="N",

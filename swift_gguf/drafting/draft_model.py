@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from swift_gguf import gguf_header
+from swift_gguf.context_length import context_length
 from swift_gguf.drafting.passes import Passes
 from swift_gguf.drafting.tree import Offer, Tree
-from swift_gguf.errors import DecodeError, ModelError, StoppedError, UnsupportedModelError
+from swift_gguf.errors import (
+    ContextFullError,
+    DecodeError,
+    ModelError,
+    StoppedError,
+    UnsupportedModelError,
+)
 from swift_gguf.model import Model, ModelOptions
 from swift_gguf.native import library
 from swift_gguf.tokens import common_prefix
@@ -30,7 +38,7 @@ class DraftModel(Passes):
         model = Model(
             path,
             ModelOptions(
-                n_ctx=target.n_ctx,
+                n_ctx=_context(path, target.n_ctx),
                 n_batch=options.n_batch,
                 n_threads=target.n_threads,
                 n_gpu_layers=options.n_gpu_layers,
@@ -63,7 +71,7 @@ class DraftModel(Passes):
                 self.model.decode(text[common:], n_outputs=0)
         except StoppedError:
             raise
-        except DecodeError:  # a token that only the target has
+        except (DecodeError, ContextFullError):  # a token that only the target has; its own end
             return
         super().begin(pending)
 
@@ -79,6 +87,12 @@ class DraftModel(Passes):
     def close(self) -> None:
         """Frees the model."""
         self.model.close()
+
+
+def _context(path: Path, n_ctx: int) -> int:
+    """The target's length, or what the draft model is good for: after that it does not draft."""
+    length = context_length(gguf_header.read(path))
+    return n_ctx if length.scaled else min(n_ctx, length.trained or n_ctx)
 
 
 def _require_same_vocabulary(draft: Model, target: Model) -> None:

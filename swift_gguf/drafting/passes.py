@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from swift_gguf.drafting.tree import ROOT, Offer, Tree
-from swift_gguf.errors import DecodeError, NotFiniteError, SpoiledError, StoppedError
+from swift_gguf.errors import ContextFullError, DecodeError, NotFiniteError, SpoiledError, StoppedError
 from swift_gguf.model import Model
 from swift_gguf.subnetwork import SubNetwork
 
@@ -60,7 +60,7 @@ class Passes:
             self.model.decode_tree(tokens, parents, subnetwork=self.subnetwork)
         except StoppedError:
             raise
-        except DecodeError:
+        except (DecodeError, ContextFullError):
             self._decoded = None  # the model took all of the tree back
             return None
         for each in path:

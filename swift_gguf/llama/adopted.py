@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 
 from swift_gguf import gguf_check
 from swift_gguf.cells import N_SEQUENCES
+from swift_gguf.context_length import ContextLength, context_length
 from swift_gguf.deep_stack import on_deep_stack
-from swift_gguf.llama.adoption import AUTO, adopt, context_length, our_errors, refusal
+from swift_gguf.llama.adoption import AUTO, adopt, our_errors, refusal
 from swift_gguf.llama.chat_format import formats, templated_handler
 from swift_gguf.llama.completion import with_globals
 from swift_gguf.llama.control import Swift, options_of
 from swift_gguf.llama.scores import without_scores
-from swift_gguf.loading import fit_context, padded
+from swift_gguf.loading import fit_context
 from swift_gguf.model import Model
 from swift_gguf.native import library
 from swift_gguf.speculation_options import SpeculationOptions
@@ -49,31 +50,34 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
         model_path: str,
         *,
         speculation: str | Sequence[str] | SpeculationOptions = "auto",
-        n_ctx: int = 512,
+        n_ctx: int | None = 512,
         n_batch: int = 512,
         n_ubatch: int = 512,
         n_threads: int | None = None,
         n_threads_batch: int | None = None,
         logits_all: bool = False,
-        flash_attn: bool | None = None,
+        flash_attn: bool | None = False,
         verbose: bool = True,
         **options: Any,
     ) -> None:
         self._stack = ExitStack()  # what closes it must be there if anything below fails
         self._old_samplers: list[Any] = []
+        self._length = ContextLength(trained=None, limit=None)
         self._adopted: Model | None = None
         self._flash_attn, self._keeps_all, self._options = flash_attn, logits_all, options
         wanted = options_of(speculation)
         path = os.fspath(model_path)
         if not options.get("vocab_only"):
-            gguf_check.check(path, tokenizer=False)
-            n_ctx = n_ctx or context_length(path)
+            self._length = context_length(gguf_check.check(path, tokenizer=False))
+            if not _scales_rope(options):
+                self._length.warn(path, n_ctx)
+            n_ctx = self._length.choose(n_ctx)
         library().show_log(verbose)
         with our_errors(path):
             _init(
                 self,
                 path,
-                n_ctx=padded(n_ctx),
+                n_ctx=n_ctx,
                 n_batch=max(n_batch, N_SEQUENCES),
                 n_ubatch=max(n_ubatch, N_SEQUENCES),
                 n_threads=n_threads or default_threads(),
@@ -92,6 +96,10 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
     def swift(self) -> Swift:
         """What drafts, why, and how it went."""
         return self._swift
+
+    def n_ctx(self) -> int:
+        """See `Llama.n_ctx`; not more than there are learned positions."""
+        return self._length.usable(super().n_ctx())
 
     # -- adopting what llama_cpp made --------------------------------------------------------------
 
@@ -267,6 +275,11 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
             "flash_attn": self._flash_attn,
             "logits_all": self._keeps_all,
         }
+
+
+def _scales_rope(options: dict[str, Any]) -> bool:
+    """Does the caller say how positions beyond those of the training are to be read?"""
+    return any(key.startswith(("rope_", "yarn_")) and options[key] for key in options)
 
 
 # chat templates are rendered in a process of their own

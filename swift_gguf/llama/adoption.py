@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from swift_gguf import gguf_header
 from swift_gguf.errors import ModelError
 from swift_gguf.loading import Loaded, ModelOptions, cause, generates_text
 from swift_gguf.model import Model
@@ -18,15 +17,6 @@ ALL_LAYERS = 0x7FFFFFFF
 """llama_cpp's n_gpu_layers for -1."""
 AUTO = -1
 """LLAMA_FLASH_ATTN_TYPE_AUTO"""
-
-
-def context_length(path: str) -> int:
-    """What the model was trained for, by its file.
-
-    Raises:
-        ModelError: it is damaged.
-    """
-    return gguf_header.read(path).integer("context_length") or 512
 
 
 def refusal(model: Any, options: dict[str, Any]) -> str:
@@ -50,7 +40,7 @@ def refusal(model: Any, options: dict[str, Any]) -> str:
 
 def adopt(llama: Any, *, flash_attn: bool | None) -> Model | None:
     """A llama's model and context as our `Model`; None if it does not generate text."""
-    loaded = Loaded(llama.model, llama.ctx, llama.n_threads, is_ours=False)
+    loaded = Loaded(llama.model, llama.ctx, llama.n_threads, llama.n_ctx(), is_ours=False)
     if not generates_text(loaded):
         return None
     n_gpu_layers = llama.model_params.n_gpu_layers

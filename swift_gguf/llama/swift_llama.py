@@ -34,8 +34,10 @@ class SwiftLlama(AdoptedLlama):
 
     speculation: ``auto``; ``off``; sources by name (`speculation_options.SOURCES`), joined by
         commas; or `SpeculationOptions`.
-    flash_attn: None: where the backend has it.  Off, verified rows differ from plainly decoded ones
-        by rounding on CPUs.
+    n_ctx: as `Llama` has it; None: 4096, or as long as the model was trained for, if that is less.
+        Never longer than the model has learned positions.
+    flash_attn: as `Llama` has it, which leaves it off: with it texts may be others than without.
+        None: where the backend has it.
     n_threads, n_threads_batch: None: one a physical core.
     logits_all: keep logits of every position in `scores`; `logprobs` do not need it.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from tests.conftest import N_GPU_LAYERS
 
 from llama_cpp import Llama  # isort: skip - swift_gguf first: it brings the library
 
-ALWAYS = SpeculationOptions(
-    mode="ngram,recycling,layer-skip", fixed=True, tree="best-first", draft_max=6
-)
-"""Trees of drafts in every cycle, whatever they cost."""
+ALWAYS = SpeculationOptions(mode="ngram,recycling,layer-skip", fixed=True, draft_max=6)
+"""Drafts in every cycle, whatever they cost."""
+TREES = replace(ALWAYS, tree="best-first")
+"""With flash attention, they may be trees."""
 
 LOADING: dict[str, Any] = {"n_ctx": 512, "n_gpu_layers": N_GPU_LAYERS, "verbose": False}
 
@@ -37,8 +38,6 @@ def open_llama(tiny_path: str) -> Iterator[Callable[..., Any]]:
     def open_(kind: type = SwiftLlama, path: str = tiny_path, **options: Any) -> Any:
         if issubclass(kind, SwiftLlama):
             options = {"speculation": ALWAYS} | options
-        else:
-            options = {"flash_attn": True} | options
         opened.append(kind(path, **(LOADING | options)))
         return opened[-1]
 
@@ -47,17 +46,24 @@ def open_llama(tiny_path: str) -> Iterator[Callable[..., Any]]:
         llama.close()
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["", "flash"])
+def flash_attn(request: pytest.FixtureRequest) -> bool:
+    """llama_cpp's default, and with flash attention."""
+    return bool(request.param)
+
+
 @pytest.fixture(scope="module")
-def plain(tiny_path: str) -> Iterator[Any]:
+def plain(tiny_path: str, flash_attn: bool) -> Iterator[Any]:
     """llama_cpp's own; `logits_all`, or it refuses logprobs."""
-    llama = Llama(tiny_path, flash_attn=True, logits_all=True, **LOADING)
+    llama = Llama(tiny_path, flash_attn=flash_attn, logits_all=True, **LOADING)
     yield llama
     llama.close()
 
 
 @pytest.fixture(scope="module")
-def swift(tiny_path: str) -> Iterator[SwiftLlama]:
-    llama = SwiftLlama(tiny_path, speculation=ALWAYS, **LOADING)
+def swift(tiny_path: str, flash_attn: bool) -> Iterator[SwiftLlama]:
+    options = TREES if flash_attn else ALWAYS
+    llama = SwiftLlama(tiny_path, speculation=options, flash_attn=flash_attn, **LOADING)
     yield llama
     llama.close()
 

@@ -17,7 +17,7 @@ from swift_gguf.model import Model
 from swift_gguf.native import library
 from tests.conftest import N_GPU_LAYERS
 
-KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K_M", "Q5_K_M", "Q6_K")
+KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K_M", "Q5_K_M", "Q6_K", "F32", "F16", "BF16")
 WIDTHS = (2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 33, 63, 64, 72)
 
 pytestmark = pytest.mark.skipif(
@@ -45,7 +45,7 @@ def make(
         path = folder / f"{kind}.gguf"
         api = library().api
         params = api.llama_model_quantize_default_params()
-        params.ftype = getattr(api, f"LLAMA_FTYPE_MOSTLY_{kind}")
+        params.ftype = getattr(api, f"LLAMA_FTYPE_{'ALL' if kind == 'F32' else 'MOSTLY'}_{kind}")
         params.allow_requantize = params.pure = True
         assert api.llama_model_quantize(bytes(source), bytes(path), params) == 0
         return path
@@ -58,7 +58,19 @@ def make(
 def test_every_width_has_the_bits_of_ggmls_one_column(
     kind: str, n_threads: int, make: Callable[[str], Path], open_model: Callable[..., Model]
 ) -> None:
-    model = open_model(make(kind), n_threads=n_threads)
+    same_at_every_width(open_model(make(kind), n_threads=n_threads), kind)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+@pytest.mark.parametrize("kind", ["Q4_K_M", "F16"])
+def test_without_flash_attention_too(
+    kind: str, n_threads: int, make: Callable[[str], Path], open_model: Callable[..., Model]
+) -> None:
+    """Products of queries with keys, and of their weights with values, are F16 then."""
+    same_at_every_width(open_model(make(kind), n_threads=n_threads, flash_attn=False), kind)
+
+
+def same_at_every_width(model: Model, kind: str) -> None:
     rng = random.Random(kind)
     tokens = [rng.randrange(model.n_vocab) for _ in range(20 + max(WIDTHS))]
     text, more = tokens[:20], tokens[20:]
