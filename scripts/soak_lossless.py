@@ -313,12 +313,12 @@ def llama_round(
 ) -> Iterator[str]:
     """The same of `SwiftLlama` against llama_cpp's `Llama`: for each completion, what is wrong."""
     loading: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_gpu_layers": 0, "verbose": False}
+    loading["flash_attn"] = options.tree not in (None, "chain")  # which trees need
     with ExitStack() as stack:
         profiles = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(mock.patch.dict(os.environ, SWIFT_GGUF_PROFILES=profiles))
         swift = stack.enter_context(closing(SwiftLlama(str(path), speculation=options, **loading)))
-        threads = {"n_threads_batch": 1, "flash_attn": True}
-        plain = stack.enter_context(closing(Llama(str(path), **threads, **loading)))
+        plain = stack.enter_context(closing(Llama(str(path), n_threads_batch=1, **loading)))
         assert swift.swift.model is not None
         before: list[int] = []
         for _ in range(n_requests):

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from swift_gguf.errors import ModelError
-from swift_gguf.gguf_header import U16, Header, Problem, read
+from swift_gguf.gguf_header import F32, STRING, U16, Header, Problem, read
 
 # Integers, F64, and the blocks of activations: no operation takes them as weights.
 _NO_WEIGHTS = frozenset({9, 15, 24, 25, 26, 27, 28})
@@ -50,6 +50,8 @@ _MAYBE_NO_ROPE = frozenset({
 })  # fmt: skip
 # llama.cpp's own token ids for these where the file names none
 _DEFAULT_BOS_EOS = {"gpt2": (11, 11), "llama": (1, 2), "gemma4": (-1, -1), "t5": (-1, 1)}
+
+_ADAPTER = {"general.architecture": STRING, "adapter.type": STRING, "adapter.lora.alpha": F32}
 
 
 def _check_layers(header: Header) -> None:
@@ -181,6 +183,21 @@ def _check_splits(header: Header, path: Path) -> None:
             raise Problem(f"its part {part.name} is missing", "download all parts into one folder")
         if read(part).types.get("split.no") != U16:
             raise Problem(f"its part {part.name} does not say which part it is")
+
+
+def check_adapter(path: Path | str) -> None:
+    """Raise ModelError, in one line, if this is no LoRA adapter that llama.cpp can read."""
+    header = read(path)
+    try:
+        if header.metadata.get("general.type") != "adapter":
+            raise Problem(
+                "this is no adapter", "convert the adapter with llama.cpp's convert_lora_to_gguf.py"
+            )
+        for key, kind in _ADAPTER.items():  # llama.cpp aborts on others
+            if header.types.get(key, kind) != kind:
+                raise Problem(f"its {key} has the wrong type")
+    except Problem as problem:
+        raise ModelError(f"{path}: {problem}") from None
 
 
 def check(path: Path | str, *, tokenizer: bool = True) -> Header:

@@ -27,7 +27,7 @@ _TYPES: dict[int, tuple[int, int]] = {
 # GGUF value type -> struct format
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
             12: "d"}  # fmt: skip
-U16, U32, STRING, ARRAY = 2, 4, 8, 9
+U16, U32, F32, STRING, ARRAY = 2, 4, 6, 8, 9
 _KEEP_ITEMS = 4096  # longer arrays of numbers belong to the vocabulary: their length will do
 # What a few bytes of file each would make hundreds of bytes of memory; no real model comes near.
 _MAX_STRINGS = 1 << 21

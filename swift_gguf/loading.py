@@ -18,6 +18,7 @@ from swift_gguf.threads import default_threads
 if TYPE_CHECKING:
     from swift_gguf.native_convert import ProductWatch
 
+
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """How to load a model; names follow llama.cpp's command line."""

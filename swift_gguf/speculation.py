@@ -148,8 +148,8 @@ class Speculation:
             return "switched off"
         if model.only_chains and options.tree not in (None, "chain"):
             raise SwiftError(
-                f"drafts of the shape {options.tree} need flash attention: without it a branch's sums "
-                "are rounded otherwise than plain decoding's; draft chains, or switch it on"
+                f"drafts of the shape {options.tree} need flash attention: without it a branch's "
+                "sums are rounded otherwise than plain decoding's; draft chains, or switch it on"
             )
         if refusal := model.rollback_refusal:
             if options.mode != "auto" or options.is_by_hand:

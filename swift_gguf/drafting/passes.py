@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from swift_gguf.drafting.tree import ROOT, Offer, Tree
-from swift_gguf.errors import ContextFullError, DecodeError, NotFiniteError, SpoiledError, StoppedError
+from swift_gguf.errors import (
+    ContextFullError,
+    DecodeError,
+    NotFiniteError,
+    SpoiledError,
+    StoppedError,
+)
 from swift_gguf.model import Model
 from swift_gguf.subnetwork import SubNetwork
 

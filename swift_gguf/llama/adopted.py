@@ -19,12 +19,13 @@ from swift_gguf import gguf_check
 from swift_gguf.cells import N_SEQUENCES
 from swift_gguf.context_length import ContextLength, context_length
 from swift_gguf.deep_stack import on_deep_stack
+from swift_gguf.errors import ModelError
 from swift_gguf.llama.adoption import AUTO, adopt, our_errors, refusal
 from swift_gguf.llama.chat_format import formats, templated_handler
 from swift_gguf.llama.completion import with_globals
 from swift_gguf.llama.control import Swift, options_of
 from swift_gguf.llama.scores import without_scores
-from swift_gguf.loading import fit_context
+from swift_gguf.loading import cause, fit_context
 from swift_gguf.model import Model
 from swift_gguf.native import library
 from swift_gguf.speculation_options import SpeculationOptions
@@ -72,8 +73,10 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
             if not _scales_rope(options):
                 self._length.warn(path, n_ctx)
             n_ctx = self._length.choose(n_ctx)
+            if options.get("lora_path"):
+                gguf_check.check_adapter(options["lora_path"])
         library().show_log(verbose)
-        with our_errors(path):
+        with our_errors(path) as messages:
             _init(
                 self,
                 path,
@@ -87,6 +90,8 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
                 verbose=verbose,
                 **options,
             )
+            if self.lora_path and not self._lora_adapter:  # llama_cpp looks for None
+                raise ModelError(f"{self.lora_path} cannot be used with {path}: {cause(messages)}")
         self._evaluated = -1  # passes there had been after the latest `eval`
         self._swift = self._take_over(wanted)
         self._stack.callback(self._swift.close)

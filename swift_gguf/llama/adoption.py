@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,11 +55,11 @@ def adopt(llama: Any, *, flash_attn: bool | None) -> Model | None:
 
 
 @contextmanager
-def our_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """One line with llama.cpp's reason, where llama_cpp only says that it failed."""
+def our_errors(path: str | os.PathLike[str]) -> Iterator[Sequence[str]]:
+    """What llama.cpp logs; one line with its reason where llama_cpp only says that it failed."""
     with library().messages() as messages:
         try:
-            yield
+            yield messages
         except ValueError as error:
             if not str(error).startswith("Failed to "):
                 raise

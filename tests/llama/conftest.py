@@ -46,10 +46,10 @@ def open_llama(tiny_path: str) -> Iterator[Callable[..., Any]]:
         llama.close()
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["", "flash"])
-def flash_attn(request: pytest.FixtureRequest) -> bool:
-    """llama_cpp's default, and with flash attention."""
-    return bool(request.param)
+@pytest.fixture(scope="module")
+def flash_attn() -> bool:
+    """llama_cpp's default."""
+    return False
 
 
 @pytest.fixture(scope="module")

@@ -173,7 +173,6 @@ def test_a_real_model(real: Callable[..., Path], open_llama: Make) -> None:
         n_ctx=64,
         n_batch=32,
         n_threads=multiprocessing.cpu_count(),
-        flash_attn=True,
         n_gpu_layers=N_GPU_LAYERS,
     )
 

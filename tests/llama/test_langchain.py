@@ -24,7 +24,7 @@ def make(tiny_path: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     made = []
 
     def make_(kind: Any, llama: type, **values: Any) -> Any:
-        options: dict[str, Any] = {"flash_attn": True}
+        options: dict[str, Any] = {}
         if llama is SwiftLlama:
             options = {"speculation": "ngram,recycling"}
         monkeypatch.setattr(llama_cpp, "Llama", llama)

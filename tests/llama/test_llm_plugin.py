@@ -47,7 +47,7 @@ def home(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def reference(tiny_path: str) -> Iterator[Callable[..., str]]:
     """`reference([(role, text), ...], temperature=...)`: what a SwiftLlama answers by itself."""
-    llama = SwiftLlama(tiny_path, **(LOADING | {"n_ctx": 4096}))
+    llama = SwiftLlama(tiny_path, flash_attn=None, **(LOADING | {"n_ctx": 4096}))
 
     def answer(turns: list[tuple[str, str]], **options: Any) -> str:
         messages = [{"role": role, "content": text} for role, text in turns]

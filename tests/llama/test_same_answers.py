@@ -70,6 +70,11 @@ COMPLETIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["", "flash"])
+def flash_attn(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
 def same(
     plain: Llama, swift: SwiftLlama, ask: Any, *, may_fail: bool = False, drafts: bool = True
 ) -> Any:

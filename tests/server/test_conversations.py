@@ -54,7 +54,9 @@ def test_turns_change_no_text_and_decode_little(serve: Callable[..., Server], mo
 
 @pytest.fixture
 def llama(model: Path) -> Iterator[SwiftLlama]:
-    llama = SwiftLlama(str(model), n_ctx=1024, n_threads=1, speculation="off", verbose=False)
+    llama = SwiftLlama(
+        str(model), n_ctx=1024, n_threads=1, speculation="off", flash_attn=None, verbose=False
+    )
     yield llama
     llama.close()
 

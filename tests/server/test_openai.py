@@ -40,7 +40,7 @@ def client(server: Server) -> Any:
 @pytest.fixture(scope="module")
 def llama(model: Path) -> Iterator[SwiftLlama]:
     """The same model in this process."""
-    llama = SwiftLlama(str(model), n_ctx=4096, n_threads=1, verbose=False)
+    llama = SwiftLlama(str(model), n_ctx=4096, n_threads=1, flash_attn=None, verbose=False)
     yield llama
     llama.close()
 
@@ -301,7 +301,9 @@ def test_penalties_of_all_that_was_said(serve: Callable[..., Server], model: Pat
     found = server.post("/v1/completions", options)[1]["choices"][0]["text"]
     texts = []
     for n in (512, 64, 0):
-        llama = SwiftLlama(str(model), n_ctx=512, n_threads=1, verbose=False, last_n_tokens_size=n)
+        llama = SwiftLlama(
+            str(model), n_ctx=512, n_threads=1, flash_attn=None, verbose=False, last_n_tokens_size=n
+        )
         texts.append(llama.create_completion(**options)["choices"][0]["text"])
         llama.close()
     assert found == texts[0]

@@ -21,7 +21,9 @@ MESSAGES: Any = [{"role": "user", "content": "Name three colours, then say why t
 def test_the_same_answers_with_drafts_and_without(serve: Callable[..., Server]) -> None:
     options: Any = {"messages": MESSAGES, "max_tokens": 40, "seed": 11}
     with_drafts = serve(MODEL, "-c", 1024, "--speculation", "ngram,recycling,layer-skip")
-    llama = SwiftLlama(str(resolve(MODEL)), n_ctx=1024, speculation="off", verbose=False)
+    llama = SwiftLlama(
+        str(resolve(MODEL)), n_ctx=1024, speculation="off", flash_attn=None, verbose=False
+    )
     with_drafts.wait_until_ready()
     client = openai.OpenAI(base_url=f"{with_drafts.url}/v1", api_key="none")
     for temperature in (0.0, 0.8):
