@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 MODEL  ?= smollm2-135m
 PROMPT ?= scripts/demo_prompt.txt
-CPP     = native/src/*.cpp native/src/*.h native/cpu/*.cpp native/cpu/*.h native/include/*.h
+CPP     = native/src/*.cpp native/src/*.h native/chat/*.cpp native/chat/*.h native/cpu/*.cpp native/cpu/*.h native/include/*.h
 
 .PHONY: help demo build dev test soak check format bench clean
 
