@@ -4,8 +4,8 @@ Most of what takes for ever or makes text without end happens inside single oper
 which nothing within a process can break off.  Here the system does: a timer ends the process, and
 more memory is not to be had.
 
-Requests and answers are lines of JSON: {"template", "variables"} or {"schema"}, and {"text"} or
-{"error"}.
+Requests and answers are lines of JSON: {"template", "variables"}, {"schema"} or {"chat"} (what
+`native_chat.analyse` takes), and {"text"} or {"error"}.
 """
 
 from __future__ import annotations
@@ -40,6 +40,10 @@ def _work(request: Mapping[str, Any]) -> str:
         from swift_gguf.schema_conversion import convert
 
         return convert(request["schema"])
+    if "chat" in request:
+        from swift_gguf.native_chat import analyse
+
+        return analyse(request["chat"])
     from swift_gguf.template_rendering import render
 
     return render(request["template"], request["variables"])

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from swift_gguf.errors import ContextFullError, GrammarError, SpoiledError, TemplateError
-from swift_gguf.server import functions, grammars, reasoning, tools
+from swift_gguf.server import functions, grammars, reading, tools
 from swift_gguf.server.chat_requests import ChatRequest
 from swift_gguf.server.errors import bad_request, one_line, unavailable
 from swift_gguf.server.options import ServerOptions
@@ -31,9 +31,6 @@ Call = Callable[..., Any]
 
 Choice = dict[str, Any]
 
-OPEN = "<think>"
-"""Thoughts begin; what opens them in a prompt may be another mark."""
-
 _TOO_LONG = "exceed context window"  # of llama_cpp's ValueError
 
 
@@ -45,19 +42,26 @@ def chat(request: ChatRequest, options: ServerOptions, on_end: OnEnd) -> Work:
         for _ in range(request.n):
             yield lambda **more: llama.create_chat_completion(**arguments, **more)
 
+    def expected(llama: ServedLlama) -> reading.Expected:
+        has_form = request.must_call or _schema(request) is not None
+        has_thoughts = not has_form and request.grammar is None
+        splits = request.reasoning_format != "none"
+        return reading.Expected(
+            tools=request.offered,
+            must_call=request.must_call,
+            splits=splits,
+            before="" if has_form else before(llama),
+            syntax=llama.syntax_here(thinks=has_thoughts and splits) if not has_form else None,
+        )
+
     def before(llama: ServedLlama) -> str:
         """What of the answer the prompt has already."""
-        if request.must_call or _schema(request) is not None:
-            return ""  # the answer has a form, in which there are no thoughts
         if request.continued is None:
-            return OPEN if llama.thinks and request.grammar is None else ""
-        return (OPEN if request.continued == "reasoning_content" else "") + request.prefix
+            return reading.OPEN if llama.thinks and request.grammar is None else ""
+        return (reading.OPEN if request.continued == "reasoning_content" else "") + request.prefix
 
     def finish(llama: ServedLlama, choice: Choice) -> Choice:
-        if request.reasoning_format != "none":
-            choice = reasoning.in_message(choice, before=before(llama))
-        if request.offered:
-            choice = tools.in_message(choice, bare=request.must_call)
+        choice = reading.in_message(choice, expected(llama))
         if request.calls_once:
             choice = functions.first_in_message(choice)
         if request.is_legacy:
@@ -65,10 +69,7 @@ def chat(request: ChatRequest, options: ServerOptions, on_end: OnEnd) -> Work:
         return _with_prefix(choice, request) if request.echo else choice
 
     def finish_stream(llama: ServedLlama, choices: Iterator[Choice]) -> Iterator[Choice]:
-        if request.reasoning_format != "none":
-            choices = reasoning.in_stream(choices, before=lambda: before(llama))
-        if request.offered:
-            choices = tools.in_stream(choices, bare=request.must_call)
+        choices = reading.in_stream(choices, lambda: expected(llama))
         if request.calls_once:
             choices = functions.first_in_stream(choices)
         if request.is_legacy:
@@ -103,6 +104,7 @@ def complete(request: CompletionRequest, options: ServerOptions, on_end: OnEnd) 
     """Yields the response, or, for a stream, `text_completion` after `text_completion`."""
 
     def calls(llama: ServedLlama) -> Iterator[Call]:
+        llama.expect(None)
         arguments = _completion_arguments(request, options, llama)
         for prompt in [_prompt(given, llama) for given in request.prompts]:
             for _ in range(request.n):
@@ -269,11 +271,15 @@ def _chat_arguments(
             _allow(options, "response_format")
         gbnf = grammars.from_schema(wanted, param="response_format")
         arguments["grammar"] = _grammar(gbnf, llama, "response_format")
-    if not request.offered:
-        return arguments
-    arguments["tools"] = [tool.model_dump(exclude_none=True) for tool in request.offered]
+    offered = [tool.model_dump(exclude_none=True) for tool in request.offered]
+    if offered:
+        arguments["tools"] = offered
     if not request.must_call:
+        begins = prompting.opens_answer and prompting.continues is None
+        stops = llama.expect(offered if begins else None, prompting.variables)
+        arguments["stop"] = [*arguments.get("stop", ()), *stops]
         return arguments
+    llama.expect(None)
     _allow(options, "tool_choice")
     choice = request.choice
     chosen = [

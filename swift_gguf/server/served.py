@@ -6,7 +6,7 @@ import codecs
 import gc
 import math
 import re
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -23,11 +23,14 @@ from swift_gguf.server.characters import Said, whole
 from swift_gguf.server.conversations import Conversations
 from swift_gguf.server.embedding import Embedder
 from swift_gguf.server.options import ServerOptions
+from swift_gguf.server.syntax import Syntax, Syntaxes
 from swift_gguf.server.worker import Job
 from swift_gguf.speculation_options import SpeculationOptions
 from swift_gguf.stats import Stats
 
 TIDY_EVERY_S = 20.0
+PROMPT_END = 64
+"""Tokens at a prompt's end that are looked at: they hold all that it has of the answer."""
 
 _JOINED_ARGUMENTS = re.compile(r"arguments['\"\]]*\s*\+")
 
@@ -77,6 +80,10 @@ class ServedLlama(SwiftLlama):
     _tidied_at = -math.inf
     thinks = False
     """Has the prompt of the generation under way, or the latest, opened the model's thoughts?"""
+    _syntaxes: Syntaxes
+    _syntax: Syntax | None = None
+    _shown: frozenset[int] = frozenset()
+    _prompt_end = ""
     _pieces: dict[int, bytes]
     _stop: StopFlag
 
@@ -113,6 +120,8 @@ class ServedLlama(SwiftLlama):
         template: Jinja for chats, instead of the model's own.
         """
         self._pieces = {}
+        bos, eos = self._ends_as_text()
+        self._syntaxes = Syntaxes(bos_token=bos, eos_token=eos)
         if self.swift.model:
             self._stop = self.swift.model.stop
         else:
@@ -127,19 +136,25 @@ class ServedLlama(SwiftLlama):
 
     def _chat_by(self, template: str | None) -> None:
         """template: None, as the model has none either: ChatML, llama-server's choice, too."""
-        eos, bos = (
-            self._model.token_get_text(token) if token >= 0 else ""
-            for token in (self.token_eos(), self.token_bos())
-        )
+        bos, eos = self._ends_as_text()
         if template is None:
             self.chat_format: str | None = "chatml"
             template, eos = CHATML, "<|im_end|>"  # text to this model: a stop
         else:
             self.chat_format, self.chat_handler = "chat_template.default", None
             self.metadata["tokenizer.chat_template"] = template
+            self.metadata.pop("tokenizer.chat_template.tool_use", None)
         self._chat_handlers[self.chat_format] = BoundedFormatter(
             template, eos, bos
         ).to_chat_handler()
+
+    def _ends_as_text(self) -> tuple[str, str]:
+        """Begin and end of text, for templates."""
+        bos, eos = (
+            self._model.token_get_text(token) if token >= 0 else ""
+            for token in (self.token_bos(), self.token_eos())
+        )
+        return bos, eos
 
     # -- jobs --------------------------------------------------------------------------------------
 
@@ -172,7 +187,8 @@ class ServedLlama(SwiftLlama):
             job.check()
             stats, start = self.swift.stats, perf_counter()
             said = self._said = Said()
-            self.thinks = self._opens_thoughts(prompt)
+            self._prompt_end = self._text_of(prompt[-PROMPT_END:])
+            self.thinks = self._prompt_end.rstrip().endswith("<think>")
             try:
                 with closing(super().generate(*args, **kwargs)) as stream:
                     for token in stream:
@@ -219,13 +235,53 @@ class ServedLlama(SwiftLlama):
 
     def piece(self, token: int) -> bytes:
         """What a token stands for in an answer."""
+        if token in self._shown:
+            return library().token_bytes(self.vocab, token, special=True)
         if token not in self._pieces:
             self._pieces[token] = library().token_bytes(self.vocab, token, special=False)
         return self._pieces[token]
 
-    def _opens_thoughts(self, prompt: Sequence[int]) -> bool:
-        tail = (library().token_bytes(self.vocab, t, special=True) for t in prompt[-8:])
-        return b"".join(tail).rstrip().endswith(b"<think>")
+    def _text_of(self, tokens: Sequence[int]) -> str:
+        """Control tokens included."""
+        pieces = [library().token_bytes(self.vocab, token, special=True) for token in tokens]
+        return b"".join(pieces).decode("utf-8", "replace")
+
+    # -- how answers are written -------------------------------------------------------------------
+
+    def expect(
+        self,
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> Sequence[str]:
+        """Chats that come now are answered as the template has it for these tools.
+
+        tools: None: they have another form, or are no chats.
+        variables: what else the template is given.
+
+        Returns: texts that end such an answer.
+        """
+        source = None if tools is None else self._template(bool(tools))
+        self._syntax = self._syntaxes.of(source, tools or (), variables) if source else None
+        marks = self._syntax.shown if self._syntax else ()
+        ids = [self.tokenize(mark.encode(), add_bos=False, special=True) for mark in marks]
+        self._shown = frozenset(found[0] for found in ids if len(found) == 1)
+        return self._syntax.stops if self._syntax else ()
+
+    def syntax_here(self, *, thinks: bool) -> Syntax | None:
+        """How the answer under way is written, if its prompt ends as llama.cpp's would.
+
+        thinks: may it have thoughts?
+        """
+        syntax = self._syntax
+        if syntax is None or not self._prompt_end.rstrip().endswith(syntax.opening.rstrip()):
+            return None
+        is_open = bool(syntax.thinking) and syntax.opening.rstrip().endswith(syntax.thinking)
+        return None if is_open and not thinks else syntax
+
+    def _template(self, has_tools: bool) -> str | None:
+        """The source of the template that renders chats."""
+        names = ["tokenizer.chat_template.tool_use"] * has_tools + ["tokenizer.chat_template"]
+        return next((self.metadata[name] for name in names if name in self.metadata), None)
 
     def _ends(self, token: int) -> bool:
         return bool(library().api.llama_vocab_is_eog(self.vocab, token))

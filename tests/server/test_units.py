@@ -23,7 +23,7 @@ from swift_gguf.errors import (
     SwiftError,
     TemplateError,
 )
-from swift_gguf.server import reasoning, served
+from swift_gguf.server import served
 from swift_gguf.server.answers import _telling
 from swift_gguf.server.app import _failed
 from swift_gguf.server.characters import Said, whole
@@ -32,11 +32,10 @@ from swift_gguf.server.extra import PACKAGES, require
 from swift_gguf.server.guard import Guard
 from swift_gguf.server.options import ServerOptions, is_loopback
 from swift_gguf.server.requests import Message, Tool
-from swift_gguf.server.tools import Calls, any_call, in_message, in_stream
+from swift_gguf.server.tools import any_call
 from swift_gguf.server.worker import Job, Worker
 
 TOOLS = [Tool.model_validate({"function": {"name": name}}) for name in ("look", "book")]
-CALL = '<tool_call>\n{"name": "look", "arguments": {"at": "é"}}\n</tool_call>'
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -54,79 +53,9 @@ def test_loopback() -> None:
     assert "secret" not in repr(ServerOptions(api_key="secret"))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
-def test_calls_are_found_however_they_are_cut(size: int) -> None:
-    text = f"I look.\n{CALL} Then <b>, {CALL}{CALL} end <tool"
-    calls = Calls(bare=False)
-    said = "".join(calls.feed(text[i : i + size]) for i in range(0, len(text), size))
-    said += calls.finish()
-    assert said == "I look.\n Then <b>,  end <tool"
-    assert [call["function"]["name"] for call in calls.found] == ["look"] * 3
-    assert {call["function"]["arguments"] for call in calls.found} == {'{"at": "é"}'}
-    assert [call["index"] for call in calls.found] == [0, 1, 2]
-    assert len({call["id"] for call in calls.found}) == 3
-
-
-def test_what_only_looks_like_a_call_is_said() -> None:
-    for text in ("<tool_call>look</tool_call>", "<tool_call>", "<tool_call>[1]", "<tool_cal"):
-        calls = Calls(bare=False)
-        said = calls.feed(text) + calls.finish()
-        assert said == text.removesuffix("</tool_call>")
-        assert not calls.found
-
-
-def choice(content: str | None, reason: str | None = None) -> dict[str, Any]:
-    delta = {} if content is None else {"content": content}
-    return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-
-
-def test_calls_in_a_stream() -> None:
-    parts = ["Well. ", CALL[:15], CALL[15:30], CALL[30:], ""]
-    stream = [choice(part) for part in parts] + [choice(None, "stop")]
-    out = list(in_stream(iter(stream), bare=False))
-    assert [c["delta"].get("content") for c in out if c["delta"].get("content")] == ["Well. "]
-    (call,) = [c["delta"]["tool_calls"][0] for c in out if "tool_calls" in c["delta"]]
-    assert call["function"] == {"name": "look", "arguments": '{"at": "é"}'}
-    assert [c["finish_reason"] for c in out if c["finish_reason"]] == ["tool_calls"]
-
-
-def test_a_stream_without_calls_is_as_it_was() -> None:
-    stream = [choice("a <"), choice("b> c"), choice(None, "length")]
-    out = list(in_stream(iter(stream), bare=False))
-    assert "".join(c["delta"].get("content", "") for c in out) == "a <b> c"
-    assert out[-1]["finish_reason"] == "length"
-
-
-def test_a_call_that_had_to_be_made() -> None:
-    said = {"message": {"role": "assistant", "content": '{"name": "book", "arguments": {}}'}}
-    found = in_message({**said, "finish_reason": "stop"}, bare=True)
-    assert found["message"]["tool_calls"][0]["function"] == {"name": "book", "arguments": "{}"}
-    assert found["message"]["content"] is None
-    assert found["finish_reason"] == "tool_calls"
+def test_what_a_call_may_be() -> None:
     names = [one["properties"]["name"]["const"] for one in any_call(TOOLS)["oneOf"]]
     assert names == ["look", "book"]
-
-
-@pytest.mark.parametrize("is_open", [False, True])
-@pytest.mark.parametrize("size", [1, 3, 1000])
-def test_thoughts_and_calls_are_no_part_of_what_is_said(size: int, is_open: bool) -> None:
-    before = "<think>" if is_open else ""
-    text = f"{'' if is_open else '<think>'}\nLook, <tool_call>?\n</think>\n\nI look. {CALL}"
-    parts = [choice(text[i : i + size]) for i in range(0, len(text), size)]
-    stream = [{**choice(None), "delta": {"role": "assistant"}}, *parts, choice(None, "stop")]
-    apart = reasoning.in_stream(iter(stream), before=lambda: before)
-    out = [c["delta"] for c in in_stream(apart, bare=False)]
-    assert out[0] == {"role": "assistant"}
-    assert "".join(d.get("reasoning_content", "") for d in out) == "Look, <tool_call>?"
-    assert "".join(d.get("content", "") for d in out).strip() == "I look."
-    (call,) = [d["tool_calls"][0] for d in out if "tool_calls" in d]
-    assert call["function"]["name"] == "look"
-
-    whole = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-    message = in_message(reasoning.in_message(whole, before=before), bare=False)["message"]
-    assert message["reasoning_content"] == "Look, <tool_call>?"
-    assert message["content"] == "I look."
-    assert len(message["tool_calls"]) == 1
 
 
 def test_what_is_told_of_failures() -> None:

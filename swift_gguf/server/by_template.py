@@ -1,0 +1,110 @@
+"""An answer, read by llama.cpp's reader for the model's template, as it comes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from swift_gguf.server.syntax import Syntax
+from swift_gguf.server.tools import MARKS
+
+_MARKING = frozenset("<>[]{}`|")
+"""Marks begin with one of these, or as the template's own do."""
+_GROWTH = 512
+"""Of what has come, a part of this size must be new before all is read again..."""
+_GROWTH_OF_CALLS = 16
+"""...and one of this while a call comes, of which nothing is told before its end: so all readings
+together read no more than so many times the answer."""
+
+
+class ByTemplate:
+    """What of an answer is thought, said and called; all of it only grows."""
+
+    def __init__(self, syntax: Syntax) -> None:
+        self.thought = self.said = ""
+        self.calls: list[dict[str, str]] = []
+        """Whole ones."""
+        self._syntax = syntax
+        self._text = ""
+        self._n_read = 0
+        self._grows: str | None = None  # which of the two texts goes on
+        self._is_calling = False
+        firsts = {mark[:1] for mark in (*syntax.shown, syntax.thinking) if mark}
+        self._marking = _MARKING | firsts
+
+    def feed(self, text: str) -> None:
+        """Some more of the answer."""
+        self._text += text
+        if self._grows and not text[-1:].isspace() and self._marking.isdisjoint(text):
+            setattr(self, self._grows, getattr(self, self._grows) + text)
+            self._n_read = len(self._text)
+            return
+        new = len(self._text) - self._n_read
+        if new * (_GROWTH_OF_CALLS if self._is_calling else _GROWTH) < len(self._text):
+            self._grows = None  # what was left out may have been a mark
+            return
+        self._n_read = len(self._text)
+        try:
+            self._take(self._read(is_partial=True), is_over=False)
+        except ValueError:
+            self._grows = None
+
+    def finish(self, *, is_cut: bool) -> bool:
+        """The answer is over; is it one of this syntax, all in all?
+
+        is_cut: it was ended from outside; its last call may be unfinished.
+        """
+        try:
+            said = self._read(is_partial=False)
+        except ValueError:
+            return False
+        if not is_cut and not all(is_object(call["arguments"]) for call in said["tool_calls"]):
+            return False
+        return self._take(said, is_over=True)
+
+    def _read(self, *, is_partial: bool) -> dict[str, Any]:
+        read = self._syntax.reader.read(self._text, is_partial=is_partial)
+        if not is_partial and not read["tool_calls"]:
+            read["content"] = self._to_its_end(read["content"])
+        return read
+
+    def _to_its_end(self, said: str) -> str:
+        """What is said at the end of an answer, too, which the reader has taken for the beginning
+        of a mark, or for blanks before one."""
+        if said.strip() == self._text.strip():
+            return self._text
+        at = self._text.rfind(said) + len(said) if said else 0
+        rest = self._text[at:]
+        is_half = any(mark.startswith(rest) and mark != rest for mark in self._syntax.shown)
+        is_no_call = any(rest.lstrip().startswith(mark) for mark in MARKS)
+        return said + rest if is_half or is_no_call else said
+
+    def _take(self, read: dict[str, Any], *, is_over: bool) -> bool:
+        """Takes what was read if it goes on from what was read before."""
+        thought, said, calls = read["reasoning_content"], read["content"], read["tool_calls"]
+        whole = calls if is_over else calls[:-1]
+        fits = bool(
+            thought.startswith(self.thought.rstrip())
+            and said.startswith(self.said.rstrip())
+            and whole[: len(self.calls)] == self.calls[: len(whole)]
+        )
+        self._grows = None
+        if fits:
+            self._is_calling = bool(calls)
+            self.thought = max(thought, self.thought, key=len)
+            self.said = max(said, self.said, key=len)
+            self.calls += whole[len(self.calls) :]
+            for name in ("said", "thought"):
+                text = getattr(self, name)
+                if text and not calls and self._text.endswith(text):
+                    self._grows = name
+                    break
+        return fits
+
+
+def is_object(text: str) -> bool:
+    """Is it the JSON of an object?"""
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False

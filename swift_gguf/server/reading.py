@@ -1,0 +1,220 @@
+"""An answer's text as what is thought, said and called: `reasoning_content`, `content` and
+`tool_calls`.
+
+Three readers, one after the other: llama.cpp's for the model's template, where it has a syntax
+(`by_template`); the marks around thoughts (`Thoughts`); calls in any form (`tools`).  What turns
+out to be no answer of the template's syntax is read by the other two alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from swift_gguf.chat.thinking import Thoughts
+from swift_gguf.server.by_template import ByTemplate, is_object
+from swift_gguf.server.requests import Tool
+from swift_gguf.server.syntax import Syntax
+from swift_gguf.server.tools import Calls, openai_call
+
+Choice = dict[str, Any]
+
+OPEN = "<think>"
+"""Thoughts begin; what opens them in a prompt may be another mark."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What an answer may be made of.
+
+    tools: those that may be called; without any, calls are not looked for.
+    must_call: it is the JSON of a call, and nothing else.
+    splits: are thoughts told apart?
+    before: what of the answer the prompt has already.
+    syntax: how the template has answers written.
+    """
+
+    tools: Sequence[Tool] = ()
+    must_call: bool = False
+    splits: bool = True
+    before: str = ""
+    syntax: Syntax | None = None
+
+
+class Answer:
+    """Reads an answer as it comes.  What is thought, said and called only grows."""
+
+    def __init__(self, expected: Expected) -> None:
+        self.thought = self.said = ""
+        self.calls: list[dict[str, Any]] = []
+        """OpenAI's `tool_calls`, each as soon as it is whole."""
+        self._expected = expected
+        self._text = ""
+        self._calls = Calls(expected.tools, bare=expected.must_call) if expected.tools else None
+        self._template = ByTemplate(expected.syntax) if expected.syntax else None
+        self._thoughts: Thoughts | None = None
+        if expected.splits and not (expected.syntax and expected.syntax.thinking):
+            self._thoughts = Thoughts()
+            self._thoughts.skip(expected.before)
+        self._n_said = 0  # of what the template's reader says
+        self._is_over = False
+
+    def feed(self, text: str) -> None:
+        """Some more of the answer."""
+        self._text += text
+        if self._thoughts:
+            self._sort(self._thoughts.feed(text))
+        else:
+            self._read(text)
+
+    def finish(self, *, is_cut: bool) -> None:
+        """The answer is over.
+
+        is_cut: it was ended from outside; the last call may be unfinished.
+        """
+        self._is_over = True
+        if self._thoughts:
+            self._sort(self._thoughts.finish())
+        if self._template:
+            if not self._template.finish(is_cut=is_cut):
+                self._read_plainly(is_cut=is_cut)
+                return
+            self._look()
+        if self._calls:
+            self.said += self._calls.finish(is_cut=is_cut)
+            self._add()
+
+    @property
+    def is_whole(self) -> bool:
+        """Has the last call its end?"""
+        return not self.calls or is_object(self.calls[-1]["function"]["arguments"])
+
+    @property
+    def shown(self) -> str:
+        """What can be shown of what is said: blanks before a call are no part of it."""
+        is_open = bool(self._calls) and not self._is_over
+        return self.said.rstrip() if is_open or self.calls else self.said
+
+    def _sort(self, parts: Sequence[Any]) -> None:
+        for part in parts:
+            if part.is_thought:
+                self.thought += part.text
+            else:
+                self._read(part.text)
+
+    def _read(self, text: str) -> None:
+        if self._template:
+            self._template.feed(text)
+            self._look()
+        else:
+            self._say(text)
+
+    def _look(self) -> None:
+        """Takes what the template's reader has found."""
+        assert self._template
+        if self._template.thought:
+            self.thought = self._template.thought.strip()
+        said = self._template.said
+        before, new = said[: self._n_said], said[self._n_said :]
+        self._n_said = len(said)
+        if self.thought and not self._thoughts and not before.strip():
+            new = new.lstrip()
+        self._say(new)
+        self._add()
+
+    def _say(self, text: str) -> None:
+        self.said += self._calls.feed(text) if self._calls else text
+        self._add()
+
+    def _add(self) -> None:
+        """Calls that were found since."""
+        found = self._calls.found if self._calls else []
+        known = {call["id"] for call in self.calls}
+        for call in found:
+            if call["id"] not in known:
+                self.calls.append({**call, "index": len(self.calls)})
+        if self._template and self._calls:
+            n = sum(call["id"] not in {one["id"] for one in found} for call in self.calls)
+            for given in self._template.calls[n:]:
+                call = openai_call(
+                    len(self.calls), given["name"], given["arguments"] or "{}", given["id"]
+                )
+                self.calls.append(call)
+
+    def _read_plainly(self, *, is_cut: bool) -> None:
+        """Reads all of it again, without the template; what is told already stays told."""
+        plain = Answer(replace(self._expected, syntax=None))
+        plain.feed(self._text)
+        plain.finish(is_cut=is_cut)
+        self.thought = _going_on(self.thought, plain.thought)
+        self.said = _going_on(self.shown, plain.said)
+        self.calls += plain.calls[len(self.calls) :]
+
+
+def _going_on(told: str, text: str) -> str:
+    """`text`, in so far as it goes on from what is told."""
+    at = text.find(told.strip())
+    return (
+        told
+        if at < 0
+        else told + text[at + len(told.strip()) :].removeprefix(told[len(told.rstrip()) :])
+    )
+
+
+def in_message(choice: Choice, expected: Expected) -> Choice:
+    """A choice of a chat completion whose content is the whole answer, read."""
+    answer = Answer(expected)
+    answer.feed(choice["message"]["content"] or "")
+    answer.finish(is_cut=choice["finish_reason"] == "length")
+    message = {**choice["message"], "content": answer.shown}
+    if answer.thought:
+        message["reasoning_content"] = answer.thought
+    if answer.calls:
+        message["content"] = answer.shown or None
+        message["tool_calls"] = [
+            {key: call[key] for key in ("id", "type", "function")} for call in answer.calls
+        ]
+    return {**choice, "message": message, "finish_reason": _reason(choice, answer)}
+
+
+def in_stream(choices: Iterator[Choice], expected: Callable[[], Expected]) -> Iterator[Choice]:
+    """Choices of chunks, read; each call comes in one chunk.
+
+    expected: asked when the first chunk is there.
+    """
+    answer: Answer | None = None
+    told = {"reasoning_content": 0, "content": 0, "tool_calls": 0}
+    for choice in choices:
+        answer = answer or Answer(expected())
+        delta = {key: value for key, value in choice["delta"].items() if key != "content"}
+        answer.feed(choice["delta"].get("content") or "")
+        if choice["finish_reason"]:
+            answer.finish(is_cut=choice["finish_reason"] == "length")
+        logprobs = choice["logprobs"]  # a token's, once
+        plain = {**choice, "finish_reason": None}
+        for new in _told_now(answer, told):
+            yield {**plain, "delta": {**delta, **new}, "logprobs": logprobs}
+            delta, logprobs = {}, None
+        if choice["finish_reason"]:
+            reason = _reason(choice, answer)
+            yield {**choice, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        elif delta or logprobs:
+            yield {**plain, "delta": delta, "logprobs": logprobs}
+
+
+def _told_now(answer: Answer, told: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """Deltas of what is new; counts it as told."""
+    texts = (("reasoning_content", answer.thought), ("content", answer.shown))
+    for name, text in texts:
+        if new := text[told[name] :]:
+            told[name] = len(text)
+            yield {name: new}
+    for call in answer.calls[told["tool_calls"] :]:
+        told["tool_calls"] += 1
+        yield {"tool_calls": [call]}
+
+
+def _reason(choice: Choice, answer: Answer) -> Any:
+    """Why the answer ended: a call that was cut did not end it."""
+    return "tool_calls" if answer.calls and answer.is_whole else choice["finish_reason"]
