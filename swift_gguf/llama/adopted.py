@@ -21,7 +21,7 @@ from swift_gguf.context_length import ContextLength, context_length
 from swift_gguf.deep_stack import on_deep_stack
 from swift_gguf.errors import ModelError
 from swift_gguf.llama.adoption import AUTO, adopt, our_errors, refusal
-from swift_gguf.llama.chat_format import formats, templated_handler
+from swift_gguf.llama.chat_format import formats, templated_handler, wants_other_template
 from swift_gguf.llama.completion import with_globals
 from swift_gguf.llama.control import Swift, options_of
 from swift_gguf.llama.scores import without_scores
@@ -167,7 +167,7 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
         add_generation_prompt: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """See `Llama.create_chat_completion`.
+        """See `Llama.create_chat_completion`.  A file's template for tools alone is used for them.
 
         chat_template_kwargs: further variables of the chat template: ``enable_thinking``, ...
         continue_final_message: the last message is an answer that goes on: what it says or, by
@@ -184,13 +184,15 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
             opens_answer=add_generation_prompt,
             continues=continues or None,
         )
-        if prompting == Prompting():
-            return super().create_chat_completion(*args, **kwargs)
         call = signature(Llama.create_chat_completion).bind(self, *args, **kwargs)
         call.apply_defaults()
         arguments = dict(call.arguments)
         del arguments["self"]
-        return templated_handler(self)(llama=self, prompting=prompting, **arguments)
+        tools = arguments["tools"]
+        if prompting == Prompting() and not wants_other_template(self, tools):
+            return super().create_chat_completion(*args, **kwargs)
+        handler = templated_handler(self, has_tools=bool(tools))
+        return handler(llama=self, prompting=prompting, **arguments)
 
     def _take_over(self, wanted: SpeculationOptions) -> Swift:
         why = refusal(self.model, self._options)

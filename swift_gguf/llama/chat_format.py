@@ -16,6 +16,8 @@ from swift_gguf.templates import ChatTemplate, Prompting
 
 CHATML: str = llama_chat_format.CHATML_CHAT_TEMPLATE
 """For models without a template."""
+FOR_TOOLS = "chat_template.tool_use"
+"""The handler of a second template, which some files have for chats with tools."""
 
 
 class BoundedFormatter(llama_chat_format.Jinja2ChatFormatter):  # type: ignore[misc]
@@ -44,20 +46,34 @@ class _Rendering:
         )
 
 
-def templated_handler(llama: Any) -> Any:
+def templated_handler(llama: Any, *, has_tools: bool = False) -> Any:
     """What answers a llama's chats by its own chat template, and takes `Prompting`.
+
+    has_tools: by the one for tools, if the file has such a one.
 
     Raises:
         ModelError: they go by something else.
     """
-    guess = llama_chat_format.guess_chat_format_from_gguf_metadata(llama.metadata)
-    own = llama.chat_format if llama.chat_format != guess else "chat_template.default"
-    if llama.chat_handler is not None or own not in llama._chat_handlers:
+    own = _own_template(llama)
+    if own is None:
         raise ModelError(
             "chats do not go by a chat template, which alone takes variables and continues "
             "messages; leave out chat_handler and chat_format, and use a model that has one"
         )
-    return llama._chat_handlers[own]
+    handlers = llama._chat_handlers
+    return handlers.get(FOR_TOOLS, handlers[own]) if has_tools else handlers[own]
+
+
+def wants_other_template(llama: Any, tools: Any) -> bool:
+    """Do these tools go into another template than llama_cpp would take?"""
+    return bool(tools) and FOR_TOOLS in llama._chat_handlers and _own_template(llama) is not None
+
+
+def _own_template(llama: Any) -> str | None:
+    """The name of the handler of the template that chats go by; None: they go by something else."""
+    guess = llama_chat_format.guess_chat_format_from_gguf_metadata(llama.metadata)
+    own: str = llama.chat_format if llama.chat_format != guess else "chat_template.default"
+    return own if llama.chat_handler is None and own in llama._chat_handlers else None
 
 
 formats = SimpleNamespace(

@@ -254,7 +254,7 @@ def _chat_arguments(
 ) -> dict[str, Any]:
     arguments = _common(request, options, llama)
     arguments["max_tokens"] = request.limit(options.n_predict)
-    as_text = llama.calls_as_text
+    as_text = llama.calls_as_text(has_tools=bool(request.offered))
     arguments["messages"] = [m.as_dict(calls_as_text=as_text) for m in request.prompted]
     prompting = request.prompting(options.template_variables)
     arguments |= {

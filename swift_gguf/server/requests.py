@@ -129,7 +129,11 @@ class Message(Body):
 
     @model_validator(mode="after")
     def _is_plain(self) -> Message:
-        _plain_json(self.model_extra)
+        more = self.model_extra or {}
+        _plain_json(more)
+        _check_calls("tool_calls", more.get("tool_calls"))
+        if "function_call" in more:
+            _check_calls("function_call", [{"function": more["function_call"]}])
         return self
 
     def as_dict(self, *, calls_as_text: bool = False) -> dict[str, Any]:
@@ -141,8 +145,8 @@ class Message(Body):
         more = dict(self.model_extra or {})
         if "function_call" in more:  # what calls of tools were before
             more["tool_calls"] = [{"type": "function", "function": more.pop("function_call")}]
-        if isinstance(calls := more.get("tool_calls"), list) and not calls_as_text:
-            more["tool_calls"] = list(map(_called, calls))
+        if isinstance(calls := more.get("tool_calls"), list):
+            more["tool_calls"] = [_called(call, as_text=calls_as_text) for call in calls]
         return {**more, "role": role, "content": self.content or ""}
 
     @property
@@ -163,16 +167,30 @@ class Message(Body):
         return bool(more.get("tool_calls") or more.get("function_call"))
 
 
-def _called(call: Any) -> Any:
+def _called(call: dict[str, Any], *, as_text: bool) -> dict[str, Any]:
     """A call of an earlier answer: of its arguments, clients have the text, most templates want
     the object."""
-    try:
-        arguments = _plain_json(json.loads(call["function"]["arguments"]))
-    except (ValueError, TypeError, LookupError, RecursionError):
-        return call
-    if not isinstance(arguments, dict):
-        return call
+    arguments = call["function"]["arguments"]
+    if arguments is None or (isinstance(arguments, str) and arguments.strip() in ("", "null")):
+        arguments = "{}"  # as clients write that there are none
+    if isinstance(arguments, str) and not as_text:
+        try:
+            read = _plain_json(json.loads(arguments))
+        except (ValueError, RecursionError):
+            read = None
+        arguments = read if isinstance(read, dict) else arguments
     return {**call, "function": {**call["function"], "arguments": arguments}}
+
+
+def _check_calls(field: str, calls: Any) -> None:
+    """Templates would trip over a call that is none, and not say where it is."""
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict):
+            raise ValueError(f"one of its {field} has no function")
+        for name in ("name", "arguments"):
+            if name not in function:
+                raise ValueError(f"one of its {field} has no {name}")
 
 
 class StreamOptions(Body):

@@ -14,8 +14,9 @@ from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any
 
+from swift_gguf import native_chat
 from swift_gguf.llama import SwiftLlama
-from swift_gguf.llama.chat_format import CHATML, BoundedFormatter
+from swift_gguf.llama.chat_format import CHATML, FOR_TOOLS, BoundedFormatter
 from swift_gguf.model import ModelOptions
 from swift_gguf.native import StopFlag, library
 from swift_gguf.native_memory import give_back_free_pages
@@ -118,7 +119,11 @@ class ServedLlama(SwiftLlama):
         """Makes it ready for jobs.
 
         template: Jinja for chats, instead of the model's own.
+
+        Raises:
+            NativeLibraryError: the library that reads answers is missing.
         """
+        native_chat.check()
         self._pieces = {}
         bos, eos = self._ends_as_text()
         self._syntaxes = Syntaxes(bos_token=bos, eos_token=eos)
@@ -143,7 +148,8 @@ class ServedLlama(SwiftLlama):
         else:
             self.chat_format, self.chat_handler = "chat_template.default", None
             self.metadata["tokenizer.chat_template"] = template
-            self.metadata.pop("tokenizer.chat_template.tool_use", None)
+            self.metadata.pop(f"tokenizer.{FOR_TOOLS}", None)
+            self._chat_handlers.pop(FOR_TOOLS, None)
         self._chat_handlers[self.chat_format] = BoundedFormatter(
             template, eos, bos
         ).to_chat_handler()
@@ -280,7 +286,7 @@ class ServedLlama(SwiftLlama):
 
     def _template(self, has_tools: bool) -> str | None:
         """The source of the template that renders chats."""
-        names = ["tokenizer.chat_template.tool_use"] * has_tools + ["tokenizer.chat_template"]
+        names = [f"tokenizer.{FOR_TOOLS}"] * has_tools + ["tokenizer.chat_template"]
         return next((self.metadata[name] for name in names if name in self.metadata), None)
 
     def _ends(self, token: int) -> bool:
@@ -310,10 +316,9 @@ class ServedLlama(SwiftLlama):
         """llama.cpp's."""
         return self._model.vocab
 
-    @property
-    def calls_as_text(self) -> bool:
+    def calls_as_text(self, *, has_tools: bool) -> bool:
         """Does the chat template join a call's arguments to text, as DeepSeek's do?"""
-        return bool(_JOINED_ARGUMENTS.search(self.metadata.get("tokenizer.chat_template", "")))
+        return bool(_JOINED_ARGUMENTS.search(self._template(has_tools) or ""))
 
     def embedder(self) -> Embedder:
         """Made when it is first needed."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -81,6 +82,8 @@ class Syntaxes:
         return self._known[key]
 
     def _ask(self, template: str, request: Mapping[str, Any]) -> Syntax | None:
+        if getattr(sys, "frozen", False):
+            return None  # there is no process to look at it in (`Bounded`)
         process = Bounded()
         try:
             answer = process.ask({"chat": request})

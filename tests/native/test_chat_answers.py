@@ -7,12 +7,14 @@ from __future__ import annotations
 import json
 import threading
 from contextlib import suppress
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import pytest
 
 from swift_gguf import native_chat
+from swift_gguf.errors import NativeLibraryError
 from swift_gguf.native_chat import Reader
 from tests.fixtures import chat_templates
 
@@ -172,3 +174,15 @@ def test_a_list_of_numbers_is_read_soon() -> None:
     text = json.dumps({"name": "get_weather", "arguments": numbers})
     said = reader("HERMES").read(f"<tool_call>\n{text}\n</tool_call>", is_partial=False)
     assert json.loads(said["tool_calls"][0]["arguments"]) == numbers
+
+
+def test_a_library_that_is_missing_or_no_library_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "libllama.so").touch()
+    monkeypatch.setattr(native_chat, "find_library", lambda: tmp_path)
+    for wrong, told in ((None, "chat library is not in"), ("libswift_chat.so", "could not load")):
+        if wrong:
+            (tmp_path / wrong).write_text("no library")
+        with pytest.raises(NativeLibraryError, match=f"{told}.*reinstall"):
+            native_chat._library.__wrapped__()

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
 from swift_gguf.cli import main
@@ -27,6 +28,7 @@ from swift_gguf.server import served
 from swift_gguf.server.answers import _telling
 from swift_gguf.server.app import _failed
 from swift_gguf.server.characters import Said, whole
+from swift_gguf.server.chat_requests import ChatRequest
 from swift_gguf.server.errors import ApiError
 from swift_gguf.server.extra import PACKAGES, require
 from swift_gguf.server.guard import Guard
@@ -79,12 +81,34 @@ def test_arguments_of_earlier_calls_are_objects_for_a_template() -> None:
     def call(arguments: object) -> dict[str, Any]:
         return {"id": "x", "type": "function", "function": {"name": "look", "arguments": arguments}}
 
-    given = [call('{"at": "é"}'), call("{"), call("[1]"), call({"at": 1}), {"function": 3}, "x",
+    given = [call('{"at": "é"}'), call("{"), call("[1]"), call({"at": 1}),
              call('{"a":' * 99_999), call('"\\ud800"'), call('{"a": "\\ud800"}')]  # fmt: skip
     message = Message.model_validate({"role": "assistant", "content": None, "tool_calls": given})
     for _ in range(2):  # what was given stays as it is
         calls = message.as_dict()["tool_calls"]
         assert calls == [call({"at": "é"}), *given[1:]]
+    for nothing in ("", " \n", "null", None, "{}", {}):
+        message = Message.model_validate({"role": "assistant", "tool_calls": [call(nothing)]})
+        assert message.as_dict()["tool_calls"] == [call({})]
+        (joined,) = message.as_dict(calls_as_text=True)["tool_calls"]
+        assert joined == call({} if nothing == {} else "{}")
+
+
+@pytest.mark.parametrize(
+    ("call", "lacks"),
+    [
+        ({"id": "x"}, "function"),
+        ({"function": 3}, "function"),
+        ("x", "function"),
+        ({"function": {"name": "look"}}, "arguments"),
+        ({"function": {"arguments": "{}"}}, "name"),
+    ],
+)
+def test_an_earlier_call_that_is_none_is_told_with_its_message(call: object, lacks: str) -> None:
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
+    with pytest.raises(ValidationError, match=f"its tool_calls has no {lacks}") as told:
+        ChatRequest.model_validate({"messages": turns})
+    assert told.value.errors()[0]["loc"] == ("messages", 1)
 
 
 def test_what_llama_cpp_drops_at_the_end_of_a_stream() -> None:
