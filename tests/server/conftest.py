@@ -37,7 +37,11 @@ class Server:
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.url = self.expect("listening on ").split()[-1]
+        try:
+            self.url = self.expect("listening on ").split()[-1]
+        except AssertionError:
+            self.close()  # nobody else has it yet
+            raise
         self.host = urlsplit(self.url).netloc
 
     def _read(self) -> None:
