@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from swift_gguf.cells import N_SEQUENCES
 from swift_gguf.context_length import context_length
+from swift_gguf.end_token import overrides
 from swift_gguf.errors import ModelError, UnsupportedModelError
 from swift_gguf.gguf_check import check
 from swift_gguf.native import library
@@ -72,12 +73,13 @@ def load(path: Path, options: ModelOptions) -> Loaded:
         ModelError: the file is missing, damaged or not a model llama.cpp can run.
         UnsupportedModelError: it runs, but does something else.
     """
-    length = context_length(check(path))
+    header = check(path)
+    length = context_length(header)
     length.warn(path, options.n_ctx)
     api = library().api
     loaded = Loaded(None, None, options.n_threads or default_threads())
     try:
-        loaded.model = _load_model(path, options)
+        loaded.model = _load_model(path, options, overrides(header, path))
         vocab = api.llama_model_get_vocab(loaded.model)
         if api.llama_vocab_n_tokens(vocab) == 0 or api.llama_vocab_type(vocab) == 0:
             raise ModelError(f"{path} has no tokenizer; convert the model again, with one")
@@ -122,11 +124,11 @@ def cause(messages: Sequence[str]) -> str:
     return lines[0].split("\n")[0] if lines else "llama.cpp gives no reason"
 
 
-def _load_model(path: Path, options: ModelOptions) -> Any:
+def _load_model(path: Path, options: ModelOptions, instead: dict[str, int]) -> Any:
     api = library().api
     params = api.llama_model_default_params()
     params.n_gpu_layers = options.n_gpu_layers
-    with library().messages() as messages:
+    with library().overriding(params, instead), library().messages() as messages:
         model = api.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
         raise ModelError(f"{path} cannot be loaded: {cause(messages)}")

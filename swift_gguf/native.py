@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -151,6 +151,17 @@ class Library:
         if self._interrupted and threading.current_thread() is threading.main_thread():
             self._interrupted = False
             raise KeyboardInterrupt
+
+    @contextmanager
+    def overriding(self, params: Any, values: Mapping[str, int]) -> Iterator[None]:
+        """Inside, a model that is loaded with `params` has these values in its metadata."""
+        items = (self.api.llama_model_kv_override * (len(values) + 1))()  # the last one is empty
+        for item, (key, value) in zip(items, values.items(), strict=False):
+            item.tag = self.api.LLAMA_KV_OVERRIDE_TYPE_INT
+            item.key, item.value.val_i64 = key.encode(), value
+        params.kv_overrides = items if values else None
+        yield
+        params.kv_overrides = None
 
     @property
     def llama_commit(self) -> str:

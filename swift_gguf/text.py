@@ -33,8 +33,11 @@ def encode(model: Model, text: str, *, special: bool = True, start: bool = True)
         add_special=start,
         parse_special=special,
     )
+    api, vocab = library().api, model.vocab
+    if start and api.llama_vocab_get_add_eos(vocab) and ids[-1:] == [api.llama_vocab_eos(vocab)]:
+        ids.pop()  # what is to be gone on with has not ended
     # a chat template that writes the start token itself would double it
-    bos = library().api.llama_vocab_bos(model.vocab)
+    bos = api.llama_vocab_bos(vocab)
     return ids[1:] if ids[:2] == [bos, bos] else ids
 
 

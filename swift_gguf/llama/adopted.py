@@ -19,6 +19,7 @@ from swift_gguf import gguf_check
 from swift_gguf.cells import N_SEQUENCES
 from swift_gguf.context_length import ContextLength, context_length
 from swift_gguf.deep_stack import on_deep_stack
+from swift_gguf.end_token import overrides
 from swift_gguf.errors import ModelError
 from swift_gguf.llama.adoption import AUTO, adopt, our_errors, refusal
 from swift_gguf.llama.chat_format import formats, templated_handler, wants_other_template
@@ -69,7 +70,10 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
         wanted = options_of(speculation)
         path = os.fspath(model_path)
         if not options.get("vocab_only"):
-            self._length = context_length(gguf_check.check(path, tokenizer=False))
+            header = gguf_check.check(path, tokenizer=False)
+            self._length = context_length(header)
+            if instead := overrides(header, path):
+                options["kv_overrides"] = instead | (options.get("kv_overrides") or {})
             if not _scales_rope(options):
                 self._length.warn(path, n_ctx)
             n_ctx = self._length.choose(n_ctx)
