@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import wraps
 from inspect import signature
@@ -25,6 +25,7 @@ from swift_gguf.llama.adoption import AUTO, adopt, our_errors, refusal
 from swift_gguf.llama.chat_format import formats, templated_handler, wants_other_template
 from swift_gguf.llama.completion import with_globals
 from swift_gguf.llama.control import Swift, options_of
+from swift_gguf.llama.one_thread import OneThread
 from swift_gguf.llama.scores import without_scores
 from swift_gguf.loading import cause, fit_context
 from swift_gguf.model import Model
@@ -63,6 +64,7 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         self._stack = ExitStack()  # what closes it must be there if anything below fails
+        self._one_thread = OneThread()
         self._old_samplers: list[Any] = []
         self._length = ContextLength(trained=None, limit=None)
         self._adopted: Model | None = None
@@ -233,6 +235,12 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
         self.input_ids[self.n_tokens : end] = tokens
         self.n_tokens = end
 
+    @wraps(Llama.create_completion)
+    def create_completion(self, *args: Any, **kwargs: Any) -> Any:
+        with self._one_thread.inside():
+            answer = super().create_completion(*args, **kwargs)
+        return self._one_thread.each(answer) if isinstance(answer, Generator) else answer
+
     # -- state -------------------------------------------------------------------------------------
 
     def save_state(self) -> Any:
@@ -240,7 +248,7 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
         model = self._adopted
         if model is None:
             return super().save_state()
-        with self._swift.busy():
+        with self._one_thread.inside(), self._swift.busy():
             self._align(model)
             model.hand_over()
             try:
@@ -254,7 +262,7 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
         if model is None:
             super().load_state(state)
             return
-        with self._swift.busy():
+        with self._one_thread.inside(), self._swift.busy():
             try:
                 super().load_state(state if self._keeps_all else without_scores(state))
                 model.assume(self.input_ids[: self.n_tokens].tolist())
@@ -268,7 +276,7 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
         model = self._adopted
         if model is None or not self.context_params.embeddings:
             return super().embed(*args, **kwargs)
-        with self._swift.busy():
+        with self._one_thread.inside(), self._swift.busy():
             model.clear()
             model.hand_over()
             llama_cpp.llama_set_embeddings(self.ctx, True)

@@ -55,6 +55,9 @@ class SwiftLlama(AdoptedLlama):
 
     @wraps(Llama.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+        return self._one_thread.each(self._generate(*args, **kwargs))
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         model = self._adopted
         if model is None:
             yield from super().generate(*args, **kwargs)
@@ -112,7 +115,7 @@ class SwiftLlama(AdoptedLlama):
         if model is None:
             super().eval(tokens)
             return
-        with self._swift.busy():
+        with self._one_thread.inside(), self._swift.busy():
             self._align(model)
             if generation and generation.started and len(tokens) == 1:
                 generation.guess(int(tokens[0]))
