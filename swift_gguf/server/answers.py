@@ -148,7 +148,8 @@ class _Envelope:
         }
 
     def work(self, llama: ServedLlama, job: Job[ServedLlama]) -> Iterator[object]:
-        with llama.working_for(job) as tally, _telling():
+        reuses = self._request.cache_prompt is not False
+        with llama.working_for(job, reuses=reuses) as tally, _telling():
             answer = None
             try:
                 if self._request.stream:

@@ -34,6 +34,11 @@ class _Kept:
         return int(self.state.llama_state_size + self.state.input_ids.nbytes) + 8 * len(self.tokens)
 
 
+def _would_lose(tokens: Sequence[int], common: int) -> bool:
+    """Is it too much to forget, what these have after the first `common`?"""
+    return len(tokens) - common >= MIN_TOKENS and common < len(tokens) / 2
+
+
 class Conversations:
     """States of a llama's context, within `budget` bytes; those unused for longest go first."""
 
@@ -54,15 +59,27 @@ class Conversations:
         if self._budget == 0:
             return
         here = self._present()
-        common = common_prefix(here, prompt)
-        best = max(self._kept, key=lambda kept: common_prefix(kept.tokens, prompt), default=None)
-        gain = common_prefix(best.tokens, prompt) - common if best else 0
-        loses = len(here) - common >= MIN_TOKENS and common < len(here) / 2
-        if loses:
+        common = self._shared(here, prompt)
+        best = max(self._kept, key=lambda kept: self._shared(kept.tokens, prompt), default=None)
+        if _would_lose(here, common):
             self._keep(here)
-        if best and gain >= MIN_TOKENS:
-            self._kept = [kept for kept in self._kept if kept is not best]
+        if best is None:
+            return
+        shared = self._shared(best.tokens, prompt)
+        if shared - common >= MIN_TOKENS:
+            # it may have been dropped for the present one; of what it loses most, a copy stays
+            stays = any(kept is best for kept in self._kept) and _would_lose(best.tokens, shared)
+            others = [kept for kept in self._kept if kept is not best]
+            self._kept = [*others, best] if stays else others
             self._llama.load_state(best.state)
+
+    def _shared(self, tokens: Sequence[int], prompt: Sequence[int]) -> int:
+        """How much of the prompt a state of these tokens saves: nothing of a running state that is
+        beyond it, which cannot be taken back."""
+        common = common_prefix(tokens, prompt)
+        model = self._llama.swift.model
+        is_running = model is not None and model.rollback_refusal is not None
+        return 0 if is_running and common < len(tokens) else common
 
     def _present(self) -> list[int]:
         return [int(token) for token in self._llama.input_ids[: self._llama.n_tokens]]

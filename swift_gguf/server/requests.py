@@ -221,6 +221,8 @@ class Sampling(Body):
     stream_options: StreamOptions | None = None
     grammar: Grammar | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    cache_prompt: bool | None = None
+    """False: the whole prompt is decoded, whatever is known of it; llama-server's."""
 
     @model_validator(mode="before")
     @classmethod

@@ -77,6 +77,7 @@ class ServedLlama(SwiftLlama):
     _embedder: Embedder | None = None
     _job: Job[ServedLlama] | None = None
     _tally: Tally
+    _reuses = True
     _said: Said
     _tidied_at = -math.inf
     thinks = False
@@ -165,9 +166,12 @@ class ServedLlama(SwiftLlama):
     # -- jobs --------------------------------------------------------------------------------------
 
     @contextmanager
-    def working_for(self, job: Job[ServedLlama]) -> Iterator[Tally]:
-        """Generations inside belong to the job, and end when it is stopped."""
-        self._job, self._tally = job, Tally()
+    def working_for(self, job: Job[ServedLlama], *, reuses: bool = True) -> Iterator[Tally]:
+        """Generations inside belong to the job, and end when it is stopped.
+
+        reuses: what is known of a prompt is not decoded again.
+        """
+        self._job, self._tally, self._reuses = job, Tally(), reuses
         try:
             yield self._tally
         finally:
@@ -189,7 +193,9 @@ class ServedLlama(SwiftLlama):
         # from here on a raised flag stays up: the search, which lowers it, has left the model
         with self.swift.busy():
             if self._conversations is not None:
-                self._conversations.enter(prompt)
+                self._conversations.enter(prompt if self._reuses else [])
+            if not self._reuses:
+                self.reset()
             job.check()
             stats, start = self.swift.stats, perf_counter()
             said = self._said = Said()

@@ -101,3 +101,72 @@ def test_short_texts_are_not_worth_it(llama: SwiftLlama) -> None:
     for token in range(1, 5):
         visit(conversations, llama, [token] * (MIN_TOKENS - 5))
     assert len(conversations) == 0
+
+
+def test_a_short_prompt_leaves_a_long_conversation_as_it_is(llama: SwiftLlama) -> None:
+    conversations = Conversations(llama, budget=1 << 40)
+    long, other = [5] * 600, [7] * 200
+    short = [*long[:150], *[6] * 20]
+    visit(conversations, llama, long)
+    visit(conversations, llama, other)
+    assert visit(conversations, llama, short) == 150
+    assert visit(conversations, llama, other) == 200
+    assert visit(conversations, llama, long) == 600
+    size = conversations.size
+    for _ in range(3):  # nothing piles up
+        for prompt in (short, other, long):
+            assert visit(conversations, llama, prompt) >= len(prompt) - 20
+    assert conversations.size <= 2 * size
+
+
+def test_a_prompt_may_be_decoded_anew(serve: Callable[..., Server], model: Path) -> None:
+    server = serve(model, "-c", 2048, "-t", 1).wait_until_ready()
+    prompt = TOPICS[0] * 20
+    body = {"prompt": prompt, "max_tokens": 30, "temperature": 0}
+
+    def ask(**more: Any) -> Any:
+        status, answer = server.post("/v1/completions", body | more)
+        assert status == 200, answer
+        return answer["choices"][0]["text"], answer["timings"]["cache_n"]
+
+    fresh, _ = ask()
+    assert ask()[1] > 0, "what is known is decoded again"
+    ask(prompt=prompt + TOPICS[1] * 10)
+    for _ in range(2):
+        assert ask(cache_prompt=False) == (fresh, 0)
+    assert ask(prompt=prompt + TOPICS[1] * 10)[1] > len(prompt) / 2, "a conversation is lost"
+    assert server.post("/v1/completions", body | {"cache_prompt": 3})[0] == 400
+
+
+@pytest.mark.parametrize("family", ["mamba", "lfm2"])
+def test_models_with_a_running_state(
+    serve: Callable[..., Server], tiny: Callable[..., Path], family: str
+) -> None:
+    """Always the text of a fresh start: shared beginnings, states put aside and brought back."""
+    path = tiny(family, n_ctx=2048)
+    server = serve(path, "-c", 1024, "-t", 1).wait_until_ready()
+    a, b = TOPICS[0] * 20, TOPICS[1] * 20
+    llama = SwiftLlama(str(path), n_ctx=1024, n_threads=1, flash_attn=None, verbose=False)
+    options = {"max_tokens": 20, "temperature": 0.8, "seed": 3}
+    for prompt in (a, b, a, a, a[:200], a + "And?", b, b + "x", a):
+        status, answer = server.post("/v1/completions", {"prompt": prompt, **options})
+        assert status == 200, answer
+        llama.reset()
+        expected = llama.create_completion(prompt, **options)["choices"][0]["text"]
+        assert answer["choices"][0]["text"] == expected, prompt
+    llama.close()
+
+
+@pytest.mark.parametrize("family", ["mamba", "lfm2"])
+def test_a_running_state_is_brought_back_to_be_gone_on_with(
+    tiny: Callable[..., Path], family: str
+) -> None:
+    llama = SwiftLlama(str(tiny(family, n_ctx=2048)), n_ctx=1024, n_threads=1, verbose=False)
+    conversations = Conversations(llama, budget=1 << 40)
+    first, other = [5] * 200, [7] * 200
+    visit(conversations, llama, first)
+    visit(conversations, llama, other)
+    assert visit(conversations, llama, [*first, 6]) == 200
+    visit(conversations, llama, other)
+    assert visit(conversations, llama, first[:150]) == 0, "it cannot be cut"
+    llama.close()
