@@ -235,8 +235,12 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
         self.input_ids[self.n_tokens : end] = tokens
         self.n_tokens = end
 
-    @wraps(Llama.create_completion)
     def create_completion(self, *args: Any, **kwargs: Any) -> Any:
+        """See `Llama.create_completion`.
+
+        Raises:
+            SwiftError: another thread is using this llama.
+        """
         with self._one_thread.inside():
             answer = super().create_completion(*args, **kwargs)
         return self._one_thread.each(answer) if isinstance(answer, Generator) else answer
