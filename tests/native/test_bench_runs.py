@@ -28,7 +28,6 @@ ROUNDS = 2
 
 def load(folder: Path, family: str) -> Model:
     path = write_tiny(folder / f"{family}.gguf", family)
-    # one thread: OpenMP threads that wait for each other take ages on a busy machine
     return Model(
         path, ModelOptions(n_ctx=context_size(CONTEXT), n_threads=1, n_gpu_layers=N_GPU_LAYERS)
     )

@@ -62,6 +62,18 @@ def test_a_struct_of_another_size_is_an_import_error(monkeypatch: pytest.MonkeyP
         native.Library(find_library())
 
 
+def test_a_checkout_finds_what_is_installed() -> None:
+    """In the checkout's folder Python may find the sources first, which have no library."""
+    # what an editable install puts before the path; then the folder shadows the package
+    only_the_path = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if isinstance(f, type)]"
+    )
+    done = run_python(
+        f"{only_the_path}; import swift_gguf; print(len(swift_gguf.__path__)); {LOAD}",
+    )
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
 def test_no_library_is_an_import_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SWIFT_GGUF_LIB_DIR", str(tmp_path))
     with pytest.raises(NativeLibraryError, match="reinstall"):

@@ -44,7 +44,6 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         **os.environ,
         "SWIFT_GGUF_LIB_DIR": str(lib),
         "LD_PRELOAD": runtime("g++"),
-        "OMP_WAIT_POLICY": "passive",
         "PYTHONMALLOC": "malloc",  # guarded, too
         # Python keeps what it allocates until it ends
         "ASAN_OPTIONS": f"detect_leaks=0:log_path={folder / 'report'}",
