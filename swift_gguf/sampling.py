@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 MAX_NESTING = 512
 """Groups in groups of a grammar."""
 MAX_RULES = 4096
+DRAWN_SEED = 0xFFFFFFFF
 
 _COMPLAINT = re.compile(
     r"(?<=error parsing grammar: ).+|unsupported grammar, .+|grammar does not contain .+"
@@ -74,9 +75,16 @@ class SamplingOptions:
 
     def with_seed(self) -> SamplingOptions:
         """The same options with the seed drawn, so that a run can be repeated."""
-        seed = random.getrandbits(32) if self.seed is None else self.seed
-        # llama.cpp takes 0xFFFFFFFF (LLAMA_DEFAULT_SEED) for "draw one"
-        return replace(self, seed=seed % 0xFFFFFFFF)
+        return replace(self, seed=llama_seed(self.seed))
+
+
+def llama_seed(seed: int | None) -> int:
+    """What llama.cpp gets for a seed of any size: its lower 32 bits; None: a new one.
+
+    0xFFFFFFFF (LLAMA_DEFAULT_SEED), which llama.cpp takes for "draw one", becomes another number.
+    """
+    bits = (random.getrandbits(32) if seed is None else seed) & DRAWN_SEED
+    return 0x9E3779B9 if bits == DRAWN_SEED else bits
 
 
 class _Chain:

@@ -36,8 +36,11 @@ def encode(model: Model, text: str, *, special: bool = True, start: bool = True)
     api, vocab = library().api, model.vocab
     if start and api.llama_vocab_get_add_eos(vocab) and ids[-1:] == [api.llama_vocab_eos(vocab)]:
         ids.pop()  # what is to be gone on with has not ended
-    # a chat template that writes the start token itself would double it
-    bos = api.llama_vocab_bos(vocab)
+    return one_bos(ids, api.llama_vocab_bos(vocab))
+
+
+def one_bos(ids: list[int], bos: int) -> list[int]:
+    """Tokens of a text that may write the start token itself, where the vocabulary adds one."""
     return ids[1:] if ids[:2] == [bos, bos] else ids
 
 

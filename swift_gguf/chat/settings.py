@@ -72,7 +72,7 @@ def _seed(value: str) -> int | None:
     if value == "random":
         return None
     number = int(value)
-    return None if number < 0 else number
+    return None if number == -1 else number
 
 
 def _natural(value: str) -> int:

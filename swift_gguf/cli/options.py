@@ -196,7 +196,7 @@ def sampling_options(values: dict[str, Any]) -> SamplingOptions:
         presence_penalty=values["presence_penalty"],
         frequency_penalty=values["frequency_penalty"],
         repeat_last_n=values["repeat_last_n"],
-        seed=None if values["seed"] < 0 else values["seed"],
+        seed=None if values["seed"] == -1 else values["seed"],
         grammar=grammar,
     )
 

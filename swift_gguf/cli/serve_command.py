@@ -126,7 +126,7 @@ def _options(model: str, values: dict[str, Any]) -> ServerOptions:
         port=values["port"],
         api_key=key,
         origins=values["origins"],
-        alias=values["alias"] or Path(model).stem,
+        alias=values["alias"] or Path(model).name.removesuffix(".gguf"),
         queue_size=values["queue_size"],
         max_body=values["max_body"],
         n_predict=values["n_predict"],

@@ -21,9 +21,8 @@ from swift_gguf.context_length import ContextLength, context_length
 from swift_gguf.deep_stack import on_deep_stack
 from swift_gguf.end_token import overrides
 from swift_gguf.errors import ModelError
-from swift_gguf.llama.adoption import AUTO, adopt, our_errors, refusal
+from swift_gguf.llama.adoption import AUTO, adopt, in_scope, our_errors, refusal
 from swift_gguf.llama.chat_format import formats, templated_handler, wants_other_template
-from swift_gguf.llama.completion import with_globals
 from swift_gguf.llama.control import Swift, options_of
 from swift_gguf.llama.one_thread import OneThread
 from swift_gguf.llama.scores import without_scores
@@ -306,4 +305,4 @@ def _scales_rope(options: dict[str, Any]) -> bool:
 
 
 # chat templates are rendered in a process of their own
-_init = with_globals(Llama.__init__, llama_chat_format=formats)
+_init = in_scope(Llama.__init__, Llama.__init__.__globals__ | {"llama_chat_format": formats})

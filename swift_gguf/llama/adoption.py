@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 from swift_gguf.errors import ModelError
@@ -85,3 +86,10 @@ def guarded(sampler: Any, n_vocab: int) -> Any:
 
     sampler.sample = sample
     return sampler
+
+
+def in_scope(function: Any, scope: dict[str, Any]) -> Callable[..., Any]:
+    """A function of another module that finds what it names in a scope of ours."""
+    made = FunctionType(function.__code__, scope, function.__name__, function.__defaults__)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made

@@ -1,13 +1,14 @@
 """Log-probabilities without a matrix of logits.
 
 llama_cpp reads them off a matrix of a row for every position of the context, and a column for every
-token of the vocabulary: gigabytes.  Of a row it needs the likeliest few tokens and the ones that
-stand there, so that is what is kept of it.
+token of the vocabulary: gigabytes.  Of a row, an answer needs the likeliest few tokens and the one
+that follows, so that is what is kept of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,48 +18,108 @@ from numpy.typing import NDArray
 Row: TypeAlias = NDArray[np.float32]
 
 
-class LogProbs(np.ndarray[Any, Any]):
-    """A row of log-probabilities, [n_vocab]; -inf where none was kept."""
+@dataclass(frozen=True)
+class Scored:
+    """A token, and what the model gave for it."""
+
+    token: int
+    logprob: float | None
+    """None: nothing stood before it."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens in its place, likeliest first, with their log-probabilities."""
+
+    @classmethod
+    def of(cls, logits: Row, token: int, n_top: int) -> Scored:
+        """By the row of logits, [n_vocab], that the token follows."""
+        logprobs = Llama.logits_to_logprobs(logits)
+        ids: NDArray[np.int64] = np.empty(0, np.int64)
+        if n_top := min(n_top, len(logprobs)):
+            least = np.partition(logprobs, -n_top)[-n_top]
+            ids = np.flatnonzero(logprobs >= least)
+            ids = ids[np.lexsort((ids, logprobs[ids]))][::-1][:n_top]  # ties as llama_cpp has them
+        top = tuple((int(id), float(logprobs[id])) for id in ids)
+        return cls(token, float(logprobs[token]), top)
 
 
 class Records:
-    """Of each position that was recorded: its likeliest tokens and some others."""
+    """What is kept of each row that log-probabilities are asked of.
+
+    n_top: likeliest tokens.
+    """
 
     def __init__(self, *, n_top: int) -> None:
-        """n_top: likeliest tokens kept, and all that are as likely as the last of them."""
         self._n_top = n_top
-        self._kept: dict[int, tuple[NDArray[np.int64], Row]] = {}
+        self._kept: dict[int, Scored] = {}
 
-    def add(self, position: int, logits: Row, *others: int) -> None:
-        """The row of logits after the token at `position`; `others` are kept, too."""
-        probabilities = Llama.logits_to_logprobs(logits)
-        n_vocab = len(probabilities)
-        ids = np.array(others, np.int64)
-        if self._n_top > 0:
-            last = n_vocab - min(self._n_top, n_vocab)
-            likely = np.flatnonzero(probabilities >= np.partition(probabilities, last)[last])
-            ids = np.concatenate((likely, ids))
-        self._kept[position] = ids, probabilities[ids]
+    def add(self, position: int, logits: Row, token: int) -> None:
+        """The row of logits after `position`, where `token` follows."""
+        self._kept[position] = Scored.of(logits, token, self._n_top)
 
-    def row(self, position: int, n_vocab: int) -> LogProbs | None:
-        """None if it was not recorded."""
-        if position not in self._kept:
-            return None
-        ids, probabilities = self._kept[position]
-        row = np.full(n_vocab, -np.inf, np.float32)
-        row[ids] = probabilities
-        return row.view(LogProbs)
+    def after(self, position: int) -> Scored:
+        """The token that follows `position`."""
+        return self._kept[position]
+
+
+class LogProbs(dict[str, Any]):
+    """OpenAI's `logprobs` of a completion, and `content`, those of a chat.
+
+    scored: tokens in their order.
+    offsets: where each begins, in characters of the prompt and the answer.
+    piece: the bytes of a token, control tokens included.
+    """
+
+    def __init__(
+        self, scored: Sequence[Scored], offsets: Sequence[int], piece: Callable[[int], bytes]
+    ) -> None:
+        super().__init__(
+            tokens=[name(piece(one.token)) for one in scored],
+            text_offset=list(offsets),
+            token_logprobs=[one.logprob for one in scored],
+            top_logprobs=[_by_name(one, piece) for one in scored],
+        )
+        self.content = [
+            {
+                **_named(piece(one.token), one.logprob),
+                "top_logprobs": [_named(piece(id), logprob) for id, logprob in one.top],
+            }
+            for one in scored
+        ]
+
+
+def name(piece: bytes) -> str:
+    """A token in words: its text, or its bytes where they are part of a character."""
+    try:
+        return piece.decode("utf-8")
+    except UnicodeDecodeError:
+        return in_bytes(piece)
+
+
+def in_bytes(piece: bytes) -> str:
+    """OpenAI's way to name bytes."""
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+
+def _named(piece: bytes, logprob: float | None) -> dict[str, Any]:
+    return {"token": name(piece), "logprob": logprob, "bytes": list(piece)}
+
+
+def _by_name(one: Scored, piece: Callable[[int], bytes]) -> dict[str, float] | None:
+    """The likeliest tokens and the one itself; two of the same text are apart by their bytes."""
+    if one.logprob is None:
+        return None
+    found: dict[str, float] = {}
+    for id, logprob in dict([*one.top, (one.token, one.logprob)]).items():
+        key = name(piece(id))
+        found[in_bytes(piece(id)) if key in found else key] = logprob
+    return found
 
 
 class Scores:
-    """In the place of llama_cpp's `_scores`, [n_tokens, n_vocab], of which it has some rows: those
-    recorded, as log-probabilities, and the latest, as logits; the others are not a number."""
+    """In the place of llama_cpp's `_scores`, [n_tokens, n_vocab], of which it has the latest row;
+    the others are not a number."""
 
-    def __init__(
-        self, n_tokens: int, n_vocab: int, records: Records | None, latest: Callable[[], Row | None]
-    ) -> None:
-        self._n_tokens, self._n_vocab = n_tokens, n_vocab
-        self._records, self._latest = records, latest
+    def __init__(self, n_tokens: int, n_vocab: int, latest: Callable[[], Row]) -> None:
+        self._n_tokens, self._n_vocab, self._latest = n_tokens, n_vocab, latest
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -68,24 +129,16 @@ class Scores:
         return self._n_tokens
 
     def __getitem__(self, key: Any) -> Any:
-        """`[i]` and `[i, :]` are rows, `[i:]` goes through some."""
+        """`[i]` and `[i, :]` are rows."""
         first = key[0] if isinstance(key, tuple) else key
-        if isinstance(first, slice):
-            return self._rows(range(self._n_tokens)[first])
         row = self._row(range(self._n_tokens)[first])
         return row[key[1]] if isinstance(key, tuple) else row
 
-    def _rows(self, positions: range) -> Iterator[Row]:
-        return (self._row(position) for position in positions)
-
     def _row(self, position: int) -> Row:
-        row: Row | None = None
-        if self._records:
-            row = self._records.row(position, self._n_vocab)
-        if row is None and position == self._n_tokens - 1:
-            row = self._latest()
+        if position == self._n_tokens - 1:
+            return self._latest()
         # llama_cpp looks at more rows than it needs
-        return np.broadcast_to(np.float32(np.nan), self._n_vocab) if row is None else row
+        return np.broadcast_to(np.float32(np.nan), self._n_vocab)
 
     def copy(self) -> Row:
         """What a saved state holds of it: nothing, in a shape that any `Llama` can load."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import wraps
 from inspect import signature
 from time import perf_counter
@@ -23,10 +24,11 @@ from numpy.typing import NDArray
 
 from swift_gguf.llama.adopted import AdoptedLlama
 from swift_gguf.llama.adoption import check_grammar, guarded
-from swift_gguf.llama.completion import Criteria, Request, with_globals
+from swift_gguf.llama.completion import Asked, Completion, Criteria, Request
 from swift_gguf.llama.generation import Generation
-from swift_gguf.llama.scores import LogProbs, Scores
+from swift_gguf.llama.scores import Scores
 from swift_gguf.model import Model
+from swift_gguf.native import library
 
 
 class SwiftLlama(AdoptedLlama):
@@ -143,7 +145,7 @@ class SwiftLlama(AdoptedLlama):
             if records:
                 following = tokens[first + 1 : first + n_rows + 1]
                 for row, token in enumerate(following):
-                    records.add(self.n_tokens + row, model.logits(row), batch[row], token)
+                    records.add(self.n_tokens + row, model.logits(row), token)
             self._append(batch)
         self._sampled_at = None
         self._evaluated = model.n_passes
@@ -197,8 +199,7 @@ class SwiftLlama(AdoptedLlama):
     def _scores(self) -> Any:
         if self._adopted is None or self._keeps_all:
             return super()._scores
-        records = self._request.records
-        return Scores(self.n_tokens, self._n_vocab, records, self._latest_logits)
+        return Scores(self.n_tokens, self._n_vocab, self._latest_logits)
 
     @property
     def eval_logits(self) -> deque[list[float]]:
@@ -227,35 +228,43 @@ class SwiftLlama(AdoptedLlama):
         if self._keeps_all:
             self.scores[position] = self._latest_logits()
         elif records:
-            records.add(position, self._latest_logits(), int(self.input_ids[position]), token)
+            records.add(position, self._latest_logits(), token)
 
     def _wrap_criteria(self, arguments: dict[str, Any]) -> None:
         criteria = arguments.get("stopping_criteria")
         if criteria is not None and not isinstance(criteria, Criteria):
             arguments["stopping_criteria"] = Criteria(criteria, self._latest_logits)
 
-    @staticmethod
-    def logits_to_logprobs(logits: Any, axis: int = -1) -> Any:
-        """See `Llama.logits_to_logprobs`; of rows that are log-probabilities, these."""
-        if isinstance(logits, (LogProbs, Scores)):
-            return logits
-        return Llama.logits_to_logprobs(logits, axis)
+    # -- answers -----------------------------------------------------------------------------------
 
     @wraps(Llama._create_completion)
     def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        if self._adopted is None:
-            yield from super()._create_completion(*args, **kwargs)
-            return
         call = signature(Llama._create_completion).bind(self, *args, **kwargs)
         call.apply_defaults()
-        self._wrap_criteria(call.arguments)
+        arguments = dict(call.arguments)
+        del arguments["self"]
+        if (limit := arguments["max_tokens"]) is not None and limit <= 0:
+            arguments["max_tokens"] = None
+        yield from self._complete(Asked.of(arguments))
+
+    def piece(self, token: int) -> bytes:
+        """What a token stands for in an answer; control tokens, nothing."""
+        return library().token_bytes(self._model.vocab, token, special=False)
+
+    def _complete(self, asked: Asked) -> Iterator[Any]:
+        """Yields the response, or, for a stream, chunk after chunk."""
+        if self._adopted is not None:
+            sampling = dict(asked.sampling)
+            self._wrap_criteria(sampling)
+            asked = replace(asked, sampling=sampling)
+        keeps_rows = self._adopted is None or self._keeps_all
         with self._swift.busy():
-            self._request = Request.of(call.arguments, keeps_rows=self._keeps_all)
+            completion = Completion(self, asked, keeps_rows=keeps_rows)
+            self._request = completion.request
             try:
-                yield from _completion(*call.args, **call.kwargs)
+                if asked.stream:
+                    yield from completion.chunks()
+                else:
+                    yield completion.whole()
             finally:
                 self._request = Request()
-
-
-# llama_cpp names the class where it means its own: `Llama.logits_to_logprobs`
-_completion = with_globals(Llama._create_completion, Llama=SwiftLlama)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -10,6 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from swift_gguf.errors import ContextFullError, GrammarError, SpoiledError, TemplateError
+from swift_gguf.llama.prompts import gap_tokens
+from swift_gguf.sampling import llama_seed
 from swift_gguf.server import functions, grammars, reading, tools
 from swift_gguf.server.chat_requests import ChatRequest
 from swift_gguf.server.errors import bad_request, one_line, unavailable
@@ -108,9 +109,7 @@ def complete(request: CompletionRequest, options: ServerOptions, on_end: OnEnd) 
         arguments = _completion_arguments(request, options, llama)
         for prompt in [_prompt(given, llama) for given in request.prompts]:
             for _ in range(request.n):
-                yield lambda prompt=prompt, **more: llama.create_completion(
-                    prompt, **arguments, **more
-                )
+                yield lambda prompt=prompt, **more: llama.complete(prompt, **arguments, **more)
 
     kinds = ("text_completion", "text_completion")
     return _Envelope(kinds, request, options, calls, on_end).work
@@ -164,8 +163,7 @@ class _Envelope:
     def _seeds(self) -> Iterator[int]:
         default = self._options.sampling.seed
         for i in range(2**32):
-            seed = self._request.seed_of(i, default)
-            yield random.getrandbits(32) if seed is None else seed
+            yield llama_seed(self._request.seed_of(i, default))
 
     def _whole(self, llama: ServedLlama, job: Job[ServedLlama], tally: Tally) -> dict[str, Any]:
         choices: list[Choice] = []
@@ -275,6 +273,8 @@ def _chat_arguments(
     offered = [tool.model_dump(exclude_none=True) for tool in request.offered]
     if offered:
         arguments["tools"] = offered
+    elif request.choice not in (None, "auto", "none"):
+        raise bad_request("a call is asked for, and there are no tools", param="tool_choice")
     if not request.must_call:
         begins = prompting.opens_answer and prompting.continues is None
         stops = llama.expect(offered if begins else None, prompting.variables)
@@ -307,12 +307,15 @@ def _schema(request: ChatRequest) -> dict[str, Any] | None:
 def _completion_arguments(
     request: CompletionRequest, options: ServerOptions, llama: ServedLlama
 ) -> dict[str, Any]:
-    if request.suffix:
-        raise bad_request("a suffix is not supported", param="suffix")
+    if request.suffix and gap_tokens(llama.vocab) is None:
+        raise bad_request(
+            "this model cannot fill a gap: its vocabulary has no FIM tokens", param="suffix"
+        )
     if request.best_of not in (None, 1, request.n):
         raise bad_request("best_of is not supported", param="best_of")
     return _common(request, options, llama) | {
         "max_tokens": request.limit(options.n_predict),
+        "suffix": request.suffix or None,
         "echo": request.echo,
         "logprobs": request.logprobs,
     }
@@ -338,9 +341,7 @@ def _grammar(gbnf: str, llama: ServedLlama, param: str) -> Any:
 
 
 def _prompt(given: str | list[int], llama: ServedLlama) -> str | list[int]:
-    if given == "":
-        given = [token for token in [llama.token_bos()] if token >= 0]
-    if not given:
+    if not given and llama.token_bos() < 0:
         raise bad_request("the prompt is empty", param="prompt")
     if not isinstance(given, str) and any(token >= llama.n_vocab() for token in given):
         raise bad_request("there is no such token", param="prompt")

@@ -35,6 +35,7 @@ from swift_gguf.server.requests import (
 from swift_gguf.server.served import ServedLlama, Started
 from swift_gguf.server.service import Service
 from swift_gguf.server.worker import Job
+from swift_gguf.text import one_bos
 
 _log = logging.getLogger("swift_gguf")
 _T = TypeVar("_T")
@@ -168,6 +169,7 @@ def _tokenize(service: Service, body: TokenizeRequest) -> Response:
     text = _utf8(body.content)
     with service.vocabulary() as model:
         ids = model.tokenize(text, add_bos=body.add_special, special=body.parse_special)
+        ids = one_bos(ids, model.token_bos()) if body.add_special else ids
         # a long text has many tokens, of which few are different: each is put into JSON once
         shown = {id: _shown(model, id) if body.with_pieces else str(id) for id in set(ids)}
     return _ready(f'{{"tokens":[{",".join(map(shown.__getitem__, ids))}]}}')

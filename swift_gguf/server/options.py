@@ -21,8 +21,8 @@ MAX_INPUTS = 64
 """Prompts in one request."""
 MAX_TEXTS = 2048
 """Texts to embed in one request."""
-MAX_STOPS = 16
-MAX_STOP_LENGTH = 256
+MAX_STOPS = 128
+MAX_STOP_LENGTH = 1024
 MAX_TOOLS = 128
 MAX_TOP_LOGPROBS = 20
 MAX_BIASES = 1024

@@ -32,7 +32,6 @@ from swift_gguf.server.options import (
     MAX_TOP_LOGPROBS,
 )
 
-MAX_SEED = 2**32 - 1
 SAMPLED = (
     "temperature",
     "top_p",
@@ -269,7 +268,7 @@ class Sampling(Body):
     def seed_of(self, choice: int, default: int | None) -> int | None:
         """Of the answer's choices, the first has the seed that was asked for."""
         seed = default if self.seed is None else self.seed
-        return None if seed is None or seed == -1 else (seed + choice) & MAX_SEED
+        return None if seed is None or seed == -1 else seed + choice
 
 
 def lesser(wanted: int | None, limit: int | None) -> int | None:
@@ -309,13 +308,20 @@ class ResponseFormat(Body):
     json_schema: JsonSchema | None = None
     plain_schema: Json | None = Field(default=None, alias="schema")
 
+    @model_validator(mode="after")
+    def _has_schema(self) -> ResponseFormat:
+        if self.type == "json_schema" and self._given is None:
+            raise ValueError("a json_schema needs a schema; any object is a json_object")
+        return self
+
+    @property
+    def _given(self) -> dict[str, Any] | None:
+        return self.json_schema.json_schema if self.json_schema else self.plain_schema
+
     @property
     def wanted(self) -> dict[str, Any] | None:
         """The schema, empty for any JSON object; None for text."""
-        if self.type == "text":
-            return None
-        given = self.json_schema.json_schema if self.json_schema else self.plain_schema
-        return given or ANY_OBJECT
+        return None if self.type == "text" else self._given or ANY_OBJECT
 
 
 class Function(Body):
@@ -350,7 +356,7 @@ class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
     prompt: Prompts
-    max_tokens: TokenLimit = 16
+    max_tokens: MaxTokens | None = 16
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     suffix: str | None = None

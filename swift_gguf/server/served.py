@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import codecs
 import gc
+import logging
 import math
 import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -17,10 +17,10 @@ from typing import Any
 from swift_gguf import native_chat
 from swift_gguf.llama import SwiftLlama
 from swift_gguf.llama.chat_format import CHATML, FOR_TOOLS, BoundedFormatter
+from swift_gguf.llama.completion import Asked
 from swift_gguf.model import ModelOptions
 from swift_gguf.native import StopFlag, library
 from swift_gguf.native_memory import give_back_free_pages
-from swift_gguf.server.characters import Said, whole
 from swift_gguf.server.conversations import Conversations
 from swift_gguf.server.embedding import Embedder
 from swift_gguf.server.options import ServerOptions
@@ -28,6 +28,8 @@ from swift_gguf.server.syntax import Syntax, Syntaxes
 from swift_gguf.server.worker import Job
 from swift_gguf.speculation_options import SpeculationOptions
 from swift_gguf.stats import Stats
+
+_log = logging.getLogger("swift_gguf")
 
 TIDY_EVERY_S = 20.0
 PROMPT_END = 64
@@ -78,7 +80,6 @@ class ServedLlama(SwiftLlama):
     _job: Job[ServedLlama] | None = None
     _tally: Tally
     _reuses = True
-    _said: Said
     _tidied_at = -math.inf
     thinks = False
     """Has the prompt of the generation under way, or the latest, opened the model's thoughts?"""
@@ -86,7 +87,6 @@ class ServedLlama(SwiftLlama):
     _syntax: Syntax | None = None
     _shown: frozenset[int] = frozenset()
     _prompt_end = ""
-    _pieces: dict[int, bytes]
     _stop: StopFlag
 
     @classmethod
@@ -125,7 +125,6 @@ class ServedLlama(SwiftLlama):
             NativeLibraryError: the library that reads answers is missing.
         """
         native_chat.check()
-        self._pieces = {}
         bos, eos = self._ends_as_text()
         self._syntaxes = Syntaxes(bos_token=bos, eos_token=eos)
         if self.swift.model:
@@ -143,17 +142,18 @@ class ServedLlama(SwiftLlama):
     def _chat_by(self, template: str | None) -> None:
         """template: None, as the model has none either: ChatML, llama-server's choice, too."""
         bos, eos = self._ends_as_text()
+        stop: list[str] = []
         if template is None:
+            _log.warning("the model has no chat template; chats go by ChatML (--chat-template)")
             self.chat_format: str | None = "chatml"
-            template, eos = CHATML, "<|im_end|>"  # text to this model: a stop
+            template, stop = CHATML, ["<|im_end|>"]  # text to this model
         else:
             self.chat_format, self.chat_handler = "chat_template.default", None
             self.metadata["tokenizer.chat_template"] = template
             self.metadata.pop(f"tokenizer.{FOR_TOOLS}", None)
             self._chat_handlers.pop(FOR_TOOLS, None)
-        self._chat_handlers[self.chat_format] = BoundedFormatter(
-            template, eos, bos
-        ).to_chat_handler()
+        formatter = BoundedFormatter(template, eos, bos, stop=stop)
+        self._chat_handlers[self.chat_format] = formatter.to_chat_handler()
 
     def _ends_as_text(self) -> tuple[str, str]:
         """Begin and end of text, for templates."""
@@ -198,60 +198,33 @@ class ServedLlama(SwiftLlama):
                 self.reset()
             job.check()
             stats, start = self.swift.stats, perf_counter()
-            said = self._said = Said()
+            n_said = 0
             self._prompt_end = self._text_of(prompt[-PROMPT_END:])
             self.thinks = self._prompt_end.rstrip().endswith("<think>")
             try:
                 with closing(super().generate(*args, **kwargs)) as stream:
                     for token in stream:
                         if not self._ends(token):
-                            tally.completion_tokens += 1
-                            said.pieces.append(self.piece(token))
+                            n_said += 1
                         yield token
                         job.check()
             finally:
-                said.is_over = True
+                tally.completion_tokens += n_said if self._request.max_tokens != 0 else 0
                 if self.swift.model is None:  # llama_cpp decodes, and counts nothing
                     seconds = perf_counter() - start
-                    n = len(said.pieces)
-                    tally.add(Stats(prompt_n=len(prompt), predicted_n=n, cycle_s=seconds))
+                    tally.add(Stats(prompt_n=len(prompt), predicted_n=n_said, cycle_s=seconds))
                 elif self.swift.stats is not stats:
                     tally.add(self.swift.stats)
                 tally.n_past = max(tally.n_past, self.n_tokens)
 
-    @wraps(SwiftLlama._create_completion)
-    def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        chunks = super()._create_completion(*args, **kwargs)
-        if self._job and kwargs.get("stream"):
-            by_token = kwargs.get("logprobs") is not None
-            chunks = whole(
-                chunks, lambda: self._said, stops=kwargs["stop"] or (), by_token=by_token
-            )
-        yield from chunks
-
-    def detokenize(
-        self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False
-    ) -> bytes:
-        """As `Llama.detokenize`, without bytes that are no UTF-8; a character may be unfinished.
-
-        llama_cpp asks after every token for the whole text, and would wait for such a byte to
-        become a character to the end of the answer, looking for it at every token.
-        """
-        if special or self._job is None:
-            return bytes(super().detokenize(tokens, prev_tokens, special))
-        text = b"".join(map(self.piece, tokens))
-        if tokens[:1] == [self.token_bos()]:
-            text = text.removeprefix(b" ")
-        utf8 = codecs.getincrementaldecoder("utf-8")("ignore")
-        return utf8.decode(text).encode("utf-8") + utf8.getstate()[0]
+    def complete(self, prompt: str | Sequence[int], **arguments: Any) -> Any:
+        """As `create_completion`, but that `max_tokens` 0 is none: the prompt alone."""
+        answer = self._complete(Asked.of({"prompt": prompt, **arguments}))
+        return answer if arguments.get("stream") else next(answer)
 
     def piece(self, token: int) -> bytes:
         """What a token stands for in an answer."""
-        if token in self._shown:
-            return library().token_bytes(self.vocab, token, special=True)
-        if token not in self._pieces:
-            self._pieces[token] = library().token_bytes(self.vocab, token, special=False)
-        return self._pieces[token]
+        return library().token_bytes(self.vocab, token, special=token in self._shown)
 
     def _text_of(self, tokens: Sequence[int]) -> str:
         """Control tokens included."""
@@ -321,6 +294,11 @@ class ServedLlama(SwiftLlama):
     def vocab(self) -> Any:
         """llama.cpp's."""
         return self._model.vocab
+
+    @property
+    def chat_template(self) -> str:
+        """What chats go by."""
+        return self._template(has_tools=False) or CHATML
 
     def calls_as_text(self, *, has_tools: bool) -> bool:
         """Does the chat template join a call's arguments to text, as DeepSeek's do?"""

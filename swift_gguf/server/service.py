@@ -103,7 +103,7 @@ class Service:
             "total_slots": 1,
             "model_alias": self.options.alias,
             "modalities": {"vision": False, "audio": False},
-            "chat_template": model.metadata.get("tokenizer.chat_template", ""),
+            "chat_template": model.chat_template,
             "build_info": f"swift-gguf {__version__}",
             "speculation": model.speculation(),
         }

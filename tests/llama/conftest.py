@@ -82,6 +82,29 @@ def without_ids(response: Any) -> Any:
     return response
 
 
+def joined(response: Any) -> dict[str, Any]:
+    """What a response says, or the chunks of a streamed one together."""
+    parts = [response] if isinstance(response, dict) else list(response)
+    said: dict[str, Any] = {"text": "", "calls": "", "logprobs": [], "finish_reason": None}
+    for choice in (part["choices"][0] for part in parts):
+        message = choice.get("message") or choice.get("delta") or {}
+        said["text"] += choice.get("text") or message.get("content") or ""
+        for call in message.get("tool_calls") or []:
+            said["calls"] += call["function"]["arguments"]
+        said["logprobs"] += entries(choice["logprobs"])
+        said["finish_reason"] = choice["finish_reason"] or said["finish_reason"]
+    return said
+
+
+def entries(logprobs: Any) -> list[Any]:
+    """Of `logprobs`, token by token."""
+    if logprobs is None:
+        return []
+    if "content" in logprobs:
+        return [one["logprob"] for one in logprobs["content"]]
+    return list(zip(logprobs["text_offset"], logprobs["token_logprobs"], strict=True))
+
+
 def outcome(action: Callable[[], Any]) -> Any:
     """What an action returns, or the type of what it raises."""
     try:

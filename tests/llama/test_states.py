@@ -283,7 +283,7 @@ def test_caches(both: Llamas, tmp_path: Any, kind: str) -> None:
     for seed, prompt in enumerate(prompts):
         check_same(both, lambda llama, p=prompt, s=seed: say(llama, p, seed=s))
         check_same(both, lambda llama, p=prompt: say(llama, p, stream=True))
-    check_same(both, lambda llama: say(llama, PROMPT, logprobs=2, echo=True))
+    check_same(both, lambda llama: say(llama, PROMPT, echo=True))
 
 
 def test_errors_of_the_callers_own(both: Llamas) -> None:

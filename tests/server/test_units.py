@@ -27,7 +27,6 @@ from swift_gguf.errors import (
 from swift_gguf.server import served
 from swift_gguf.server.answers import _telling
 from swift_gguf.server.app import _failed
-from swift_gguf.server.characters import Said, whole
 from swift_gguf.server.chat_requests import ChatRequest
 from swift_gguf.server.errors import ApiError
 from swift_gguf.server.extra import PACKAGES, require
@@ -109,19 +108,6 @@ def test_an_earlier_call_that_is_none_is_told_with_its_message(call: object, lac
     with pytest.raises(ValidationError, match=f"its tool_calls has no {lacks}") as told:
         ChatRequest.model_validate({"messages": turns})
     assert told.value.errors()[0]["loc"] == ("messages", 1)
-
-
-def test_what_llama_cpp_drops_at_the_end_of_a_stream() -> None:
-    said = Said(pieces=[b"a", "é".encode()[:1], "é".encode()[1:], b"!"], is_over=True)
-    chunks = [
-        {"choices": [{"text": text, "logprobs": None, "finish_reason": reason}]}
-        for text, reason in (("a", None), ("", None), ("", None), ("!", None), ("", "stop"))
-    ]
-    texts = [
-        chunk["choices"][0]["text"]
-        for chunk in whole(iter(chunks), lambda: said, stops=["!"], by_token=False)
-    ]
-    assert texts == ["aé", ""]
 
 
 class Nothing:
