@@ -110,7 +110,9 @@ class Completion:
         if n_prompt >= n_ctx:
             raise ValueError(f"Requested tokens ({n_prompt}) exceed context window of {n_ctx}")
         self._room: int = n_ctx - n_prompt
-        self._limit = self._room if asked.max_tokens is None else min(asked.max_tokens, self._room)
+        self._limit: int = (
+            self._room if asked.max_tokens is None else min(asked.max_tokens, self._room)
+        )
         if asked.logprobs is not None and not llama._logits_all:
             raise ValueError("logprobs is not supported for models created with logits_all=False")
         has_records = asked.logprobs is not None and not keeps_rows
@@ -217,7 +219,8 @@ class Completion:
     def _is_full(self, text: AnswerText) -> bool:
         """As llama_cpp, goes on to the end of a character, unless each token is asked about."""
         rest = 0 if text.is_whole or self._asked.logprobs is not None else MAX_REST
-        return len(self._tokens) >= min(self._limit + rest, self._room)
+        most: int = min(self._limit + rest, self._room)
+        return len(self._tokens) >= most
 
     def _prepare(self) -> None:
         llama, seed = self._llama, self._asked.seed

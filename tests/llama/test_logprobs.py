@@ -26,7 +26,7 @@ def both(tiny: Callable[..., Path], request: Any) -> Iterator[tuple[Llama, Swift
     """Models that fill gaps, and of which the second puts a start token before a text."""
     path = str(tiny("llama", quant="Q8_0", bos=request.param, gaps=True))
     llamas = (
-        Llama(path, flash_attn=True, logits_all=True, **LOADING),
+        Llama(path, logits_all=True, **LOADING),
         SwiftLlama(path, speculation=ALWAYS, **LOADING),
     )
     yield llamas
