@@ -28,6 +28,7 @@ LISTED = {
         "ggml/src/ggml-cpu/repack.cpp",
     },
     "0003-bounded-parsing.patch": {"common/peg-parser.cpp", "common/peg-parser.h"},
+    "0004-waiting-threads.patch": {"ggml/src/ggml-cpu/ggml-cpu.c"},
 }
 
 
