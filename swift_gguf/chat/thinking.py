@@ -65,10 +65,13 @@ class Thoughts:
             pass
         return parts
 
-    def skip(self, text: str) -> None:
-        """Text that was there before: it is no part of what comes, which begins where it ends."""
-        self.feed(text)
-        self.finish()
+    def skip(self, text: str) -> str:
+        """Text that was there before: it is no part of what comes, which begins where it ends.
+
+        Returns what of it was said.
+        """
+        parts = self.feed(text) + self.finish()
+        return "".join(part.text for part in parts if not part.is_thought)
 
     def finish(self) -> list[Part]:
         """What was held back, when no text follows."""

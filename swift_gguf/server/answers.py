@@ -52,7 +52,7 @@ def chat(request: ChatRequest, options: ServerOptions, on_end: OnEnd) -> Work:
             must_call=request.must_call,
             splits=splits,
             before="" if has_form else before(llama),
-            syntax=llama.syntax_here(thinks=has_thoughts and splits) if not has_form else None,
+            syntax=llama.syntax_here(thinks=has_thoughts, splits=splits) if not has_form else None,
         )
 
     def before(llama: ServedLlama) -> str:
@@ -323,6 +323,8 @@ def _completion_arguments(
 
 def _common(request: Sampling, options: ServerOptions, llama: ServedLlama) -> dict[str, Any]:
     arguments = request.sampling(options.sampling)
+    n = request.repeat_last_n
+    llama.look_back(options.sampling.repeat_last_n if n is None else n)
     if any(token >= llama.n_vocab() for token in arguments.get("logit_bias", ())):
         raise bad_request("there is no such token", param="logit_bias")
     if request.grammar is not None:

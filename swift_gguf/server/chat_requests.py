@@ -29,6 +29,7 @@ from swift_gguf.server.requests import (
     Tool,
     ToolChoice,
     lesser,
+    names,
 )
 from swift_gguf.templates import Continued, Prompting, check_variables, with_reasoning
 
@@ -69,7 +70,7 @@ class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
-    max_tokens: TokenLimit = None
+    max_tokens: TokenLimit = Field(default=None, validation_alias=names("max_tokens", "n_predict"))
     max_completion_tokens: TokenLimit = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)

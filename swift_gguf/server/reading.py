@@ -54,9 +54,12 @@ class Answer:
         self._calls = Calls(expected.tools, bare=expected.must_call) if expected.tools else None
         self._template = ByTemplate(expected.syntax) if expected.syntax else None
         self._thoughts: Thoughts | None = None
+        before = expected.before
         if expected.splits and not (expected.syntax and expected.syntax.thinking):
             self._thoughts = Thoughts()
-            self._thoughts.skip(expected.before)
+            before = self._thoughts.skip(before)
+        # a call that has begun before: as text, that part of it would be told again
+        self._n_before = len(before) - len(self._calls.feed(before)) if self._calls else 0
         self._n_said = 0  # of what the template's reader says
         self._is_over = False
 
@@ -82,8 +85,7 @@ class Answer:
                 return
             self._look()
         if self._calls:
-            self.said += self._calls.finish(is_cut=is_cut)
-            self._add()
+            self._told(self._calls.finish(is_cut=is_cut))
 
     @property
     def is_whole(self) -> bool:
@@ -124,7 +126,14 @@ class Answer:
         self._add()
 
     def _say(self, text: str) -> None:
-        self.said += self._calls.feed(text) if self._calls else text
+        self._told(self._calls.feed(text) if self._calls else text)
+
+    def _told(self, said: str) -> None:
+        if self._calls and self._calls.found:
+            self._n_before = 0
+        cut = min(self._n_before, len(said))
+        self._n_before -= cut
+        self.said += said[cut:]
         self._add()
 
     def _add(self) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    AliasChoices,
     BaseModel,
     ConfigDict,
     Field,
@@ -196,6 +197,11 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
+def names(*names: str) -> AliasChoices:
+    """Of a field: other servers have other ones."""
+    return AliasChoices(*names)
+
+
 class Sampling(Body):
     """What completions and chat completions share; for other fields see `fields`."""
 
@@ -205,8 +211,18 @@ class Sampling(Body):
     top_k: int | None = Field(default=None, ge=-1, lt=2**31)
     """-1, as 0: all tokens."""
     min_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
-    typical_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
-    repeat_penalty: float | None = Field(default=None, gt=0, le=10, allow_inf_nan=False)
+    typical_p: float | None = Field(
+        default=None, gt=0, le=1, allow_inf_nan=False, validation_alias=names("typical_p", "typ_p")
+    )
+    repeat_penalty: float | None = Field(
+        default=None,
+        gt=0,
+        le=10,
+        allow_inf_nan=False,
+        validation_alias=names("repeat_penalty", "repetition_penalty"),
+    )
+    repeat_last_n: int | None = Field(default=None, ge=-1, lt=2**31)
+    """Tokens that penalties look at; -1: all."""
     presence_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
     mirostat: Literal[0, 1, 2] = 0

@@ -132,12 +132,15 @@ class ServedLlama(SwiftLlama):
         else:
             self._stop = StopFlag()
             library().set_stop_flag(self.ctx, self._stop)
-        if self.last_n_tokens_size < 0:  # all; llama_cpp looks at none
-            self.last_n_tokens_size = self.n_ctx()
+        self.look_back(self.last_n_tokens_size)
         if template is not None or "tokenizer.chat_template" not in self.metadata:
             self._chat_by(template)
         self._conversations = Conversations(self, budget=cache_bytes)
         self.swift.idle()
+
+    def look_back(self, repeat_last_n: int) -> None:
+        """Penalties look at so many tokens; -1: at all, where llama_cpp looks at none."""
+        self.last_n_tokens_size = self.n_ctx() if repeat_last_n < 0 else repeat_last_n
 
     def _chat_by(self, template: str | None) -> None:
         """template: None, as the model has none either: ChatML, llama-server's choice, too."""
@@ -252,13 +255,16 @@ class ServedLlama(SwiftLlama):
         self._shown = frozenset(found[0] for found in ids if len(found) == 1)
         return self._syntax.stops if self._syntax else ()
 
-    def syntax_here(self, *, thinks: bool) -> Syntax | None:
+    def syntax_here(self, *, thinks: bool, splits: bool) -> Syntax | None:
         """How the answer under way is written, if its prompt ends as llama.cpp's would.
 
         thinks: may it have thoughts?
+        splits: are they told apart?  llama.cpp's reader of a template that has them does so.
         """
         syntax = self._syntax
-        if syntax is None or not self._prompt_end.rstrip().endswith(syntax.opening.rstrip()):
+        if syntax is None or (syntax.thinking and not splits):
+            return None
+        if not self._prompt_end.rstrip().endswith(syntax.opening.rstrip()):
             return None
         is_open = bool(syntax.thinking) and syntax.opening.rstrip().endswith(syntax.thinking)
         return None if is_open and not thinks else syntax

@@ -16,6 +16,9 @@ HELLO: Any = [{"role": "user", "content": "Hello!"}]
 PARTIAL: Any = [*HELLO, {"role": "assistant", "content": "Hel"}]
 
 
+CALL: Any = {"function": {"name": "f", "arguments": "{}"}}
+
+
 def chat(**fields: Any) -> ChatRequest:
     return ChatRequest.model_validate({"messages": HELLO, **fields})
 
@@ -52,6 +55,15 @@ def test_what_would_change_the_answer_is_refused(name: str) -> None:
             assert (told.value.status, told.value.param) == (400, name)
     for value in (None, *UNHELD[name]):
         chat(**{name: value})
+
+
+def test_other_servers_names() -> None:
+    request = chat(repetition_penalty=1.2, typ_p=0.5, n_predict=7)
+    assert (request.repeat_penalty, request.typical_p, request.max_tokens) == (1.2, 0.5, 7)
+    assert chat(repeat_penalty=1.2, repetition_penalty=1.3).repeat_penalty == 1.2
+    for fields in ({"repetition_penalty": -1}, {"typ_p": 0}, {"n_predict": -2}):
+        with pytest.raises(ValidationError):
+            chat(**fields)
 
 
 def test_zero_is_not_false() -> None:
@@ -146,8 +158,8 @@ def test_what_contradicts_itself_is_refused(fields: dict[str, Any], place: str) 
         ({"content": "", "reasoning_content": ""}, {}, None),
         ({"content": ""}, {"continue_final_message": True}, "content"),
         ({"content": "Hel"}, {"continue_final_message": "reasoning_content"}, "reasoning_content"),
-        ({"content": "", "tool_calls": [{"function": {"name": "f"}}]}, {}, None),
-        ({"content": "Hel", "tool_calls": [{"function": {"name": "f"}}]}, {}, None),
+        ({"content": "", "tool_calls": [CALL]}, {}, None),
+        ({"content": "Hel", "tool_calls": [CALL]}, {}, None),
     ],
     ids=str,
 )

@@ -308,6 +308,10 @@ def test_penalties_of_all_that_was_said(serve: Callable[..., Server], model: Pat
         llama.close()
     assert found == texts[0]
     assert found not in texts[1:]
+    for n, text in zip((-1, 512, 64, 0), [texts[0], *texts], strict=True):  # a request's own
+        told = server.post("/v1/completions", options | {"repeat_last_n": n})[1]
+        assert told["choices"][0]["text"] == text
+    assert server.post("/v1/completions", options)[1]["choices"][0]["text"] == found
 
 
 def test_embeddings(client: Any) -> None:

@@ -103,6 +103,11 @@ def test_what_was_there_before_is_no_part_of_what_comes(
     assert [(part.text, part.is_thought) for part in found] == parts
 
 
+def test_what_was_said_before() -> None:
+    for before, said in (("<think>a", ""), ("<think>a</think>b <", "b <"), (" a", " a"), ("", "")):
+        assert Thoughts().skip(before) == said
+
+
 # -- settings --------------------------------------------------------------------------------------
 
 
