@@ -250,10 +250,11 @@ class ServedLlama(SwiftLlama):
         """
         source = None if tools is None else self._template(bool(tools))
         self._syntax = self._syntaxes.of(source, tools or (), variables) if source else None
-        marks = self._syntax.shown if self._syntax else ()
+        syntax = self._syntax
+        marks = syntax.shown if syntax and (tools or syntax.thinking) else ()
         ids = [self.tokenize(mark.encode(), add_bos=False, special=True) for mark in marks]
         self._shown = frozenset(found[0] for found in ids if len(found) == 1)
-        return self._syntax.stops if self._syntax else ()
+        return syntax.stops if syntax else ()
 
     def syntax_here(self, *, thinks: bool, splits: bool) -> Syntax | None:
         """How the answer under way is written, if its prompt ends as llama.cpp's would.

@@ -143,6 +143,21 @@ def test_the_template_that_a_file_has_for_tools(
     assert answer(server, said)["tool_calls"][0]["name"] == "get_weather"
 
 
+def test_marks_that_are_control_tokens(
+    tiny: Callable[..., Path], serve: Callable[..., Server]
+) -> None:
+    """As Mistral's [TOOL_CALLS] is: no part of a text, but for who looks for calls."""
+    template = chat_templates.MISTRAL.replace("[TOOL_CALLS]", "<|im_start|>")
+    path = tiny("llama", n_ctx=1024, template=template)
+    server = serve(path, "-c", 1024, "-t", 1, "--cache-ram", 0).wait_until_ready()
+    (mark,) = server.post("/tokenize", {"content": "<|im_start|>"})[1]["tokens"]
+    fields = {"logit_bias": {str(mark): 100}, "temperature": 0}
+    found = answer(server, f"<|im_start|>[{CALL}]", **fields)
+    assert found["content"] == ""
+    assert [call["name"] for call in found["tool_calls"]] == ["get_weather"]
+    assert answer(server, f"<|im_start|>[{CALL}]", **fields, tools=[])["content"] == f"[{CALL}]"
+
+
 def test_a_hostile_template_only_loses_its_own_forms(
     serve: Callable[..., Server], model: Path
 ) -> None:
