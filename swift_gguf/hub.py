@@ -38,15 +38,18 @@ def fetch(ref: str, *, download: bool, progress: Progress | None) -> Path:
 
 
 def fetch_folder(ref: str, patterns: Sequence[str], *, progress: Progress | None) -> Path:
-    """The folder with the files at the top of ``hf:owner/repo`` whose names fit one of `patterns`.
+    """The folder with the files of ``hf:owner/repo`` whose names fit one of `patterns`.
+
+    patterns: of names at the top, or in a folder that the pattern names.
 
     Raises ModelError if the reference is not clear, DownloadError if the files cannot be had.
     """
     hub = _folder(ref)
-    names = [name for name in sorted(_top(hub)) if any(fnmatch(name, p) for p in patterns)]
-    if not names:
+    names = _fitting(hub, patterns)
+    if not any("/" not in name for name in names):
         raise ModelError(f"{ref} holds no checkpoint")
-    return hub.fetch(names, progress)[0].parent
+    paths = zip(names, hub.fetch(names, progress), strict=True)
+    return next(path.parent for name, path in paths if "/" not in name)
 
 
 def list_folder(ref: str) -> dict[str, int]:
@@ -66,6 +69,15 @@ def _folder(ref: str) -> _Repository:
 
 def _top(hub: _Repository) -> dict[str, int]:
     return {name: size for name, size in hub.sizes.items() if "/" not in name}
+
+
+def _fitting(hub: _Repository, patterns: Sequence[str]) -> list[str]:
+    """Files that fit a pattern with as many folders as it names."""
+    return [
+        name
+        for name in sorted(hub.sizes)
+        if any(name.count("/") == p.count("/") and fnmatch(name, p) for p in patterns)
+    ]
 
 
 class _Repository:

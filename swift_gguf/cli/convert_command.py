@@ -81,12 +81,11 @@ def convert(source: str, **values: Any) -> None:
 
     converter.require_packages()
     trust = {"allow_pickle": values["allow_pickle"], "trust_code": values["trust_remote_code"]}
-    if values["dry_run"]:
-        found = checkpoint.look(source, **trust)
-    else:
+    found = checkpoint.look(source, **trust)
+    converter.require_convertible(found, converter.find())  # before weights are fetched
+    if not values["dry_run"]:
         with download_progress() as progress:
-            folder = checkpoint.fetch(source, **trust, progress=progress)
-        found = checkpoint.read(folder, **trust)
+            found = checkpoint.fetch(found, progress=progress)
     options = _options(found, values)
     out = values["output"] or Path(_default_name(source, options))
     conversion = Conversion(found, out, options)
@@ -251,7 +250,7 @@ def _show_plan(conversion: Conversion, *, as_json: bool) -> None:
         return
     nearly = "" if checkpoint.tensors else "about "
     click.echo(
-        f"{checkpoint.folder}: {checkpoint.architecture}, "
+        f"{checkpoint.name}: {checkpoint.architecture}, "
         f"{nearly}{checkpoint.n_params / 1e6:,.0f}M weights in {len(checkpoint.parts)} files, "
         f"{readable(checkpoint.n_bytes)}"
     )

@@ -43,18 +43,19 @@ def verify(source: str, models: tuple[Path, ...], **values: Any) -> None:
         raise click.UsageError("give --text or --file, not both")
     from swift_gguf import gguf_check
     from swift_gguf.convert import checkpoint, converter
+    from swift_gguf.convert.marks import without_marks
     from swift_gguf.convert.verify import TEXT, compare, reference
 
     converter.require_packages()
     for path in models:
         gguf_check.check(path)  # before the checkpoint is loaded, which takes longer
     trust = {"allow_pickle": values["allow_pickle"], "trust_code": values["trust_remote_code"]}
-    folder = checkpoint.fetch(source, **trust)
-    checkpoint.read(folder, **trust)
+    folder = checkpoint.fetch(checkpoint.look(source, **trust)).folder
     text = values["text"] or (read_text(values["file"]) if values["file"] else TEXT)
-    expected = reference(
-        folder, text, n_tokens=values["tokens"], trust_code=values["trust_remote_code"]
-    )
+    with without_marks(folder) as readable:
+        expected = reference(
+            readable, text, n_tokens=values["tokens"], trust_code=values["trust_remote_code"]
+        )
     found = [(path, compare(path, expected, n_threads=values["threads"])) for path in models]
     click.echo(
         json.dumps([_values(*pair) for pair in found])

@@ -9,16 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import filter as fnfilter
 from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from swift_gguf import hub
+from swift_gguf.convert.quantized import Packing, packing
+from swift_gguf.convert.vocabulary import require_embeddings
 from swift_gguf.downloads import Progress
 from swift_gguf.errors import ConvertError
+from swift_gguf.text_files import read_text
 
 MAX_HEADER = 100_000_000  # bytes; the limit of safetensors' own reader
 _AGAIN = "download it again"
@@ -32,9 +36,28 @@ _TOKENIZERS = (
     "*.tiktoken", "*vocab*.txt", "tokenization_*.py",
 )  # fmt: skip
 _CONFIGS = ("config.json", "tokenizer_config.json")
-_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+_TEMPLATES = "additional_chat_templates/*.jinja"
+_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", _TEMPLATES)
 """What is fetched of a repository, beside weights."""
 _WEIGHTS = "model*.safetensors"
+_INDEX = "model.safetensors.index.json"
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+# What a folder may hold instead of a model's weights in transformers' form, and the way out.
+_INSTEAD = (
+    ("adapter_model.*", "an adapter (LoRA), which is no model; convert its base model{base}"),
+    ("*.gguf", "a GGUF already ({file}); use that one"),
+    (
+        "consolidated*",
+        "weights in their makers' own form ({file}); take the version for transformers, with "
+        "model.safetensors",
+    ),
+    (
+        "pytorch_model*.safetensors",
+        "weights under another name ({file}); rename it to model.safetensors in a folder of yours",
+    ),
+    ("tf_model.h5", "weights for TensorFlow ({file}); take a safetensors version"),
+    ("flax_model.msgpack", "weights for Flax ({file}); take a safetensors version"),
+)
 _READ = (*_FILES, _WEIGHTS, "*.py", "README.md")
 """What a conversion may read; the last is the model's card."""
 
@@ -57,6 +80,8 @@ class Checkpoint:
     """A folder that can be converted."""
 
     folder: Path
+    name: str
+    """For people: the folder, or ``hf:owner/repo``."""
     architecture: str
     """As transformers names it: ``LlamaForCausalLM``."""
     parts: tuple[Path, ...]
@@ -70,6 +95,8 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     """Empty where the weights are pickled, or not there yet."""
     ties_embeddings: bool
+    packing: Packing | None
+    """How its weights were quantised; None: they were not."""
 
     @property
     def n_bytes(self) -> int:
@@ -97,23 +124,26 @@ class Checkpoint:
         """32 hex digits of all that a conversion reads: names, sizes and times of files.  What is
         written beside it, a GGUF of it for one, is none of that."""
         digest = hashlib.sha256()
-        for path in sorted(self.folder.iterdir()):
-            read = path in self.parts or any(fnmatch(path.name, pattern) for pattern in _READ)
+        for path in sorted([*self.folder.iterdir(), *self.folder.glob(_TEMPLATES)]):
+            name = path.relative_to(self.folder).as_posix()
+            read = path in self.parts or any(fnmatch(name, pattern) for pattern in _READ)
             if read and path.is_file():
                 stat = path.stat()
-                digest.update(f"{path.name}|{stat.st_size}|{stat.st_mtime_ns};".encode())
+                digest.update(f"{name}|{stat.st_size}|{stat.st_mtime_ns};".encode())
         return digest.hexdigest()[:32]
 
 
 def read(
     folder: Path,
     *,
+    name: str | None = None,
     allow_pickle: bool = False,
     trust_code: bool = False,
     listed: Mapping[str, int] | None = None,
 ) -> Checkpoint:
     """Looks at a checkpoint.
 
+    name: ``hf:owner/repo``, where `folder` is the hub's cache of it, which means nothing to people.
     allow_pickle: take weights from ``pytorch_model.bin``, too.
     trust_code: let Python files of the checkpoint run, where its tokenizer is one.
     listed: files with their sizes, where those with weights are not in the folder.
@@ -121,9 +151,32 @@ def read(
     Raises:
         ConvertError: something is missing, damaged, or not to be trusted.
     """
+    try:
+        return _read(folder, name, listed, allow_pickle=allow_pickle, trust_code=trust_code)
+    except ConvertError as error:
+        if name is None:
+            raise
+        again = f"remove {folder.parents[1]} and start again"
+        text = str(error).replace(_AGAIN, again).replace(f"{folder}", name)
+        raise ConvertError(text) from error
+
+
+def _read(
+    folder: Path,
+    name: str | None,
+    listed: Mapping[str, int] | None,
+    *,
+    allow_pickle: bool,
+    trust_code: bool,
+) -> Checkpoint:
     if not folder.is_dir():
         what = "no folder" if folder.exists() else "no such folder"
         raise ConvertError(f"{folder}: {what}; name a checkpoint's folder, or hf:owner/repo")
+    sizes = listed or {
+        path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()
+    }
+    if "config.json" not in sizes:
+        raise _no_model(folder, sizes, "config.json")
     config = _config(folder / "config.json")
     if not trust_code:
         _refuse_code(folder)
@@ -132,17 +185,14 @@ def read(
             f"{folder} has no tokenizer (tokenizer.json or tokenizer.model); copy it there from "
             "where the checkpoint comes from"
         )
-    sizes = listed or {
-        path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()
-    }
     parts = _parts(folder, sizes, allow_pickle=allow_pickle)
-    tensors: dict[str, Tensor] = {}
-    for part in [] if listed else parts:
-        if part.suffix == ".safetensors":
-            tensors |= read_safetensors(part)
+    tensors = {} if listed else _tensors(parts)
     _compare_with_index(folder, tensors)
+    of_text = text_config(config)
+    _compare_with_tokenizer(folder, of_text, tensors)
     return Checkpoint(
         folder=folder,
+        name=name or str(folder),
         architecture=_architecture(folder, config),
         parts=parts,
         part_bytes=tuple(sizes[part.name] for part in parts),
@@ -150,16 +200,61 @@ def read(
         trusts_code=trust_code,
         tensors=tensors,
         ties_embeddings=not any(name.endswith("lm_head.weight") for name in tensors),
+        packing=packing(of_text, sizes),
     )
+
+
+def _no_model(folder: Path, there: Collection[str], what: str) -> ConvertError:
+    """there: names of all files; what: the one that is missing."""
+    for pattern, instead in _INSTEAD:
+        if files := sorted(fnfilter(there, pattern)):
+            return ConvertError(
+                f"{folder} holds {instead.format(file=files[0], base=_base_model(folder))}"
+            )
+    if what == "config.json":
+        return ConvertError(
+            f"{folder} has no config.json; name the folder that holds it and the weights"
+        )
+    return ConvertError(
+        f"{folder} has no weights ({what}); download the whole checkpoint, or pass --allow-pickle "
+        "if it has only pickled ones"
+    )
+
+
+def _base_model(folder: Path) -> str:
+    """Of an adapter, as far as it says so."""
+    path = folder / "adapter_config.json"
+    name = _config(path).get("base_model_name_or_path") if path.is_file() else None
+    return f", {name}" if isinstance(name, str) and name else ""
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's part over the whole, as llama.cpp's converter has it."""
+    text = config.get("text_config")
+    return {**config, **text} if isinstance(text, dict) else config
+
+
+def _tensors(parts: Sequence[Path]) -> dict[str, Tensor]:
+    """Of all files whose headers can be read."""
+    tensors: dict[str, Tensor] = {}
+    where: dict[str, Path] = {}
+    for part in parts:
+        if part.suffix != ".safetensors":
+            continue
+        mine = read_safetensors(part)
+        if twice := sorted(set(mine) & set(tensors)):
+            raise ConvertError(
+                f"{part.parent}: the tensor {twice[0]} is in {where[twice[0]].name} and in "
+                f"{part.name}; remove what was left over of another version"
+            )
+        tensors |= mine
+        where |= dict.fromkeys(mine, part)
+    return tensors
 
 
 def _config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConvertError(
-            f"{path.parent} has no config.json; name the folder that holds it and the weights"
-        ) from None
+        config = json.loads(read_text(path, error=ConvertError))
     except (ValueError, RecursionError) as error:
         raise ConvertError(f"{path} is damaged ({error!s:.80}); {_AGAIN}") from None
     if not isinstance(config, dict):
@@ -203,7 +298,7 @@ def _parts(folder: Path, there: Collection[str], *, allow_pickle: bool) -> tuple
     there: names of all files.
     """
     for index, pattern in (
-        ("model.safetensors.index.json", _WEIGHTS),
+        (_INDEX, _WEIGHTS),
         ("pytorch_model.bin.index.json", "pytorch_model*.bin"),
     ):
         names = set(_weight_map(folder / index).values()) or fnfilter(there, pattern)
@@ -221,10 +316,7 @@ def _parts(folder: Path, there: Collection[str], *, allow_pickle: bool) -> tuple
             )
         if parts:
             return tuple(parts)
-    raise ConvertError(
-        f"{folder} has no weights (model.safetensors); download the whole checkpoint, or pass "
-        "--allow-pickle if it has only pickled ones"
-    )
+    raise _no_model(folder, there, "model.safetensors")
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:
@@ -239,10 +331,35 @@ def _weight_map(index: Path) -> Mapping[str, str]:
 
 
 def _compare_with_index(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    named = _weight_map(folder / "model.safetensors.index.json")
-    if tensors and (missing := sorted(set(named) - set(tensors))):
+    named = _weight_map(folder / _INDEX)
+    if not (named and tensors):
+        return
+    if missing := sorted(set(named) - set(tensors)):
         part = named[missing[0]]
         raise ConvertError(f"{folder / part} lacks the tensor {missing[0]}; {_AGAIN}")
+    if more := sorted(set(tensors) - set(named)):
+        raise ConvertError(
+            f"{folder / _INDEX} does not name the tensor {more[0]}, which its files hold; {_AGAIN}"
+        )
+
+
+def _compare_with_tokenizer(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Where tokenizer.json is what the converter reads; of a tokenizer.model it takes no more
+    tokens than there are rows."""
+    if (folder / "tokenizer.model").is_file():
+        return
+    rows = [
+        tensor.shape[0]
+        for name, tensor in tensors.items()
+        if name.endswith(_EMBEDDINGS) and len(tensor.shape) == 2
+    ]
+    if isinstance(config.get("vocab_size"), int):
+        rows.append(config["vocab_size"])
+    paths = (folder / name for name in ("tokenizer.json", "tokenizer_config.json"))
+    tokenizer, settings = (_config(path) if path.is_file() else {} for path in paths)
+    require_embeddings(folder, min(rows, default=None), tokenizer, settings)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -280,36 +397,32 @@ def _damaged(path: Path, why: str) -> ConvertError:
     return ConvertError(f"{path} is damaged or was cut short: {why}; {_AGAIN}")
 
 
-def fetch(
-    reference: str,
-    *,
-    allow_pickle: bool = False,
-    trust_code: bool = False,
-    progress: Progress | None = None,
-) -> Path:
-    """The folder of a checkpoint: a folder's path, or ``hf:owner/repo``, fetched if need be.
+def fetch(found: Checkpoint, *, progress: Progress | None = None) -> Checkpoint:
+    """What `look` found, with its weights, fetched if need be.
 
     Raises:
-        ModelError: the reference is not clear; DownloadError: it cannot be fetched.
+        DownloadError: they cannot be fetched; ConvertError: as `read`.
     """
-    if not reference.startswith(hub.PREFIX):
-        return Path(reference).expanduser()
-    patterns = [*_FILES, _WEIGHTS]
-    if allow_pickle:
-        patterns.append("pytorch_model*.bin")
-    if trust_code:
+    if not found.name.startswith(hub.PREFIX):
+        return found
+    patterns = [*_FILES, *(escape(part.name) for part in found.parts)]
+    if found.trusts_code:
         patterns.append("*.py")
-    return hub.fetch_folder(reference, patterns, progress=progress)
+    folder = hub.fetch_folder(found.name, patterns, progress=progress)
+    is_pickle = any(part.suffix == ".bin" for part in found.parts)
+    return read(folder, name=found.name, allow_pickle=is_pickle, trust_code=found.trusts_code)
 
 
 def look(reference: str, *, allow_pickle: bool = False, trust_code: bool = False) -> Checkpoint:
-    """What `fetch` and `read` would find; no weights are fetched of a repository.
+    """What there is: in a folder, or in ``hf:owner/repo``, of which no weights are fetched for it.
 
-    Raises: as they do.
+    Raises:
+        ModelError: the reference is not clear; DownloadError: it cannot be looked at.
+        ConvertError: as `read`.
     """
-    if not reference.startswith(hub.PREFIX):
-        folder, listed = Path(reference).expanduser(), None
-    else:
+    if reference.startswith(hub.PREFIX):
         folder = hub.fetch_folder(reference, _FILES, progress=None)
-        listed = hub.list_folder(reference)
-    return read(folder, allow_pickle=allow_pickle, trust_code=trust_code, listed=listed)
+        name, listed = reference, hub.list_folder(reference)
+    else:
+        folder, name, listed = Path(reference).expanduser(), None, None
+    return read(folder, name=name, listed=listed, allow_pickle=allow_pickle, trust_code=trust_code)

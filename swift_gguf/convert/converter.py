@@ -5,8 +5,11 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 
+from swift_gguf.convert.checkpoint import Checkpoint
+from swift_gguf.convert.quantized import require_readable
 from swift_gguf.errors import ConvertError, NativeLibraryError
 from swift_gguf.native_load import REINSTALL, built_folders
 
@@ -40,15 +43,36 @@ def require_packages() -> None:
 
 
 def architectures(converter: Path) -> frozenset[str]:
-    """The names of architectures that the converter knows, read from its source: importing it takes
-    torch, and seconds."""
+    """The names of architectures that the converter knows."""
+    return frozenset(modules(converter))
+
+
+def modules(converter: Path) -> Mapping[str, str]:
+    """Architectures and the modules of `conversion` that have them, read from the source: importing
+    it takes torch, and seconds."""
     tree = ast.parse((converter / "conversion" / "__init__.py").read_text(encoding="utf-8"))
     for node in tree.body:
         if not isinstance(node, ast.AnnAssign) or ast.unparse(node.target) != "TEXT_MODEL_MAP":
             continue
         if node.value is not None:
-            return frozenset(ast.literal_eval(node.value))
+            known: dict[str, str] = ast.literal_eval(node.value)
+            return known
     raise NativeLibraryError(f"{converter} is no converter that is known here; {REINSTALL}")
+
+
+def require_convertible(found: Checkpoint, converter: Path) -> None:
+    """
+    Raises:
+        ConvertError: the converter knows neither its architecture nor how its weights are packed.
+    """
+    require_architecture(found.architecture, architectures(converter))
+    if found.packing:
+        require_readable(
+            found.packing,
+            found.name,
+            sources=converter / "conversion",
+            module=modules(converter)[found.architecture],
+        )
 
 
 def require_architecture(name: str, known: frozenset[str]) -> None:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from swift_gguf.convert import converter, imatrix, steps
 from swift_gguf.convert.checkpoint import Checkpoint
 from swift_gguf.convert.embed import SORTED_KEY, embed
+from swift_gguf.convert.marks import without_marks
 from swift_gguf.convert.plan import OUTTYPES, SIDECAR_SHARE, Plan, expected_bytes
 from swift_gguf.convert.steps import Report
 from swift_gguf.errors import ConvertError, ModelError
@@ -85,7 +86,8 @@ class Conversion:
     unfinished belongs to one process at a time.
 
     Raises:
-        ConvertError: the architecture is unknown, the disk too small, another process is at it.
+        ConvertError: the converter does not read it, the disk is too small, another process is at
+            it.
         NativeLibraryError: there is no converter.
     """
 
@@ -95,8 +97,7 @@ class Conversion:
         self.peak_bytes = 0
         """Of the memory of the steps that ran in processes of their own."""
         self._converter = converter.find()
-        known = converter.architectures(self._converter)
-        converter.require_architecture(checkpoint.architecture, known)
+        converter.require_convertible(checkpoint, self._converter)
 
     def __enter__(self) -> Conversion:
         import filelock
@@ -220,18 +221,26 @@ class Conversion:
     # -- steps -------------------------------------------------------------------------------------
 
     def run(self, report: Report = lambda *_: None) -> Path:
-        """All steps up to the model, which still lies among what is unfinished."""
+        """All steps up to the model, which llama.cpp runs and which still lies among what is
+        unfinished.
+
+        Raises:
+            ConvertError: a step failed, or llama.cpp does not run the model.
+        """
         options = self.options
         if not self._model.exists():
             if not self._intermediate.exists():
                 if not self._plain.exists():
                     self._convert(report)
+                if options.sort_neurons or options.auto_imatrix:  # which run it in this process
+                    self._try_out(self._plain, report)
                 if options.sort_neurons:
                     self._sort(report)
             if options.quantization:
                 if options.auto_imatrix and not self._matrix.exists():
                     self._weigh(report)
                 self._quantize(options.quantization, report)
+        self._try_out(self._model, report)
         return self._model
 
     def finish(self, keys: Mapping[str, str | bool] | None = None) -> None:
@@ -257,15 +266,14 @@ class Conversion:
         converter.require_packages()
         job = {
             "converter": str(self._converter),
-            "folder": str(self.checkpoint.folder),
             "outtype": self.options.outtype,
             "name": self.options.name,
             "trust_code": self.checkpoint.trusts_code,
         }
-        with self._making(self._plain) as part:
+        with without_marks(self.checkpoint.folder) as folder, self._making(self._plain) as part:
             done = steps.run(
                 "convert",
-                {**job, "out": str(part)},
+                {**job, "folder": str(folder), "out": str(part)},
                 what="converting",
                 grows=part,
                 expected=self.plan.intermediate,
@@ -331,6 +339,27 @@ class Conversion:
                 report=report,
             )
         self.peak_bytes = max(self.peak_bytes, done.peak_bytes)
+
+    def _try_out(self, path: Path, report: Report) -> None:
+        """What llama.cpp does not load, or what makes it abort, goes."""
+        try:
+            steps.run(
+                "try_out",
+                {"out": str(path), "n_threads": self.options.n_threads},
+                what="trying it out",
+                grows=path,
+                expected=path.stat().st_size,
+                environment={},
+                report=report,
+            )
+        except ConvertError as error:
+            for made in (self._plain, self._sorted, self._model):
+                made.unlink(missing_ok=True)
+            reason = str(error).removeprefix(f"{path}").lstrip(": ")
+            raise ConvertError(
+                f"llama.cpp does not run what its converter made of {self.checkpoint.name}: "
+                f"{reason}; was it saved anew by transformers 5? Take it as its makers saved it"
+            ) from error
 
     @contextlib.contextmanager
     def _making(self, path: Path) -> Iterator[Path]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import threading
 from collections.abc import Mapping
@@ -124,6 +125,15 @@ _CAUSES = (
         "its tokenizer is none that llama.cpp knows; take the original's tokenizer files, or a "
         "newer swift-gguf",
     ),
+    (
+        "< vocab_size",  # the assertion's line in the traceback
+        "its tokenizer has more tokens than its embeddings have rows: remove what was added to the "
+        "tokenizer, or save the model after resize_token_embeddings",
+    ),
+)
+_OTHER_FORM = (
+    "; transformers 5 writes other names than llama.cpp's converter reads: take the checkpoint as "
+    "its makers saved it, or save it with transformers 4"
 )
 
 
@@ -132,15 +142,25 @@ def _reason(code: int, text: str, file: Path) -> str:
     for sign, cause in _CAUSES:
         if sign in text:
             return cause.format(folder=file.parent.parent)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    # without the marks below a traceback's lines
+    lines = [line.strip() for line in text.splitlines() if line.strip(" ^~")]
     last = lines[-1] if lines else ""
     if last.startswith("swift-gguf: "):
         return last.removeprefix("swift-gguf: ")
     if code < 0:
         number = -code
+        if failed := re.search(r"GGML_ASSERT\(.*", text):
+            return f"it was ended by {failed[0][:300]}"
         return f"it was ended by signal {number}" + (
             ", which is what a machine without memory left does" if number == 9 else ""
         )
     if code == 1 and not last:
         return "it ended without a word; run it again"
+    if missing := re.fullmatch(r"KeyError: (.*)", last):
+        if missing[1].startswith("'<"):
+            return f"its tokenizer lacks {missing[1]:.100}, which a model of its kind has"
+        key = missing[1].strip('"').replace("could not find any of: ", "all of ")
+        return f"its config.json lacks {key:.200}{_OTHER_FORM}"
+    if last.startswith("AssertionError") and len(lines) > 1:  # which says nothing by itself
+        last = f"{last} in `{lines[-2]}`"
     return f"llama.cpp's converter failed: {last[:300]}"

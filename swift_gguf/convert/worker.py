@@ -70,6 +70,21 @@ def quantize(job: dict[str, Any]) -> None:
     )
 
 
+def try_out(job: dict[str, Any]) -> None:
+    """Loads a model and decodes a token, on the CPU: what llama.cpp makes of it ends this process
+    at most."""
+    from swift_gguf.errors import UnsupportedModelError
+    from swift_gguf.model import Model, ModelOptions
+
+    options = ModelOptions(
+        n_ctx=256, n_batch=64, n_threads=job["n_threads"], n_gpu_layers=0, sidecar=None
+    )
+    # encoders, which do not say a text token by token, are models all the same
+    with contextlib.suppress(UnsupportedModelError), Model(Path(job["out"]), options) as model:
+        model.decode([0])
+        model.logits(0)
+
+
 def peak_bytes() -> int:
     """Of this process; 0 where the system does not tell."""
     with contextlib.suppress(OSError, TypeError):
@@ -96,7 +111,7 @@ def main() -> None:
     answers = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no answer
     try:
-        {"convert": convert, "quantize": quantize}[sys.argv[1]](job)
+        {"convert": convert, "quantize": quantize, "try_out": try_out}[sys.argv[1]](job)
         with open(job["out"], "rb") as file:
             os.fsync(file.fileno())
     except (SwiftError, OSError, MemoryError) as error:

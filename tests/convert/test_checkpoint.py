@@ -7,13 +7,16 @@ import json
 import os
 import shutil
 import struct
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from swift_gguf.convert import checkpoint, converter, plan
+from swift_gguf.convert.marks import without_marks
 from swift_gguf.errors import ConvertError
+from tests.cli.conftest import assert_one_line_failure, cli  # noqa: F401
 from tests.unit.test_models import Hub, hub, serve  # noqa: F401
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
@@ -86,6 +89,16 @@ def test_the_key_tells_what_a_conversion_would_read(folder: Path) -> None:
         before = checkpoint.read(folder).key
 
 
+def test_the_key_tells_of_templates_in_a_folder_of_their_own(folder: Path) -> None:
+    before = checkpoint.read(folder).key
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    with_template = checkpoint.read(folder).key
+    assert with_template != before
+    os.utime(folder / "additional_chat_templates" / "tool_use.jinja", (1, 1))
+    assert checkpoint.read(folder).key != with_template
+
+
 def _cut(folder: Path) -> None:
     part = folder / "model-00002-of-00002.safetensors"
     part.write_bytes(part.read_bytes()[:-100])
@@ -115,6 +128,16 @@ def _header(change: Callable[[dict[str, dict[str, object]]], None]) -> Callable[
 
 def _row(**values: object) -> Callable[[Path], None]:
     return _header(lambda header: header["model.norm.weight"].update(values))
+
+
+def _adds_token(where: str) -> Callable[[Path], None]:
+    """A token beyond the embeddings."""
+    vocabulary = {f"t{i}": i for i in range(100)}
+    added = [{"id": 100, "content": "<|extra|>"}] if where == "added_tokens" else []
+    if where == "vocab":
+        vocabulary["<|extra|>"] = 100
+    tokenizer = {"model": {"vocab": vocabulary}, "added_tokens": added}
+    return lambda folder: (folder / "tokenizer.json").write_text(json.dumps(tokenizer))  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize(
@@ -150,12 +173,110 @@ def _row(**values: object) -> Callable[[Path], None]:
             ),
             "lacks the tensor lm_head.weight",
         ),
+        (
+            lambda folder: safetensors(
+                folder / "model-00002-of-00002.safetensors", {"lm_head.weight": (8, 8), "x": (1,)}
+            ),
+            "does not name the tensor x",
+        ),
+        (
+            lambda folder: (
+                (folder / "model.safetensors.index.json").unlink(),
+                safetensors(folder / "model.safetensors", {"lm_head.weight": (8, 8)}),
+            ),
+            "is in model-00002-of-00002.safetensors and in model.safetensors; remove what was left",
+        ),
+        (
+            lambda folder: (folder / "config.json").write_bytes(
+                json.dumps(CONFIG).encode("utf-16-le")
+            ),
+            "config.json is not UTF-8 text",
+        ),
+        (
+            _adds_token("added_tokens"),
+            "the embeddings have 100 rows, and the tokenizer has 1 token",
+        ),
+        (_adds_token("vocab"), "('<|extra|>', id 100)"),
     ],
 )
 def test_what_is_wrong_is_said(folder: Path, damage: Callable[[Path], object], words: str) -> None:
     checkpoint.read(folder)
     damage(folder)
     assert words in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (["adapter_model.safetensors"], "an adapter (LoRA), which is no model; convert its base"),
+        (
+            ["consolidated.safetensors", "params.json"],
+            "makers' own form (consolidated.safetensors)",
+        ),
+        (["consolidated.00.pth"], "makers' own form"),
+        (["pytorch_model.safetensors"], "rename it to model.safetensors"),
+        (["tiny-Q4_K_M.gguf"], "a GGUF already (tiny-Q4_K_M.gguf)"),
+        (["tf_model.h5"], "TensorFlow"),
+    ],
+)
+@pytest.mark.parametrize("has_config", [True, False])
+def test_other_weights_are_told_by_name(
+    folder: Path, files: list[str], words: str, has_config: bool
+) -> None:
+    for path in folder.glob("model*"):
+        path.unlink()
+    if not has_config:
+        (folder / "config.json").unlink()
+    for name in files:
+        (folder / name).write_text("{}")
+    assert words in refusal(folder)
+
+
+def test_an_adapter_names_its_base(folder: Path) -> None:
+    for path in [*folder.glob("model*"), folder / "config.json"]:
+        path.unlink()
+    (folder / "adapter_model.safetensors").touch()
+    config = {"base_model_name_or_path": "owner/base"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert refusal(folder).endswith("convert its base model, owner/base")
+
+
+def test_more_embeddings_than_tokens_are_no_fault(folder: Path) -> None:
+    _adds_token("none")(folder)
+    checkpoint.read(folder)
+    # SentencePiece, of which the converter leaves out what is beyond
+    _adds_token("added_tokens")(folder)
+    (folder / "tokenizer.model").touch()
+    checkpoint.read(folder)
+
+
+def test_what_lies_beside_the_index_is_left_alone(folder: Path) -> None:
+    before = checkpoint.read(folder)
+    safetensors(folder / "model.safetensors", {"lm_head.weight": (1, 8)})
+    safetensors(folder / "consolidated.safetensors", {"lm_head.weight": (1, 8)})
+    after = checkpoint.read(folder)
+    assert (after.parts, after.tensors) == (before.parts, before.tensors)
+
+
+def test_files_may_begin_with_a_byte_order_mark(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ x }}")
+    (folder / "own").mkdir()
+    with without_marks(folder) as same:
+        assert same == folder
+    marked = [*folder.glob("*.json"), *folder.glob("additional_chat_templates/*")]
+    texts = {path.relative_to(folder): path.read_bytes() for path in marked}
+    for path in marked:
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    found = checkpoint.read(folder)
+    assert found.architecture == "LlamaForCausalLM"
+    with without_marks(folder) as other:
+        assert other.name == folder.name
+        assert {name: (other / name).read_bytes() for name in texts} == texts
+        for part in found.parts:
+            assert (other / part.name).samefile(part)
+    assert not other.exists()
 
 
 def test_pickles_are_refused_with_the_reason(folder: Path) -> None:
@@ -215,15 +336,60 @@ def test_a_checkpoint_comes_from_the_hub(folder: Path, hub: Hub) -> None:  # noq
     without = checkpoint.look("hf:owner/repo")
     assert not [name for name in hub.fetched if "safetensors" in name and "index" not in name]
     seen: list[tuple[int, int]] = []
-    path = checkpoint.fetch(
-        "hf:owner/repo", progress=lambda done, total: seen.append((done, total))
-    )
+    whole = checkpoint.fetch(without, progress=lambda done, total: seen.append((done, total)))
+    path = whole.folder
     assert {file.name for file in path.iterdir()} == {file.name for file in folder.iterdir()}
-    whole = checkpoint.read(path)
     assert whole.n_params == 1608
     assert not without.tensors
     assert (without.parts, without.part_bytes) == (whole.parts, whole.part_bytes)
-    assert checkpoint.look(str(path)) == whole
+    assert without.name == whole.name == "hf:owner/repo"
+    assert checkpoint.look(str(path)) == dataclasses.replace(whole, name=str(path))
     assert seen[-1][0] == seen[-1][1] > 0
-    checkpoint.fetch("hf:owner/repo", allow_pickle=True, trust_code=True)
-    assert {"pytorch_model.bin", "own.py"} <= {file.name for file in path.iterdir()}
+    checkpoint.fetch(checkpoint.look("hf:owner/repo", trust_code=True))
+    assert "own.py" in {file.name for file in path.iterdir()}
+    for name in [name for name in hub.files if name.startswith("model")]:
+        del hub.files[name]
+    shutil.rmtree(path)
+    found = checkpoint.look("hf:owner/repo", allow_pickle=True)
+    assert checkpoint.fetch(found).parts[0].name == "pytorch_model.bin"
+
+
+def test_the_hub_is_asked_for_all_files_of_the_index(folder: Path, hub: Hub) -> None:  # noqa: F811
+    (folder / "model-00002-of-00002.safetensors").rename(folder / "mtp.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00002-of-00002", "mtp"))
+    hub.files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    hub.files |= {"consolidated.safetensors": b"x", "additional_chat_templates/a.jinja": b"{{ x }}"}
+    found = checkpoint.fetch(checkpoint.look("hf:owner/repo"))
+    assert [part.name for part in found.parts] == ["model-00001-of-00002.safetensors",
+                                                   "mtp.safetensors"]  # fmt: skip
+    assert (found.folder / "additional_chat_templates" / "a.jinja").read_text() == "{{ x }}"
+    assert "consolidated.safetensors" not in hub.fetched
+
+
+def test_messages_name_the_repository_not_the_cache(folder: Path, hub: Hub) -> None:  # noqa: F811
+    hub.files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    part = hub.files.pop("model-00002-of-00002.safetensors")
+    with pytest.raises(ConvertError, match=r"^hf:owner/repo lacks 1 of 2 files"):
+        checkpoint.look("hf:owner/repo")
+    hub.files["model-00002-of-00002.safetensors"] = part[:-1]
+    with pytest.raises(ConvertError, match=r"^hf:owner/repo/model-00002") as caught:
+        checkpoint.fetch(checkpoint.look("hf:owner/repo"))
+    assert f"remove {folder.parent}/hub/models--owner--repo and start again" in str(caught.value)
+
+
+def test_nothing_large_is_fetched_of_what_cannot_be_converted(
+    folder: Path,
+    hub: Hub,  # noqa: F811
+    cli: Callable[..., subprocess.CompletedProcess[str]],  # noqa: F811
+) -> None:
+    config = {**CONFIG, "quantization_config": {"quant_method": "awq", "bits": 4}}
+    (folder / "config.json").write_text(json.dumps(config))
+    hub.files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    where = {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder.parent)}
+    for flags in (["--dry-run"], []):
+        done = cli("convert", "hf:owner/repo", "-o", folder.parent / "model.gguf", *flags, **where)
+        assert_one_line_failure(done)
+        assert "the weights of hf:owner/repo are quantised already (awq, 4 bits)" in done.stderr
+    assert not [name for name in hub.fetched if name.endswith(".safetensors")]
+    assert not list(folder.parent.glob("model.gguf*"))

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import transformers
 
 from swift_gguf import gguf_check, gguf_header
 from swift_gguf.cli.convert_command import _amount
@@ -30,6 +31,7 @@ from swift_gguf.native_convert import Quantization
 from swift_gguf.profile import EMBEDDED
 from swift_gguf.sidecar import path_beside
 from tests.cli.conftest import COMMAND, assert_one_line_failure, cli  # noqa: F401
+from tests.convert.conftest import convert
 from tests.unit.test_models import Hub, hub, serve  # noqa: F401
 
 pytestmark = pytest.mark.slow
@@ -121,6 +123,84 @@ def test_all_of_it_at_once_is_ready_to_use(
     assert answer.returncode == 0, answer.stderr
     assert "draft weights" not in answer.stderr, "the sidecar was refused"
     assert json.loads(answer.stdout)["timings"]["draft_n"] > 0
+
+
+def _under_another_name(folder: Path) -> None:
+    last = sorted(folder.glob("model-*.safetensors"))[-1]
+    last.rename(folder / "mtp.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(last.name, "mtp.safetensors"))
+
+
+def _left_over(folder: Path) -> None:
+    """Beside the index, of another version and in another form."""
+    part = min(folder.glob("model-*.safetensors"))
+    for name in ("model.safetensors", "consolidated.safetensors"):
+        shutil.copy(part, folder / name)
+
+
+def _marked(folder: Path) -> None:
+    for path in folder.glob("*.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+
+
+def test_the_weights_are_those_of_the_index(folder: Path, tmp_path: Path) -> None:
+    """Whatever its files are called, what lies beside them, and how they begin."""
+    expected = convert(folder, tmp_path / "expected.gguf").read_bytes()
+    for change in (_under_another_name, _left_over, _marked):
+        changed = tmp_path / change.__name__ / folder.name  # which gives the model its name
+        shutil.copytree(folder, changed)
+        change(changed)
+        assert convert(changed, tmp_path / "model.gguf").read_bytes() == expected, change
+
+
+# -- written, but no model that runs ---------------------------------------------------------------
+
+
+def odd_olmoe(folder: Path) -> None:
+    """Fewer KV heads: transformers norms keys as they are, llama.cpp as wide as queries."""
+    config = transformers.OlmoeConfig(**SMALL, num_key_value_heads=2, num_experts=4)
+    transformers.OlmoeForCausalLM(config).save_pretrained(folder)
+
+
+def granite_without_attention(folder: Path) -> None:
+    """A hybrid of which no layer attends: llama.cpp aborts at the first token."""
+    config = transformers.GraniteMoeHybridConfig(
+        **SMALL, layer_types=["mamba", "mamba"], mamba_n_heads=4, mamba_d_head=32,
+        mamba_d_state=16, mamba_expand=2, shared_intermediate_size=64, num_local_experts=0,
+    )  # fmt: skip
+    transformers.GraniteMoeHybridForCausalLM(config).save_pretrained(folder)
+
+
+SMALL = {
+    "vocab_size": 49152, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [odd_olmoe, granite_without_attention])
+@pytest.mark.parametrize("flags", [(), ("--quantize", "Q8_0", "--imatrix", "auto")], ids=str)
+def test_only_a_model_that_runs_was_written(
+    cli: Cli,  # noqa: F811
+    tokenizers: Callable[[str], Path],
+    tmp_path: Path,
+    make: Callable[[Path], None],
+    flags: tuple[str, ...],
+) -> None:
+    folder = tmp_path / "checkpoint"
+    make(folder)
+    for path in tokenizers("bpe").iterdir():
+        if path.name != "vocab_size.json":
+            shutil.copy(path, folder)
+    out = tmp_path / "model.gguf"
+    done = cli("convert", folder, "-o", out, *flags)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert f"llama.cpp does not run what its converter made of {folder}: " in last, last
+    assert "Take it as its makers saved it" in last
+    assert "Traceback" not in done.stderr
+    assert "wrote" not in done.stdout
+    assert left(out) == []
 
 
 def test_a_dry_run_writes_nothing(
