@@ -173,12 +173,28 @@ def _check_tokenizer(header: Header) -> None:
 
 
 def _check_splits(header: Header, path: Path) -> None:
-    count = header.metadata.get("split.count", 0)
-    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
-    if not isinstance(count, int) or count < 2 or not match:
+    """llama.cpp opens the first of several parts and finds the others by its name."""
+    count, number = header.metadata.get("split.count", 0), header.metadata.get("split.no", 0)
+    if not isinstance(count, int) or count < 2:
         return
-    for number in range(2, count + 1):
-        part = path.with_name(f"{match[1]}-{number:05d}-of-{match[3]}.gguf")
+    match = re.fullmatch(r"(.*)-\d{5}-of-\d{5}\.gguf", path.name)
+    name = match[1] if match else "NAME"
+    first, *others = (f"{name}-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1))
+    if isinstance(number, int) and number > 0:
+        raise Problem(f"it is part {number + 1} of {count} of a model", f"name the first, {first}")
+    if header.n_after:
+        raise Problem(
+            f"the {count} parts of a model were joined as they are, which makes no model",
+            f"keep them apart and name the first, {first}, or join them by llama-gguf-split "
+            "--merge",
+        )
+    if path.name != first:
+        raise Problem(
+            f"it is the first of {count} parts of a model, and the others are found by its name",
+            f"name it {first} beside them, links will do; or join all by llama-gguf-split --merge",
+        )
+    for other in others:
+        part = path.with_name(other)
         if not part.is_file():
             raise Problem(f"its part {part.name} is missing", "download all parts into one folder")
         if read(part).types.get("split.no") != U16:
@@ -207,6 +223,7 @@ def check(path: Path | str, *, tokenizer: bool = True) -> Header:
     """
     header = read(path)
     try:
+        _check_splits(header, Path(path))  # parts but the first have no more than their weights
         if not header.architecture:
             raise Problem("it does not name its architecture")
         if header.architecture == "clip":
@@ -220,7 +237,6 @@ def check(path: Path | str, *, tokenizer: bool = True) -> Header:
         _check_weights(header)
         if tokenizer:
             _check_tokenizer(header)
-        _check_splits(header, Path(path))
     except Problem as problem:
         raise ModelError(f"{path}: {problem}") from None
     return header

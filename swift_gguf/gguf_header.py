@@ -71,6 +71,7 @@ class Header:
     tensors: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     tokens: list[bytes] = dataclasses.field(default_factory=list)
     length: int = 0  # bytes, without the padding before the weights
+    n_after: int = 0  # bytes after the last tensor and its padding
 
     @property
     def architecture(self) -> str:
@@ -214,6 +215,7 @@ def _read_tensors(reader: _Reader, count: int, header: Header, size: int) -> Non
             f"the file has {size} bytes where its tensors need {needed}",
             "it was cut short: download it again",
         )
+    header.n_after = max(0, size - needed - -end % alignment)
 
 
 def _read(data: mmap.mmap | bytes) -> Header:

@@ -111,7 +111,9 @@ class Checkpoint:
     def n_params(self) -> int:
         """Weights, nearly so where `tensors` are not known."""
         known = sum(tensor.size for tensor in self.tensors.values())
-        return known or self.n_bytes // _DTYPES[self.dtype]
+        if known or not self.packing:
+            return known or self.n_bytes // _DTYPES[self.dtype]
+        return 8 * self.n_bytes // (self.packing.bits or 8)
 
     @property
     def outtype(self) -> str:
@@ -186,9 +188,12 @@ def _read(
             "where the checkpoint comes from"
         )
     parts = _parts(folder, sizes, allow_pickle=allow_pickle)
+    of_text = text_config(config)
+    found = packing(of_text, sizes)
     tensors = {} if listed else _tensors(parts)
     _compare_with_index(folder, tensors)
-    of_text = text_config(config)
+    if found and found.bits:
+        tensors = _unpacked(tensors, found.bits)
     _compare_with_tokenizer(folder, of_text, tensors)
     return Checkpoint(
         folder=folder,
@@ -200,7 +205,7 @@ def _read(
         trusts_code=trust_code,
         tensors=tensors,
         ties_embeddings=not any(name.endswith("lm_head.weight") for name in tensors),
-        packing=packing(of_text, sizes),
+        packing=found,
     )
 
 
@@ -250,6 +255,16 @@ def _tensors(parts: Sequence[Path]) -> dict[str, Tensor]:
         tensors |= mine
         where |= dict.fromkeys(mine, part)
     return tensors
+
+
+def _unpacked(tensors: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
+    """With whole matrices where a number of 32 bits holds several weights."""
+    return {
+        name: Tensor(shape=(*tensor.shape, max(1, 32 // bits)), dtype="F16")
+        if tensor.dtype == "I32" and name.endswith((".qweight", ".weight_packed"))
+        else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _config(path: Path) -> dict[str, Any]:

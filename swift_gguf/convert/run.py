@@ -221,26 +221,22 @@ class Conversion:
     # -- steps -------------------------------------------------------------------------------------
 
     def run(self, report: Report = lambda *_: None) -> Path:
-        """All steps up to the model, which llama.cpp runs and which still lies among what is
-        unfinished.
+        """All steps up to the model, which still lies among what is unfinished.
 
         Raises:
-            ConvertError: a step failed, or llama.cpp does not run the model.
+            ConvertError: a step failed, or llama.cpp does not run what it made.
         """
         options = self.options
         if not self._model.exists():
             if not self._intermediate.exists():
                 if not self._plain.exists():
                     self._convert(report)
-                if options.sort_neurons or options.auto_imatrix:  # which run it in this process
-                    self._try_out(self._plain, report)
                 if options.sort_neurons:
                     self._sort(report)
             if options.quantization:
                 if options.auto_imatrix and not self._matrix.exists():
                     self._weigh(report)
                 self._quantize(options.quantization, report)
-        self._try_out(self._model, report)
         return self._model
 
     def finish(self, keys: Mapping[str, str | bool] | None = None) -> None:
@@ -280,6 +276,7 @@ class Conversion:
                 environment={"HF_HUB_OFFLINE": "1"},  # all that it needs is in the folder
                 report=report,
             )
+            self._try_out(part, "converting", report)
         self.peak_bytes = max(self.peak_bytes, done.peak_bytes)
 
     def _sort(self, report: Report) -> None:
@@ -297,6 +294,7 @@ class Conversion:
         with self._making(self._sorted) as part:
             os.replace(self._plain, part)  # in its place: a copy could be too large for the disk
             neurons.sort_file(part, orders, report=report)
+            self._try_out(part, "sorting neurons", report)
 
     def _weigh(self, report: Report) -> None:
         from swift_gguf.convert import calibrate
@@ -340,22 +338,19 @@ class Conversion:
             )
         self.peak_bytes = max(self.peak_bytes, done.peak_bytes)
 
-    def _try_out(self, path: Path, report: Report) -> None:
-        """What llama.cpp does not load, or what makes it abort, goes."""
+    def _try_out(self, made: Path, what: str, report: Report) -> None:
+        """
+        Raises:
+            ConvertError: llama.cpp does not load what a step made, or aborts at its first token.
+        """
+        job = {"out": str(made), "n_threads": self.options.n_threads}
+        size = made.stat().st_size
         try:
             steps.run(
-                "try_out",
-                {"out": str(path), "n_threads": self.options.n_threads},
-                what="trying it out",
-                grows=path,
-                expected=path.stat().st_size,
-                environment={},
-                report=report,
+                "try_out", job, what=what, grows=made, expected=size, environment={}, report=report
             )
         except ConvertError as error:
-            for made in (self._plain, self._sorted, self._model):
-                made.unlink(missing_ok=True)
-            reason = str(error).removeprefix(f"{path}").lstrip(": ")
+            reason = str(error).removeprefix(f"{made}").lstrip(": ")
             raise ConvertError(
                 f"llama.cpp does not run what its converter made of {self.checkpoint.name}: "
                 f"{reason}; was it saved anew by transformers 5? Take it as its makers saved it"

@@ -68,6 +68,7 @@ def quantize(job: dict[str, Any]) -> None:
         imatrix=means,
         n_threads=job["n_threads"],
     )
+    try_out(job)
 
 
 def try_out(job: dict[str, Any]) -> None:
@@ -76,9 +77,8 @@ def try_out(job: dict[str, Any]) -> None:
     from swift_gguf.errors import UnsupportedModelError
     from swift_gguf.model import Model, ModelOptions
 
-    options = ModelOptions(
-        n_ctx=256, n_batch=64, n_threads=job["n_threads"], n_gpu_layers=0, sidecar=None
-    )
+    threads = job["n_threads"] or None
+    options = ModelOptions(n_ctx=256, n_batch=64, n_threads=threads, n_gpu_layers=0, sidecar=None)
     # encoders, which do not say a text token by token, are models all the same
     with contextlib.suppress(UnsupportedModelError), Model(Path(job["out"]), options) as model:
         model.decode([0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 
 from tests.cli.conftest import assert_one_line_failure
 from tests.fixtures.corrupt import bit_flips, damage
+from tests.fixtures.parts import as_in_a_cache, write_parts
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -68,6 +70,22 @@ def test_not_a_model(cli: Cli, tiny: Callable[..., Path], tmp_path: Path) -> Non
             done = cli(command, path, *prompt)
             assert_one_line_failure(done)
             assert re.search(message, done.stderr), done.stderr
+
+
+def test_a_model_in_parts(cli: Cli, tmp_path: Path) -> None:
+    first, second = write_parts(tmp_path)
+    done = generate(cli, second)
+    assert_one_line_failure(done)
+    assert f"part 2 of 2 of a model; name the first, {first.name}" in done.stderr
+    as_in_a_cache([first, second])
+    asked = ["-p", "hello", "-n", 8, "-c", 128, "--temp", 0, "--json"]
+    answers = [cli("generate", path, *asked) for path in (first, tmp_path / "whole.gguf")]
+    tokens = [json.loads(done.stdout)["tokens"] for done in answers]
+    assert tokens[0] == tokens[1]
+    assert cli("info", first).returncode == 0
+    done = generate(cli, first.resolve())
+    assert_one_line_failure(done)
+    assert "found by its name" in done.stderr
 
 
 def test_an_unknown_name_lists_where_to_look(cli: Cli) -> None:

@@ -13,7 +13,9 @@ import torch
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
-from swift_gguf.convert import checkpoint, converter
+from swift_gguf.convert import converter, plan
+from swift_gguf.convert.checkpoint import read as checkpoint_of
+from swift_gguf.convert.checkpoint import text_config
 from swift_gguf.convert.quantized import Packing, packing, require_readable
 from swift_gguf.errors import ConvertError
 from tests.convert.conftest import convert
@@ -52,7 +54,7 @@ def test_what_the_converter_does_not_unpack_is_refused(
     config = {"quantization_config": said}
     whole = config if where == "config" else {"text_config": config}
     with pytest.raises(ConvertError) as caught:
-        require(packing(checkpoint.text_config(whole), {"config.json"}))
+        require(packing(text_config(whole), {"config.json"}))
     text = str(caught.value)
     assert text.startswith(f"the weights of hf:owner/repo are quantised already ({words}")
     assert "take the model in 16 bits" in text
@@ -194,6 +196,10 @@ def test_packed_weights_are_those_of_the_model(
         is_packed = name.endswith("_proj.weight")
         tensors |= pack(weight, name.removesuffix(".weight")) if is_packed else {name: weight}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    found, whole = (checkpoint_of(path) for path in (folder, checkpoint("llama-spm")))
+    assert found.n_params == pytest.approx(whole.n_params, rel=0.1)
+    sizes = [plan.expected_bytes(each, "Q4_K_M") for each in (found, whole)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.1)
     plain, unpacked = (
         {tensor.name: tensor.data for tensor in GGUFReader(path).tensors}
         for path in (converted("llama-spm"), convert(folder, tmp_path / "x.gguf", outtype="f32"))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from swift_gguf import gguf_check, gguf_header
 from swift_gguf.errors import ModelError
 from tests.fixtures import corrupt
+from tests.fixtures.parts import as_in_a_cache, write_parts
 from tests.fixtures.tiny_gguf import ALL_FAMILIES, N_VOCAB, write_tiny
 
 # What llama.cpp (the pinned version) answered with SIGABRT, SIGSEGV or an endless loop when it
@@ -135,6 +136,26 @@ def test_all_parts_of_a_split_model_are_looked_at(tmp_path: Path) -> None:
     assert "cut short" in refused(first, split)
     (tmp_path / "big-00002-of-00002.gguf").write_bytes(good)
     assert "which part it is" in refused(first, split)
+
+
+def test_parts_of_a_model_have_a_way_out(tmp_path: Path) -> None:
+    first, second = write_parts(tmp_path)
+    gguf_check.check(first)
+    said = refused(second, second.read_bytes())
+    assert said.endswith("it is part 2 of 2 of a model; name the first, big-00001-of-00002.gguf")
+    assert "NAME-00001-of-00002.gguf" in refused(tmp_path / "x.gguf", second.read_bytes())
+    joined = refused(tmp_path / "joined.gguf", first.read_bytes() + second.read_bytes())
+    assert "joined as they are, which makes no model; keep them apart" in joined
+    assert "llama-gguf-split --merge" in joined
+    assert "joined as they are" in refused(first, first.read_bytes() + second.read_bytes())
+
+
+def test_a_blob_of_a_model_in_parts_needs_its_name(tmp_path: Path) -> None:
+    first = as_in_a_cache(write_parts(tmp_path))
+    gguf_check.check(first)
+    blob = first.resolve()
+    said = refused(blob, blob.read_bytes())
+    assert "name it NAME-00001-of-00002.gguf beside them, links will do" in said
 
 
 def test_large_vocabularies_are_read_quickly(tmp_path: Path) -> None:
