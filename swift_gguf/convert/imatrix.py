@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 import numpy as np
@@ -103,9 +104,10 @@ def read(path: Path) -> dict[str, Floats]:
         ConvertError: the file is missing, or no importance matrix.
     """
     try:
-        with path.open("rb") as file:
-            is_gguf = file.read(4) == b"GGUF"
-        means = _read_gguf(path) if is_gguf else _read_legacy(path.read_bytes())
+        if path.exists() and not path.is_file():
+            raise OSError("it is no regular file")  # a device has no end
+        with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+            means = _read_gguf(path) if data[:4] == b"GGUF" else _read_legacy(data)
     except OSError as error:
         raise ConvertError(f"{path} cannot be read: {error.strerror or error}") from None
     except ModelError as error:
@@ -130,7 +132,7 @@ def _read_gguf(path: Path) -> dict[str, Floats]:
     return means
 
 
-def _read_legacy(data: bytes) -> dict[str, Floats]:
+def _read_legacy(data: mmap) -> dict[str, Floats]:
     """Entries of a name, the number of calls and sums of means, each after its length."""
     (n_entries,) = struct.unpack_from("<i", data)
     at, means = 4, {}

@@ -203,6 +203,23 @@ def test_only_a_model_that_runs_was_written(
     assert left(out) == []
 
 
+def test_keys_that_transformers_5_renames_are_named(
+    cli: Cli,  # noqa: F811
+    tokenizers: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "checkpoint"
+    transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SMALL)).save_pretrained(folder)
+    for path in tokenizers("bpe").iterdir():
+        if path.name != "vocab_size.json":
+            shutil.copy(path, folder)
+    done = cli("convert", folder, "-o", tmp_path / "model.gguf")
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("swift-gguf: its config.json lacks 'rotary_pct'; transformers 5 "), last
+    assert left(tmp_path / "model.gguf") == []
+
+
 def test_a_dry_run_writes_nothing(
     cli: Cli,  # noqa: F811
     folder: Path,

@@ -242,3 +242,9 @@ def test_importance_changes_what_is_rounded(converted: Callable[..., Path], tmp_
     assert outs[0].read_bytes() != outs[1].read_bytes()
     ones = Usage(np.zeros((1, 4)), np.zeros(1, np.int64))
     assert ones.means.tolist() == [1, 1, 1, 1]
+
+
+def test_a_device_is_no_importance_matrix() -> None:
+    for device in ("/dev/zero", "/dev"):
+        with pytest.raises(ConvertError, match=f"{device} cannot be read: it is no regular file"):
+            imatrix.read(Path(device))
