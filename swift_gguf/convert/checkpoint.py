@@ -1,14 +1,12 @@
 """What a checkpoint folder holds: looked at before anything is done with it.
 
-Only headers are read.  Of safetensors the layout is checked against the file's size, so that what
-was cut short in a download is found in a moment, not by a converter at the end of an hour.
+Only headers are read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import filter as fnfilter
@@ -19,18 +17,12 @@ from typing import Any
 
 from swift_gguf import hub
 from swift_gguf.convert.quantized import Packing, packing
+from swift_gguf.convert.safetensors_header import AGAIN, DTYPES, Tensor, read_safetensors
 from swift_gguf.convert.vocabulary import require_embeddings
 from swift_gguf.downloads import Progress
 from swift_gguf.errors import ConvertError
 from swift_gguf.text_files import read_text
 
-MAX_HEADER = 100_000_000  # bytes; the limit of safetensors' own reader
-_AGAIN = "download it again"
-# Bytes of an element.
-_DTYPES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8,
-    "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-}  # fmt: skip
 _TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model",
     "*.tiktoken", "*vocab*.txt", "tokenization_*.py",
@@ -60,19 +52,6 @@ _INSTEAD = (
 )
 _READ = (*_FILES, _WEIGHTS, "*.py", "README.md")
 """What a conversion may read; the last is the model's card."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tensor:
-    """Of a checkpoint, as its header has it."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    """In safetensors' words; ``?`` in a pickle, which is not read."""
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +91,7 @@ class Checkpoint:
         """Weights, nearly so where `tensors` are not known."""
         known = sum(tensor.size for tensor in self.tensors.values())
         if known or not self.packing:
-            return known or self.n_bytes // _DTYPES[self.dtype]
+            return known or self.n_bytes // DTYPES[self.dtype]
         return 8 * self.n_bytes // (self.packing.bits or 8)
 
     @property
@@ -159,7 +138,7 @@ def read(
         if name is None:
             raise
         again = f"remove {folder.parents[1]} and start again"
-        text = str(error).replace(_AGAIN, again).replace(f"{folder}", name)
+        text = str(error).replace(AGAIN, again).replace(f"{folder}", name)
         raise ConvertError(text) from error
 
 
@@ -271,9 +250,9 @@ def _config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(read_text(path, error=ConvertError))
     except (ValueError, RecursionError) as error:
-        raise ConvertError(f"{path} is damaged ({error!s:.80}); {_AGAIN}") from None
+        raise ConvertError(f"{path} is damaged ({error!s:.80}); {AGAIN}") from None
     if not isinstance(config, dict):
-        raise ConvertError(f"{path} is no configuration of a model; {_AGAIN}")
+        raise ConvertError(f"{path} is no configuration of a model; {AGAIN}")
     return config
 
 
@@ -341,7 +320,7 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     if not isinstance(weights, dict) or not all(
         isinstance(name, str) and Path(name).name == name for name in weights.values()
     ):
-        raise ConvertError(f"{index} does not say where the weights are; {_AGAIN}")
+        raise ConvertError(f"{index} does not say where the weights are; {AGAIN}")
     return weights
 
 
@@ -351,10 +330,10 @@ def _compare_with_index(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         return
     if missing := sorted(set(named) - set(tensors)):
         part = named[missing[0]]
-        raise ConvertError(f"{folder / part} lacks the tensor {missing[0]}; {_AGAIN}")
+        raise ConvertError(f"{folder / part} lacks the tensor {missing[0]}; {AGAIN}")
     if more := sorted(set(tensors) - set(named)):
         raise ConvertError(
-            f"{folder / _INDEX} does not name the tensor {more[0]}, which its files hold; {_AGAIN}"
+            f"{folder / _INDEX} does not name the tensor {more[0]}, which its files hold; {AGAIN}"
         )
 
 
@@ -370,46 +349,12 @@ def _compare_with_tokenizer(
         for name, tensor in tensors.items()
         if name.endswith(_EMBEDDINGS) and len(tensor.shape) == 2
     ]
+    limits = [max(rows)] if rows else []  # a model that speaks has small ones, too
     if isinstance(config.get("vocab_size"), int):
-        rows.append(config["vocab_size"])
+        limits.append(config["vocab_size"])
     paths = (folder / name for name in ("tokenizer.json", "tokenizer_config.json"))
     tokenizer, settings = (_config(path) if path.is_file() else {} for path in paths)
-    require_embeddings(folder, min(rows, default=None), tokenizer, settings)
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of safetensors.
-
-    Raises:
-        ConvertError: its header is damaged, or its size is another than the header says.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(MAX_HEADER, size - 8):
-            raise _damaged(path, "it does not begin as safetensors do")
-        raw = file.read(length)
-    try:
-        header = json.loads(raw)
-        rows = {name: row for name, row in header.items() if name != "__metadata__"}
-        tensors, end = {}, 0
-        for name, row in sorted(rows.items(), key=lambda item: item[1]["data_offsets"][0]):
-            tensor = Tensor(shape=tuple(row["shape"]), dtype=row["dtype"])
-            start, stop = row["data_offsets"]
-            if min(tensor.shape, default=0) < 0 or start != end:
-                raise _damaged(path, f"the tensor {name!r:.80} is not where it should be")
-            if tensor.dtype in _DTYPES and stop - start != tensor.size * _DTYPES[tensor.dtype]:
-                raise _damaged(path, f"the tensor {name!r:.80} is not as long as it should be")
-            tensors[name], end = tensor, stop
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
-        raise _damaged(path, "its header cannot be read") from None
-    if end != size - 8 - length:
-        raise _damaged(path, f"it has {size} bytes where its tensors need {end + 8 + length}")
-    return tensors
-
-
-def _damaged(path: Path, why: str) -> ConvertError:
-    return ConvertError(f"{path} is damaged or was cut short: {why}; {_AGAIN}")
+    require_embeddings(folder, min(limits, default=None), tokenizer, settings)
 
 
 def fetch(found: Checkpoint, *, progress: Progress | None = None) -> Checkpoint:
