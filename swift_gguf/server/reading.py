@@ -61,6 +61,7 @@ class Answer:
         # a call that has begun before: as text, that part of it would be told again
         self._n_before = len(before) - len(self._calls.feed(before)) if self._calls else 0
         self._n_said = 0  # of what the template's reader says
+        self._n_loose = self._n_by_template = 0  # calls that each reader has found
         self._is_over = False
 
     def feed(self, text: str) -> None:
@@ -138,18 +139,16 @@ class Answer:
 
     def _add(self) -> None:
         """Calls that were found since."""
-        found = self._calls.found if self._calls else []
-        known = {call["id"] for call in self.calls}
-        for call in found:
-            if call["id"] not in known:
-                self.calls.append({**call, "index": len(self.calls)})
-        if self._template and self._calls:
-            n = sum(call["id"] not in {one["id"] for one in found} for call in self.calls)
-            for given in self._template.calls[n:]:
-                call = openai_call(
-                    len(self.calls), given["name"], given["arguments"] or "{}", given["id"]
-                )
-                self.calls.append(call)
+        if self._calls is None:
+            return
+        for call in self._calls.found[self._n_loose :]:
+            self.calls.append({**call, "index": len(self.calls)})
+        self._n_loose = len(self._calls.found)
+        given = self._template.calls if self._template else []
+        for one in given[self._n_by_template :]:
+            arguments = one["arguments"] or "{}"
+            self.calls.append(openai_call(len(self.calls), one["name"], arguments, one["id"]))
+        self._n_by_template = len(given)
 
     def _read_plainly(self, *, is_cut: bool) -> None:
         """Reads all of it again, without the template; what is told already stays told."""

@@ -23,6 +23,8 @@ _OPENINGS = ("{", "[{", "```", FUNCTION)
 """What stands between the marks begins like this."""
 MAX_OPENING = 80
 """Characters that are looked at to tell."""
+PIECE = 256
+"""Characters."""
 
 
 def any_call(tools: Sequence[Tool]) -> dict[str, Any]:
@@ -62,6 +64,11 @@ class Calls:
 
     def feed(self, text: str) -> str:
         """What is said of what has come; what may be a call is kept back."""
+        # a whole answer, too, comes in pieces: every mark is looked for in all that is kept
+        pieces = range(0, len(text), PIECE)
+        return "".join(self._feed(text[at : at + PIECE]) for at in pieces)
+
+    def _feed(self, text: str) -> str:
         self._text += text
         if self._bare or (self._is_first and self._may_be_whole()):
             return ""

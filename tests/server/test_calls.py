@@ -242,6 +242,7 @@ def test_calls_by_template(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
+        (None, "<think>\nHm, <tool_call>?\n</think>\n\nIt rains."),
         ("HERMES", "<think>\nHm, <tool_call>?\n</think>\n\nIt rains."),
         ("HERMES_THINKING", "\nHm, <tool_call>?\n</think>\n\nIt rains."),
         ("DEEPSEEK", "Hm, <tool_call>?</think>It rains."),
@@ -250,8 +251,8 @@ def test_calls_by_template(name: str) -> None:
         ("COMMAND", "<|START_RESPONSE|>It rains.<|END_RESPONSE|>"),
     ],
 )  # fmt: skip
-def test_thoughts_and_answers_by_template(name: str, text: str) -> None:
-    wanted = expected(name)
+def test_thoughts_and_answers_by_template(name: str | None, text: str) -> None:
+    wanted = expected(name) if name else ANY
     if name == "HERMES_THINKING":
         wanted = replace(wanted, before="<think>")
     message = agree(text, wanted)
@@ -403,3 +404,22 @@ def test_a_long_answer_is_read_with_little_work(monkeypatch: pytest.MonkeyPatch)
     assert answer.thought.startswith("I think (x < y). I think")
     assert json.loads(answer.calls[0]["function"]["arguments"])["at"] == list(range(1000))
     assert n_read < 300 * len(text)
+
+
+@pytest.mark.parametrize("template", [None, "HERMES", "GPT_OSS"])
+@pytest.mark.parametrize(
+    "part",
+    ["<tool_call>", "<tool_call>{", "<tools>[{", f"<tool_call>{TIME_CALL}</tool_call>",
+     "<function=get_time>", '{"name": "get_time", "arguments": ', "<parameter=", "["],
+)  # fmt: skip
+def test_no_answer_takes_long_to_read(part: str, template: str | None) -> None:
+    """100,000 characters; nothing here may grow with their square."""
+    wanted = expected(template) if template else ANY
+    text = part * (100_000 // len(part))
+    start = perf_counter()
+    whole(text, wanted, "length")
+    answer = Answer(wanted)
+    for i in range(0, len(text), 50):
+        answer.feed(text[i : i + 50])
+    answer.finish(is_cut=True)
+    assert perf_counter() - start < 30  # of a busy machine; a second of a quiet one
