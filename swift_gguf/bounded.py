@@ -1,7 +1,6 @@
 """Work on what strangers wrote, in a process of its own with an end to time and memory.
 
-Chat templates are programs (`template_rendering`); JSON schemas are small texts that may describe
-gigabytes (`schema_conversion`).
+Chat templates are programs (`template_rendering`).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Most of what takes for ever or makes text without end happens inside single oper
 which nothing within a process can break off.  Here the system does: a timer ends the process, and
 more memory is not to be had.
 
-Requests and answers are lines of JSON: {"template", "variables"}, {"schema"} or {"chat"} (what
+Requests and answers are lines of JSON: {"template", "variables"} or {"chat"} (what
 `native_chat.analyse` takes), and {"text"} or {"error"}.
 """
 
@@ -36,10 +36,6 @@ def answer(request: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _work(request: Mapping[str, Any]) -> str:
-    if "schema" in request:
-        from swift_gguf.schema_conversion import convert
-
-        return convert(request["schema"])
     if "chat" in request:
         from swift_gguf.native_chat import analyse
 

@@ -60,7 +60,16 @@ class SamplingError(SwiftError, ValueError):
 
 
 class GrammarError(SwiftError, ValueError):
-    """A grammar does not parse."""
+    """A grammar does not parse, or leaves nothing to say."""
+
+
+class SchemaError(GrammarError):
+    """A JSON schema is none, or asks for what cannot be held."""
+
+    def __init__(self, message: str, *, path: tuple[str | int, ...] = ()) -> None:
+        """path: keys and indices that lead to the place in the schema."""
+        super().__init__(message)
+        self.path = path
 
 
 class SuiteError(SwiftError, ValueError):

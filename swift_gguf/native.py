@@ -418,6 +418,19 @@ class Library:
             size = -n
         return b""
 
+    def pieces(self, vocab: Any) -> tuple[list[bytes], list[int]]:
+        """What each token stands for in an answer, as `token_bytes`, and those that end it."""
+        to_piece, is_end = self.api.llama_token_to_piece, self.api.llama_vocab_is_eog
+        size = 256
+        buffer = ctypes.create_string_buffer(size)
+        pieces = []
+        n_vocab = self.api.llama_vocab_n_tokens(vocab)
+        for token in range(n_vocab):
+            n = to_piece(vocab, token, buffer, size, 0, False)
+            whole = buffer.raw[:n] if n >= 0 else self.token_bytes(vocab, token, special=False)
+            pieces.append(whole)
+        return pieces, [token for token in range(n_vocab) if is_end(vocab, token)]
+
     def metadata(self, model: Any, key: str) -> str | None:
         """A value of the GGUF's metadata as text, or None."""
         size = 256

@@ -13,6 +13,7 @@ from swift_gguf.errors import SidecarError, StoppedError
 from swift_gguf.handles import Handles
 from swift_gguf.loading import Loaded, ModelOptions, load
 from swift_gguf.native import SUBLAYER_STATUS, Cost, FfnObserver, StopFlag, library
+from swift_gguf.schemas.matching import Vocabulary
 from swift_gguf.sidecar import Sidecar
 from swift_gguf.subnetwork import SubNetwork
 
@@ -132,6 +133,11 @@ class OpenModel:
     def rollback_refusal(self) -> str | None:
         """Why speculation is impossible with this model, or None if it is possible."""
         return self._library.rollback_refusal(self.ctx)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What tokens stand for, to hold answers to a schema."""
+        return Vocabulary.of(self.vocab)
 
     @cached_property
     def sublayers(self) -> tuple[list[Sublayer], list[Sublayer]]:

@@ -24,6 +24,8 @@ from swift_gguf.speculative_sampling import Distribution, choose, draw_children
 
 if TYPE_CHECKING:
     from swift_gguf.model import Model
+    from swift_gguf.schemas.constraint import Constraint
+    from swift_gguf.schemas.matching import Matcher
 
 MAX_NESTING = 512
 """Groups in groups of a grammar."""
@@ -56,6 +58,8 @@ class SamplingOptions:
     """None: a fresh random seed."""
     grammar: str | None = None
     """GBNF, root rule ``root``."""
+    constraint: Constraint | None = None
+    """JSON by a schema (`swift_gguf.schemas`)."""
 
     def __post_init__(self) -> None:
         numbers = (self.temperature, self.top_p, self.min_p, self.repeat_penalty)
@@ -130,6 +134,7 @@ class Sampler(_Chain):
         self, model: Model, options: SamplingOptions, *, prompt: Sequence[int] = ()
     ) -> None:
         self.options = options.with_seed()
+        self._matcher = matcher_of(model, self.options)
         super().__init__(_sampling_parts(model, self.options, prompt))
 
     def sample(self, model: Model, row: int) -> int:
@@ -138,14 +143,18 @@ class Sampler(_Chain):
         Raises:
             GrammarError: the grammar allows no token here.
         """
-        if self.options.grammar is not None:
-            return draw(self._chain, model.logits(row))
+        if self.options.grammar is not None or self._matcher is not None:
+            return draw(self._chain, model.logits(row), self._matcher)
         token: int = self._api.llama_sampler_sample(self._chain, model.ctx, model.output_index(row))
         return token
 
 
 class Processor(_Chain):
     """A sampler's chain without its draw: the distribution the draw would be made from."""
+
+    def __init__(self, parts: Iterable[Any], matcher: Matcher | None = None) -> None:
+        super().__init__(parts)
+        self._matcher = matcher
 
     @classmethod
     def build(
@@ -156,7 +165,7 @@ class Processor(_Chain):
         Raises:
             GrammarError: the grammar does not parse.
         """
-        return cls(_processing_parts(model, options, prompt))
+        return cls(_processing_parts(model, options, prompt), matcher_of(model, options))
 
     def distribution(self, model: Model, row: int) -> Distribution:
         """What the next token follows, given output row `row` of the model's last decode.
@@ -166,18 +175,26 @@ class Processor(_Chain):
         Raises:
             SamplingError: no token is left, or the logits are not finite.
         """
-        return Distribution.softmax(*library().candidates(self._chain, model.logits(row)))
+        logits = model.logits(row)
+        if self._matcher is not None:
+            self._matcher.apply(logits)
+        return Distribution.softmax(*library().candidates(self._chain, logits))
 
     def accept(self, token: int) -> None:
         """Advances penalties and grammar by a token, which the grammar must allow here."""
         self._api.llama_sampler_accept(self._chain, token)
+        if self._matcher is not None:
+            self._matcher.accept(token)
 
     def fork(self) -> Processor:
         """A processor that goes on from the present state on its own."""
         api, chain = self._api, self._chain
         return Processor(
-            api.llama_sampler_clone(api.llama_sampler_chain_get(chain, i))
-            for i in range(api.llama_sampler_chain_n(chain))
+            (
+                api.llama_sampler_clone(api.llama_sampler_chain_get(chain, i))
+                for i in range(api.llama_sampler_chain_n(chain))
+            ),
+            self._matcher.fork() if self._matcher is not None else None,
         )
 
 
@@ -272,17 +289,33 @@ def _filters(model: Model, options: SamplingOptions, prompt: Sequence[int]) -> I
         yield api.llama_sampler_init_min_p(options.min_p, 1)
 
 
-def draw(chain: Any, logits: Any) -> int:
+def matcher_of(model: Model, options: SamplingOptions) -> Matcher | None:
+    """What holds an answer to the constraint of its options, if there is one.
+
+    Raises:
+        GrammarError: it takes too much with the model's vocabulary.
+    """
+    constraint = options.constraint
+    return None if constraint is None else constraint.matcher(model.vocabulary)
+
+
+def draw(chain: Any, logits: Any, matcher: Matcher | None = None) -> int:
     """The token a chain with a grammar draws, and accepts, by a row of logits.
+
+    logits: [n_vocab]; the matcher changes them.
 
     Raises:
         GrammarError: the grammar allows no token here; llama.cpp itself would abort.
     """
+    if matcher is not None:
+        matcher.apply(logits)
     token = library().draw(chain, logits)
     if token is None:
         raise GrammarError(
             "the grammar allows none of the model's tokens here; check what it says can follow"
         )
+    if matcher is not None:
+        matcher.accept(token)
     return token
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 from llama_cpp import Llama
+from llama_cpp.llama_chat_format import get_chat_completion_handler
 from numpy.typing import NDArray
 
 from swift_gguf import gguf_check
@@ -24,6 +25,7 @@ from swift_gguf.errors import ModelError
 from swift_gguf.llama.adoption import AUTO, adopt, in_scope, our_errors, refusal
 from swift_gguf.llama.chat_format import formats, templated_handler, wants_other_template
 from swift_gguf.llama.control import Swift, options_of
+from swift_gguf.llama.forms import held
 from swift_gguf.llama.one_thread import OneThread
 from swift_gguf.llama.scores import without_scores
 from swift_gguf.loading import cause, fit_context
@@ -182,6 +184,7 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
         Raises:
             TemplateError: the template refuses them, or does not show what is to go on.
             ModelError: chats do not go by a template (a ValueError).
+            SchemaError: a schema cannot be held (a ValueError).
         """
         continues = "content" if continue_final_message is True else continue_final_message
         prompting = Prompting(
@@ -195,9 +198,15 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
         del arguments["self"]
         tools = arguments["tools"]
         if prompting == Prompting() and not wants_other_template(self, tools):
-            return super().create_chat_completion(*args, **kwargs)
-        handler = templated_handler(self, has_tools=bool(tools))
-        return handler(llama=self, prompting=prompting, **arguments)
+            handler = (
+                self.chat_handler
+                or self._chat_handlers.get(self.chat_format)
+                or get_chat_completion_handler(self.chat_format)
+            )
+        else:
+            handler = templated_handler(self, has_tools=bool(tools))
+            arguments["prompting"] = prompting
+        return held(handler, arguments)(llama=self, **arguments)
 
     def _take_over(self, wanted: SpeculationOptions) -> Swift:
         why = refusal(self.model, self._options)

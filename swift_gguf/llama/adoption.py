@@ -13,6 +13,7 @@ from swift_gguf.loading import Loaded, ModelOptions, cause, generates_text
 from swift_gguf.model import Model
 from swift_gguf.native import library
 from swift_gguf.sampling import draw, grammar_sampler
+from swift_gguf.schemas.matching import Matcher
 
 ALL_LAYERS = 0x7FFFFFFF
 """llama_cpp's n_gpu_layers for -1."""
@@ -77,12 +78,15 @@ def check_grammar(vocab: Any, grammar: Any) -> None:
         library().api.llama_sampler_free(grammar_sampler(vocab, grammar._grammar))
 
 
-def guarded(sampler: Any, n_vocab: int) -> Any:
-    """A `LlamaSampler` with a grammar, that raises GrammarError where it would crash."""
+def guarded(sampler: Any, n_vocab: int, matcher: Matcher | None = None) -> Any:
+    """A `LlamaSampler` with a grammar, that raises GrammarError where it would crash.
+
+    matcher: rules tokens out before all else; logits processors see that.
+    """
     chain = sampler.sampler
 
     def sample(ctx: Any, idx: int = -1) -> int:
-        return draw(chain, library().logits(ctx.ctx, idx, n_vocab))
+        return draw(chain, library().logits(ctx.ctx, idx, n_vocab), matcher)
 
     sampler.sample = sample
     return sampler
@@ -90,6 +94,8 @@ def guarded(sampler: Any, n_vocab: int) -> Any:
 
 def in_scope(function: Any, scope: dict[str, Any]) -> Callable[..., Any]:
     """A function of another module that finds what it names in a scope of ours."""
-    made = FunctionType(function.__code__, scope, function.__name__, function.__defaults__)
+    made = FunctionType(
+        function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
+    )
     made.__kwdefaults__ = function.__kwdefaults__
     return made

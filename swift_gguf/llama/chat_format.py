@@ -14,6 +14,7 @@ from llama_cpp import llama_chat_format
 
 from swift_gguf.errors import ModelError
 from swift_gguf.llama.adoption import in_scope
+from swift_gguf.llama.forms import converter
 from swift_gguf.llama.scores import LogProbs
 from swift_gguf.templates import ChatTemplate, Prompting
 
@@ -121,7 +122,11 @@ def _logprobs(given: LogProbs | None) -> dict[str, Any] | None:
     return None if given is None else {"content": given.content, "refusal": None}
 
 
-_scope = {**vars(llama_chat_format), "_convert_text_completion_logprobs_to_chat": _logprobs}
+_scope = {
+    **vars(llama_chat_format),
+    "_convert_text_completion_logprobs_to_chat": _logprobs,
+    "llama_grammar": converter,
+}
 for _name in (
     "_convert_text_completion_to_chat",
     "_convert_text_completion_chunks_to_chat",

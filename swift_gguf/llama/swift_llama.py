@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import wraps
+from functools import cached_property, wraps
 from inspect import signature
 from time import perf_counter
 from typing import Any
@@ -29,6 +29,8 @@ from swift_gguf.llama.generation import Generation
 from swift_gguf.llama.scores import Scores
 from swift_gguf.model import Model
 from swift_gguf.native import library
+from swift_gguf.schemas.constraint import Constraint
+from swift_gguf.schemas.matching import Vocabulary
 
 
 class SwiftLlama(AdoptedLlama):
@@ -42,6 +44,8 @@ class SwiftLlama(AdoptedLlama):
         None: where the backend has it.
     n_threads, n_threads_batch: None: one a physical core.
     logits_all: keep logits of every position in `scores`; `logprobs` do not need it.
+
+    A ``grammar`` may be a `Constraint` (`swift_gguf.schemas`), too.
 
     Everything else is as `Llama` takes it.  `swift` tells what drafts, why, and how it went.
 
@@ -181,11 +185,20 @@ class SwiftLlama(AdoptedLlama):
 
     @wraps(Llama._init_sampler)
     def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = signature(Llama._init_sampler).bind(self, *args, **kwargs).arguments
-        grammar = arguments.get("grammar")
+        call = signature(Llama._init_sampler).bind(self, *args, **kwargs)
+        grammar = call.arguments.get("grammar")
+        if isinstance(grammar, Constraint):
+            call.arguments["grammar"] = None
+            matcher = grammar.matcher(self._vocabulary)
+            return guarded(Llama._init_sampler(*call.args, **call.kwargs), self._n_vocab, matcher)
         check_grammar(self._model.vocab, grammar)
         sampler = super()._init_sampler(*args, **kwargs)
         return sampler if grammar is None else guarded(sampler, self._n_vocab)
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        """What tokens stand for, to hold answers to a schema."""
+        return Vocabulary.of(self._model.vocab)
 
     def _settle(self) -> None:
         """Breaks off a walk: afterwards the context holds the text alone."""

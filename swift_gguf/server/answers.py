@@ -11,7 +11,9 @@ from typing import Any
 from swift_gguf.errors import ContextFullError, GrammarError, SpoiledError, TemplateError
 from swift_gguf.llama.prompts import gap_tokens
 from swift_gguf.sampling import llama_seed
-from swift_gguf.server import functions, grammars, reading, tools
+from swift_gguf.schemas import constraint as schemas
+from swift_gguf.schemas.constraint import Constraint
+from swift_gguf.server import functions, grammars, reading
 from swift_gguf.server.chat_requests import ChatRequest
 from swift_gguf.server.errors import bad_request, one_line, unavailable
 from swift_gguf.server.options import ServerOptions
@@ -263,36 +265,57 @@ def _chat_arguments(
     }
     if request.logprobs:
         arguments |= {"logprobs": True, "top_logprobs": request.top_logprobs or 0}
-    if (wanted := _schema(request)) is not None:
-        if request.grammar is not None:
-            raise bad_request("give a grammar or a response_format, not both", param="grammar")
-        if wanted != ANY_OBJECT:
-            _allow(options, "response_format")
-        gbnf = grammars.from_schema(wanted, param="response_format")
-        arguments["grammar"] = _grammar(gbnf, llama, "response_format")
-    offered = [tool.model_dump(exclude_none=True) for tool in request.offered]
-    if offered:
-        arguments["tools"] = offered
+    if request.offered:
+        arguments["tools"] = [tool.model_dump(exclude_none=True) for tool in request.offered]
     elif request.choice not in (None, "auto", "none"):
         raise bad_request("a call is asked for, and there are no tools", param="tool_choice")
-    if not request.must_call:
+    form = _form(request, options)
+    if form is not None:
+        if request.grammar is not None:
+            raise bad_request("give a grammar or a response_format, not both", param="grammar")
+        arguments["grammar"] = form
+    if request.must_call:
+        llama.expect(None)
+    else:
         begins = prompting.opens_answer and prompting.continues is None
-        stops = llama.expect(offered if begins else None, prompting.variables)
+        offered = arguments.get("tools", []) if begins else None
+        stops = llama.expect(offered, prompting.variables)
         arguments["stop"] = [*arguments.get("stop", ()), *stops]
-        return arguments
-    llama.expect(None)
-    _allow(options, "tool_choice")
-    choice = request.choice
-    chosen = [
-        tool
-        for tool in request.offered
-        if not isinstance(choice, ToolChoice) or tool.name == choice.name
-    ]
-    if not chosen:
-        raise bad_request("the tool_choice is none of the tools", param="tool_choice")
-    gbnf = grammars.from_schema(tools.any_call(chosen), param="tools")
-    arguments["grammar"] = _grammar(gbnf, llama, "tools")
     return arguments
+
+
+def _form(request: ChatRequest, options: ServerOptions) -> Constraint | None:
+    """What the answer must be: JSON by a schema, a call, or either of them."""
+    schema = _schema(request)
+    tools = [schemas.Tool(tool.name, tool.function.parameters) for tool in request.offered]
+    if request.must_call:
+        _allow(options, "tool_choice")
+        choice = request.choice
+        if isinstance(choice, ToolChoice):
+            tools = [tool for tool in tools if tool.name == choice.name]
+        if not tools:
+            raise bad_request("the tool_choice is none of the tools", param="tool_choice")
+        with _naming("tools"):
+            return schemas.call_of(tools)
+    if schema is None:
+        return None
+    if schema != ANY_OBJECT or tools:
+        _allow(options, "response_format")
+    with _naming("response_format"):
+        form = schemas.json_by(schema)
+    if not tools:
+        return form
+    with _naming("tools"):
+        return schemas.answer_or_calls(schema, tools)
+
+
+@contextmanager
+def _naming(param: str) -> Iterator[None]:
+    """What cannot be held is the request's fault, in this part of it."""
+    try:
+        yield
+    except GrammarError as error:
+        raise bad_request(f"{param}: {one_line(error)}", param=param) from error
 
 
 def _allow(options: ServerOptions, param: str) -> None:
@@ -300,7 +323,7 @@ def _allow(options: ServerOptions, param: str) -> None:
         raise bad_request("this server takes no grammars or schemas from clients", param=param)
 
 
-def _schema(request: ChatRequest) -> dict[str, Any] | None:
+def _schema(request: ChatRequest) -> dict[str, Any] | bool | None:
     return request.response_format.wanted if request.response_format else None
 
 

@@ -309,7 +309,7 @@ class JsonSchema(Body):
     model_config = ConfigDict(populate_by_name=True)
 
     name: Name = "schema"
-    json_schema: Json | None = Field(default=None, alias="schema")
+    json_schema: Json | bool | None = Field(default=None, alias="schema")
 
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
@@ -322,7 +322,7 @@ class ResponseFormat(Body):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
-    plain_schema: Json | None = Field(default=None, alias="schema")
+    plain_schema: Json | bool | None = Field(default=None, alias="schema")
 
     @model_validator(mode="after")
     def _has_schema(self) -> ResponseFormat:
@@ -331,13 +331,15 @@ class ResponseFormat(Body):
         return self
 
     @property
-    def _given(self) -> dict[str, Any] | None:
+    def _given(self) -> dict[str, Any] | bool | None:
         return self.json_schema.json_schema if self.json_schema else self.plain_schema
 
     @property
-    def wanted(self) -> dict[str, Any] | None:
-        """The schema, empty for any JSON object; None for text."""
-        return None if self.type == "text" else self._given or ANY_OBJECT
+    def wanted(self) -> dict[str, Any] | bool | None:
+        """The schema; None for text."""
+        if self.type == "text":
+            return None
+        return ANY_OBJECT if self._given is None else self._given
 
 
 class Function(Body):

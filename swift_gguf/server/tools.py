@@ -27,29 +27,12 @@ PIECE = 256
 """Characters."""
 
 
-def any_call(tools: Sequence[Tool]) -> dict[str, Any]:
-    """The schema of a call of one of these."""
-    return {
-        "oneOf": [
-            {
-                "type": "object",
-                "properties": {
-                    "name": {"const": tool.name},
-                    "arguments": tool.function.parameters,
-                },
-                "required": ["name", "arguments"],
-            }
-            for tool in tools
-        ]
-    }
-
-
 class Calls:
     """Splits what is said, as it comes, into text and calls.
 
     tools: those that are offered.  Between ``<tool_call>`` marks a call may have another name (the
         client says that there is no such tool); elsewhere that is no call.
-    bare: all of it is the JSON of a call, as `any_call` has it.
+    bare: all of it is the JSON of a call, as `schemas.call_of` has it.
     """
 
     def __init__(self, tools: Sequence[Tool], *, bare: bool = False) -> None:

@@ -184,34 +184,6 @@ def test_the_parsers_own_words_are_told_and_no_others(
 # -- texts of a few kilobytes that describe gigabytes ----------------------------------------------
 
 
-def _arrays(n: int, name: str) -> dict[str, object]:
-    array = {"type": "array", "items": {"const": 1}, "maxItems": 2000}
-    inner = {"type": "object", "properties": {str(i): array for i in range(n)}}
-    return {"type": "object", "properties": {name: inner}}
-
-
-BOUNDLESS_SCHEMAS: dict[str, dict[str, object]] = {
-    "long names": _arrays(4, "x" * 2000),
-    "many arrays": _arrays(400, "x" * 30_000),
-    "a bracket that nothing opened": {"type": "string", "pattern": "^a]$"},
-    "a brace that nothing opened": {"items": {"type": "string", "pattern": r"^[^\]]\[a{2}}$"}},
-    "a repetition of repetitions": {"type": "string", "pattern": "^" + "a{2000}" * 9000 + "$"},
-    "references": {
-        "$defs": {"x" * 1000: _arrays(50, "y")},
-        "allOf": [{"$ref": "#/$defs/" + "x" * 1000}] * 30,
-    },
-}
-
-
-@pytest.mark.parametrize("name", BOUNDLESS_SCHEMAS)
-def test_a_schema_without_bounds_is_refused(name: str) -> None:
-    with pytest.raises(ApiError, match="the schema") as refused:
-        grammars.from_schema(BOUNDLESS_SCHEMAS[name], param="response_format")
-    assert refused.value.status == 400
-    assert len(str(refused.value).splitlines()) == 1
-    assert "root ::=" in grammars.from_schema({"type": "boolean"}, param="response_format")
-
-
 BOUNDLESS_GRAMMARS = {
     "many": "root ::= " + '"a"{0,2000} ' * 5000,
     "of a long literal": f'root ::= "{"a" * 60_000}"{{2000}}',
@@ -242,18 +214,8 @@ def test_brackets_that_are_never_closed_take_no_time(
     assert time.monotonic() - start < 5
 
 
-def test_repetitions_that_a_schema_needs_are_taken(
+def test_repetitions_that_are_needed_are_taken(
     tiny: Callable[..., Path], open_model: Opener
 ) -> None:
-    schema = {
-        "type": "object",
-        "properties": {
-            "name": {"type": "string", "maxLength": 200},
-            "in brackets": {"type": "string", "pattern": r"^\[[^\]]{1,9}\]\}$"},
-            "zip": {"type": "string", "pattern": "^[0-9]{5}(-[0-9]{4})?$"},
-            "tags": {"type": "array", "items": {"type": "string"}, "maxItems": 20},
-        },
-    }
     vocab = open_model(tiny("llama")).vocab
-    grammars.check(vocab, grammars.from_schema(schema, param="x"), param="x")
     grammars.check(vocab, 'root ::= [a-z]{1,2000} "," [0-9]{3} # {9999}', param="x")

@@ -129,10 +129,9 @@ def test_fields_out_of_range(server: Server, fields: dict[str, object], param: s
     "schema",
     [
         {"type": "strange"},
-        {"type": "string", "minLength": 10**9},
-        {"type": "array", "items": {"type": "string"}, "maxItems": 10**9},
+        {"type": "array", "items": {"type": "string"}, "uniqueItems": True},
         {"type": "array", "items": {"type": "string"}, "minItems": -1},
-        {"type": "string", "pattern": "^a{1000000}$"},
+        {"type": "string", "pattern": "^(?=a)$"},
         {"type": "string", "pattern": "((("},
         {"$ref": "https://example.org/schema.json"},
         {"$ref": "file:///etc/passwd"},
@@ -147,14 +146,17 @@ def test_schemas_that_are_none_or_too_much(server: Server, schema: dict[str, obj
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     error = told(*server.post(CHAT, chat(response_format=wanted)))
     assert error["param"] == "response_format"
+    assert error["message"].startswith("response_format: ")
 
 
 def test_schemas_of_tools_have_the_same_limits(server: Server) -> None:
-    much = {"type": "object", "properties": {"a": {"type": "string", "minLength": 10**9}}}
+    much = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
     offered = [{"type": "function", "function": {"name": "x", "parameters": much}}]
     for choice in ("required", {"type": "function", "function": {"name": "x"}}):
         error = told(*server.post(CHAT, chat(tools=offered, tool_choice=choice)))
         assert error["param"] == "tools"
+        message = "tools: x: properties.a: uniqueItems cannot be held; leave it out"
+        assert error["message"] == message
 
 
 def test_grammars_can_be_refused(serve: Callable[..., Server], model: Path) -> None:

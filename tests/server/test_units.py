@@ -32,11 +32,8 @@ from swift_gguf.server.errors import ApiError
 from swift_gguf.server.extra import PACKAGES, require
 from swift_gguf.server.guard import Guard
 from swift_gguf.server.options import ServerOptions, is_loopback
-from swift_gguf.server.requests import Message, Tool
-from swift_gguf.server.tools import any_call
+from swift_gguf.server.requests import Message
 from swift_gguf.server.worker import Job, Worker
-
-TOOLS = [Tool.model_validate({"function": {"name": name}}) for name in ("look", "book")]
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -52,11 +49,6 @@ def test_loopback() -> None:
     there = ("0.0.0.0", "192.168.0.1", "::", "example.org", "localhost.example.org", "")
     assert not any(map(is_loopback, there))
     assert "secret" not in repr(ServerOptions(api_key="secret"))
-
-
-def test_what_a_call_may_be() -> None:
-    names = [one["properties"]["name"]["const"] for one in any_call(TOOLS)["oneOf"]]
-    assert names == ["look", "book"]
 
 
 def test_what_is_told_of_failures() -> None:

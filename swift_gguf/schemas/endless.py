@@ -1,0 +1,36 @@
+"""Schemas that no finite value fits: a node that must have a next one, without end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from swift_gguf.schemas.writing import Written
+
+
+def can_end(written: Written) -> bool:
+    """Is there a finite value, as far as objects, arrays and references decide that?"""
+    ending: set[str] = set()
+    while True:
+        found = {n for n, s in written.definitions.items() if n in ending or _ends(s, ending)}
+        if found == ending:
+            return _ends(written.schema, ending)
+        ending = found
+
+
+def _ends(schema: Any, ending: set[str]) -> bool:
+    if not isinstance(schema, dict):
+        return schema is not False
+    if "$ref" in schema and schema["$ref"].rpartition("/")[2] not in ending:
+        return False
+    if "anyOf" in schema and not any(_ends(branch, ending) for branch in schema["anyOf"]):
+        return False
+    if not all(_ends(part, ending) for part in schema.get("allOf", ())):
+        return False
+    if schema.get("type") == "object":
+        properties, others = schema.get("properties", {}), schema.get("additionalProperties", True)
+        return all(_ends(properties.get(n, others), ending) for n in schema.get("required", ()))
+    if schema.get("type") == "array" and (least := schema.get("minItems", 0)):
+        first = schema.get("prefixItems", [])[:least]
+        rest = [schema.get("items", True)] if least > len(first) else []
+        return all(_ends(item, ending) for item in (*first, *rest) if not isinstance(item, list))
+    return True

@@ -1,0 +1,128 @@
+"""Answers held to a constraint: before each token is drawn, those that do not fit are ruled out."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from swift_gguf.errors import GrammarError
+from swift_gguf.native import library
+from swift_gguf.schemas.constraint import Constraint, compiled
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+MAX_COMPILED = 16
+"""Constraints that a vocabulary keeps compiled."""
+_MARK = b"\xff"
+"""Of tokens that are no text, for llguidance; no UTF-8 has this byte."""
+
+
+class Vocabulary:
+    """What the tokens of a model stand for.
+
+    pieces: the bytes of every token; empty for what is no text.
+    ends: the tokens that end an answer.
+    """
+
+    def __init__(self, pieces: Sequence[bytes], ends: Sequence[int]) -> None:
+        self._pieces, self._ends = pieces, list(ends)
+        self._compiled: OrderedDict[Constraint, LLMatcher] = OrderedDict()
+
+    @classmethod
+    def of(cls, vocab: Any) -> Vocabulary:
+        """Of llama.cpp's ``llama_vocab``; takes a second for 150,000 tokens, so keep it."""
+        return cls(*library().pieces(vocab))
+
+    def matcher(self, constraint: Constraint) -> Matcher:
+        """Of an answer that begins now.
+
+        Raises:
+            GrammarError: it takes too much with this vocabulary.
+        """
+        found = self._compiled.pop(constraint, None)
+        if found is None:
+            found = compiled(constraint.grammar, self._tokenizer, constraint.levels)
+            if found.is_error():
+                raise GrammarError(_too_much(found))
+            if len(self._compiled) == MAX_COMPILED:
+                self._compiled.popitem(last=False)
+        self._compiled[constraint] = found
+        return Matcher(found.deep_copy(), len(self._pieces))
+
+    @cached_property
+    def _tokenizer(self) -> LLTokenizer:
+        from llguidance import LLTokenizer
+
+        marked = [piece or b"%b%d" % (_MARK, i) for i, piece in enumerate(self._pieces)]
+        for end in self._ends:
+            marked[end] = b"%b%d" % (_MARK, end)
+        # without slices it is there in half the time, and a mask takes a tenth of a millisecond
+        tokens: Any = _Tokens(marked, self._ends)
+        return LLTokenizer(tokens, eos_token=self._ends or None, slices=[])
+
+
+class _Tokens:
+    """A tokenizer, as llguidance asks for one."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+    special_token_ids: Sequence[int] = ()
+
+    def __init__(self, tokens: Sequence[bytes], ends: Sequence[int]) -> None:
+        self.tokens, self.eos_token_id = tokens, ends[0] if ends else None
+
+    def __call__(self, text: bytes) -> list[int]:
+        raise NotImplementedError("the model chooses its tokens")
+
+
+class Matcher:
+    """Where an answer is in what it must be."""
+
+    def __init__(self, matcher: LLMatcher, n_vocab: int) -> None:
+        self._matcher, self._n_vocab = matcher, n_vocab
+
+    def mask(self) -> NDArray[np.bool_]:
+        """Which tokens fit now: [n_vocab].
+
+        Raises:
+            GrammarError: to find out takes too much.
+        """
+        bits = self._matcher.compute_bitmask()
+        if self._matcher.is_error():
+            raise GrammarError(_too_much(self._matcher))
+        allowed = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")
+        return allowed[: self._n_vocab].view(np.bool_)
+
+    def apply(self, logits: NDArray[np.float32]) -> None:
+        """Sets the logits of all tokens that do not fit to -inf.
+
+        logits: [n_vocab].
+
+        Raises:
+            GrammarError: to find out takes too much.
+        """
+        logits[: self._n_vocab][~self.mask()] = -np.inf
+
+    def accept(self, token: int) -> None:
+        """Goes on by a token.
+
+        Raises:
+            GrammarError: it does not fit.
+        """
+        if not self._matcher.consume_token(token):
+            raise GrammarError(f"token {token} does not fit the schema here")
+
+    def fork(self) -> Matcher:
+        """A matcher that goes on from here on its own."""
+        return Matcher(self._matcher.deep_copy(), self._n_vocab)
+
+
+def _too_much(matcher: Any) -> str:
+    said = matcher.get_error().splitlines()[0][:160]
+    return f"the schema takes too much to hold ({said}); make its patterns and unions simpler"
