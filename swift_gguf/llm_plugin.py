@@ -171,7 +171,7 @@ def _chunks(
             f"{llama.model_path} has no chat template: it goes on with one text, and knows neither "
             "conversations, system prompts nor schemas"
         )
-    yield from llama.create_completion(messages[0]["content"], stream=True, **sampling)
+    yield from llama.create_completion(prompt=messages[0]["content"], stream=True, **sampling)
 
 
 def _messages(prompt: llm.Prompt) -> list[dict[str, str]]:

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,13 @@ from swift_gguf.cli.help import examples, model_argument
 from swift_gguf.cli.options import (
     STANDARD_INPUT,
     answer_flags,
+    constraint,
     load_model,
     model_flags,
     read_text,
     sampling_flags,
     sampling_options,
+    schema_flags,
     search_flags,
     speculation_flags,
     speculation_options,
@@ -40,6 +43,7 @@ LITTLE = 1.1
         'swift-gguf generate smollm2-135m -p "Why is the sky blue?"',
         "swift-gguf generate model.gguf -f prompt.txt -n 256 --temp 0 --compare",
         "git diff | swift-gguf generate model.gguf -sys 'Write a commit message.'",
+        "swift-gguf generate model.gguf -p 'Name a river.' -jf river.schema.json",
         "swift-gguf generate model.gguf --raw -p 'Once upon a time' --json | jq .timings",
     )
 )
@@ -60,6 +64,7 @@ LITTLE = 1.1
 @speculation_flags
 @search_flags
 @sampling_flags
+@schema_flags
 @model_flags
 def generate(model: str, as_json: bool, compare: bool, **values: Any) -> None:
     """Answer one prompt, streaming to the terminal; figures go to standard error."""
@@ -68,7 +73,7 @@ def generate(model: str, as_json: bool, compare: bool, **values: Any) -> None:
 
     text = _prompt_text(values)
     speculation_wanted = speculation_options(values)
-    options = sampling_options(values).with_seed()
+    options = replace(sampling_options(values).with_seed(), constraint=constraint(values))
     variables = template_variables(values)
     with ExitStack() as stack:
         loaded = stack.enter_context(load_model(model, values))

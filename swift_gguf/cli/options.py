@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import click
 
 from swift_gguf import text_files
+from swift_gguf.errors import SchemaError
 
 if TYPE_CHECKING:
     from swift_gguf.model import Model, ModelOptions
     from swift_gguf.sampling import SamplingOptions
+    from swift_gguf.schemas.constraint import Constraint
     from swift_gguf.search.paper import PaperOptions
     from swift_gguf.speculation_options import SpeculationOptions
 
@@ -71,6 +74,12 @@ template_flags = _all(
     click.option("--reasoning-effort", metavar="LEVEL",
                  help="How hard it thinks, where its template knows levels: low, medium, high, "
                  "none, ...  [default: the template's]"),
+)  # fmt: skip
+
+schema_flags = _all(
+    click.option("-j", "--json-schema", metavar="SCHEMA",
+                 help="Hold the answer to a JSON schema; {}: any JSON."),
+    click.option("-jf", "--json-schema-file", type=click.Path(path_type=Path), metavar="FILE"),
 )  # fmt: skip
 
 answer_flags = _all(
@@ -199,6 +208,30 @@ def sampling_options(values: dict[str, Any]) -> SamplingOptions:
         seed=None if values["seed"] == -1 else values["seed"],
         grammar=grammar,
     )
+
+
+def constraint(values: dict[str, Any]) -> Constraint | None:
+    """What the answer must be, from the values of `schema_flags`.
+
+    Raises:
+        SchemaError: the schema is none, or cannot be held.
+    """
+    text, path = values["json_schema"], values["json_schema_file"]
+    if text is None and path is None:
+        return None
+    if text is not None and path is not None:
+        raise click.UsageError("give --json-schema or --json-schema-file, not both")
+    if values["grammar"] is not None or values["grammar_file"] is not None:
+        raise click.UsageError("give a grammar or a JSON schema, not both")
+    from swift_gguf.schemas.constraint import json_by
+
+    if text is None:
+        text = read_text(path)
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SchemaError(f"the JSON schema is no JSON: {error}") from error
+    return json_by(schema)
 
 
 def template_variables(values: dict[str, Any]) -> dict[str, Any]:

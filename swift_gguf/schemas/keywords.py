@@ -12,6 +12,10 @@ from swift_gguf.schemas.patterns import to_rust
 LARGEST_COUNT = 10**9
 LARGEST_INTEGER = 2**63 - 1024
 """The largest double that llguidance's integers hold."""
+EXCLUSIVE = {"exclusiveMinimum": ("minimum", 1), "exclusiveMaximum": ("maximum", -1)}
+STEP = 1e-12
+"""From an exclusive bound of fractions to the inclusive one that stands for it, as a part of it:
+llguidance takes 2 for a number above 2 and below 2.5."""
 LARGEST, SMALLEST = 1e16, 1e-15
 """Of a number with bounds: llguidance writes those out in digits."""
 
@@ -59,8 +63,7 @@ def _bound(path: Path, name: str, value: Any, schema: dict[str, Any]) -> Any:
         return value  # as draft 4 has it
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise refused(path, name, "must be a number")
-    is_whole = schema.get("type") in ("integer", ["integer"])
-    largest = LARGEST_INTEGER if is_whole else LARGEST
+    largest = LARGEST_INTEGER if is_whole(schema) else LARGEST
     sign = 1 if name in ("minimum", "exclusiveMinimum") else -1  # towards larger, smaller
     inside = max(sign * value, -largest)
     if inside < 1e300:
@@ -72,6 +75,11 @@ def _bound(path: Path, name: str, value: Any, schema: dict[str, Any]) -> Any:
     if abs(inside) <= LARGEST_INTEGER and inside == inside // 1:
         return int(inside)
     return inside
+
+
+def is_whole(schema: dict[str, Any]) -> bool:
+    """Has it nothing but integers among the numbers?"""
+    return schema.get("type") in ("integer", ["integer"])
 
 
 def _multiple(path: Path, name: str, value: Any, _: dict[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 from swift_gguf.errors import SchemaError
 from swift_gguf.schemas.disjoint import Prover, declared
 from swift_gguf.schemas.document import Document, Path, refused, shown
-from swift_gguf.schemas.keywords import PLAIN, as_list, pattern
+from swift_gguf.schemas.keywords import EXCLUSIVE, PLAIN, STEP, as_list, is_whole, pattern
 from swift_gguf.schemas.patterns import FORMATS, KNOWN_FORMATS
 
 IN_PLACE = frozenset(("allOf", "anyOf", "oneOf", "$ref"))
@@ -85,8 +85,8 @@ class _Writer:
     ) -> None:
         self._document, self._without, self._prefix = document, without, prefix
         self._prover, self._referrers = Prover(document), referrers
-        self._names: dict[tuple[Path, bool], str] = {}
-        self._pending: list[tuple[Path, bool, str]] = []
+        self._names: dict[tuple[Path, bool, str], str] = {}
+        self._pending: list[tuple[Path, bool, str, str]] = []
         self._n_patterns = 0
         self._written = Written(None)
 
@@ -94,12 +94,15 @@ class _Writer:
         written = self._written
         written.schema = self._schema(start, closes=True)
         while self._pending:
-            path, closes, name = self._pending.pop()
-            written.definitions[name] = self._schema(path, closes=closes)
+            path, closes, tag, name = self._pending.pop()
+            written.definitions[name] = self._schema(path, closes=closes, tag=tag)
         return written
 
-    def _schema(self, path: Path, *, closes: bool) -> Any:
-        """closes: does nothing else say what the value may be?  Then an object may be closed."""
+    def _schema(self, path: Path, *, closes: bool, tag: str = "") -> Any:
+        """closes: does nothing else say what the value may be?  Then an object may be closed.
+
+        tag: a property that tells the branches of a union apart: an object must have it.
+        """
         schema = self._document.at(path)
         if isinstance(schema, bool):
             return schema
@@ -114,6 +117,7 @@ class _Writer:
         for name in NEVER:
             if name in schema and not _says_nothing(name, schema):
                 raise refused(path, name)
+        inner_tag = _tag(schema) or tag
         schema = {name: value for name, value in schema.items() if name in HELD}
         others = schema.keys() - {"type"}
         closes_inner = closes and len(others) == 1
@@ -122,8 +126,9 @@ class _Writer:
             handler = PLAIN.get(name)
             place = (*path, name)
             if name in IN_PLACE:
-                for key, said in self._in_place(path, name, value, closes=closes_inner).items():
-                    _join(written, key, said)
+                said = self._in_place(path, name, value, closes=closes_inner, tag=inner_tag)
+                for key, more in said.items():
+                    _join(written, key, more)
             elif name == "additionalItems" and not isinstance(schema.get("items"), list):
                 continue  # says nothing
             elif name in ("items", "additionalItems") and isinstance(value, (dict, bool)):
@@ -140,17 +145,30 @@ class _Writer:
                     self._note(value)
             elif name == "format" and value in KNOWN_FORMATS:
                 written[name] = value
+        if tag in written.get("properties", ()) and tag not in schema.get("required", ()):
+            schema = {**schema, "required": [*schema.get("required", ()), tag]}
         self._object(path, schema, written, closes=closes)
         self._array(path, schema, written)
+        for name, (inclusive, sign) in EXCLUSIVE.items():
+            bound = written.get(name)
+            if isinstance(bound, bool):  # as draft 4 has it
+                del written[name]
+                bound = written.get(inclusive) if bound else None
+                written |= {} if bound is None else {name: bound}
+            if bound is not None and not is_whole(schema):
+                del written[name]
+                _join(written, inclusive, bound + sign * STEP * max(1.0, abs(bound)))
         if (as_pattern := FORMATS.get(str(schema.get("format")))) is not None:
             _join(written, "pattern", as_pattern)
         return written
 
     # -- schemas in schemas ------------------------------------------------------------------------
 
-    def _in_place(self, path: Path, name: str, value: Any, *, closes: bool) -> dict[str, Any]:
+    def _in_place(
+        self, path: Path, name: str, value: Any, *, closes: bool, tag: str
+    ) -> dict[str, Any]:
         if name == "$ref":
-            return {"$ref": self._reference(path, value, closes=closes)}
+            return {"$ref": self._reference(path, value, closes=closes, tag=tag)}
         branches = as_list(path, name, value)
         places: list[Path] = [(*path, name, i) for i in range(len(branches))]
         if not places:
@@ -163,7 +181,7 @@ class _Writer:
         written, failed = [], None
         for place in places:
             try:
-                written.append(self._branch(place, forbidden.get(place, ()), closes))
+                written.append(self._branch(place, forbidden.get(place, ()), closes, tag))
             except SchemaError as error:
                 if error.path != place:
                     raise
@@ -172,9 +190,9 @@ class _Writer:
             raise failed
         return {"anyOf": written}
 
-    def _branch(self, place: Path, forbidden: tuple[str, ...], closes: bool) -> Any:
+    def _branch(self, place: Path, forbidden: tuple[str, ...], closes: bool, tag: str) -> Any:
         if not forbidden:
-            return self._schema(place, closes=closes)
+            return self._schema(place, closes=closes, tag=tag)
         never = {"properties": dict.fromkeys(forbidden, False)}
         return {"allOf": [self._schema(place, closes=closes), never]}
 
@@ -229,7 +247,7 @@ class _Writer:
             path = self._document.resolve(path, schema["$ref"])
         return False
 
-    def _reference(self, path: Path, reference: Any, *, closes: bool) -> str:
+    def _reference(self, path: Path, reference: Any, *, closes: bool, tag: str) -> str:
         target, seen = self._document.resolve(path, reference), {path}
         while target not in seen:  # references to references: to the last
             schema = self._document.at(target)
@@ -240,10 +258,11 @@ class _Writer:
             seen.add(target)
             target = self._document.resolve(target, schema["$ref"])
         self._referrers.setdefault(target, path)
-        if (target, closes) not in self._names:
-            name = self._names[target, closes] = f"{self._prefix}{len(self._names)}"
-            self._pending.append((target, closes, name))
-        return f"#/$defs/{self._names[target, closes]}"
+        key = (target, closes, tag)
+        if key not in self._names:
+            self._names[key] = f"{self._prefix}{len(self._names)}"
+            self._pending.append((*key, self._names[key]))
+        return f"#/$defs/{self._names[key]}"
 
     def _list(self, path: Path, name: str, value: Any) -> list[Any]:
         items = as_list(path, name, value)
@@ -403,6 +422,13 @@ def _can_close(schema: dict[str, Any]) -> bool:
         schema.get(name) is not None
         for name in (*IN_PLACE, *_NO_NAMES, "additionalProperties", "minProperties")
     )
+
+
+def _tag(schema: dict[str, Any]) -> str:
+    """What OpenAPI and Pydantic tell the branches of a union apart by; empty if it is not said."""
+    discriminator = schema.get("discriminator")
+    name = discriminator.get("propertyName") if isinstance(discriminator, dict) else None
+    return name if isinstance(name, str) else ""
 
 
 def _says_nothing(name: str, schema: dict[str, Any]) -> bool:

@@ -312,3 +312,30 @@ def test_compare_says_what_limits_a_small_gain(speed: float, says_why: bool) -> 
     text = "\n".join(_comparison(answer(speed), answer(100.0), speculation))
     assert f"{speed / 100:.2f}x plain" in text
     assert ("to verify one more token takes 85% of a pass" in text) == says_why
+
+
+def test_a_json_schema(cli: Cli, model: Path, tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps(schema), encoding="utf-8")
+    for flags in (("-j", json.dumps(schema)), ("-jf", path), ("--json-schema-file", path)):
+        done = cli("generate", model, "-p", "x", *flags, "-n", 100, "-c", 256, "-ngl", 0)
+        assert json.loads(done.stdout)["a"] in (1, 2), done.stderr
+    sampled = ("--temp", 1.5, "-s", 3, "--speculative-sampling", "--skip-ffn", 1)
+    done = cli("generate", model, "-p", "x", "-j", json.dumps(schema), *sampled, "-n", 100)
+    assert json.loads(done.stdout)["a"] in (1, 2), done.stderr
+
+
+def test_a_json_schema_that_is_none(cli: Cli, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text("{", encoding="utf-8")
+    for flags, why in (
+        (("-j", '{"type": "array", "uniqueItems": true}'), "uniqueItems"),
+        (("-j", "{"), "no JSON"),
+        (("-jf", tmp_path / "bad.json"), "no JSON"),
+        (("-jf", tmp_path / "missing.json"), "missing.json"),
+    ):
+        done = cli("generate", model, "-p", "x", *flags)
+        assert_one_line_failure(done)
+        assert why in done.stderr
+    done = cli("generate", model, "-p", "x", "-j", "{}", "--grammar", 'root ::= "a"')
+    assert done.returncode == 2

@@ -77,7 +77,12 @@ HELD: dict[str, tuple[Any, list[str], list[str]]] = {
     "whole numbers": ({"type": "integer", "minimum": 1, "maximum": 5}, ["1", "5"], ["0", "6", "1.5"]),
     "exclusive": ({"type": "integer", "exclusiveMinimum": 1, "exclusiveMaximum": 3}, ["2"], ["1", "3"]),
     "exclusive, draft 4": ({"type": "integer", "minimum": 1, "exclusiveMinimum": True}, ["2"], ["1"]),
+    "exclusive fractions, draft 4": (
+        {"type": "number", "maximum": 1.5, "exclusiveMaximum": True, "minimum": 1, "exclusiveMinimum": False}, ["1", "1.2"], ["1.5"]),
     "fractions": ({"type": "number", "minimum": 0.5, "maximum": 1}, ["0.5", "0.75", "1"], ["0.4", "1.1"]),
+    "above a whole number": (
+        {"type": "number", "exclusiveMinimum": 2, "maximum": 2.5}, ["2.5", "2.0001"], ["2", "2.0", "2.00"]),
+    "between": ({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}, ["0.1"], ["0", "1", "-0.0", "1.0"]),
     "multiples": ({"type": "integer", "multipleOf": 3}, ["0", "-3", "12"], ["1", "13"]),
     "hundredths": ({"type": "number", "multipleOf": 0.01}, ["0.07"], ["0.075"]),
     "64 bits": (
