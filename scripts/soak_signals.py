@@ -58,6 +58,13 @@ class Scene:
     """Run in a terminal of its own, which Ctrl-C is typed into."""
     leave: str = ""
     """Typed after Ctrl-C: what an interactive command ends at."""
+    number: signal.Signals = signal.SIGINT
+    """What comes instead of Ctrl-C."""
+
+    @property
+    def codes(self) -> tuple[int, ...]:
+        """It may end with."""
+        return (0, 130) if self.number == signal.SIGINT else (0,)
 
 
 def _model(folder: Path) -> str:
@@ -89,6 +96,9 @@ SCENES: dict[str, Scene] = {
                    str(f / "bench.json"), *FEW], 4.0,
     ),
     "serve": Scene(lambda f: ["serve", _model(f), "--port", "0", *FEW], 3.0),
+    "serve told to end": Scene(
+        lambda f: ["serve", _model(f), "--port", "0", *FEW], 3.0, number=signal.SIGTERM
+    ),
     "verify": Scene(
         lambda f: ["verify", str(f.parent / CHECKPOINT), str(f.parent / CONVERTED), "-t", "1"], 5.0
     ),
@@ -130,7 +140,7 @@ def interrupt(scene: Scene, folder: Path, after_s: float, environment: dict[str,
         process.stdin.flush()
     time.sleep(after_s)
     start = time.monotonic()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(scene.number)
     try:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
@@ -202,9 +212,9 @@ def complaint(scene: Scene, ending: Ending, folder: Path) -> str:
         return "an exception in a callback"
     # before, it is Python's own start, or ours of the modules that `main` needs
     is_unborn = not has_begun and (
-        ending.code == -signal.SIGINT or (ending.code == 1 and "KeyboardInterrupt" in ending.said)
+        ending.code == -scene.number or (ending.code == 1 and "KeyboardInterrupt" in ending.said)
     )
-    if ending.code not in (0, 130) and not is_unborn:
+    if ending.code not in scene.codes and not is_unborn:
         return f"exit code {ending.code}"
     if ending.seconds > PROMPT_S:
         return f"took {ending.seconds:.1f} s to end"

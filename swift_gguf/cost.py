@@ -89,6 +89,11 @@ class Costs:
         return 0 if self.is_busy else 2 - self.is_provisional
 
     @property
+    def n_timed(self) -> int:
+        """How much was measured: grows until all was."""
+        return len(self.pass_ms) - len(self.untimed)
+
+    @property
     def is_guess(self) -> bool:
         """Is it unknown what several tokens take?  They are taken for as many passes then."""
         return self.is_provisional and len(self.pass_ms) == 1

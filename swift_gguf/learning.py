@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,7 @@ from swift_gguf.cost import WIDTHS, Costs, CostsHere, costs_key, stored_costs
 from swift_gguf.drafting.recycling import Recycling
 from swift_gguf.errors import StoppedError
 from swift_gguf.identity import profile_key
+from swift_gguf.interrupts import heard
 from swift_gguf.measuring import Budget, Measurement
 from swift_gguf.model import Model
 from swift_gguf.profile import EMBEDDED, Known, Profile, Seen, Store, embedded
@@ -153,9 +155,10 @@ class Learning:
         """
         if self.costs.is_sure or not self._may_look or self._model.room < max(QUICK_WIDTHS):
             return False
+        known = self.costs
         try:
-            costs = self._measured(QUICK_WIDTHS, rounds=2, known=self.costs, seconds=IDLE_LOOK_S)
-            self._may_look = costs is self._latest and not costs.is_busy
+            costs = self._measured(QUICK_WIDTHS, rounds=2, known=known, seconds=IDLE_LOOK_S)
+            self._may_look = costs.n_timed > known.n_timed and not costs.is_busy
         finally:  # it may be stopped
             if self._latest is not None:
                 self.here.update(self._latest)
@@ -176,19 +179,27 @@ class Learning:
         self._latest = None
         model, budget = self._model, Budget(seconds=seconds)
         measurement = Measurement(model, widths=widths, known=known)
-        is_empty = model.n_past == 0
+        is_empty, is_told = model.n_past == 0, threading.Event()
+
+        def stop() -> None:
+            is_told.set()
+            model.stop.raise_()
+
         try:
-            if is_empty:
-                n_tokens = max(1, min(max(widths), model.n_ctx // 2))
-                with budget.stopping(model):
-                    model.decode([7919 * i % model.n_vocab for i in range(n_tokens)])
-            if model.n_past:
-                measurement.run(budget, rounds=rounds)
+            with heard(stop):
+                if is_empty:
+                    n_tokens = max(1, min(max(widths), model.n_ctx // 2))
+                    with budget.stopping(model):
+                        model.decode([7919 * i % model.n_vocab for i in range(n_tokens)])
+                if model.n_past:
+                    measurement.run(budget, rounds=rounds)
             return self._kept(measurement, known)
-        except (KeyboardInterrupt, StoppedError):
+        except (KeyboardInterrupt, SystemExit, StoppedError):
             self._kept(measurement, known)
             raise
         finally:
+            if is_told.is_set():
+                model.stop.lower()
             if is_empty:
                 model.clear()
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from swift_gguf.cells import N_SEQUENCES
 from swift_gguf.context_length import context_length
 from swift_gguf.end_token import overrides
-from swift_gguf.errors import ModelError, UnsupportedModelError
+from swift_gguf.errors import ModelError, StoppedError, UnsupportedModelError
 from swift_gguf.gguf_check import check
-from swift_gguf.native import library
+from swift_gguf.native import StopFlag, library
 from swift_gguf.threads import default_threads
 
 if TYPE_CHECKING:
@@ -66,10 +66,13 @@ class Loaded:
             api.llama_model_free(model)
 
 
-def load(path: Path, options: ModelOptions) -> Loaded:
+def load(path: Path, options: ModelOptions, *, stop: StopFlag) -> Loaded:
     """Loads a model that generates text token by token.
 
+    stop: raised, it ends the load early.
+
     Raises:
+        StoppedError: that was so.
         ModelError: the file is missing, damaged or not a model llama.cpp can run.
         UnsupportedModelError: it runs, but does something else.
     """
@@ -79,10 +82,11 @@ def load(path: Path, options: ModelOptions) -> Loaded:
     api = library().api
     loaded = Loaded(None, None, options.n_threads or default_threads())
     try:
-        loaded.model = _load_model(path, options, overrides(header, path))
+        loaded.model = _load_model(path, options, overrides(header, path), stop=stop)
         vocab = api.llama_model_get_vocab(loaded.model)
         if api.llama_vocab_n_tokens(vocab) == 0 or api.llama_vocab_type(vocab) == 0:
             raise ModelError(f"{path} has no tokenizer; convert the model again, with one")
+        refuse_if_stopped(stop)
         loaded.ctx = _make_context(path, options, loaded, n_ctx=length.choose(options.n_ctx))
         loaded.n_ctx = length.usable(api.llama_n_ctx(loaded.ctx))
         if not generates_text(loaded):
@@ -118,19 +122,33 @@ def fit_context(params: Any, model: Any) -> None:
     params.swa_full = True  # a sliding-window cache of the window's size cannot be rolled back
 
 
+def refuse_if_stopped(stop: StopFlag) -> None:
+    """
+    Raises:
+        StoppedError: the flag is up.
+    """
+    if stop.is_up:
+        raise StoppedError("the load was stopped")
+
+
 def cause(messages: Sequence[str]) -> str:
     """The most telling of llama.cpp's messages: the first is the cause, the rest its echo."""
     lines = [line.strip(" .") for line in messages if line.strip(" .")]
     return lines[0].split("\n")[0] if lines else "llama.cpp gives no reason"
 
 
-def _load_model(path: Path, options: ModelOptions, instead: dict[str, int]) -> Any:
+def _load_model(
+    path: Path, options: ModelOptions, instead: dict[str, int], *, stop: StopFlag
+) -> Any:
     api = library().api
     params = api.llama_model_default_params()
     params.n_gpu_layers = options.n_gpu_layers
+    params.progress_callback = goes_on = library().unless_stopped(stop)
     with library().overriding(params, instead), library().messages() as messages:
         model = api.llama_model_load_from_file(os.fsencode(path), params)
+    del goes_on  # was needed until here
     if not model:
+        refuse_if_stopped(stop)
         raise ModelError(f"{path} cannot be loaded: {cause(messages)}")
     return model
 

@@ -163,7 +163,7 @@ class Measurement:
         widest, *others = reversed(self._wide)
         cases = dict.fromkeys([*small, widest, *self._narrow, self._without[0], *others])
         cases |= dict.fromkeys([*self._without, self._switch, self._few_rows])
-        return sorted(cases, key=lambda c: c != self._full and self._known_s(c) is not None)
+        return sorted(cases, key=lambda case: self._known_s(case) is not None)
 
     def run(self, budget: Budget, *, rounds: int) -> None:
         """Times the cases in rounds until the times are sure, or there is no time left.

@@ -74,7 +74,7 @@ class Library:
         self._swift = self.api._lib
         self._check_versions()
         self._log: deque[str] = deque(maxlen=50)
-        self._interrupted = False
+        self._interrupted: KeyboardInterrupt | SystemExit | None = None
         self._catch_interrupts()
         self.show_log(False)
         self._callback = self.api.llama_log_callback(self._on_log)
@@ -118,18 +118,18 @@ class Library:
                 self._log.append(text.decode("utf-8", "replace").strip())
             if self._shows_log:
                 sys.stderr.write(text.decode("utf-8", "replace"))
-        except KeyboardInterrupt:
-            self._interrupted = True  # ctypes drops what a callback raises
+        except (KeyboardInterrupt, SystemExit) as ending:
+            self._interrupted = ending  # ctypes drops what a callback raises
 
     def _catch_interrupts(self) -> None:
-        """A Ctrl-C while llama.cpp computes is raised on a callback's first line, before any `try`,
-        and all that Python does with it is to tell this hook."""
+        """What a signal's handler raises while llama.cpp computes is raised on a callback's first
+        line, before any `try`, and all that Python does with it is to tell this hook."""
         others = sys.unraisablehook
 
         def hook(lost: sys.UnraisableHookArgs) -> None:
             is_ours = getattr(lost.object, "__module__", None) == __name__
-            if is_ours and issubclass(lost.exc_type, KeyboardInterrupt):
-                self._interrupted = True
+            if is_ours and isinstance(lost.exc_value, (KeyboardInterrupt, SystemExit)):
+                self._interrupted = lost.exc_value
             else:
                 others(lost)
 
@@ -143,14 +143,26 @@ class Library:
     def messages(self) -> Iterator[deque[str]]:
         """Warnings and errors that llama.cpp logs inside the block, oldest first.
 
-        A Ctrl-C that arrives while llama.cpp logs, or in another callback, is raised at the end of
-        the block.
+        A Ctrl-C that arrives while llama.cpp logs or loads, or in another callback, is raised at
+        the end of the block.
         """
         self._log.clear()
-        yield self._log
-        if self._interrupted and threading.current_thread() is threading.main_thread():
-            self._interrupted = False
-            raise KeyboardInterrupt
+        try:
+            yield self._log
+        finally:  # whatever it raises: that it was interrupted may be why
+            ending = self._interrupted
+            if ending and threading.current_thread() is threading.main_thread():
+                self._interrupted = None
+                raise ending
+
+    def unless_stopped(self, flag: StopFlag) -> Any:
+        """For `progress_callback` of a model's parameters: the load ends early when the flag is
+        raised, or on Ctrl-C.  To be kept as long as it may be called."""
+
+        def goes_on(_progress: float, _: object) -> bool:
+            return not (flag.is_up or self._interrupted)
+
+        return self.api.llama_progress_callback(goes_on)
 
     @contextmanager
     def overriding(self, params: Any, values: Mapping[str, int]) -> Iterator[None]:

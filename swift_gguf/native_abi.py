@@ -199,10 +199,14 @@ class SubnetworkHandle:
 
 
 class StopFlag:
-    """Stops passes of a context while it is up; any thread may raise it."""
+    """Stops a model's load and passes of its context while it is up; any thread may raise it."""
 
     def __init__(self) -> None:
         self.value = ctypes.c_int32(0)
+
+    @property
+    def is_up(self) -> bool:
+        return bool(self.value.value)
 
     def raise_(self) -> None:
         self.value.value = 1

@@ -44,18 +44,20 @@ class OpenModel:
         options: ModelOptions | None = None,
         *,
         loaded: Loaded | None = None,
+        stop: StopFlag | None = None,
     ) -> None:
         """loaded: use these, made elsewhere of the same file, in a context that `fit_context` made
-        ready and that is empty; None: load it."""
+        ready and that is empty; None: load it.
+        stop: ends the load, too; None: one of its own."""
         self.path = Path(path)
         self.options = options or ModelOptions()
         self.tokens: list[int] = []
         """The tokens the context holds, in order."""
-        self.stop = StopFlag()
+        self.stop = stop or StopFlag()
         self._library = library()
         self._api = self._library.api
         self._handles = Handles(self.path, wanted=self.options.sidecar)
-        self._loaded = loaded or load(self.path, self.options)
+        self._loaded = loaded or load(self.path, self.options, stop=self.stop)
         try:
             self._set_up()
             self._handles.open(self._model, n_layer=self.n_layer, has_experts=self.has_experts)

@@ -6,7 +6,6 @@ prompt that begins with it only the rest is decoded.
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from swift_gguf.engine import generate
 from swift_gguf.errors import StoppedError
+from swift_gguf.interrupts import heard
 from swift_gguf.model import Model
 from swift_gguf.sampling import Sampler, SamplingOptions, SpeculativeSampler
 from swift_gguf.search.drivers import IdleSearch
@@ -245,9 +245,7 @@ def stopped_by_ctrl_c(answer: Answer) -> Iterator[None]:
     """Inside, Ctrl-C stops the answer, a long pass under way included; the third one interrupts,
     the second is that of a person in a hurry, who wants to keep what was said no less.
 
-    Python runs signal handlers between its own instructions only, and a pass over a long prompt may
-    take seconds; but it writes the signal to a descriptor at once, which a thread waits for.  For
-    the main thread.
+    For the main thread.
     """
     received = 0
 
@@ -258,22 +256,9 @@ def stopped_by_ctrl_c(answer: Answer) -> Iterator[None]:
             raise KeyboardInterrupt
         answer.stop()
 
-    def watch() -> None:
-        while signals := os.read(reading, 64):
-            if signal.SIGINT in signals:
-                answer.stop()
-
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    thread = threading.Thread(target=watch, name="swift-gguf-ctrl-c", daemon=True)
-    thread.start()
-    wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     handler = signal.signal(signal.SIGINT, handle)
     try:
-        yield
+        with heard(answer.stop):
+            yield
     finally:
         signal.signal(signal.SIGINT, handler)
-        signal.set_wakeup_fd(wakeup)
-        os.close(writing)
-        thread.join()
-        os.close(reading)

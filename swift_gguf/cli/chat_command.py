@@ -76,6 +76,8 @@ def chat(model: str, **values: Any) -> None:
     )
     variables = template_variables(values | {"reasoning": "auto"})  # that may change: a setting
     screen = terminal.Terminal() if terminal.is_usable() else None
+    if screen:
+        _leave_when_told()
     with ExitStack() as stack:
         loaded = stack.enter_context(load_model(model, values))
         conversation = _conversation(loaded, values, variables)
@@ -85,7 +87,6 @@ def chat(model: str, **values: Any) -> None:
         talk = Chat(session, conversation, screen or Plain(), settings)
         try:
             if screen:
-                _leave_when_told()
                 session.search_when_idle(talk.on_idle_step)
                 _talk(talk, screen)
             else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +80,8 @@ def serve(model: str, **values: Any) -> None:
     """Serve a model over HTTP, as OpenAI's API; a page to chat with is at /."""
     from swift_gguf.server.extra import require
 
+    # until the server listens, and has manners of its own
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     require()
     from swift_gguf.cli.progress import download_progress
     from swift_gguf.models import resolve
@@ -89,6 +93,7 @@ def serve(model: str, **values: Any) -> None:
     options = _options(model, values)
     with download_progress() as progress:
         path = resolve(model, progress=progress)
+    from swift_gguf.native import StopFlag
     from swift_gguf.native_memory import give_back_large_buffers
     from swift_gguf.server.run import serve as serve_model
     from swift_gguf.server.served import ServedLlama
@@ -101,9 +106,11 @@ def serve(model: str, **values: Any) -> None:
             err=True,
         )
     give_back_large_buffers()
+    stop = StopFlag()
     serve_model(
-        lambda: ServedLlama.load(path, loading, speculation, options),
+        lambda: ServedLlama.load(path, loading, speculation, options, stop=stop),
         options,
+        stop_loading=stop.raise_,
         on_listening=lambda url: click.echo(f"listening on {url}", err=True),
         on_ready=lambda served: click.echo(
             f"ready: {options.alias}; speculation: {served.speculation()['why']}", err=True

@@ -44,6 +44,7 @@ class DraftModel(Passes):
                 n_gpu_layers=options.n_gpu_layers,
                 flash_attn=options.flash_attn,
             ),
+            stop=target.stop,
         )
         try:
             if refusal := model.rollback_refusal:

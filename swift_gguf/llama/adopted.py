@@ -30,7 +30,7 @@ from swift_gguf.llama.one_thread import OneThread
 from swift_gguf.llama.scores import without_scores
 from swift_gguf.loading import cause, fit_context
 from swift_gguf.model import Model
-from swift_gguf.native import library
+from swift_gguf.native import StopFlag, library
 from swift_gguf.speculation_options import SpeculationOptions
 from swift_gguf.templates import Continued, Prompting
 from swift_gguf.threads import default_threads
@@ -46,6 +46,7 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
     n_tokens: int
     _requires_eval: bool
     _llama_sampler: Any = None
+    _goes_on: Any = None
     _n_sampling = 0
     input_ids: NDArray[np.intc]
 
@@ -69,6 +70,7 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
         self._old_samplers: list[Any] = []
         self._length = ContextLength(trained=None, limit=None)
         self._adopted: Model | None = None
+        self._stop = self._stop_flag()
         self._flash_attn, self._keeps_all, self._options = flash_attn, logits_all, options
         wanted = options_of(speculation)
         path = os.fspath(model_path)
@@ -83,7 +85,7 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
             if options.get("lora_path"):
                 gguf_check.check_adapter(options["lora_path"])
         library().show_log(verbose)
-        with our_errors(path) as messages:
+        with our_errors(path, self._stop) as messages:
             _init(
                 self,
                 path,
@@ -113,7 +115,21 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
         """See `Llama.n_ctx`; not more than there are learned positions."""
         return self._length.usable(super().n_ctx())
 
+    def _stop_flag(self) -> StopFlag:
+        """Ends the load and passes while it is up."""
+        return StopFlag()
+
     # -- adopting what llama_cpp made --------------------------------------------------------------
+
+    @property
+    def model_params(self) -> Any:
+        """What llama_cpp loads the model with."""
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params: Any) -> None:
+        params.progress_callback = self._goes_on = library().unless_stopped(self._stop)
+        self._model_params = params
 
     @property
     def _model(self) -> Any:
@@ -210,7 +226,7 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
 
     def _take_over(self, wanted: SpeculationOptions) -> Swift:
         why = refusal(self.model, self._options)
-        model = None if why else adopt(self, flash_attn=self._flash_attn)
+        model = None if why else adopt(self, flash_attn=self._flash_attn, stop=self._stop)
         if model is None:
             why = why or "the model does not generate text token by token"
             return Swift(wanted, refusal=why)

@@ -9,9 +9,9 @@ from types import FunctionType
 from typing import Any
 
 from swift_gguf.errors import ModelError
-from swift_gguf.loading import Loaded, ModelOptions, cause, generates_text
+from swift_gguf.loading import Loaded, ModelOptions, cause, generates_text, refuse_if_stopped
 from swift_gguf.model import Model
-from swift_gguf.native import library
+from swift_gguf.native import StopFlag, library
 from swift_gguf.sampling import draw, grammar_sampler
 from swift_gguf.schemas.matching import Matcher
 
@@ -40,7 +40,7 @@ def refusal(model: Any, options: dict[str, Any]) -> str:
     return ""
 
 
-def adopt(llama: Any, *, flash_attn: bool | None) -> Model | None:
+def adopt(llama: Any, *, flash_attn: bool | None, stop: StopFlag) -> Model | None:
     """A llama's model and context as our `Model`; None if it does not generate text."""
     loaded = Loaded(llama.model, llama.ctx, llama.n_threads, llama.n_ctx(), is_ours=False)
     if not generates_text(loaded):
@@ -53,18 +53,23 @@ def adopt(llama: Any, *, flash_attn: bool | None) -> Model | None:
         n_gpu_layers=-1 if n_gpu_layers == ALL_LAYERS else n_gpu_layers,
         flash_attn=flash_attn,
     )
-    return Model(llama.model_path, options, loaded=loaded)
+    return Model(llama.model_path, options, loaded=loaded, stop=stop)
 
 
 @contextmanager
-def our_errors(path: str | os.PathLike[str]) -> Iterator[Sequence[str]]:
-    """What llama.cpp logs; one line with its reason where llama_cpp only says that it failed."""
+def our_errors(path: str | os.PathLike[str], stop: StopFlag) -> Iterator[Sequence[str]]:
+    """What llama.cpp logs; one line with its reason where llama_cpp only says that it failed.
+
+    Raises:
+        StoppedError: it failed because the flag is up.
+    """
     with library().messages() as messages:
         try:
             yield messages
         except ValueError as error:
             if not str(error).startswith("Failed to "):
                 raise
+            refuse_if_stopped(stop)
             raise ModelError(f"{path} cannot be loaded: {cause(messages)}") from error
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -33,13 +35,18 @@ def serve(
     *,
     on_listening: Callable[[str], None] = lambda url: None,
     on_ready: Callable[[ServedLlama], None] = lambda model: None,
+    stop_loading: Callable[[], None] = lambda: None,
 ) -> None:
     """Listens, loads the model behind, and serves until SIGTERM or Ctrl-C.
 
-    Running answers then have `drain_s` to finish; what waits is told at once.  A second signal
-    ends everything.
+    Running answers then have `drain_s` to finish; what waits is told at once; a load ends.  A
+    second signal ends everything.
 
     on_listening: called with the address; on_ready: called in the model's thread.
+    stop_loading: makes `load` end early; called from any thread.
+
+    Does not return, but ends the process, where the model's thread is still inside llama.cpp then:
+    to take the libraries down under it would be a crash.
 
     Raises:
         SwiftError: the address cannot be had.
@@ -56,7 +63,7 @@ def serve(
         elif loop := server.loop:
             loop.call_soon_threadsafe(server.leave)
 
-    service = Service(load, options, on_loaded=on_loaded)
+    service = Service(load, options, on_loaded=on_loaded, stop_loading=stop_loading)
     config = uvicorn.Config(
         create_app(service),
         http=partial(_PatientProtocol, options=options),  # type: ignore[arg-type]
@@ -74,6 +81,10 @@ def serve(
         server.run(sockets=[listener])
     if service.error:
         raise service.error
+    if service.is_stuck:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130 if server.interrupted else 0)
     if server.interrupted:
         raise KeyboardInterrupt
 

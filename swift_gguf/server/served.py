@@ -87,7 +87,13 @@ class ServedLlama(SwiftLlama):
     _syntax: Syntax | None = None
     _shown: frozenset[int] = frozenset()
     _prompt_end = ""
-    _stop: StopFlag
+
+    def __init__(self, model_path: str, *, stop: StopFlag | None = None, **options: Any) -> None:
+        self._given_stop = stop
+        super().__init__(model_path, **options)
+
+    def _stop_flag(self) -> StopFlag:
+        return self._given_stop or StopFlag()
 
     @classmethod
     def load(
@@ -96,10 +102,15 @@ class ServedLlama(SwiftLlama):
         loading: ModelOptions,
         speculation: SpeculationOptions,
         options: ServerOptions,
+        *,
+        stop: StopFlag | None = None,
     ) -> ServedLlama:
         """Loads a model to serve, and searches for better drafts whenever nobody asks.
 
+        stop: raised, it ends that early.
+
         Raises:
+            StoppedError: that was so.
             ModelError: the file is missing, damaged or not a model llama.cpp can run.
             UnsupportedModelError: drafts are asked for by name, and there can be none.
         """
@@ -112,6 +123,7 @@ class ServedLlama(SwiftLlama):
             flash_attn=loading.flash_attn,
             last_n_tokens_size=options.sampling.repeat_last_n,
             verbose=False,
+            stop=stop,
         )
         llama.prepare(cache_bytes=options.cache_bytes, template=options.chat_template)
         return llama
@@ -127,10 +139,7 @@ class ServedLlama(SwiftLlama):
         native_chat.check()
         bos, eos = self._ends_as_text()
         self._syntaxes = Syntaxes(bos_token=bos, eos_token=eos)
-        if self.swift.model:
-            self._stop = self.swift.model.stop
-        else:
-            self._stop = StopFlag()
+        if self.swift.model is None:
             library().set_stop_flag(self.ctx, self._stop)
         self.look_back(self.last_n_tokens_size)
         if template is not None or "tokenizer.chat_template" not in self.metadata:

@@ -19,6 +19,7 @@ class Service:
 
     load: makes the model, in the model's thread.
     on_loaded: called there when it is made, or when that failed (`error`).
+    stop_loading: makes `load` end early.
     """
 
     def __init__(
@@ -27,9 +28,15 @@ class Service:
         options: ServerOptions,
         *,
         on_loaded: Callable[[], None] = lambda: None,
+        stop_loading: Callable[[], None] = lambda: None,
     ) -> None:
         self.options = options
-        self._worker = Worker(load, queue_size=options.queue_size, on_loaded=on_loaded)
+        self._worker = Worker(
+            load,
+            queue_size=options.queue_size,
+            on_loaded=on_loaded,
+            stop_loading=stop_loading,
+        )
         self.metrics = Metrics(
             waiting=lambda: self._worker.n_waiting, running=lambda: self._worker.n_running
         )
@@ -46,6 +53,11 @@ class Service:
     def error(self) -> BaseException | None:
         """Why there is no model and will be none."""
         return self._worker.error
+
+    @property
+    def is_stuck(self) -> bool:
+        """See `Worker.is_stuck`."""
+        return self._worker.is_stuck
 
     @property
     def model(self) -> ServedLlama | None:

@@ -22,6 +22,8 @@ _log = logging.getLogger("swift_gguf")
 
 LOADING_RETRY_S = 2.0
 SHUTDOWN_RETRY_S = 10.0
+LOADING_END_S = 0.5
+"""For a load that was told to end: there is nothing to lose."""
 
 
 class Served(Protocol):
@@ -91,16 +93,24 @@ class Worker(Generic[M]):
 
     load: makes the model, in the thread.
     queue_size: jobs that may wait, besides the one that runs.
-    on_loaded: called in the thread when the model is there, or could not be loaded.
+    on_loaded: called in the thread when the model is there, or could not be loaded; not if the end
+        came first.
+    stop_loading: makes `load` end early; called from any thread.
     """
 
     def __init__(
-        self, load: Callable[[], M], *, queue_size: int, on_loaded: Callable[[], None]
+        self,
+        load: Callable[[], M],
+        *,
+        queue_size: int,
+        on_loaded: Callable[[], None],
+        stop_loading: Callable[[], None] = lambda: None,
     ) -> None:
         self.model: M | None = None
         self.error: BaseException | None = None
         """Why there is no model and will be none."""
         self._load, self._queue_size, self._on_loaded = load, queue_size, on_loaded
+        self._stop_loading, self._is_loading = stop_loading, True
         self._state = threading.Condition()
         self._vocabulary = threading.Lock()
         self._waiting: deque[Job[M]] = deque()
@@ -204,14 +214,23 @@ class Worker(Generic[M]):
             self.stop(job, self._closing)
 
     def close(self, *, wait_s: float = 10.0) -> None:
-        """Ends all jobs and frees the model; nobody may ask for it any more."""
+        """Ends all jobs, or the load, and frees the model; nobody may ask for it any more."""
         self.drain(reason="the server shuts down")
         self.stop_current()
         with self._state:
             self._is_closed = True
             self._state.notify_all()
+            if self._is_loading:
+                self._stop_loading()
+                wait_s = min(wait_s, LOADING_END_S)
         if self._thread.is_alive():
             self._thread.join(wait_s)
+
+    @property
+    def is_stuck(self) -> bool:
+        """After `close`: is the thread still inside llama.cpp, under which the interpreter must not
+        fall apart?"""
+        return self._thread.is_alive()
 
     # -- the thread's side -------------------------------------------------------------------------
 
@@ -219,12 +238,19 @@ class Worker(Generic[M]):
         try:
             model = self._load()
         except BaseException as error:  # told to whoever runs the server
-            self.error = error
+            with self._state:
+                self._is_loading = False
+                if self._is_closed:
+                    return
+                self.error = error
             self._on_loaded()
             return
         with self._state:
+            self._is_loading = False
             self.model = model
-        self._on_loaded()
+            has_ended = self._is_closed
+        if not has_ended:
+            self._on_loaded()
         try:
             while (job := self._next()) is not None:
                 self._work(model, job)

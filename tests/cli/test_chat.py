@@ -522,3 +522,23 @@ def test_typing_does_not_lag_while_the_search_runs(
     steps = int(chat.text.split("idle ")[-1].split(" step")[0].split()[-1])
     assert steps > 0
     assert chat.leave() == 0
+
+
+def test_ctrl_c_while_it_gets_ready(terminal: Callable[..., Terminal], profiles: Path) -> None:
+    """What was measured until then is kept, and the terminal is as it was."""
+    chat = terminal(resolve("qwen2.5-coder-0.5b"), "-t", 1, "-ngl", 0)
+    before = termios.tcgetattr(chat.child.child_fd)
+    chat.wait("measuring what passes cost here (once)", 60)
+    time.sleep(0.5)
+    start = time.monotonic()
+    chat.type(CTRL_C, enter=False)
+    while chat.read():
+        pass
+    chat.child.wait()
+    assert time.monotonic() - start < 5
+    assert chat.child.exitstatus == 130
+    assert "Traceback" not in chat.text
+    assert chat.raw.rfind("\x1b[?25h") > chat.raw.rfind("\x1b[?25l")  # the cursor shows
+    assert termios.tcgetattr(chat.child.child_fd)[:4] == before[:4]
+    (profile,) = profiles.glob("*.json")
+    assert json.loads(profile.read_text())["costs"]

@@ -7,6 +7,7 @@ import math
 import re
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from swift_gguf.errors import (
     ContextFullError,
     DecodeError,
     GrammarError,
+    StoppedError,
     SwiftError,
     TemplateError,
 )
@@ -169,6 +171,56 @@ def test_a_model_is_closed_when_nobody_uses_it_any_more() -> None:
         worker.close(wait_s=0.1)
         assert not is_closed.is_set()
     assert is_closed.wait(10)
+
+
+def test_the_end_while_the_model_loads() -> None:
+    told = threading.Event()
+
+    def load() -> Nothing:
+        assert told.wait(10)
+        raise StoppedError("the load was stopped")
+
+    loaded = threading.Event()
+    worker = Worker(load, queue_size=1, on_loaded=loaded.set, stop_loading=told.set)
+    worker.start()
+    worker.close()
+    assert not worker.is_stuck
+    assert worker.error is None
+    assert not loaded.is_set()
+
+
+def test_a_model_that_comes_after_the_end_is_closed_unsaid() -> None:
+    told, is_closed, loaded = threading.Event(), threading.Event(), threading.Event()
+
+    class Model(Nothing):
+        def close(self) -> None:
+            is_closed.set()
+
+    def load() -> Model:
+        assert told.wait(10)
+        return Model()
+
+    worker = Worker(load, queue_size=1, on_loaded=loaded.set, stop_loading=told.set)
+    worker.start()
+    worker.close()
+    assert is_closed.wait(10)
+    assert not loaded.is_set()
+
+
+def test_a_load_that_cannot_be_stopped_is_not_waited_for() -> None:
+    go_on = threading.Event()
+
+    def load() -> Nothing:
+        assert go_on.wait(20)
+        return Nothing()
+
+    worker = Worker(load, queue_size=1, on_loaded=lambda: None)
+    worker.start()
+    start = time.monotonic()
+    worker.close()
+    assert time.monotonic() - start < 5
+    assert worker.is_stuck
+    go_on.set()
 
 
 # -- room for bodies -------------------------------------------------------------------------------
