@@ -81,7 +81,7 @@ def serve(model: str, **values: Any) -> None:
     from swift_gguf.server.extra import require
 
     # until the server listens, and has manners of its own
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, _leave)
     require()
     from swift_gguf.cli.progress import download_progress
     from swift_gguf.models import resolve
@@ -116,6 +116,11 @@ def serve(model: str, **values: Any) -> None:
             f"ready: {options.alias}; speculation: {served.speculation()['why']}", err=True
         ),
     )
+
+
+def _leave(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # another one would change the exit code
+    sys.exit(0)
 
 
 def _options(model: str, values: dict[str, Any]) -> ServerOptions:

@@ -129,6 +129,8 @@ class _Server(uvicorn.Server):
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.loop.remove_signal_handler(number)
+                # the process ends: another one would change its exit code
+                signal.signal(number, signal.SIG_IGN)
 
     def _on_signal(self, number: int) -> None:
         self.interrupted = self.interrupted or number == signal.SIGINT
