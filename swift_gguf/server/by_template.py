@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 from swift_gguf.server.syntax import Syntax
@@ -39,15 +40,18 @@ class ByTemplate:
             setattr(self, self._grows, getattr(self, self._grows) + text)
             self._n_read = len(self._text)
             return
-        new = len(self._text) - self._n_read
-        if new * (_GROWTH_OF_CALLS if self._is_calling else _GROWTH) < len(self._text):
+        new = self._text[self._n_read :]
+        if len(new) * (_GROWTH_OF_CALLS if self._is_calling else _GROWTH) < len(self._text):
             self._grows = None  # what was left out may have been a mark
             return
         self._n_read = len(self._text)
-        try:
+        before = {"said": self.said, "thought": self.thought}
+        self._grows = None
+        with suppress(ValueError):
             self._take(self._read(is_partial=True), is_over=False)
-        except ValueError:
-            self._grows = None
+        for name, earlier in before.items():
+            if new and not self._is_calling and getattr(self, name) == earlier + new:
+                self._grows = name  # all that is new belongs to it: no mark has begun
 
     def finish(self, *, is_cut: bool) -> bool:
         """The answer is over; is it one of this syntax, all in all?
@@ -88,17 +92,11 @@ class ByTemplate:
             and said.startswith(self.said.rstrip())
             and whole[: len(self.calls)] == self.calls[: len(whole)]
         )
-        self._grows = None
         if fits:
             self._is_calling = bool(calls)
             self.thought = max(thought, self.thought, key=len)
             self.said = max(said, self.said, key=len)
             self.calls += whole[len(self.calls) :]
-            for name in ("said", "thought"):
-                text = getattr(self, name)
-                if text and not calls and self._text.endswith(text):
-                    self._grows = name
-                    break
         return fits
 
 

@@ -156,7 +156,8 @@ class Answer:
         plain.feed(self._text)
         plain.finish(is_cut=is_cut)
         self.thought = _going_on(self.thought, plain.thought)
-        self.said = _going_on(self.shown, plain.said)
+        # the template's reader tells no blanks that come first
+        self.said = _going_on(self.shown, plain.said.lstrip())
         self.calls += plain.calls[len(self.calls) :]
 
 

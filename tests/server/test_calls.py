@@ -57,7 +57,7 @@ def streamed(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The message that a client puts together, and the deltas."""
     chunks = [{"content": piece} for piece in pieces]
-    parts = [{"role": "assistant"}, *chunks, {}]
+    parts = [{"role": "assistant"}, {"content": ""}, *chunks, {}]
     choices = [
         {"index": 0, "delta": part, "logprobs": None, "finish_reason": reason if not part else None}
         for part in parts
@@ -188,11 +188,10 @@ NOUN = '{"name": "noun", "arguments": {"word": "house"}}'
         " \n",
         "",
         "Hello.\n\n",
+        f"get_weather{CALL}, get_weather",
     ],
 )
 def test_what_is_no_call_is_said_as_it_is(text: str, template: str | None) -> None:
-    if template == "LLAMA" and text.endswith(' "arguments": {"city": '):
-        pytest.skip("llama.cpp takes it for a cut call")
     message = agree(text, expected(template) if template else ANY)
     assert message["tool_calls"] == []
     assert message["content"] == text
@@ -333,7 +332,8 @@ def test_random_answers_are_the_same_in_a_stream() -> None:
     parts = [*marks, CALL, TIME_CALL, NOUN, XML, "\n", " ", "Hm."]
     for _ in range(150):
         text = "".join(dice.choices(parts, k=dice.randint(1, 6)))
-        for wanted in (ANY, expected("HERMES"), replace(ANY, must_call=True)):
+        by_template = [expected(name) for name in ("HERMES", "LLAMA", "GPT_OSS")]
+        for wanted in (ANY, *by_template, replace(ANY, must_call=True)):
             agree(text, wanted, dice.choice(["stop", "length"]))
 
 
