@@ -6,10 +6,10 @@ import gc
 import logging
 import math
 import re
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any
@@ -84,7 +84,9 @@ class ServedLlama(SwiftLlama):
     thinks = False
     """Has the prompt of the generation under way, or the latest, opened the model's thoughts?"""
     _syntaxes: Syntaxes
-    _syntax: Syntax | None = None
+    _syntax_of: Callable[[Mapping[str, Any]], Syntax | None]
+    _may_expect: Sequence[Mapping[str, Any]] = ()
+    """Variables of the template that may have made the prompt."""
     _shown: frozenset[int] = frozenset()
     _prompt_end = ""
 
@@ -258,8 +260,12 @@ class ServedLlama(SwiftLlama):
         Returns: texts that end such an answer.
         """
         source = None if tools is None else self._template(bool(tools))
-        self._syntax = self._syntaxes.of(source, tools or (), variables) if source else None
-        syntax = self._syntax
+        self._may_expect = []
+        if source is not None:
+            wanted = dict(variables or {})
+            self._may_expect = [wanted, {"enable_thinking": False, **wanted}]
+            self._syntax_of = partial(self._syntaxes.of, source, tools or ())
+        syntax = self._syntax_of(self._may_expect[0]) if self._may_expect else None
         marks = syntax.shown if syntax and (tools or syntax.thinking) else ()
         ids = [self.tokenize(mark.encode(), add_bos=False, special=True) for mark in marks]
         self._shown = frozenset(found[0] for found in ids if len(found) == 1)
@@ -271,10 +277,11 @@ class ServedLlama(SwiftLlama):
         thinks: may it have thoughts?
         splits: are they told apart?  llama.cpp's reader of a template that has them does so.
         """
-        syntax = self._syntax
+        # llama.cpp has models think unless it is told not to; to our templates nothing is told
+        known = (self._syntax_of(variables) for variables in self._may_expect)
+        end = self._prompt_end.rstrip()
+        syntax = next((one for one in known if one and end.endswith(one.opening.rstrip())), None)
         if syntax is None or (syntax.thinking and not splits):
-            return None
-        if not self._prompt_end.rstrip().endswith(syntax.opening.rstrip()):
             return None
         is_open = bool(syntax.thinking) and syntax.opening.rstrip().endswith(syntax.thinking)
         return None if is_open and not thinks else syntax

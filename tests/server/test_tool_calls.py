@@ -13,6 +13,7 @@ import pytest
 from swift_gguf.llama import SwiftLlama
 from tests.fixtures import chat_templates
 from tests.fixtures.tokenizer import CHATML
+from tests.native.test_chat_answers import FORMS
 from tests.server.conftest import Server
 
 CHAT = "/v1/chat/completions"
@@ -156,6 +157,20 @@ def test_marks_that_are_control_tokens(
     assert found["content"] == ""
     assert [call["name"] for call in found["tool_calls"]] == ["get_weather"]
     assert answer(server, f"<|im_start|>[{CALL}]", **fields, tools=[])["content"] == f"[{CALL}]"
+
+
+def test_a_template_that_thinks_when_it_is_told_to(
+    serve: Callable[..., Server], model: Path
+) -> None:
+    """As DeepSeek's: llama.cpp would tell it so, we do not."""
+    flags = ("-c", 1024, "-t", 1, "--cache-ram", 0, "--chat-template", chat_templates.DEEPSEEK)
+    server = serve(model, *flags).wait_until_ready()
+    said, (content, thought) = FORMS["DEEPSEEK"]
+    said = said.removeprefix(f"{thought}</think>")
+    for variables in ({}, {"enable_thinking": False}):
+        found = answer(server, said, chat_template_kwargs=variables)
+        assert [call["name"] for call in found["tool_calls"]] == ["get_weather"]
+        assert found["content"] == content
 
 
 def test_a_hostile_template_only_loses_its_own_forms(
