@@ -24,7 +24,7 @@ _OPENINGS = ("{", "[{", "```", FUNCTION)
 MAX_OPENING = 80
 """Characters that are looked at to tell."""
 PIECE = 256
-"""Characters."""
+"""Characters that are read at once."""
 
 
 class Calls:
