@@ -24,6 +24,9 @@ from swift_gguf.subnetwork import SubNetwork
 # prefill; never used where several rows are asked for, as in a verification.
 PREFILL_WIDTH = 64
 
+# SWIFT_NARROW_MAX: no verification is wider, and kernels for prompts are faster there.
+NARROW_MAX = 72
+
 
 class Model(OpenModel):
     """A model with one sequence in one context.  Not safe for use by several threads at once.
@@ -83,7 +86,8 @@ class Model(OpenModel):
 
         subnetwork: what the pass runs; None: the whole model.  What is decoded under a sub-network
             must be rolled back before the whole model goes on.
-        exact: rows are what single tokens would give, to the bit; False: as fast as it goes.
+        exact: rows are what single tokens would give, to the bit, up to `NARROW_MAX` tokens; False:
+            as fast as it goes.
 
         Raises:
             ContextFullError: they do not fit; nothing is decoded.
@@ -236,7 +240,8 @@ class Model(OpenModel):
     ) -> None:
         if len(tokens) > self.n_batch:
             raise ValueError(f"{len(tokens)} tokens in a batch of {self.n_batch}")
-        invariant = exact and (n_outputs > 1 or len(tokens) < PREFILL_WIDTH)
+        is_narrow = len(tokens) < PREFILL_WIDTH or 1 < n_outputs and len(tokens) <= NARROW_MAX
+        invariant = exact and is_narrow
         if invariant != self._invariant:
             self._library.set_batch_invariant(self.ctx, invariant)
             self._invariant = invariant

@@ -196,7 +196,3 @@ bool swift_mul_mat(const ggml_compute_params *, ggml_tensor *, int64_t, int64_t)
 }
 
 #endif // SWIFT_NARROW_AVX2
-
-bool swift_is_narrow(const ggml_compute_params * params, const ggml_tensor * dst) {
-    return params->use_ref && dst->src[1]->ne[1] <= SWIFT_NARROW_MAX;
-}

@@ -24,10 +24,6 @@ bool swift_mul_mat(
         const struct ggml_compute_params * params, struct ggml_tensor * dst,
         int64_t n_interleaved, int64_t n_block);
 
-// Is the product one that batch-invariant mode computes column by column, where no kernel of ours does?
-// Those of attention without flash attention are among them, and those of small adapters.
-bool swift_is_narrow(const struct ggml_compute_params * params, const struct ggml_tensor * dst);
-
 #ifdef __cplusplus
 }
 #endif
