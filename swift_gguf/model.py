@@ -240,7 +240,7 @@ class Model(OpenModel):
     ) -> None:
         if len(tokens) > self.n_batch:
             raise ValueError(f"{len(tokens)} tokens in a batch of {self.n_batch}")
-        is_narrow = len(tokens) < PREFILL_WIDTH or 1 < n_outputs and len(tokens) <= NARROW_MAX
+        is_narrow = len(tokens) < PREFILL_WIDTH or (n_outputs > 1 and len(tokens) <= NARROW_MAX)
         invariant = exact and is_narrow
         if invariant != self._invariant:
             self._library.set_batch_invariant(self.ctx, invariant)
