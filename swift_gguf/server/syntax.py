@@ -21,6 +21,7 @@ _log = logging.getLogger("swift_gguf")
 
 MAX_KEPT = 32
 """Syntaxes; each belongs to a template and a set of tools."""
+_TYPES = ["string", "integer", "number", "boolean", "null", "array", "object"]
 _MESSAGES = [{"role": "user", "content": "Hello"}]
 
 
@@ -95,6 +96,9 @@ class Syntaxes:
             return None
         found = json.loads(answer["text"])
         if "error" in found:
+            plain = {**request, "tools": [_plainly(tool) for tool in request["tools"]]}
+            if plain != request:  # a schema that llama.cpp does not understand, perhaps
+                return self._ask(template, plain)
             _log.info("the chat template's syntax is not known: %s", found["error"])
             return None
         return Syntax(
@@ -104,3 +108,22 @@ class Syntaxes:
             shown=tuple(found["preserved_tokens"]),
             stops=tuple(found["stops"]),
         )
+
+
+def _plainly(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool with no more of its parameters than their names and types, which a reader needs."""
+    function = tool["function"]
+    properties = function.get("parameters", {}).get("properties")
+    types = {
+        name: {"type": schema["type"]}
+        if isinstance(schema, dict) and schema.get("type") in _TYPES
+        else {}
+        for name, schema in (properties.items() if isinstance(properties, dict) else ())
+    }
+    return {
+        "type": "function",
+        "function": {
+            "name": function["name"],
+            "parameters": {"type": "object", "properties": types},
+        },
+    }

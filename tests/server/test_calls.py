@@ -378,6 +378,20 @@ def test_syntaxes_belong_to_tools_and_variables() -> None:
     assert syntaxes.of(chat_templates.DEEPSEEK, []) is not one
 
 
+@pytest.mark.parametrize(
+    "odd", [True, {"$ref": "#/nowhere"}, {"type": "no such type"}, {"pattern": "(?<=x)["}, 3]
+)
+def test_a_parameter_that_llama_cpp_does_not_understand(odd: object) -> None:
+    """Only its name and type are needed to read calls."""
+    properties = {"city": {"type": "string"}, "days": {"type": "integer"}, "odd": odd}
+    parameters = {"type": "object", "properties": properties}
+    tool = {"type": "function", "function": {"name": "get_weather", "parameters": parameters}}
+    syntax = SYNTAXES.of(chat_templates.DEEPSEEK, [tool])
+    assert syntax
+    message = agree(FORMS["DEEPSEEK"][0], replace(ANY, syntax=syntax))
+    assert made(message) == [("get_weather", {"city": "Ulm", "days": 3})]
+
+
 def test_a_long_answer_is_read_with_little_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """4,000 tokens of text, thoughts and arguments: all readings together read a few hundred times
     the answer."""
