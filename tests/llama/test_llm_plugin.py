@@ -82,7 +82,7 @@ def test_models_are_listed_and_nothing_is_loaded(home: Path) -> None:
     assert "swift/smollm2-135m" in names
     assert "llama_cpp" not in modules
     ours = {name for name in modules if name.startswith("swift_gguf.")}
-    light = ("downloads", "errors", "hub", "llm_plugin", "models")
+    light = ("downloads", "errors", "hub", "llm_plugin", "models", "text_files")
     assert ours == {f"swift_gguf.{name}" for name in light}
 
 
