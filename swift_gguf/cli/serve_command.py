@@ -123,6 +123,11 @@ def _leave(*_: object) -> None:
     sys.exit(0)
 
 
+def model_name(reference: str) -> str:
+    """What answers call a model that was asked for by a name, a path or an address."""
+    return Path(reference).name.removesuffix(".gguf")
+
+
 def _options(model: str, values: dict[str, Any]) -> ServerOptions:
     from swift_gguf.server.options import ServerOptions
     from swift_gguf.text import read_template
@@ -138,7 +143,7 @@ def _options(model: str, values: dict[str, Any]) -> ServerOptions:
         port=values["port"],
         api_key=key,
         origins=values["origins"],
-        alias=values["alias"] or Path(model).name.removesuffix(".gguf"),
+        alias=values["alias"] or model_name(model),
         queue_size=values["queue_size"],
         max_body=values["max_body"],
         n_predict=values["n_predict"],

@@ -35,6 +35,7 @@ TIDY_EVERY_S = 20.0
 PROMPT_END = 64
 """Tokens at a prompt's end that are looked at: they hold all that it has of the answer."""
 
+CHATML_END = "<|im_end|>"
 _JOINED_ARGUMENTS = re.compile(r"arguments['\"\]]*\s*\+")
 
 
@@ -160,7 +161,10 @@ class ServedLlama(SwiftLlama):
         if template is None:
             _log.warning("the model has no chat template; chats go by ChatML (--chat-template)")
             self.chat_format: str | None = "chatml"
-            template, stop = CHATML, ["<|im_end|>"]  # text to this model
+            template = CHATML
+            end = self.tokenize(CHATML_END.encode(), add_bos=False, special=True)
+            if not (len(end) == 1 and self._ends(end[0])):
+                stop = [CHATML_END]  # text to this model
         else:
             self.chat_format, self.chat_handler = "chat_template.default", None
             self.metadata["tokenizer.chat_template"] = template

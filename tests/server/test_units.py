@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
 from swift_gguf.cli import main
+from swift_gguf.cli.serve_command import model_name
 from swift_gguf.errors import (
     ContextFullError,
     DecodeError,
@@ -26,6 +27,7 @@ from swift_gguf.errors import (
     SwiftError,
     TemplateError,
 )
+from swift_gguf.sampling import DRAWN_SEED, SamplingOptions, llama_seed
 from swift_gguf.server import served
 from swift_gguf.server.answers import _telling
 from swift_gguf.server.app import _failed
@@ -34,7 +36,7 @@ from swift_gguf.server.errors import ApiError
 from swift_gguf.server.extra import PACKAGES, require
 from swift_gguf.server.guard import Guard
 from swift_gguf.server.options import ServerOptions, is_loopback
-from swift_gguf.server.requests import Message
+from swift_gguf.server.requests import CompletionRequest, Message
 from swift_gguf.server.worker import Job, Worker
 
 
@@ -102,6 +104,34 @@ def test_an_earlier_call_that_is_none_is_told_with_its_message(call: object, lac
     with pytest.raises(ValidationError, match=f"its tool_calls has no {lacks}") as told:
         ChatRequest.model_validate({"messages": turns})
     assert told.value.errors()[0]["loc"] == ("messages", 1)
+
+
+def test_names_of_models_keep_what_follows_their_last_dot() -> None:
+    for reference, name in (
+        ("qwen2.5-coder-0.5b", "qwen2.5-coder-0.5b"),
+        ("hf:owner/repo-v1.5", "repo-v1.5"),
+        ("/models/a.b/some-1.5b.Q4_K_M.gguf", "some-1.5b.Q4_K_M"),
+        ("smollm2-135m", "smollm2-135m"),
+    ):
+        assert model_name(reference) == name
+
+
+def test_seeds_are_32_bits_of_which_none_is_drawn_anew() -> None:
+    def cli(seed: int) -> int | None:
+        return SamplingOptions(seed=seed).with_seed().seed
+
+    def server(seed: int, choice: int = 0) -> int | None:
+        wanted = CompletionRequest(prompt="a", seed=seed).seed_of(choice, None)
+        return None if wanted is None else llama_seed(wanted)
+
+    for seed in (0, 42, 2**32 - 2, 2**32 - 1, 2**32, 2**32 + 42, 2**53, 2**63, -2):
+        assert cli(seed) == server(seed) == llama_seed(seed)
+        assert 0 <= llama_seed(seed) < DRAWN_SEED
+    assert cli(2**32 + 42) == 42
+    assert len({cli(seed) for seed in (0, 2**32 - 2, 2**32 - 1)}) == 3
+    assert server(2**32 - 2, choice=1) == cli(2**32 - 1)
+    assert server(-1) is None
+    assert 0 <= llama_seed(None) < DRAWN_SEED
 
 
 class Nothing:
