@@ -86,6 +86,7 @@ class Matcher:
 
     def __init__(self, matcher: LLMatcher, n_vocab: int) -> None:
         self._matcher, self._n_vocab = matcher, n_vocab
+        self._mask: NDArray[np.bool_] | None = None  # of the next token, once it is asked for
 
     def mask(self) -> NDArray[np.bool_]:
         """Which tokens fit now: [n_vocab].
@@ -97,7 +98,8 @@ class Matcher:
         if self._matcher.is_error():
             raise GrammarError(_too_much(self._matcher))
         allowed = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")
-        return allowed[: self._n_vocab].view(np.bool_)
+        self._mask = allowed[: self._n_vocab].view(np.bool_)
+        return self._mask
 
     def apply(self, logits: NDArray[np.float32]) -> None:
         """Sets the logits of all tokens that do not fit to -inf.
@@ -113,9 +115,12 @@ class Matcher:
         """Goes on by a token.
 
         Raises:
-            GrammarError: it does not fit.
+            GrammarError: it does not fit, or to go on takes too much.
         """
+        fitted, self._mask = self._mask is not None and self._mask[token], None
         if not self._matcher.consume_token(token):
+            if fitted:
+                raise GrammarError(_too_much(self._matcher))
             raise GrammarError(f"token {token} does not fit the schema here")
 
     def fork(self) -> Matcher:

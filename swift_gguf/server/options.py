@@ -32,7 +32,7 @@ MAX_CONTENT_LENGTH = 1 << 18
 MAX_TOKEN_IDS = 1 << 17
 """Tokens to make a text of."""
 MAX_GRAMMAR_LENGTH = 64 * 1024
-"""Of GBNF, given or made from a schema, in characters."""
+"""Of GBNF, in characters."""
 MAX_DEPTH = 64
 """Of brackets in a grammar, and of a JSON schema."""
 MAX_REPETITION = 2000

@@ -636,3 +636,7 @@ def test_what_takes_too_much_while_sampling_is_told() -> None:
     matcher.accept(ord('"'))
     with pytest.raises(GrammarError, match="takes too much to hold"):
         matcher.mask()
+    matcher = VOCABULARY.matcher(json_by({"enum": [{"a": i} for i in range(2500)]}))
+    assert matcher.mask()[ord("{")]
+    with pytest.raises(GrammarError, match="takes too much to hold"):
+        matcher.accept(ord("{"))
