@@ -374,7 +374,9 @@ class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
     prompt: Prompts
-    max_tokens: MaxTokens | None = 16
+    max_tokens: MaxTokens | None = Field(
+        default=16, validation_alias=names("max_tokens", "n_predict")
+    )
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     suffix: str | None = None

@@ -61,6 +61,7 @@ def test_other_servers_names() -> None:
     request = chat(repetition_penalty=1.2, typ_p=0.5, n_predict=7)
     assert (request.repeat_penalty, request.typical_p, request.max_tokens) == (1.2, 0.5, 7)
     assert chat(repeat_penalty=1.2, repetition_penalty=1.3).repeat_penalty == 1.2
+    assert CompletionRequest(prompt="x", n_predict=7).max_tokens == 7
     for fields in ({"repetition_penalty": -1}, {"typ_p": 0}, {"n_predict": -2}):
         with pytest.raises(ValidationError):
             chat(**fields)
