@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,61 +73,21 @@ def gap_tokens(vocab: Any) -> tuple[int, int, int] | None:
     return None if min(found) < 0 else found
 
 
-def gap_prompt(
-    llama: Any,
-    prefix: Sequence[int],
-    suffix: str,
-    *,
-    begun: Sequence[int] = (),
-    files: Sequence[Mapping[str, str]] = (),
-) -> list[int]:
-    """The tokens to fill a gap after, laid out as llama-server's ``/infill`` has it.
-
-    begun: what of the middle is written already.
-    files: other texts of the same project, ``{"filename", "text"}``.
-
-    Raises:
-        UnsupportedModelError: the model has no tokens for that.
-    """
+def _around_a_gap(llama: Any, given: str | Sequence[int], suffix: str) -> Prompt:
+    """Laid out as llama-server's ``/infill`` has it."""
     marks = gap_tokens(llama._model.vocab)
     if marks is None:
         raise UnsupportedModelError(
             "this model cannot fill a gap before a suffix: its vocabulary has no FIM tokens"
         )
-    before = [marks[0], *prefix, *begun]
+    prefix = _tokenize(llama, given, special=False) if isinstance(given, str) else list(given)
+    before = [marks[0], *prefix]
     after = [marks[1], *_tokenize(llama, suffix, special=False)]
     body = after + before if llama.spm_infill else before + after
-    return _project(llama, files) + _start(llama) + body + [marks[2]]
-
-
-def _around_a_gap(llama: Any, given: str | Sequence[int], suffix: str) -> Prompt:
-    prefix = _tokenize(llama, given, special=False) if isinstance(given, str) else list(given)
-    tokens = gap_prompt(llama, prefix, suffix)
-    mark = gap_tokens(llama._model.vocab)
-    assert mark is not None
-    first = tokens.index(mark[0]) + 1
+    tokens = [*_start(llama), *body, marks[2]]
+    first = len(tokens) - 1 - len(prefix) - (0 if llama.spm_infill else len(after))
     written = range(first, first + len(prefix))
     return Prompt(tokens, written, given if isinstance(given, str) else None)
-
-
-def _project(llama: Any, files: Sequence[Mapping[str, str]]) -> list[int]:
-    """Files of a project, as Qwen2.5-Coder's report has them, or as snippets."""
-    if not files:
-        return []
-    api, vocab = library().api, llama._model.vocab
-    repository, separator = api.llama_vocab_fim_rep(vocab), api.llama_vocab_fim_sep(vocab)
-    tokens: list[int] = []
-    if repository >= 0:
-        tokens += [repository, *_tokenize(llama, "myproject\n", special=False)]
-    for file in files:
-        if separator >= 0:
-            tokens += [separator, *_tokenize(llama, file["filename"] + "\n", special=False)]
-        else:
-            tokens += _tokenize(llama, "\n\n--- snippet ---\n\n", special=False)
-        tokens += _tokenize(llama, file["text"], special=False)
-    if separator >= 0:
-        tokens += [separator, *_tokenize(llama, "filename\n", special=False)]
-    return tokens
 
 
 def _tokenize(llama: Any, text: str, *, special: bool = True) -> list[int]:
