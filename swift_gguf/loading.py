@@ -27,6 +27,8 @@ class ModelOptions:
     n_ctx: int | None = None
     """Context size in tokens; None: 4096, or as long as the model was trained for, if that is less;
     0: as long as it was trained for.  Never longer than a table of learned positions."""
+    holds_several: bool = False
+    """Several texts lie in the context beside one another, each shorter than it."""
     n_batch: int = 512
     """Tokens decoded at once during prefill; at least 48, so that trees and windows fit, too."""
     n_threads: int | None = None
@@ -78,7 +80,8 @@ def load(path: Path, options: ModelOptions, *, stop: StopFlag) -> Loaded:
     """
     header = check(path)
     length = context_length(header)
-    length.warn(path, options.n_ctx)
+    if not options.holds_several:
+        length.warn(path, options.n_ctx)
     api = library().api
     loaded = Loaded(None, None, options.n_threads or default_threads())
     try:

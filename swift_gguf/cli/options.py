@@ -250,8 +250,11 @@ def template_variables(values: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def load_model(reference: str, values: dict[str, Any], *, n_batch: int | None = None) -> Model:
-    """The model that MODEL names, fetched if need be."""
+def load_model(reference: str, values: dict[str, Any], **more: Any) -> Model:
+    """The model that MODEL names, fetched if need be.
+
+    more: of `ModelOptions`, what no flag says.
+    """
     from dataclasses import replace
 
     from swift_gguf.cli.progress import download_progress
@@ -261,8 +264,7 @@ def load_model(reference: str, values: dict[str, Any], *, n_batch: int | None = 
         path = resolve(reference, progress=progress)
     from swift_gguf.model import Model
 
-    options = model_options(values)
-    model = Model(path, replace(options, n_batch=n_batch) if n_batch else options)
+    model = Model(path, replace(model_options(values), **more))
     if model.sidecar_refusal:
         click.echo(f"swift-gguf: going on without draft weights: {model.sidecar_refusal}", err=True)
     return model

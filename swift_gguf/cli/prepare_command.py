@@ -62,7 +62,7 @@ def prepare(model: str, output: Path | None, minutes: float, **values: Any) -> N
     from swift_gguf.sidecar import path_beside
 
     values |= {"ctx_size": CONTEXT, "sidecar": "none"}
-    with load_model(model, values, n_batch=BATCH) as loaded:
+    with load_model(model, values, n_batch=BATCH, holds_several=True) as loaded:
         out = output or path_beside(loaded.path)
         with _display() as report:
             _prepare(loaded, out, values, report)

@@ -28,7 +28,12 @@ SEED = 1
 def options(n_threads: int | None, watch: ProductWatch | None = None) -> ModelOptions:
     """The same for all who look at the model."""
     return ModelOptions(
-        n_ctx=CONTEXT, n_batch=BATCH, n_threads=n_threads, sidecar=None, watch=watch
+        n_ctx=CONTEXT,
+        holds_several=True,
+        n_batch=BATCH,
+        n_threads=n_threads,
+        sidecar=None,
+        watch=watch,
     )
 
 

@@ -7,6 +7,8 @@ after instead of before, partial RoPE, layers without any: random checkpoints, c
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,10 @@ pytestmark = pytest.mark.slow
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Bloom": {"n_layer": 4, "n_head": 4},
-    "Cohere2": {"sliding_window": 64, "head_dim": 32},
+    "Cohere2": {"sliding_window": 64, "head_dim": 32, "rotary_pct": 1.0},
     "DeepseekV2": {
         "kv_lora_rank": 32,
-        "q_lora_rank": None,
+        "q_lora_rank": 64,
         "qk_nope_head_dim": 32,
         "qk_rope_head_dim": 16,
         "v_head_dim": 32,
@@ -92,13 +94,16 @@ def made(tmp_path: Path, tokenizers: Callable[[str], Path]) -> Callable[[str], P
     return make
 
 
-def answers(kind: type, path: Path, **options: Any) -> list[str]:
+def answers(kind: type, path: Path, **options: Any) -> list[list[int]]:
+    """Token ids: of tokens with more than 32 bytes, `Llama` loses the text."""
     llama = kind(str(path), n_ctx=1024, n_gpu_layers=N_GPU_LAYERS, verbose=False, **options)
-    said = [
-        llama.create_completion(prompt, max_tokens=50, temperature=t, seed=1)["choices"][0]["text"]
-        for prompt in PROMPTS
-        for t in (0.0, 1.0)
-    ]
+    said = []
+    for prompt in PROMPTS:
+        for temperature in (0.0, 1.0):
+            llama.set_seed(1)
+            tokens = llama.generate(llama.tokenize(prompt.encode()), temp=temperature)
+            with closing(tokens):
+                said.append(list(islice(tokens, 50)))
     if isinstance(llama, SwiftLlama) and llama.swift.speculation != "off":
         assert llama.swift.stats.drafted > 0, llama.swift.why
     llama.close()
