@@ -134,12 +134,18 @@ def _parameters(tool: Tool, *, prefix: str = "") -> Written:
 
 
 def _of_object(parameters: Any) -> Any:
-    """Arguments are an object, also where a tool forgets to say so."""
-    if parameters is None or parameters is True:
+    """Arguments are an object, also where a tool forgets to say so; a tool that says nothing of
+    them has none, as OpenAI has it."""
+    if parameters is None:
+        return {"type": "object", "properties": {}}
+    if parameters is True:
         return {"type": "object"}
-    if isinstance(parameters, dict) and all(parameters.get(n) is None for n in ("type", "$ref")):
-        return {**parameters, "type": "object"}
-    return parameters
+    if not isinstance(parameters, dict):
+        return parameters
+    kinds = parameters.get("type")
+    if kinds is not None and "object" not in (kinds if isinstance(kinds, list) else [kinds]):
+        raise refused((), "type", "of parameters must be object")
+    return {**parameters, "type": "object"}
 
 
 def _held(root: Any, *, prefix: str = "") -> Written:
@@ -157,6 +163,8 @@ def _held(root: Any, *, prefix: str = "") -> Written:
             _limit(written)
             if complaint := _complaint(written):
                 raise search.located(complaint, without)
+            if not can_end(written):
+                raise SchemaError("no value fits the schema: none has an end")
             return written
         except SchemaError as error:
             branch = _dispensable(document, error.path, without, referrers)
@@ -174,8 +182,6 @@ def _limit(written: Written) -> None:
         )
     if _levels(written) > MAX_LEVELS:
         raise SchemaError("the schema is nested too deep through its references; make it flatter")
-    if not can_end(written):
-        raise SchemaError("no value fits the schema: none has an end")
 
 
 def _dispensable(

@@ -28,7 +28,12 @@ def _ends(schema: Any, ending: set[str]) -> bool:
         return False
     if schema.get("type") == "object":
         properties, others = schema.get("properties", {}), schema.get("additionalProperties", True)
-        return all(_ends(properties.get(n, others), ending) for n in schema.get("required", ()))
+        # which pattern a name matches is llguidance's to say: here it may be any
+        unnamed = [*schema.get("patternProperties", {}).values(), others]
+        return all(
+            any(_ends(value, ending) for value in ([properties[n]] if n in properties else unnamed))
+            for n in schema.get("required", ())
+        )
     if schema.get("type") == "array" and (least := schema.get("minItems", 0)):
         first = schema.get("prefixItems", [])[:least]
         rest = [schema.get("items", True)] if least > len(first) else []

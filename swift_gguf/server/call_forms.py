@@ -186,7 +186,8 @@ def _named(text: str, match: re.Match[str] | None) -> list[Form] | None:
 
 
 def _tagged(text: str, tools: Mapping[str, Mapping[str, Any]]) -> list[Form] | None:
-    """``<function=name><parameter=key>value</parameter></function>``, once or more."""
+    """``<function=name><parameter=key>value</parameter></function>``, or with the JSON of the
+    arguments inside (Llama 3.1), once or more."""
     calls = []
     while text:
         head, begin, text = text.partition("<function=")
@@ -194,10 +195,14 @@ def _tagged(text: str, tools: Mapping[str, Mapping[str, Any]]) -> list[Form] | N
         name, end, inside = inside.partition(">")
         if head.strip() or not begin or not end or not name.strip():
             return None
-        arguments = _parameters(inside, tools.get(name.strip(), {}))
+        if inside.lstrip().startswith("{"):
+            arguments = object_text(inside.strip())
+        else:
+            parameters = _parameters(inside, tools.get(name.strip(), {}))
+            arguments = None if parameters is None else json.dumps(parameters, ensure_ascii=False)
         if arguments is None:
             return None
-        calls.append(Form(name.strip(), json.dumps(arguments, ensure_ascii=False)))
+        calls.append(Form(name.strip(), arguments))
         text = text.lstrip()
     return calls
 

@@ -184,13 +184,17 @@ def _called(call: dict[str, Any], *, as_text: bool) -> dict[str, Any]:
 
 def _check_calls(field: str, calls: Any) -> None:
     """Templates would trip over a call that is none, and not say where it is."""
-    for call in calls if isinstance(calls, list) else ():
+    if calls is not None and not isinstance(calls, list):
+        raise ValueError(f"its {field} are no list")
+    for call in calls or ():
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict):
             raise ValueError(f"one of its {field} has no function")
         for name in ("name", "arguments"):
             if name not in function:
                 raise ValueError(f"one of its {field} has no {name}")
+        if not isinstance(function["name"], str):
+            raise ValueError(f"the name in one of its {field} is no text")
 
 
 class StreamOptions(Body):
@@ -345,7 +349,7 @@ class ResponseFormat(Body):
 class Function(Body):
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
     description: str | None = None
-    parameters: Json = Field(default_factory=lambda: {"type": "object"})
+    parameters: Json = Field(default_factory=lambda: {"type": "object", "properties": {}})
 
 
 class Tool(Body):

@@ -144,6 +144,7 @@ def test_a_known_tool_is_called_in_any_form(form: str, template: str | None) -> 
         f"<tool_call>{CALL}\n{TIME_CALL}</tool_call>",
         f"<tool_call>{CALL}</tool_call>\n<tool_call>\n{TIME_CALL}\n</tool_call>",
         f"<tool_call>\n{XML}\n<function=get_time>\n</function>\n</tool_call>",
+        f"<function=get_weather>{json.dumps(ULM)}</function>\n<function=get_time>{{}}</function>",
         f"[TOOL_CALLS][{CALL}, {TIME_CALL}]",
         f"```json\n[{CALL}, {TIME_CALL}]\n```",
         f"<|python_tag|>{CALL}; {TIME_CALL}",

@@ -111,9 +111,14 @@ def test_a_schema_or_calls(server: Server) -> None:
             "tools: f: not cannot be held; leave it out",
         ),
         (
+            {"tools": [tool("f", {"type": "string"})], "tool_choice": "required"},
+            "tools",
+            "tools: f: type of parameters must be object",
+        ),
+        (
             {"response_format": form(False)},
             "response_format",
-            "response_format: no value fits the schema: none has an end",
+            "response_format: the schema leaves no value that fits",
         ),
     ],
     ids=str,

@@ -106,6 +106,22 @@ def test_an_earlier_call_that_is_none_is_told_with_its_message(call: object, lac
     assert told.value.errors()[0]["loc"] == ("messages", 1)
 
 
+@pytest.mark.parametrize(
+    ("calls", "said"),
+    [
+        ({"a": 1}, "its tool_calls are no list"),
+        ("x", "its tool_calls are no list"),
+        ([{"function": {"name": 3, "arguments": "{}"}}], "the name in one of its tool_calls"),
+        ([{"function": {"name": None, "arguments": "{}"}}], "the name in one of its tool_calls"),
+    ],
+)
+def test_earlier_calls_are_a_list_of_functions_with_names(calls: object, said: str) -> None:
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": calls}]
+    with pytest.raises(ValidationError, match=said) as told:
+        ChatRequest.model_validate({"messages": turns})
+    assert told.value.errors()[0]["loc"] == ("messages", 1)
+
+
 def test_names_of_models_keep_what_follows_their_last_dot() -> None:
     for reference, name in (
         ("qwen2.5-coder-0.5b", "qwen2.5-coder-0.5b"),

@@ -49,6 +49,10 @@ def cat(name: str, **more: Any) -> dict[str, Any]:
 
 
 HELD: dict[str, tuple[Any, list[str], list[str]]] = {
+    "a required name of a pattern": (
+        {"type": "object", "patternProperties": {"^a": {"const": 1}}, "additionalProperties": False, "required": ["a"]},
+        ['{"a":1}', '{"a":1,"ab":1}'], ["{}", '{"a":2}', '{"ab":1}', '{"b":1}'],
+    ),
     # siblings of a list of types, of references and of unions
     "types and enum": ({"type": ["string", "null"], "enum": ["red", None]}, ['"red"', "null"], ['"x"']),
     "types and object": (
@@ -339,14 +343,20 @@ REFUSED: dict[str, tuple[Any, str]] = {
                 "properties.a: minLength leaves no value that fits"),
     "types": (a({"allOf": [{"type": "integer"}, {"type": "string"}]}),
               "properties.a: allOf leaves no value that fits"),
-    "false": (False, "no value fits the schema: none has an end"),
+    "false": (False, "the schema leaves no value that fits"),
     "a required impossibility": (
-        {"type": "object", "properties": {"a": False}, "required": ["a"]},
+        a({"type": "object", "properties": {"b": False}, "required": ["b"]}),
+        "properties.a: properties leaves no value that fits"),
+    "a required name that no pattern allows": (
+        a({"type": "object", "patternProperties": {"^b$": {}}, "additionalProperties": False, "required": ["c"]}),
+        "properties.a: additionalProperties leaves no value that fits"),
+    "without end, by a pattern": (
+        {"type": "object", "patternProperties": {"^a$": {"$ref": "#"}}, "additionalProperties": False, "required": ["a"]},
         "no value fits the schema: none has an end"),
     "without end": (a({"$ref": "#"}), "no value fits the schema: none has an end"),
     "without end, in an array": ({"type": "array", "items": {"$ref": "#"}, "minItems": 1},
                                  "no value fits the schema: none has an end"),
-    "itself": ({"$ref": "#"}, "no value fits the schema: none has an end"),
+    "itself": ({"$ref": "#"}, "$ref leaves no value that fits"),
     "empty enum": (a({"enum": []}), "properties.a: enum is empty"),
     "empty anyOf": ({"anyOf": []}, "anyOf is empty"),
     "a strange type": (a({"type": "strange"}), "properties.a: type must be a type of JSON, or a list of them"),
@@ -360,7 +370,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "multiples of nothing": ({"multipleOf": 0}, "multipleOf must be a number above 0"),
     "recursion with itself": (
         {"$ref": "#/$defs/A", "$defs": {"A": {"allOf": [{"$ref": "#/$defs/A"}, {"type": "object"}]}}},
-        "no value fits the schema: none has an end"),
+        "$defs.A.allOf[0]: $ref cannot be held (circular references with sibling keys are not supported: json-schema:///#/$defs/1); leave it out"),
 }  # fmt: skip
 
 
@@ -408,7 +418,9 @@ PARAMETERS: dict[str, tuple[Any, Any]] = {
     "the tool itself": ({"properties": {"c": {"$ref": "#"}}}, {"c": {"c": {}}}),
     "recursive": ({"$ref": "#/$defs/Node", "$defs": {"Node": NODE}}, {"value": 1}),
     "none": ({"type": "object", "properties": {}}, {}),
-    "absent": (None, {"x": 1}),
+    "absent": (None, {}),
+    "an object or null": ({"type": ["object", "null"]}, {"x": 1}),
+    "a union": ({"anyOf": [{"type": "string"}, a({"const": 1})]}, {"a": 1}),
     "empty": ({}, {"x": 1}),
 }
 
@@ -421,7 +433,18 @@ def test_parameters(name: str) -> None:
     assert fits(VOCABULARY, calls, call("f", arguments))
     assert not fits(VOCABULARY, calls, call("f", 1))
     assert not fits(VOCABULARY, calls, call("f", "x"))
+    assert not fits(VOCABULARY, calls, call("f", None))
     assert fits(VOCABULARY, arguments_of("f", parameters), json.dumps(arguments))
+
+
+def test_a_tool_that_names_no_parameters_has_none() -> None:
+    assert not fits(VOCABULARY, call_of([Tool("f", None)]), call("f", {"x": 1}))
+
+
+@pytest.mark.parametrize("kind", ["string", ["string", "null"], "nonsense"])
+def test_arguments_are_an_object(kind: Any) -> None:
+    with pytest.raises(SchemaError, match=r"^f: type of parameters must be object$"):
+        call_of([Tool("f", {"type": kind})])
 
 
 def test_the_tool_that_cannot_be_held_is_named() -> None:
