@@ -299,6 +299,15 @@ async def _told(_: Request, error: Exception) -> Response:
     return _response(error)
 
 
+_IN_PLAIN_WORDS = {
+    "missing": "it is missing",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "model_attributes_type": "must be an object",
+}
+"""Where pydantic speaks of Python's types."""
+
+
 async def _invalid(_: Request, error: Exception) -> Response:
     """OpenAI says 400 where FastAPI says 422."""
     assert isinstance(error, RequestValidationError)
@@ -308,8 +317,12 @@ async def _invalid(_: Request, error: Exception) -> Response:
     if told["type"] == "json_invalid":
         return _response(bad_request("the body is not valid JSON"))
     param = _place(told["loc"][1:], error.body, is_missing=told["type"] == "missing") or None
-    message = told["msg"].removeprefix("Value error, ")
-    return _response(bad_request(f"{param}: {message}" if param else message, param=param))
+    if error.body is None:
+        return _response(bad_request("the body is empty: send a JSON object"))
+    plain = _IN_PLAIN_WORDS.get(told["type"])
+    where = param or ("the body" if plain else "")
+    message = plain or told["msg"].removeprefix("Value error, ")
+    return _response(bad_request(f"{where}: {message}" if where else message, param=param))
 
 
 def _place(names: Sequence[str | int], body: Any, *, is_missing: bool) -> str:

@@ -168,7 +168,7 @@ def test_a_named_tool(
         ({"type": "json_object", "schema": SET}, "properties.tags: uniqueItems cannot be held"),
         ({"type": "json_object", "schema": {"pattern": "a]("}}, "pattern cannot be held"),
         ({"type": "json_schema"}, "needs a schema"),
-        ({"type": "json_object", "schema": False}, "no value fits"),
+        ({"type": "json_object", "schema": False}, "no value that fits"),
     ],
     ids=str,
 )

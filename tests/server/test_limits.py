@@ -57,6 +57,29 @@ def test_malformed_bodies(server: Server, body: bytes) -> None:
     told(*server.post(CHAT, body))
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "the body is empty: send a JSON object"),
+        (b"[]", "the body: must be an object"),
+        (b"{}", "messages: it is missing"),
+        (b'{"messages": ["x"]}', "messages.0: must be an object"),
+        (
+            b'{"messages": [{"role": "user", "content": "a"}], "tools": 3}',
+            "tools: Input should be a valid list",
+        ),
+        (
+            b'{"messages": [{"role": "user", "content": "a"}], "tools": [{"function": 3}]}',
+            "tools.0.function: must be an object",
+        ),
+    ],
+)
+def test_what_is_no_request_is_told_in_words_of_json(
+    server: Server, body: bytes, message: str
+) -> None:
+    assert told(*server.post(CHAT, body))["message"] == message
+
+
 def test_bodies_in_other_encodings(server: Server) -> None:
     """JSON with a byte order mark, or in UTF-16, is read; in Latin-1 it is none."""
     text = json.dumps(chat(messages=[{"role": "user", "content": "café"}]), ensure_ascii=False)
