@@ -200,7 +200,7 @@ def _cycle(
     )
     stats.sample_s += perf_counter() - decoded
     conclude(model, draft, verdict, drafter, stats)
-    stats.cycle_s += perf_counter() - start
+    stats.cycle_s += perf_counter() - start - draft.prompt_s
     sources = [tree.sources[node] for node in verdict.accepted]
     sources[len(verdict.tokens) - 1 :] = [TARGET]
     return [Token(*token) for token in zip(verdict.tokens, sources, strict=True)]
@@ -212,6 +212,8 @@ class Draft:
     i."""
 
     tree: Tree
+    prompt_s: float
+    """In which sources read the prompt; no part of `draft_s`."""
     draft_s: float
     verify_s: float
 
@@ -221,8 +223,14 @@ def propose(model: Target, pending: int, drafter: Drafter | None, *, n_max: int)
     start = perf_counter()
     tree = drafter.draft(pending, n_max=n_max) if drafter and n_max > 0 else NO_DRAFT
     drafted = perf_counter()
+    prompt_s = drafter.prompt_s if drafter and n_max > 0 else 0.0
     model.decode_tree([pending, *tree.tokens], [-1, *(parent + 1 for parent in tree.parents)])
-    return Draft(tree, draft_s=drafted - start, verify_s=perf_counter() - drafted)
+    return Draft(
+        tree,
+        prompt_s=prompt_s,
+        draft_s=drafted - start - prompt_s,
+        verify_s=perf_counter() - drafted,
+    )
 
 
 def conclude(
@@ -242,6 +250,7 @@ def conclude(
         stats.plain_cycles += 1
         stats.plain_s += draft.verify_s
     stats.cycle_n += len(verdict.tokens)
+    stats.prompt_s += draft.prompt_s
     stats.draft_s += draft.draft_s
     stats.verify_s += draft.verify_s
 

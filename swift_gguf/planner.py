@@ -97,7 +97,7 @@ class Planner:
         self._pending = 0
         self._passed = False  # for the latest draft
         self._is_new = True
-        self._catching_up_s = 0.0
+        self._prompt_s = 0.0
         self._credit_ms = 0.0  # what it may still lose
         self._priced: list[tuple[Passes, float]] = []
         self._paces = {each.passes.name: Pace() for each in self.drafts}
@@ -123,7 +123,7 @@ class Planner:
     def _forget_draft(self) -> None:
         """What is remembered of the latest draft until its verdict comes."""
         self._offered, self._expected_ms = {}, {}
-        self._passed, self._catching_up_s = False, 0.0
+        self._passed, self._prompt_s = False, 0.0
 
     def _is_trusted(self, drafts: Drafts) -> bool:
         """Is its worth known, and more than it costs?"""
@@ -185,7 +185,12 @@ class Planner:
             if self._forced or pays:
                 passes.begin(self._pending)
                 passes.end()
-        self._catching_up_s = perf_counter() - start
+        self._prompt_s = perf_counter() - start
+
+    @property
+    def prompt_s(self) -> float:
+        """See `Drafter.prompt_s`."""
+        return self._prompt_s
 
     @property
     def active(self) -> bool:
@@ -269,7 +274,7 @@ class Planner:
 
     def _drafting_ms(self, cycle: Cycle) -> float:
         """What the draft took, but for hiccups; corrects what its passes are expected to take."""
-        took_ms = max(0.0, 1e3 * (cycle.draft_s - self._catching_up_s))
+        took_ms = 1e3 * cycle.draft_s
         expected_ms = sum(self._expected_ms.values())
         for name, pace in self._paces.items():
             if name not in self._expected_ms:

@@ -44,6 +44,7 @@ class Stats:
     prompt_n: int = 0
     """Prompt tokens decoded (those the context held already are not)."""
     prompt_s: float = 0.0
+    """The prompt's passes, those of a draft model included."""
     predicted_n: int = 0
     cycles: int = 0
     """Target passes after the prompt."""

@@ -35,6 +35,8 @@ class LayerSkip:
     """
 
     name = NAME
+    prompt_s = 0.0
+    """Its context is the target's: it never reads the prompt."""
 
     def __init__(
         self,

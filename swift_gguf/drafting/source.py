@@ -27,6 +27,11 @@ class Drafter(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def prompt_s(self) -> float:
+        """Of the latest draft, the seconds in which sources read the prompt: once an answer."""
+        ...
+
     def draft(self, pending: int, *, n_max: int) -> Tree:
         """At most `n_max` tokens after `pending`, the token that is sampled but not decoded yet.
 

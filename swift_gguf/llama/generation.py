@@ -55,7 +55,7 @@ class Generation:
         self._draft = propose(model, token, self._drafter, n_max=n_max)
         self._walk = Walk(self._draft.tree, is_eog=model.is_eog)
         self._cycle_s = 0.0
-        self._spent(perf_counter() - start)
+        self._spent(perf_counter() - start - self._draft.prompt_s)
 
     def sampled(self, token: int, seconds: float) -> None:
         """A token was sampled from `row`."""

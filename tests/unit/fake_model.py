@@ -245,6 +245,7 @@ class ScriptedDrafter:
     """
 
     name = "scripted"
+    prompt_s = 0.0
 
     def __init__(
         self,
@@ -303,6 +304,7 @@ class TreeDrafter:
     """
 
     name = "tree"
+    prompt_s = 0.0
 
     def __init__(
         self, model: FakeModel, sampler: GreedySampler, parents: Sequence[int], right: int

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain, product
+from time import sleep
 from typing import Any, NamedTuple, cast
 
 import pytest
@@ -588,6 +589,27 @@ def test_statistics_of_a_known_run() -> None:
     assert all(part > 0 for part in parts)
     assert stats.prompt_s > 0
     assert sum(parts) <= stats.cycle_s
+
+
+class ReadsThePrompt(ScriptedDrafter):
+    """Its first draft waits for a draft model that decodes the prompt."""
+
+    READING_S = 0.1
+
+    def draft(self, pending: int, *, n_max: int) -> Tree:
+        self.prompt_s = 0.0 if self.calls else self.READING_S
+        sleep(self.prompt_s)
+        return super().draft(pending, n_max=n_max)
+
+
+def test_what_a_drafter_takes_to_read_the_prompt_is_prompt_time() -> None:
+    job, stats = Job(max_tokens=9), Stats()
+    model, sampler = job.model(), job.sampler()
+    drafter = ReadsThePrompt(model, sampler, ["rrw", "w", "", "rr"])
+    list(generate(model, PROMPT, sampler=sampler, drafter=drafter, max_tokens=9, stats=stats))
+    assert drafter.READING_S < stats.prompt_s < 2 * drafter.READING_S  # once, not every cycle
+    assert 0 < stats.draft_s < drafter.READING_S
+    assert 0 < stats.draft_s + stats.verify_s + stats.sample_s <= stats.cycle_s < drafter.READING_S
 
 
 def test_plain_runs_have_no_source() -> None:
