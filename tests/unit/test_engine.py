@@ -594,7 +594,7 @@ def test_statistics_of_a_known_run() -> None:
 class ReadsThePrompt(ScriptedDrafter):
     """Its first draft waits for a draft model that decodes the prompt."""
 
-    READING_S = 0.1
+    READING_S = 0.3
 
     def draft(self, pending: int, *, n_max: int) -> Tree:
         self.prompt_s = 0.0 if self.calls else self.READING_S
