@@ -199,8 +199,8 @@ class Planner:
 
     @property
     def row_share(self) -> float:
-        """What verifying a first draft token takes, in plain passes."""
-        return self._prices.verify_ms(2) / self.economy.plain_ms - 1.0
+        """What verifying a first draft token takes, in plain passes; noise takes none away."""
+        return max(0.0, self._prices.verify_ms(2) / self.economy.plain_ms - 1.0)
 
     @property
     def why_plain(self) -> str:
