@@ -491,7 +491,6 @@ struct q5_1 {
     static __m256i quants(const weights & x) { return _mm256_or_si256(nibbles_32(x.qs), where_set(x.qh, 0x10)); }
 };
 
-
 // -- F32 and F16: one row at a time, as ggml_vec_dot_f32 and ggml_vec_dot_f16 ------------------------
 
 template <typename type>
