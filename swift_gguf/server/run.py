@@ -122,15 +122,19 @@ class _Server(uvicorn.Server):
         """Handlers of the loop's, not methods of this: sse_starlette would look for those, and cut
         every stream at once."""
         self.loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        for number in numbers:
             self.loop.add_signal_handler(number, self._on_signal, number)
         try:
             yield
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            # The process ends: another one would change its exit code.  asyncio restores Python's
+            # handler first, and one that comes just then must not meet it.
+            signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+            for number in numbers:
                 self.loop.remove_signal_handler(number)
-                # the process ends: another one would change its exit code
                 signal.signal(number, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
     def _on_signal(self, number: int) -> None:
         self.interrupted = self.interrupted or number == signal.SIGINT
