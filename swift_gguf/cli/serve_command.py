@@ -82,6 +82,7 @@ def serve(model: str, **values: Any) -> None:
 
     # until the server listens, and has manners of its own
     signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGINT, _interrupt)
     require()
     from swift_gguf.cli.progress import download_progress
     from swift_gguf.models import resolve
@@ -119,8 +120,19 @@ def serve(model: str, **values: Any) -> None:
 
 
 def _leave(*_: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # another one would change the exit code
+    _ignore_signals()
     sys.exit(0)
+
+
+def _interrupt(*_: object) -> None:
+    _ignore_signals()
+    raise KeyboardInterrupt
+
+
+def _ignore_signals() -> None:
+    """The process ends: another one would change its exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def model_name(reference: str) -> str:

@@ -104,12 +104,18 @@ def test_threads_end_with_the_one_that_asked(tiny: Tiny, open_model: Open) -> No
     tasks = Path("/proc/self/task")
     if not tasks.exists():
         pytest.skip("this system does not list a process's threads")
-    model = open_model(tiny("llama"), n_threads=3)
-    before = len(list(tasks.iterdir()))
-    thread = threading.Thread(target=model.decode, args=([1, 2, 3],))
+    model, seen = open_model(tiny("llama"), n_threads=3), set[Path]()
+
+    def decode() -> None:
+        before = set(tasks.iterdir())
+        model.decode([1, 2, 3])
+        seen.update(set(tasks.iterdir()) - before)
+
+    thread = threading.Thread(target=decode)
     thread.start()
     thread.join()
+    assert len(seen) == 2  # the third is the one that asked
     deadline = perf_counter() + 5
-    while len(list(tasks.iterdir())) > before and perf_counter() < deadline:
+    while seen & set(tasks.iterdir()) and perf_counter() < deadline:
         pass
-    assert len(list(tasks.iterdir())) == before
+    assert not seen & set(tasks.iterdir())
