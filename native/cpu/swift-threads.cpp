@@ -31,7 +31,8 @@
 
 namespace {
 
-// Threads that all run meet sooner, nearly always; one that has lost its core is away for a time slice, 3 ms.
+// Threads that all run meet sooner, nearly always; one that has lost its core is away for a time slice, 3 ms. After
+// long work, as with prompts, they come further apart: half of what the one that waits has worked is not late yet.
 constexpr int64_t LATE_NS = 1'000'000;
 // For so long all sleep after somebody was late; twice as long each time it happens again.
 constexpr int64_t SLEEPY_MIN_NS = 4'000'000;
@@ -42,6 +43,7 @@ constexpr int64_t POLL_NS = 2'000'000;
 std::atomic<int>     n_sleeping { 0 };
 std::atomic<int64_t> sleepy_until_ns { 0 }; // 0: nobody was late
 std::atomic<int64_t> sleepy_for_ns { 0 };
+thread_local int64_t left_ns = 0; // when this thread left its latest barrier
 std::atomic<int64_t> last_late_ns { 0 };
 
 int64_t now_ns() {
@@ -147,17 +149,19 @@ struct own_pool {
 void swift_wait_while(const int * value, int seen) {
     const auto is_over = [=] { return __atomic_load_n(value, __ATOMIC_RELAXED) != seen; };
     if (!is_sleepy()) {
-        if (spin(LATE_NS, is_over)) {
-            return;
+        const int64_t worked = now_ns() - left_ns;
+        if (!spin(std::max(LATE_NS, worked / 2), is_over)) {
+            be_sleepy(now_ns());
         }
-        be_sleepy(now_ns());
     }
     while (!is_over()) {
         sleep_while(value, seen);
     }
+    left_ns = now_ns();
 }
 
 void swift_wake(const int * value) {
+    left_ns = now_ns(); // the last one to come does not wait
 #if defined(__linux__)
     if (n_sleeping.load(std::memory_order_seq_cst) > 0) {
         syscall(SYS_futex, value, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
