@@ -329,18 +329,20 @@ def llama_round(
             yield "" if same else f"{options}\n  {request}\n  {expected}\n  {drafted}"
 
 
-def _completion(llama: Any, request: Request) -> list[Any]:
-    """The choices of a streamed completion, as far as the consumer stays; or what it raises."""
+def _completion(llama: Any, request: Request) -> list[int]:
+    """The tokens of an answer, as far as the consumer stays."""
     sampling = request.sampling
     grammar = sampling.grammar and LlamaGrammar.from_string(sampling.grammar, verbose=False)
-    stream = llama.create_completion(
+    room = llama.n_ctx() - len(request.prompt)
+    limit = min(n for n in (request.max_tokens, request.leave_after, room) if n is not None)
+    said: list[int] = []
+    if limit <= 0:
+        return said
+    llama.set_seed(sampling.seed)
+    tokens = llama.generate(
         list(request.prompt),
-        stream=True,
-        max_tokens=request.max_tokens,
-        stop=[request.stop] if request.stop else [],
-        seed=sampling.seed,
         grammar=grammar,
-        temperature=sampling.temperature,
+        temp=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
         min_p=sampling.min_p,
@@ -348,16 +350,12 @@ def _completion(llama: Any, request: Request) -> list[Any]:
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
     )
-    choices: list[Any] = []
-    try:
-        with closing(stream):
-            for chunk in stream:
-                choices.append(chunk["choices"][0])
-                if len(choices) == request.leave_after:
-                    break
-    except ValueError as error:
-        choices.append(type(error).__name__)
-    return choices
+    with closing(tokens):
+        for token in tokens:
+            said.append(token)
+            if token == llama.token_eos() or len(said) == limit:
+                break
+    return said
 
 
 def accept_everything(tree: Tree, *, choose: Callable[[int], int], **_: object) -> Verdict:
