@@ -23,10 +23,10 @@ from typing import Any
 from bench_reference import build_reference
 from benching import positive
 
-from swift_gguf import models
 from swift_gguf.bench.spread import table
 from swift_gguf.errors import SwiftError
-from swift_gguf.native_load import find_library
+from swift_gguf.hub import models
+from swift_gguf.native.load import find_library
 
 PROMPTS = (  # to be continued: answers go on for long
     "Once upon a time there was a lighthouse keeper who found a letter in a bottle. One morning",
@@ -194,7 +194,7 @@ class Ours:
     """What `swift-gguf generate` runs, greedy; kind: ``plain`` or ``auto``."""
 
     def __init__(self, model: str, n_threads: int, kind: str) -> None:
-        from swift_gguf.model import Model, ModelOptions
+        from swift_gguf.model.model import Model, ModelOptions
         from swift_gguf.session import Session
         from swift_gguf.speculation import Speculation, SpeculationOptions
 
@@ -205,8 +205,8 @@ class Ours:
         self._session = Session(loaded, speculation)
 
     def __call__(self, text: str, n_tokens: int) -> float:
-        from swift_gguf.sampling import SamplingOptions
-        from swift_gguf.text import encode
+        from swift_gguf.sampling.sampling import SamplingOptions
+        from swift_gguf.text.text import encode
 
         session = self._session
         answer = session.answer(

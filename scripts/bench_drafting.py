@@ -11,11 +11,11 @@ import sys
 
 from benching import finish, loading, positive, suite_parser, tell
 
-from swift_gguf import models
 from swift_gguf.bench import corpus, plots
 from swift_gguf.bench.cold import Cold, measure_cold
 from swift_gguf.bench.drafting import Report, known_subnetwork, measure, render
-from swift_gguf.model import Model
+from swift_gguf.hub import models
+from swift_gguf.model.model import Model
 from swift_gguf.subnetwork import SubNetwork, parse_layers
 
 

@@ -11,10 +11,10 @@ import sys
 
 from benching import finish, loading, positive, suite_parser, tell
 
-from swift_gguf import models
 from swift_gguf.bench import corpus, plots
 from swift_gguf.bench.front import Report, measure, render
-from swift_gguf.model import Model
+from swift_gguf.hub import models
+from swift_gguf.model.model import Model
 
 
 def main() -> int:

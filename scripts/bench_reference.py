@@ -12,10 +12,10 @@ from pathlib import Path
 
 from benching import positive
 
-from swift_gguf import models
 from swift_gguf.bench.reference import compare, render, verdict
 from swift_gguf.errors import NativeLibraryError, SwiftError
-from swift_gguf.native_load import find_library
+from swift_gguf.hub import models
+from swift_gguf.native.load import find_library
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = Path("build") / "reference"

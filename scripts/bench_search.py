@@ -11,11 +11,11 @@ import sys
 
 from benching import finish, loading, suite_parser, tell
 
-from swift_gguf import models
 from swift_gguf.bench import corpus, plots
 from swift_gguf.bench.search_quality import measure
 from swift_gguf.bench.search_report import Options, Report, render
-from swift_gguf.model import Model
+from swift_gguf.hub import models
+from swift_gguf.model.model import Model
 
 
 def seconds(text: str) -> float:

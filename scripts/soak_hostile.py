@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psutil
 
-from swift_gguf.profile import EMBEDDED
+from swift_gguf.learning.profile import EMBEDDED
 from tests.fixtures.corrupt import damage, flipped, truncated, with_chat_template, with_text
 from tests.fixtures.tiny_gguf import write_tiny
 
@@ -125,7 +125,7 @@ def warm_up() -> None:
     """Imports what the commands do, so that no fork has to."""
     from importlib import import_module
 
-    from swift_gguf.native import library
+    from swift_gguf.native.binding import library
 
     library()
     for module in ("chat_command", "generate_command", "info_command", "prepare_command"):

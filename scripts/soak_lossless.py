@@ -32,20 +32,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from swift_gguf import engine
 from swift_gguf.drafting.tree import Tree
+from swift_gguf.drafting.verification import Verdict
 from swift_gguf.engine import generate
+from swift_gguf.gguf.sidecar import path_beside
+from swift_gguf.hub.models import resolve
+from swift_gguf.learning.profile import Store
 from swift_gguf.llama import SwiftLlama
-from swift_gguf.model import Model, ModelOptions
-from swift_gguf.models import resolve
+from swift_gguf.model.model import Model, ModelOptions
 from swift_gguf.prepare.run import Preparation, PrepareOptions
-from swift_gguf.profile import Store
-from swift_gguf.sampling import Sampler, SamplingOptions
+from swift_gguf.sampling.sampling import Sampler, SamplingOptions
 from swift_gguf.session import Session
-from swift_gguf.sidecar import path_beside
 from swift_gguf.speculation import Speculation
 from swift_gguf.speculation_options import TREES, SpeculationOptions
 from swift_gguf.stats import Stats
-from swift_gguf.text import StreamDecoder, encode
-from swift_gguf.verification import Verdict
+from swift_gguf.text.text import StreamDecoder, encode
 from tests.fixtures.tiny_gguf import write_tiny
 
 from llama_cpp import Llama, LlamaGrammar  # isort: skip - swift_gguf brings the library

@@ -30,7 +30,7 @@ from pathlib import Path
 # tests/ is not installed with the package
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from swift_gguf import gguf_header
+from swift_gguf.gguf import header as gguf_header
 from tests.fixtures.tiny_gguf import write_tiny
 
 COMMAND = [sys.executable, "-m", "swift_gguf"]

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from swift_gguf.drafting.source import Cycle, Drafter
 from swift_gguf.drafting.tree import Tree
+from swift_gguf.drafting.verification import Verdict, verify
 from swift_gguf.errors import ContextFullError, UnsupportedModelError
 from swift_gguf.stats import Stats
 from swift_gguf.tokens import common_prefix
-from swift_gguf.verification import Verdict, verify
 
 if TYPE_CHECKING:
-    from swift_gguf.speculative_sampling import Distribution
+    from swift_gguf.sampling.speculative import Distribution
 
 TARGET = "target"
 NO_DRAFT = Tree()

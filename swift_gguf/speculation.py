@@ -16,7 +16,6 @@ from swift_gguf.drafting.passes import Passes
 from swift_gguf.drafting.policy import Adaptive, Calibration, Threshold
 from swift_gguf.drafting.recycling import Recycling
 from swift_gguf.drafting.source import Cycle, Lookup
-from swift_gguf.economy import MAX_NODES, PRIORS
 from swift_gguf.errors import (
     SidecarError,
     SpoiledError,
@@ -24,11 +23,12 @@ from swift_gguf.errors import (
     SwiftError,
     UnsupportedModelError,
 )
-from swift_gguf.learning import Learning, SearchOptions, space_of
+from swift_gguf.learning import Learning, SearchOptions, Store, space_of
 from swift_gguf.model import Model
-from swift_gguf.open_model import Sublayer
-from swift_gguf.planner import WIDE, Drafts, Planner, measured_ms
-from swift_gguf.profile import Store
+from swift_gguf.model.open_model import Sublayer
+from swift_gguf.planning import Drafts, Planner
+from swift_gguf.planning.economy import MAX_NODES, PRIORS
+from swift_gguf.planning.planner import WIDE, measured_ms
 from swift_gguf.search.drivers import IdleSearch, OnTheFly
 from swift_gguf.search.optimizer import Search, Searcher
 from swift_gguf.search.space import Space

@@ -12,8 +12,8 @@ from typing import Any
 from swift_gguf.bench.corpus import Progress, Prompt, decode
 from swift_gguf.bench.output import layers
 from swift_gguf.errors import UnsupportedModelError
+from swift_gguf.learning import Store
 from swift_gguf.model import Model
-from swift_gguf.profile import Store
 from swift_gguf.speculation import Speculation
 from swift_gguf.speculation_options import SpeculationOptions
 from swift_gguf.subnetwork import SubNetwork

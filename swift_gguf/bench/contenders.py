@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 from swift_gguf.bench.modes import AUTO, BARE, LOOKUP, PLAIN, Mode
 from swift_gguf.engine import generate
-from swift_gguf.identity import profile_key
+from swift_gguf.gguf.identity import profile_key
+from swift_gguf.learning import Store
 from swift_gguf.model import Model
-from swift_gguf.profile import Store
 from swift_gguf.sampling import Sampler, SamplingOptions
 from swift_gguf.speculation import Speculation
 from swift_gguf.speculation_options import SpeculationOptions

@@ -17,9 +17,9 @@ from swift_gguf.bench.output import layers, markdown
 from swift_gguf.bench.report import Subject
 from swift_gguf.bench.spread import Machine, Spread, machine
 from swift_gguf.errors import ModelError, UnsupportedModelError
-from swift_gguf.identity import fingerprint
+from swift_gguf.gguf.identity import fingerprint
+from swift_gguf.learning import Store
 from swift_gguf.model import Model
-from swift_gguf.profile import Store
 from swift_gguf.speculation import Speculation
 from swift_gguf.speculation_options import SpeculationOptions
 from swift_gguf.stats import Stats

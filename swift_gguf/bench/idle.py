@@ -14,8 +14,8 @@ from swift_gguf.bench.report import Subject
 from swift_gguf.bench.spread import Machine, Spread, machine
 from swift_gguf.engine import generate
 from swift_gguf.errors import UnsupportedModelError
+from swift_gguf.learning import Store
 from swift_gguf.model import Model
-from swift_gguf.profile import Store
 from swift_gguf.sampling import Sampler, SamplingOptions
 from swift_gguf.speculation import Speculation
 from swift_gguf.speculation_options import SpeculationOptions

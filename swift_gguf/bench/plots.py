@@ -14,7 +14,7 @@ from swift_gguf.subnetwork import SubNetwork
 if TYPE_CHECKING:
     from swift_gguf.bench.drafting import Report as DraftingReport
     from swift_gguf.bench.front import Report as FrontReport
-    from swift_gguf.cost import Costs
+    from swift_gguf.planning.cost import Costs
 
 DPI = 150
 

@@ -21,9 +21,9 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any
 
-from swift_gguf import isolated
 from swift_gguf.bench.spread import Spread, table
 from swift_gguf.errors import NativeLibraryError, SwiftError
+from swift_gguf.text import isolated
 
 N_PROMPT = 256
 """Tokens of the timed prefill, and the context length of timed decoding."""
@@ -386,7 +386,7 @@ def _work(model: str, n_threads: int, n_gpu_layers: int) -> None:
 
     try:
         if not n_threads:
-            from swift_gguf.threads import default_threads
+            from swift_gguf.native.threads import default_threads
 
             n_threads = default_threads()
         decoder = _Decoder(model, n_threads, n_gpu_layers)

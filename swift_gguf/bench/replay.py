@@ -13,18 +13,19 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from swift_gguf.bench.modes import AUTO, PLAIN, Mode
-from swift_gguf.cost import Costs
 from swift_gguf.drafting.ngram import NGram
 from swift_gguf.drafting.policy import Threshold
 from swift_gguf.drafting.recycling import Recycling
 from swift_gguf.drafting.source import Cycle, Lookup
 from swift_gguf.drafting.tree import ROOT, Shape, Tree
-from swift_gguf.economy import MAX_NODES
+from swift_gguf.drafting.verification import verify
 from swift_gguf.engine import generate
 from swift_gguf.model import Model
-from swift_gguf.planner import WIDE, Planner
+from swift_gguf.planning import Planner
+from swift_gguf.planning.cost import Costs
+from swift_gguf.planning.economy import MAX_NODES
+from swift_gguf.planning.planner import WIDE
 from swift_gguf.sampling import Sampler, SamplingOptions
-from swift_gguf.verification import verify
 
 N_LIKELIEST = 4  # what the planner's recycling asks of a row
 CHUNK = 32

@@ -27,13 +27,13 @@ from swift_gguf.bench.search_report import (
     varied,
 )
 from swift_gguf.bench.spread import machine
-from swift_gguf.cost import Costs
 from swift_gguf.drafting import LayerSkip, Tree
 from swift_gguf.engine import generate
 from swift_gguf.errors import SuiteError, UnsupportedModelError
 from swift_gguf.learning import space_of
-from swift_gguf.measuring import measure as measure_costs
 from swift_gguf.model import Model
+from swift_gguf.planning.cost import Costs
+from swift_gguf.planning.measuring import measure as measure_costs
 from swift_gguf.sampling import Sampler, SamplingOptions
 from swift_gguf.search.objective import Objective, Outcome, Window
 from swift_gguf.search.offline import STEPS

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from swift_gguf.bench.output import layers, markdown
 from swift_gguf.bench.report import Subject
 from swift_gguf.bench.spread import Machine
-from swift_gguf.cost import Costs
+from swift_gguf.planning.cost import Costs
 from swift_gguf.search.objective import Objective, Outcome
 from swift_gguf.subnetwork import SubNetwork
 

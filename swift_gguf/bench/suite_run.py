@@ -22,7 +22,7 @@ from swift_gguf.bench.spread import machine
 from swift_gguf.bench.suite_report import Progress, Report, Result
 from swift_gguf.bench.ties import explain, is_bit_invariant
 from swift_gguf.engine import generate
-from swift_gguf.identity import fingerprint
+from swift_gguf.gguf.identity import fingerprint
 from swift_gguf.model import Model
 from swift_gguf.sampling import Sampler, SamplingOptions
 from swift_gguf.suite import Row

@@ -13,8 +13,7 @@ from typing import Any
 
 from swift_gguf.chat.thinking import MARKS
 from swift_gguf.model import Model
-from swift_gguf.templates import Prompting, with_reasoning
-from swift_gguf.text import Message, encode, render_chat
+from swift_gguf.text import Message, Prompting, encode, render_chat, with_reasoning
 
 
 @dataclass(frozen=True, kw_only=True)

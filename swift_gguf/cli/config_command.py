@@ -45,7 +45,7 @@ def _values() -> dict[str, str]:
     Raises:
         NativeLibraryError: there is no library, or it has no headers beside it.
     """
-    from swift_gguf.native_load import REINSTALL, find_library
+    from swift_gguf.native.load import REINSTALL, find_library
 
     lib = find_library().resolve()
     include = lib.parent / "include"
@@ -68,11 +68,11 @@ def _profile(reference: str) -> Path:
     Raises:
         SwiftError: nothing is known of it yet.
     """
-    from swift_gguf import sidecar
     from swift_gguf.errors import SidecarError
-    from swift_gguf.identity import profile_key
-    from swift_gguf.models import resolve
-    from swift_gguf.profile import Store
+    from swift_gguf.gguf import sidecar
+    from swift_gguf.gguf.identity import profile_key
+    from swift_gguf.hub import resolve
+    from swift_gguf.learning import Store
 
     model = resolve(reference)
     beside = sidecar.path_beside(model)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from swift_gguf.convert.plan import Plan
     from swift_gguf.convert.run import Conversion, ConvertOptions
     from swift_gguf.convert.steps import Report
-    from swift_gguf.profile import Profile
+    from swift_gguf.learning import Profile
 
 
 @click.command(
@@ -112,8 +112,8 @@ def _write(conversion: Conversion, values: dict[str, Any]) -> None:
     """The model, and in it what was learned of it if that is wanted."""
     from dataclasses import replace
 
-    from swift_gguf.identity import fingerprint
-    from swift_gguf.profile import EMBEDDED, Store, portable
+    from swift_gguf.gguf.identity import fingerprint
+    from swift_gguf.learning import EMBEDDED, Store, portable
 
     with _display() as report:
         path = conversion.run(report)
@@ -125,7 +125,7 @@ def _write(conversion: Conversion, values: dict[str, Any]) -> None:
 
 
 def _list_types(context: click.Context) -> None:
-    from swift_gguf.native_convert import NEED_IMATRIX, file_types
+    from swift_gguf.native.convert import NEED_IMATRIX, file_types
 
     for name in sorted(file_types()):
         click.echo(name + ("  (needs --imatrix)" if name in NEED_IMATRIX else ""))
@@ -134,7 +134,7 @@ def _list_types(context: click.Context) -> None:
 
 def _options(checkpoint: Checkpoint, values: dict[str, Any]) -> ConvertOptions:
     from swift_gguf.convert.run import N_TOKENS, ConvertOptions
-    from swift_gguf.native_convert import Quantization
+    from swift_gguf.native.convert import Quantization
 
     imatrix = values["imatrix"]
     quantization = None
@@ -180,8 +180,8 @@ def _default_name(source: str, options: ConvertOptions) -> str:
 
 def _tuned(path: Path, values: dict[str, Any]) -> Profile | None:
     """What tuning finds without a sidecar, which is no part of the model."""
-    from swift_gguf.identity import fingerprint
-    from swift_gguf.profile import Store
+    from swift_gguf.gguf.identity import fingerprint
+    from swift_gguf.learning import Store
 
     _tune(path, values, sidecar="none")
     profile = Store().load(fingerprint(path))

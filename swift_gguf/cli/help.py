@@ -25,7 +25,7 @@ def complete_model(
     """Names of the registry, GGUF files, and the folders they may be in."""
     from click.shell_completion import CompletionItem
 
-    from swift_gguf.models import registry
+    from swift_gguf.hub import registry
 
     named = [
         CompletionItem(entry.name, help=entry.description)

@@ -14,10 +14,10 @@ from swift_gguf.cli.options import load_model, model_flags
 from swift_gguf.subnetwork import format_layers
 
 if TYPE_CHECKING:
-    from swift_gguf.cost import Costs
+    from swift_gguf.learning import Known
     from swift_gguf.model import Model
-    from swift_gguf.open_model import Sublayer
-    from swift_gguf.profile import Known
+    from swift_gguf.model.open_model import Sublayer
+    from swift_gguf.planning.cost import Costs
     from swift_gguf.search.objective import Objective
 
 BAR = 32  # characters
@@ -128,7 +128,7 @@ def describe_costs(model: Model, costs: Costs) -> dict[str, Any]:
     "passes": by width; "parts": of a one-token pass, they add up to it; "more": what comes on top.
     A gigabyte is 10^9 bytes, of weights and of the cache at `costs.n_kv`.
     """
-    from swift_gguf.cost import machine_key
+    from swift_gguf.planning.cost import machine_key
 
     one_ms = costs.verify_ms(1)
     cost = model.pass_cost(n_kv=costs.n_kv)
@@ -177,9 +177,9 @@ def _bytes(sublayers: Sequence[Sublayer], model: Model, n_kv: int) -> float:
 
 def _learned(model: Model) -> dict[str, Any] | None:
     """What the profile holds, the best first; None if nothing was learned yet."""
-    from swift_gguf.cost import stored_costs
-    from swift_gguf.identity import profile_key
-    from swift_gguf.profile import Store
+    from swift_gguf.gguf.identity import profile_key
+    from swift_gguf.learning import Store
+    from swift_gguf.planning.cost import stored_costs
     from swift_gguf.search.objective import Objective
 
     profile = Store().load(profile_key(model.path, model.sidecar.path if model.sidecar else None))

@@ -6,9 +6,9 @@ import json
 
 import click
 
-from swift_gguf import models as library
 from swift_gguf.cli.help import complete_model, examples
 from swift_gguf.cli.progress import download_progress
+from swift_gguf.hub import models as library
 
 
 @click.group(

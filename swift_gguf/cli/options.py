@@ -14,7 +14,8 @@ from swift_gguf import text_files
 from swift_gguf.errors import SchemaError
 
 if TYPE_CHECKING:
-    from swift_gguf.model import Model, ModelOptions
+    from swift_gguf.model import Model
+    from swift_gguf.model.model import ModelOptions
     from swift_gguf.sampling import SamplingOptions
     from swift_gguf.schemas.constraint import Constraint
     from swift_gguf.search.paper import PaperOptions
@@ -170,7 +171,7 @@ def paper_options(values: dict[str, Any]) -> PaperOptions:
 
 def model_options(values: dict[str, Any]) -> ModelOptions:
     """`ModelOptions` from the values of `model_flags`."""
-    from swift_gguf.model import ModelOptions
+    from swift_gguf.model.model import ModelOptions
 
     return ModelOptions(
         n_ctx=values["ctx_size"],
@@ -240,7 +241,7 @@ def template_variables(values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         TemplateError: they are no JSON object, or set what is not to be set.
     """
-    from swift_gguf.templates import THINKS, parse_variables, with_reasoning
+    from swift_gguf.text import THINKS, parse_variables, with_reasoning
 
     text, effort = values["chat_template_kwargs"], values["reasoning_effort"]
     return with_reasoning(
@@ -258,7 +259,7 @@ def load_model(reference: str, values: dict[str, Any], **more: Any) -> Model:
     from dataclasses import replace
 
     from swift_gguf.cli.progress import download_progress
-    from swift_gguf.models import resolve
+    from swift_gguf.hub import resolve
 
     with download_progress() as progress:
         path = resolve(reference, progress=progress)

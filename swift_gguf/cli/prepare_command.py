@@ -59,7 +59,7 @@ def prepare(model: str, output: Path | None, minutes: float, **values: Any) -> N
     They lie in a file beside the model, and are used wherever it is.  Ctrl-C ends it; the same
     command goes on later.
     """
-    from swift_gguf.sidecar import path_beside
+    from swift_gguf.gguf.sidecar import path_beside
 
     values |= {"ctx_size": CONTEXT, "sidecar": "none"}
     with load_model(model, values, n_batch=BATCH, holds_several=True) as loaded:

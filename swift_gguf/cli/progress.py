@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from swift_gguf.downloads import Progress
+from swift_gguf.hub.downloads import Progress
 
 if TYPE_CHECKING:
     import rich.progress

@@ -85,7 +85,7 @@ def serve(model: str, **values: Any) -> None:
     signal.signal(signal.SIGINT, _interrupt)
     require()
     from swift_gguf.cli.progress import download_progress
-    from swift_gguf.models import resolve
+    from swift_gguf.hub import resolve
 
     if values["speculative_sampling"]:
         raise click.UsageError("served texts are those of their seeds: no --speculative-sampling")
@@ -95,7 +95,7 @@ def serve(model: str, **values: Any) -> None:
     with download_progress() as progress:
         path = resolve(model, progress=progress)
     from swift_gguf.native import StopFlag
-    from swift_gguf.native_memory import give_back_large_buffers
+    from swift_gguf.native.memory import give_back_large_buffers
     from swift_gguf.server.run import serve as serve_model
     from swift_gguf.server.served import ServedLlama
 

@@ -59,10 +59,10 @@ def tune(model: str, reset: bool, as_json: bool, **values: Any) -> None:
 
 def _reset(reference: str) -> None:
     """With the sidecar that lies beside the model, and without."""
-    from swift_gguf.identity import profile_key
-    from swift_gguf.models import resolve
-    from swift_gguf.profile import Store
-    from swift_gguf.sidecar import path_beside
+    from swift_gguf.gguf.identity import profile_key
+    from swift_gguf.gguf.sidecar import path_beside
+    from swift_gguf.hub import resolve
+    from swift_gguf.learning import Store
 
     model = resolve(reference)
     sidecars = [path for path in (path_beside(model),) if path.exists()]

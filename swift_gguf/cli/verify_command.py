@@ -41,10 +41,10 @@ def verify(source: str, models: tuple[Path, ...], **values: Any) -> None:
     """
     if values["text"] and values["file"]:
         raise click.UsageError("give --text or --file, not both")
-    from swift_gguf import gguf_check
     from swift_gguf.convert import checkpoint, converter
     from swift_gguf.convert.marks import without_marks
     from swift_gguf.convert.verify import TEXT, compare, reference
+    from swift_gguf.gguf import check as gguf_check
 
     converter.require_packages()
     for path in models:

@@ -15,12 +15,12 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from swift_gguf import hub
 from swift_gguf.convert.quantized import Packing, packing
 from swift_gguf.convert.safetensors_header import AGAIN, DTYPES, Tensor, read_safetensors
 from swift_gguf.convert.vocabulary import require_embeddings
-from swift_gguf.downloads import Progress
 from swift_gguf.errors import ConvertError
+from swift_gguf.hub import huggingface as hub
+from swift_gguf.hub.downloads import Progress
 from swift_gguf.text_files import read_text
 
 _TOKENIZERS = (

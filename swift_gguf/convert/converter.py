@@ -11,7 +11,7 @@ from pathlib import Path
 from swift_gguf.convert.checkpoint import Checkpoint
 from swift_gguf.convert.quantized import require_readable
 from swift_gguf.errors import ConvertError, NativeLibraryError
-from swift_gguf.native_load import REINSTALL, built_folders
+from swift_gguf.native.load import REINSTALL, built_folders
 
 SCRIPT = "convert_hf_to_gguf.py"
 PACKAGES = ("torch", "transformers", "safetensors", "sentencepiece")

@@ -14,8 +14,8 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-from swift_gguf import gguf_header
 from swift_gguf.errors import ConvertError
+from swift_gguf.gguf import header as gguf_header
 
 SORTED_KEY = "swift.ffn_sorted"
 _BOOL, _STRING = 7, 8

@@ -16,8 +16,8 @@ import numpy as np
 from gguf import GGUFReader, GGUFWriter
 from numpy.typing import NDArray
 
-from swift_gguf import gguf_header
 from swift_gguf.errors import ConvertError, ModelError
+from swift_gguf.gguf import header as gguf_header
 
 Floats = NDArray[np.float32]
 _SUMS, _COUNTS = ".in_sum2", ".counts"

@@ -27,9 +27,9 @@ from swift_gguf.convert.marks import without_marks
 from swift_gguf.convert.plan import OUTTYPES, SIDECAR_SHARE, Plan, expected_bytes
 from swift_gguf.convert.steps import Report
 from swift_gguf.errors import ConvertError, ModelError
-from swift_gguf.identity import fingerprint
+from swift_gguf.gguf.identity import fingerprint
 from swift_gguf.native import library
-from swift_gguf.native_convert import Quantization
+from swift_gguf.native.convert import Quantization
 
 if TYPE_CHECKING:
     from swift_gguf.model import Model

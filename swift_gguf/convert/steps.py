@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from swift_gguf import isolated
 from swift_gguf.errors import ConvertError
+from swift_gguf.text import isolated
 
 POLL = 0.1  # seconds
 TAIL = 64 << 10  # bytes of what a step wrote that are kept

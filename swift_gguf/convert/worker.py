@@ -56,7 +56,7 @@ def _untrusting(load: Callable[..., Any]) -> Callable[..., Any]:
 
 def quantize(job: dict[str, Any]) -> None:
     from swift_gguf.convert import imatrix
-    from swift_gguf.native_convert import Quantization, quantize_file
+    from swift_gguf.native.convert import Quantization, quantize_file
 
     fields = job["quantization"]
     overrides = tuple((pattern, name) for pattern, name in fields.pop("overrides"))
@@ -75,7 +75,8 @@ def try_out(job: dict[str, Any]) -> None:
     """Loads a model and decodes a token, on the CPU: what llama.cpp makes of it ends this process
     at most."""
     from swift_gguf.errors import UnsupportedModelError
-    from swift_gguf.model import Model, ModelOptions
+    from swift_gguf.model import Model
+    from swift_gguf.model.model import ModelOptions
 
     threads = job["n_threads"] or None
     options = ModelOptions(n_ctx=256, n_batch=64, n_threads=threads, n_gpu_layers=0, sidecar=None)

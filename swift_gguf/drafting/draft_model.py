@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from swift_gguf import gguf_header
-from swift_gguf.context_length import context_length
 from swift_gguf.drafting.passes import Passes
 from swift_gguf.drafting.tree import Offer, Tree
 from swift_gguf.errors import (
@@ -15,7 +13,10 @@ from swift_gguf.errors import (
     StoppedError,
     UnsupportedModelError,
 )
-from swift_gguf.model import Model, ModelOptions
+from swift_gguf.gguf import header as gguf_header
+from swift_gguf.gguf.context_length import context_length
+from swift_gguf.model import Model
+from swift_gguf.model.model import ModelOptions
 from swift_gguf.native import library
 from swift_gguf.tokens import common_prefix
 

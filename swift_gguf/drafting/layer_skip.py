@@ -19,7 +19,7 @@ from swift_gguf.subnetwork import SubNetwork
 
 if TYPE_CHECKING:
     from swift_gguf.sampling import SpeculativeSampler
-    from swift_gguf.speculative_sampling import Distribution
+    from swift_gguf.sampling.speculative import Distribution
 
 NAME = "layer-skip"
 CHAIN = Shape(n_nodes=0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from swift_gguf.drafting.tree import Offer, Tree
-from swift_gguf.verification import Verdict
+from swift_gguf.drafting.verification import Verdict
 
 
 @dataclass(frozen=True)

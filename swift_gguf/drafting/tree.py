@@ -9,10 +9,10 @@ from itertools import accumulate, count
 from operator import mul
 from typing import TYPE_CHECKING, Protocol
 
-from swift_gguf.cells import MAX_BRANCHES
+from swift_gguf.model.cells import MAX_BRANCHES
 
 if TYPE_CHECKING:
-    from swift_gguf.speculative_sampling import Distribution
+    from swift_gguf.sampling.speculative import Distribution
 
 ROOT = -1
 """The parent of the first draft tokens: the pending token, sampled but not decoded yet."""

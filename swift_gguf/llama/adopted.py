@@ -16,24 +16,24 @@ from llama_cpp import Llama
 from llama_cpp.llama_chat_format import get_chat_completion_handler
 from numpy.typing import NDArray
 
-from swift_gguf import gguf_check
-from swift_gguf.cells import N_SEQUENCES
-from swift_gguf.context_length import ContextLength, context_length
-from swift_gguf.deep_stack import on_deep_stack
-from swift_gguf.end_token import overrides
 from swift_gguf.errors import ModelError
+from swift_gguf.gguf import check as gguf_check
+from swift_gguf.gguf.context_length import ContextLength, context_length
+from swift_gguf.gguf.end_token import overrides
 from swift_gguf.llama.adoption import AUTO, adopt, in_scope, our_errors, refusal
 from swift_gguf.llama.chat_format import formats, templated_handler, wants_other_template
 from swift_gguf.llama.control import Swift, options_of
 from swift_gguf.llama.forms import held
 from swift_gguf.llama.one_thread import OneThread
 from swift_gguf.llama.scores import without_scores
-from swift_gguf.loading import cause, fit_context
 from swift_gguf.model import Model
+from swift_gguf.model.cells import N_SEQUENCES
+from swift_gguf.model.loading import cause, fit_context
 from swift_gguf.native import StopFlag, library
+from swift_gguf.native.deep_stack import on_deep_stack
+from swift_gguf.native.threads import default_threads
 from swift_gguf.speculation_options import SpeculationOptions
-from swift_gguf.templates import Continued, Prompting
-from swift_gguf.threads import default_threads
+from swift_gguf.text import Continued, Prompting
 
 
 class AdoptedLlama(Llama):  # type: ignore[misc]

@@ -9,8 +9,8 @@ from types import FunctionType
 from typing import Any
 
 from swift_gguf.errors import ModelError
-from swift_gguf.loading import Loaded, ModelOptions, cause, generates_text, refuse_if_stopped
-from swift_gguf.model import Model
+from swift_gguf.model import Model, ModelOptions
+from swift_gguf.model.loading import Loaded, cause, generates_text, refuse_if_stopped
 from swift_gguf.native import StopFlag, library
 from swift_gguf.sampling import draw, grammar_sampler
 from swift_gguf.schemas.matching import Matcher

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from time import perf_counter
 
+from swift_gguf.drafting.verification import Walk
 from swift_gguf.engine import Draft, conclude, propose, search_step
 from swift_gguf.model import Model
 from swift_gguf.speculation import Speculation
 from swift_gguf.stats import Stats
-from swift_gguf.verification import Walk
 
 
 class Generation:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from swift_gguf.identity import fingerprint, weights_digest
+from swift_gguf.gguf.identity import fingerprint, weights_digest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize
 from numpy.typing import NDArray
 
-from swift_gguf import sidecar
 from swift_gguf.errors import ModelError
+from swift_gguf.gguf import sidecar
 from swift_gguf.native import library
 
 BLOCK = 256  # weights in a block of the k-quants

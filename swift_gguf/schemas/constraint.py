@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from swift_gguf.deep_stack import on_deep_stack
 from swift_gguf.errors import SchemaError
+from swift_gguf.native.deep_stack import on_deep_stack
 from swift_gguf.schemas.document import VALUES, Document, Path, refused, shown
 from swift_gguf.schemas.endless import can_end
 from swift_gguf.schemas.writing import HELD, Written, write

@@ -14,13 +14,13 @@ from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any
 
-from swift_gguf import native_chat
 from swift_gguf.llama import SwiftLlama
 from swift_gguf.llama.chat_format import CHATML, FOR_TOOLS, BoundedFormatter
 from swift_gguf.llama.completion import Asked
-from swift_gguf.model import ModelOptions
+from swift_gguf.model.model import ModelOptions
 from swift_gguf.native import StopFlag, library
-from swift_gguf.native_memory import give_back_free_pages
+from swift_gguf.native import chat as native_chat
+from swift_gguf.native.memory import give_back_free_pages
 from swift_gguf.server.conversations import Conversations
 from swift_gguf.server.embedding import Embedder
 from swift_gguf.server.options import ServerOptions

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from swift_gguf.bounded import Bounded
-from swift_gguf.native_chat import Reader
+from swift_gguf.native.chat import Reader
+from swift_gguf.text.bounded import Bounded
 
 _log = logging.getLogger("swift_gguf")
 

@@ -15,7 +15,7 @@ import pytest
 from swift_gguf import engine
 from swift_gguf.cli import main
 from swift_gguf.drafting.tree import Tree
-from swift_gguf.verification import Verdict
+from swift_gguf.drafting.verification import Verdict
 from tests.cli.conftest import COMMAND, assert_one_line_failure
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]

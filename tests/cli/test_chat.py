@@ -17,7 +17,7 @@ from typing import Any
 import pexpect
 import pytest
 
-from swift_gguf.models import resolve
+from swift_gguf.hub.models import resolve
 from tests.cli.conftest import COMMAND, assert_one_line_failure
 from tests.fixtures.window import Window
 

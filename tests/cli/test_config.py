@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from swift_gguf.native_load import find_library
+from swift_gguf.native.load import find_library
 from tests.cli.conftest import assert_one_line_failure
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from swift_gguf.models import resolve
+from swift_gguf.hub.models import resolve
 from tests.cli.conftest import COMMAND
 
 ONE_WORD = ["--raw", "-p", "Once", "-n", 1, "-t", 2, "-ngl", 0]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from swift_gguf import models
 from swift_gguf.convert import checkpoint as checkpoints
 from swift_gguf.convert.run import Conversion, ConvertOptions
+from swift_gguf.hub import models
 from tests.convert import checkpoints as made
 
 

@@ -20,16 +20,17 @@ import pytest
 import torch
 import transformers
 
-from swift_gguf import gguf_check, gguf_header
 from swift_gguf.cli.convert_command import _amount
 from swift_gguf.convert import checkpoint as checkpoints
 from swift_gguf.convert import plan
 from swift_gguf.convert.embed import SORTED_KEY
 from swift_gguf.convert.run import Conversion, ConvertOptions
 from swift_gguf.errors import ConvertError
-from swift_gguf.native_convert import Quantization
-from swift_gguf.profile import EMBEDDED
-from swift_gguf.sidecar import path_beside
+from swift_gguf.gguf import check as gguf_check
+from swift_gguf.gguf import header as gguf_header
+from swift_gguf.gguf.sidecar import path_beside
+from swift_gguf.learning.profile import EMBEDDED
+from swift_gguf.native.convert import Quantization
 from tests.cli.conftest import COMMAND, assert_one_line_failure, cli  # noqa: F401
 from tests.convert.conftest import convert
 from tests.unit.test_models import Hub, hub, serve  # noqa: F401

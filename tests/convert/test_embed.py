@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
-from swift_gguf import gguf_check
 from swift_gguf.convert.embed import SORTED_KEY, embed
 from swift_gguf.errors import ConvertError
-from swift_gguf.identity import fingerprint
-from swift_gguf.learning import Learning, space_of
-from swift_gguf.model import Model
-from swift_gguf.native import library
-from swift_gguf.profile import EMBEDDED, Known, Profile, Seen, Store, embedded, portable
+from swift_gguf.gguf import check as gguf_check
+from swift_gguf.gguf.identity import fingerprint
+from swift_gguf.learning.learning import Learning, space_of
+from swift_gguf.learning.profile import EMBEDDED, Known, Profile, Seen, Store, embedded, portable
+from swift_gguf.model.model import Model
+from swift_gguf.native.binding import library
 from swift_gguf.subnetwork import SubNetwork
 
 SKIPPED = frozenset({1, 2})

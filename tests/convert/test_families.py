@@ -11,11 +11,11 @@ import sentencepiece
 import torch
 import transformers
 
-from swift_gguf import gguf_header
 from swift_gguf.convert.verify import Reference, compare, reference
-from swift_gguf.model import Model
-from swift_gguf.native_convert import Quantization, quantize_file
-from swift_gguf.text import encode, piece
+from swift_gguf.gguf import header as gguf_header
+from swift_gguf.model.model import Model
+from swift_gguf.native.convert import Quantization, quantize_file
+from swift_gguf.text.text import encode, piece
 from tests.convert.checkpoints import ADDED, FAMILIES, SAMPLE
 from tests.convert.conftest import convert
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from swift_gguf.convert import calibrate, neurons
 from swift_gguf.errors import ConvertError
-from swift_gguf.model import Model
+from swift_gguf.model.model import Model
 from swift_gguf.prepare.narrowing import ffns_of, most_important
 from swift_gguf.prepare.texts import Text
 from swift_gguf.prepare.weights import Weights

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from swift_gguf import gguf_header
 from swift_gguf.convert import calibrate, imatrix
 from swift_gguf.convert.imatrix import Collector, Usage
 from swift_gguf.convert.run import ConvertOptions
 from swift_gguf.errors import ConvertError
-from swift_gguf.model import Model
-from swift_gguf.native_convert import (
+from swift_gguf.gguf import header as gguf_header
+from swift_gguf.model.model import Model
+from swift_gguf.native.convert import (
     NEED_IMATRIX,
     Quantization,
     file_types,

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
-from swift_gguf import models
 from swift_gguf.convert.verify import TEXT, Comparison, compare, reference
 from swift_gguf.engine import generate
-from swift_gguf.model import Model
-from swift_gguf.native_convert import Quantization, quantize_file
-from swift_gguf.sampling import Sampler, SamplingOptions
-from swift_gguf.text import encode, render_chat
+from swift_gguf.hub import models
+from swift_gguf.model.model import Model
+from swift_gguf.native.convert import Quantization, quantize_file
+from swift_gguf.sampling.sampling import Sampler, SamplingOptions
+from swift_gguf.text.text import encode, render_chat
 from tests.cli.conftest import cli  # noqa: F401
 from tests.convert import checkpoints
 from tests.convert.conftest import convert

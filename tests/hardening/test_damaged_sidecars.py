@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from swift_gguf import SwiftLlama
-from swift_gguf import sidecar as sidecars
 from swift_gguf.drafting.passes import Passes
 from swift_gguf.errors import NotFiniteError, SidecarError, SpoiledError
-from swift_gguf.learning import space_of
-from swift_gguf.model import Model
-from swift_gguf.sampling import SamplingOptions
+from swift_gguf.gguf import sidecar as sidecars
+from swift_gguf.learning.learning import space_of
+from swift_gguf.model.model import Model
+from swift_gguf.sampling.sampling import SamplingOptions
 from swift_gguf.search.drivers import OnTheFly
 from swift_gguf.session import Session
 from swift_gguf.speculation import Speculation

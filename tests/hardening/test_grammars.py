@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from swift_gguf.captured import captured_stderr
 from swift_gguf.engine import generate
 from swift_gguf.errors import GrammarError
-from swift_gguf.model import Model
-from swift_gguf.sampling import Sampler, SamplingOptions
+from swift_gguf.model.model import Model
+from swift_gguf.native.captured import captured_stderr
+from swift_gguf.sampling.sampling import Sampler, SamplingOptions
 from swift_gguf.server import grammars
 from swift_gguf.server.errors import ApiError
 from swift_gguf.session import Session
@@ -69,7 +69,7 @@ def test_a_way_out_is_taken(no_z: Path, open_model: Opener) -> None:
 @pytest.mark.parametrize("name", DEAD_ENDS)
 def test_swift_llama(no_z: Path, name: str) -> None:
     from swift_gguf import SwiftLlama
-    from swift_gguf.native import library
+    from swift_gguf.native.binding import library
 
     library()
     from llama_cpp import LlamaGrammar
@@ -175,7 +175,7 @@ def test_the_parsers_own_words_are_told_and_no_others(
             os.write(2, b"a request came from 192.0.2.7\n")
             yield lines
 
-    monkeypatch.setattr("swift_gguf.sampling.captured_stderr", with_another_thread)
+    monkeypatch.setattr("swift_gguf.sampling.sampling.captured_stderr", with_another_thread)
     with pytest.raises(GrammarError, match=f"named root: ({says})") as raised:
         Sampler(open_model(no_z, n_threads=1), SamplingOptions(grammar=grammar))
     assert "192.0.2.7" not in str(raised.value)

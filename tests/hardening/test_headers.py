@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from swift_gguf import gguf_check, gguf_header
 from swift_gguf.errors import ModelError
+from swift_gguf.gguf import check as gguf_check
+from swift_gguf.gguf import header as gguf_header
 
 UINT8, STRING, ARRAY = 0, 8, 9
 

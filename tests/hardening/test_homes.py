@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from swift_gguf.profile import Store
+from swift_gguf.learning.profile import Store
 from tests.cli.conftest import COMMAND
 
 FEW = ["-t", "1", "-ngl", "0"]

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from swift_gguf import SwiftLlama
-from swift_gguf.deep_stack import MOST, SHALLOW, on_deep_stack
 from swift_gguf.errors import ContextFullError, SwiftError
-from swift_gguf.model import Model
-from swift_gguf.text import encode, piece
+from swift_gguf.model.model import Model
+from swift_gguf.native.deep_stack import MOST, SHALLOW, on_deep_stack
+from swift_gguf.text.text import encode, piece
 
 LONG = 60_000
 RECURSIVE = {
@@ -29,8 +29,8 @@ RECURSIVE = {
 
 CALL = """
 import sys
-from swift_gguf.model import Model, ModelOptions
-from swift_gguf.native import library
+from swift_gguf.model.model import Model, ModelOptions
+from swift_gguf.native.binding import library
 model = Model(sys.argv[1], ModelOptions(n_gpu_layers=0))
 if sys.argv[2] == "unguarded":
     library().stack_characters = lambda vocab, text: 0

@@ -18,7 +18,7 @@ import time
 from starlette.testclient import TestClient
 
 from swift_gguf.errors import TemplateError
-from swift_gguf.model import ModelOptions
+from swift_gguf.model.model import ModelOptions
 from swift_gguf.server.app import create_app
 from swift_gguf.server.options import ServerOptions
 from swift_gguf.server.served import ServedLlama

@@ -14,7 +14,7 @@ import soak_signals
 
 from swift_gguf import cli
 from swift_gguf.errors import SwiftError
-from swift_gguf.model import Model
+from swift_gguf.model.model import Model
 
 SCRIPTS = Path(soak_lossless.__file__).parent
 

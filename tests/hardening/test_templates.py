@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from swift_gguf.errors import TemplateError
-from swift_gguf.model import Model
-from swift_gguf.native import library
-from swift_gguf.templates import ChatTemplate
-from swift_gguf.text import render_chat
+from swift_gguf.model.model import Model
+from swift_gguf.native.binding import library
+from swift_gguf.text.templates import ChatTemplate
+from swift_gguf.text.text import render_chat
 from tests.fixtures.corrupt import with_chat_template
 from tests.fixtures.tokenizer import CHATML
 

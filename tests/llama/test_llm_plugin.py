@@ -13,8 +13,8 @@ from typing import Any
 import llm
 import pytest
 
+from swift_gguf.integrations.llm import SwiftModel
 from swift_gguf.llama import SwiftLlama
-from swift_gguf.llm_plugin import SwiftModel
 from tests.llama.conftest import LOADING
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 12}

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from swift_gguf.drafting.verification import Walk
 from swift_gguf.errors import GrammarError, SchemaError
 from swift_gguf.llama import SwiftLlama
 from swift_gguf.llama import generation as generations
 from swift_gguf.schemas.constraint import json_by
-from swift_gguf.verification import Walk
 from tests.llama.conftest import without_ids
 from tests.model.conftest import real as real
 

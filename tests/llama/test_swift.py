@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from swift_gguf.errors import GrammarError, ModelError, SwiftError, UnsupportedModelError
-from swift_gguf.identity import profile_key
+from swift_gguf.gguf.identity import profile_key
+from swift_gguf.learning.profile import Store
 from swift_gguf.llama import SwiftLlama
-from swift_gguf.profile import Store
 from swift_gguf.speculation_options import SpeculationOptions
 from tests.llama.conftest import LOADING, without_ids
 

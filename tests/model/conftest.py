@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from swift_gguf.models import cache_dir, resolve
-from swift_gguf.native import library
+from swift_gguf.hub.models import cache_dir, resolve
+from swift_gguf.native.binding import library
 
 # enum llama_ftype
 FTYPES = {"Q8_0": 7, "Q4_0": 2}

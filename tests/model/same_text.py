@@ -10,12 +10,12 @@ from swift_gguf.bench.ties import Divergence
 from swift_gguf.drafting import LayerSkip
 from swift_gguf.drafting.policy import Threshold
 from swift_gguf.engine import generate
-from swift_gguf.model import Model
-from swift_gguf.sampling import Sampler, SamplingOptions
+from swift_gguf.model.model import Model
+from swift_gguf.sampling.sampling import Sampler, SamplingOptions
 from swift_gguf.speculation_options import TREES
 from swift_gguf.stats import Stats
 from swift_gguf.subnetwork import SubNetwork
-from swift_gguf.text import encode, render_chat
+from swift_gguf.text.text import encode, render_chat
 
 GREEDY = SamplingOptions(temperature=0)
 

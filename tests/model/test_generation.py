@@ -14,10 +14,10 @@ import pytest
 from swift_gguf.drafting import LayerSkip
 from swift_gguf.engine import generate
 from swift_gguf.errors import ContextFullError, GrammarError
-from swift_gguf.model import Model, ModelOptions
-from swift_gguf.sampling import Sampler, SamplingOptions
+from swift_gguf.model.model import Model, ModelOptions
+from swift_gguf.sampling.sampling import Sampler, SamplingOptions
 from swift_gguf.stats import Stats
-from swift_gguf.text import StreamDecoder, encode
+from swift_gguf.text.text import StreamDecoder, encode
 from tests.conftest import N_GPU_LAYERS
 from tests.model.same_text import GREEDY, chat_tokens, decode, light_skip
 

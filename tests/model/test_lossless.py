@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from swift_gguf import engine
 from swift_gguf.drafting.tree import Tree
-from swift_gguf.model import Model
-from swift_gguf.native import library
-from swift_gguf.sampling import SamplingOptions
+from swift_gguf.drafting.verification import Verdict
+from swift_gguf.model.model import Model
+from swift_gguf.native.binding import library
+from swift_gguf.sampling.sampling import SamplingOptions
 from swift_gguf.subnetwork import SubNetwork
-from swift_gguf.text import encode
-from swift_gguf.verification import Verdict
+from swift_gguf.text.text import encode
 from tests.conftest import N_GPU_LAYERS
 from tests.model.prompts import PROMPTS
 from tests.model.same_text import GREEDY, chat_tokens, decode, explain, light_skip, seeded

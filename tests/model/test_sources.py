@@ -12,10 +12,10 @@ import pytest
 
 from swift_gguf.engine import generate
 from swift_gguf.errors import ModelError, SwiftError
-from swift_gguf.model import Model
-from swift_gguf.planner import Planner
-from swift_gguf.profile import Store
-from swift_gguf.sampling import Sampler, SamplingOptions
+from swift_gguf.learning.profile import Store
+from swift_gguf.model.model import Model
+from swift_gguf.planning.planner import Planner
+from swift_gguf.sampling.sampling import Sampler, SamplingOptions
 from swift_gguf.speculation import Speculation
 from swift_gguf.speculation_options import SOURCES, SpeculationOptions
 from swift_gguf.stats import Stats

@@ -18,7 +18,7 @@ from swift_gguf.bench.mechanism import (
 )
 from swift_gguf.bench.report import Report, render
 from swift_gguf.errors import UnsupportedModelError
-from swift_gguf.model import Model, ModelOptions
+from swift_gguf.model.model import Model, ModelOptions
 from tests.conftest import N_GPU_LAYERS
 from tests.fixtures.tiny_gguf import write_tiny
 

@@ -12,9 +12,9 @@ import bench_search
 import pytest
 
 from swift_gguf.bench import corpus
-from swift_gguf.model import Model, ModelOptions
+from swift_gguf.gguf.sidecar import path_beside
+from swift_gguf.model.model import Model, ModelOptions
 from swift_gguf.prepare.run import Preparation, PrepareOptions
-from swift_gguf.sidecar import path_beside
 from swift_gguf.subnetwork import SubNetwork
 
 N_LAYER = 6

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from swift_gguf.native import library
-from swift_gguf.native_load import find_library
+from swift_gguf.native.binding import library
+from swift_gguf.native.load import find_library
 from tests.native.conftest import ROOT
 
 Tiny = Callable[..., Path]

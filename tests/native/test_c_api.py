@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swift_gguf.model import Model
-from swift_gguf.native import library
+from swift_gguf.model.model import Model
+from swift_gguf.native.binding import library
 
 INT, INTS, POINTER = ctypes.c_int32, ctypes.POINTER(ctypes.c_int32), ctypes.c_void_p
 ARGUMENT, ROLLBACK, SAMPLER, DECODE = -1, -2, -5, -100

@@ -14,8 +14,8 @@ from pathlib import Path
 import gguf
 import pytest
 
-from swift_gguf.profile import Known, Profile, Seen, Store
-from swift_gguf.sidecar import path_beside
+from swift_gguf.gguf.sidecar import path_beside
+from swift_gguf.learning.profile import Known, Profile, Seen, Store
 from swift_gguf.subnetwork import SubNetwork
 from tests.native.conftest import ROOT
 from tests.native.test_sidecar import prepared

@@ -26,15 +26,15 @@ from swift_gguf.chat.settings import Settings
 from swift_gguf.chat.thinking import read
 from swift_gguf.engine import generate
 from swift_gguf.errors import ContextFullError, DecodeError, ModelError, SwiftError
-from swift_gguf.model import Model
-from swift_gguf.native import StopFlag
-from swift_gguf.sampling import Sampler, SamplingOptions
+from swift_gguf.model.model import Model
+from swift_gguf.native.binding import StopFlag
+from swift_gguf.sampling.sampling import Sampler, SamplingOptions
 from swift_gguf.session import Answer, Piece, Session, stopped_by_ctrl_c
 from swift_gguf.speculation import Speculation
 from swift_gguf.speculation_options import SpeculationOptions
-from swift_gguf.templates import Prompting
-from swift_gguf.text import encode, render_chat
-from swift_gguf.text import piece as bytes_of
+from swift_gguf.text.templates import Prompting
+from swift_gguf.text.text import encode, render_chat
+from swift_gguf.text.text import piece as bytes_of
 from tests.fixtures.tokenizer import CHATML, THINKING
 
 OpenModel = Callable[..., Model]

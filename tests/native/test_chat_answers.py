@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from swift_gguf import native_chat
 from swift_gguf.errors import NativeLibraryError
-from swift_gguf.native_chat import Reader
+from swift_gguf.native import chat as native_chat
+from swift_gguf.native.chat import Reader
 from tests.fixtures import chat_templates
 
 WEATHER = {

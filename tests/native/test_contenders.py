@@ -9,10 +9,10 @@ import pytest
 
 from swift_gguf.bench.contenders import opened
 from swift_gguf.bench.modes import parse_modes
-from swift_gguf.identity import profile_key
-from swift_gguf.model import Model
-from swift_gguf.profile import Store
-from swift_gguf.sampling import SamplingOptions
+from swift_gguf.gguf.identity import profile_key
+from swift_gguf.learning.profile import Store
+from swift_gguf.model.model import Model
+from swift_gguf.sampling.sampling import SamplingOptions
 from swift_gguf.session import Session
 from swift_gguf.speculation import Speculation
 from swift_gguf.speculation_options import SpeculationOptions

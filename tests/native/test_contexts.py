@@ -11,8 +11,8 @@ import pytest
 from swift_gguf.engine import generate
 from swift_gguf.errors import ContextFullError
 from swift_gguf.llama import SwiftLlama
-from swift_gguf.model import Model
-from swift_gguf.sampling import Sampler, SamplingOptions
+from swift_gguf.model.model import Model
+from swift_gguf.sampling.sampling import Sampler, SamplingOptions
 from swift_gguf.speculation import Speculation
 from swift_gguf.speculation_options import SpeculationOptions
 from swift_gguf.stats import Stats

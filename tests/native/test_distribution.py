@@ -15,10 +15,10 @@ import pytest
 from numpy.typing import NDArray
 
 from swift_gguf.errors import GrammarError, SamplingError
-from swift_gguf.model import Model, ModelOptions
-from swift_gguf.native import library
-from swift_gguf.sampling import Processor, Sampler, SamplingOptions, SpeculativeSampler
-from swift_gguf.speculative_sampling import Distribution
+from swift_gguf.model.model import Model, ModelOptions
+from swift_gguf.native.binding import library
+from swift_gguf.sampling.sampling import Processor, Sampler, SamplingOptions, SpeculativeSampler
+from swift_gguf.sampling.speculative import Distribution
 from tests.conftest import N_GPU_LAYERS
 from tests.fixtures.tiny_gguf import VOCAB
 

@@ -10,12 +10,12 @@ from typing import Any
 import gguf
 import pytest
 
-from swift_gguf.end_token import EOS_KEY, end_token, overrides
-from swift_gguf.gguf_header import Header
+from swift_gguf.gguf.end_token import EOS_KEY, end_token, overrides
+from swift_gguf.gguf.header import Header
 from swift_gguf.llama import SwiftLlama
-from swift_gguf.model import Model
-from swift_gguf.native import library
-from swift_gguf.text import encode
+from swift_gguf.model.model import Model
+from swift_gguf.native.binding import library
+from swift_gguf.text.text import encode
 from tests.fixtures.tiny_gguf import VOCAB, write_tiny
 
 COMMA = 11

@@ -13,8 +13,8 @@ import make_synthetic
 import numpy as np
 import pytest
 
-from swift_gguf.model import Model
-from swift_gguf.native import library
+from swift_gguf.model.model import Model
+from swift_gguf.native.binding import library
 from tests.conftest import N_GPU_LAYERS
 
 KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K_M", "Q5_K_M", "Q6_K", "F32", "F16", "BF16")

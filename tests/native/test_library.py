@@ -12,15 +12,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from swift_gguf import native
 from swift_gguf.drafting import LayerSkip
 from swift_gguf.drafting.policy import Threshold
 from swift_gguf.engine import generate
 from swift_gguf.errors import NativeLibraryError
-from swift_gguf.model import Model, ModelOptions
-from swift_gguf.native import library
-from swift_gguf.native_load import find_library
-from swift_gguf.sampling import Sampler, SamplingOptions
+from swift_gguf.model.model import Model, ModelOptions
+from swift_gguf.native import binding as native
+from swift_gguf.native.binding import library
+from swift_gguf.native.load import find_library
+from swift_gguf.sampling.sampling import Sampler, SamplingOptions
 from swift_gguf.subnetwork import SubNetwork
 from tests.native.conftest import ROOT
 
@@ -115,7 +115,7 @@ def test_amx_is_left_out() -> None:
 @pytest.mark.slow
 def test_a_real_model_unset_is_bit_identical_to_unpatched(reference_lib: Path) -> None:
     from swift_gguf.bench.reference import compare_logits
-    from swift_gguf.models import resolve
+    from swift_gguf.hub.models import resolve
 
     assert compare_logits(resolve("smollm2-135m"), find_library(), reference_lib) == 0
 

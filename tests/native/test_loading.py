@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from swift_gguf.errors import ModelError, StoppedError
-from swift_gguf.model import Model, ModelOptions
-from swift_gguf.native import Library, StopFlag, library
+from swift_gguf.model.model import Model, ModelOptions
+from swift_gguf.native.binding import Library, StopFlag, library
 from swift_gguf.server.options import ServerOptions
 from swift_gguf.server.served import ServedLlama
 from swift_gguf.speculation_options import SpeculationOptions

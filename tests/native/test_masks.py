@@ -12,9 +12,9 @@ import pytest
 from swift_gguf.drafting import LayerSkip
 from swift_gguf.engine import generate
 from swift_gguf.errors import DecodeError, UnsupportedModelError
-from swift_gguf.model import Model
-from swift_gguf.native import library
-from swift_gguf.sampling import Sampler, SamplingOptions
+from swift_gguf.model.model import Model
+from swift_gguf.native.binding import library
+from swift_gguf.sampling.sampling import Sampler, SamplingOptions
 from swift_gguf.stats import Stats
 from swift_gguf.subnetwork import SubNetwork
 from tests.fixtures.tiny_gguf import (

@@ -17,19 +17,21 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from swift_gguf import learning, sampling
 from swift_gguf.drafting import LayerSkip
 from swift_gguf.drafting.policy import Threshold
 from swift_gguf.drafting.source import Cycle
 from swift_gguf.drafting.tree import Shape
 from swift_gguf.engine import SamplesRows, generate
 from swift_gguf.errors import DecodeError, SubnetworkError, UnsupportedModelError
-from swift_gguf.identity import fingerprint
-from swift_gguf.learning import Learning, space_of
-from swift_gguf.measuring import Budget
-from swift_gguf.model import Model
-from swift_gguf.profile import Store
-from swift_gguf.sampling import Sampler, SamplingOptions, SpeculativeSampler
+from swift_gguf.gguf.identity import fingerprint
+from swift_gguf.learning import learning
+from swift_gguf.learning.learning import Learning, space_of
+from swift_gguf.learning.profile import Store
+from swift_gguf.model.model import Model
+from swift_gguf.planning.measuring import Budget
+from swift_gguf.sampling import sampling
+from swift_gguf.sampling.sampling import Sampler, SamplingOptions, SpeculativeSampler
+from swift_gguf.sampling.speculative import Distribution, draw
 from swift_gguf.search.drivers import IdleSearch, OnTheFly
 from swift_gguf.search.objective import Window
 from swift_gguf.search.optimizer import Search
@@ -38,7 +40,6 @@ from swift_gguf.search.space import Space
 from swift_gguf.search.window import TextWindow, Windows
 from swift_gguf.speculation import Speculation
 from swift_gguf.speculation_options import TREES, SpeculationOptions
-from swift_gguf.speculative_sampling import Distribution, draw
 from swift_gguf.stats import Stats
 from swift_gguf.subnetwork import SubNetwork
 from tests.fixtures.tiny_gguf import VOCAB

@@ -13,19 +13,19 @@ import gguf
 import numpy as np
 import pytest
 
-from swift_gguf import sidecar as sidecars
 from swift_gguf.drafting import LayerSkip
 from swift_gguf.engine import generate
 from swift_gguf.errors import ModelError, SidecarError, SubnetworkError, UnsupportedModelError
-from swift_gguf.learning import space_of
-from swift_gguf.model import Model, ModelOptions
-from swift_gguf.native import library
+from swift_gguf.gguf import sidecar as sidecars
+from swift_gguf.learning.learning import space_of
+from swift_gguf.model.model import Model, ModelOptions
+from swift_gguf.native.binding import library
 from swift_gguf.prepare import weights
 from swift_gguf.prepare.attention import PARTS
 from swift_gguf.prepare.narrow_ffn import add_ffn
 from swift_gguf.prepare.narrowing import Fit, Narrow, ffns_of
 from swift_gguf.prepare.run import Preparation, PrepareOptions
-from swift_gguf.sampling import Sampler, SamplingOptions
+from swift_gguf.sampling.sampling import Sampler, SamplingOptions
 from swift_gguf.stats import Stats
 from swift_gguf.subnetwork import SubNetwork
 

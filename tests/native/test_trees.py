@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from swift_gguf.cells import Cells
 from swift_gguf.errors import ContextFullError, StoppedError
-from swift_gguf.model import Model
+from swift_gguf.model.cells import Cells
+from swift_gguf.model.model import Model
 from swift_gguf.subnetwork import SubNetwork
 from tests.unit.fake_model import shapes
 

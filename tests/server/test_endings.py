@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from swift_gguf.models import resolve
+from swift_gguf.hub.models import resolve
 from tests.server.conftest import COMMAND, Server
 
 END_S = 5.0

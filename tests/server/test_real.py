@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from swift_gguf.hub.models import resolve
 from swift_gguf.llama import SwiftLlama
-from swift_gguf.models import resolve
 from tests.server.conftest import Server
 
 openai = pytest.importorskip("openai", reason="the package openai is not installed")

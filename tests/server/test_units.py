@@ -27,7 +27,7 @@ from swift_gguf.errors import (
     SwiftError,
     TemplateError,
 )
-from swift_gguf.sampling import DRAWN_SEED, SamplingOptions, llama_seed
+from swift_gguf.sampling.sampling import DRAWN_SEED, SamplingOptions, llama_seed
 from swift_gguf.server import served
 from swift_gguf.server.answers import _telling
 from swift_gguf.server.app import _failed
@@ -356,7 +356,7 @@ def test_serve_has_large_buffers_given_back(
     def called() -> None:
         raise SwiftError("called")
 
-    monkeypatch.setattr("swift_gguf.native_memory.give_back_large_buffers", called)
+    monkeypatch.setattr("swift_gguf.native.memory.give_back_large_buffers", called)
     model = tmp_path / "model.gguf"
     model.write_bytes(b"")
     with pytest.raises(SystemExit, match="1"):

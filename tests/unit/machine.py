@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from swift_gguf.cost import WIDTHS, Costs, CostsHere
 from swift_gguf.drafting.passes import Passes
 from swift_gguf.drafting.source import Cycle
 from swift_gguf.drafting.tree import ROOT, Offer, Tree
-from swift_gguf.planner import Drafts, Planner
-from swift_gguf.verification import verify
+from swift_gguf.drafting.verification import verify
+from swift_gguf.planning.cost import WIDTHS, Costs, CostsHere
+from swift_gguf.planning.planner import Drafts, Planner
 
 PROMPT_N = 8
 LENGTH = 4096

@@ -9,7 +9,7 @@ import pytest
 
 from swift_gguf.bench.modes import AUTO, Mode
 from swift_gguf.bench.replay import Recording, Replay, compare
-from swift_gguf.cost import Costs
+from swift_gguf.planning.cost import Costs
 
 
 def costs(**passes: float) -> Costs:

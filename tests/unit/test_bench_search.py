@@ -32,8 +32,8 @@ from swift_gguf.bench.search_report import (
     score,
     varied,
 )
-from swift_gguf.cost import Costs
 from swift_gguf.errors import SwiftError
+from swift_gguf.planning.cost import Costs
 from swift_gguf.search.objective import Outcome, Window
 from swift_gguf.subnetwork import SubNetwork
 from swift_gguf.suite import Row

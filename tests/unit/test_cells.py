@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from swift_gguf.cells import N_SEQUENCES, PARKED, TRUNK, Cells
 from swift_gguf.errors import DecodeError
+from swift_gguf.model.cells import N_SEQUENCES, PARKED, TRUNK, Cells
 
 CAPACITY = 96
 

@@ -14,7 +14,7 @@ from swift_gguf.chat.figures import Figures, footer, shares
 from swift_gguf.chat.settings import KEYS, Settings
 from swift_gguf.chat.thinking import MARKS, Part, Thoughts
 from swift_gguf.errors import SwiftError
-from swift_gguf.sampling import SamplingOptions
+from swift_gguf.sampling.sampling import SamplingOptions
 
 # -- thoughts --------------------------------------------------------------------------------------
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from swift_gguf.context_length import ContextLength, context_length
-from swift_gguf.gguf_header import Header, Tensor
+from swift_gguf.gguf.context_length import ContextLength, context_length
+from swift_gguf.gguf.header import Header, Tensor
 
 ROPE = ContextLength(trained=2048, limit=None)
 SMALL = ContextLength(trained=200, limit=None)

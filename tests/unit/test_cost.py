@@ -15,13 +15,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swift_gguf.cost import (
-    Costs,
-    context_bucket,
-    costs_key,
-    machine_key,
-    stored_costs,
-)
 from swift_gguf.errors import (
     ContextFullError,
     DecodeError,
@@ -29,11 +22,12 @@ from swift_gguf.errors import (
     SubnetworkError,
     UnsupportedModelError,
 )
-from swift_gguf.measuring import Budget, measure
-from swift_gguf.model import Model
-from swift_gguf.native_abi import StopFlag
-from swift_gguf.open_model import Sublayer
-from swift_gguf.sidecar import Sidecar
+from swift_gguf.gguf.sidecar import Sidecar
+from swift_gguf.model.model import Model
+from swift_gguf.model.open_model import Sublayer
+from swift_gguf.native.abi import StopFlag
+from swift_gguf.planning.cost import Costs, context_bucket, costs_key, machine_key, stored_costs
+from swift_gguf.planning.measuring import Budget, measure
 from swift_gguf.subnetwork import SubNetwork
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)

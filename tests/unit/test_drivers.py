@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swift_gguf.errors import ContextFullError, DecodeError, StoppedError
-from swift_gguf.model import Model
+from swift_gguf.model.model import Model
 from swift_gguf.search import drivers
 from swift_gguf.search.drivers import IdleSearch, Meter, OnTheFly
 from swift_gguf.search.objective import Window

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from swift_gguf import engine
 from swift_gguf.drafting.tree import Tree
+from swift_gguf.drafting.verification import Verdict, verify
 from swift_gguf.engine import TARGET, Token, generate
 from swift_gguf.errors import ContextFullError, DecodeError, UnsupportedModelError
 from swift_gguf.stats import Stats
-from swift_gguf.verification import Verdict, verify
 from tests.unit.fake_model import (
     DrafterError,
     FakeModel,

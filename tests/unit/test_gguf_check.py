@@ -10,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from swift_gguf import gguf_check, gguf_header
 from swift_gguf.errors import ModelError
+from swift_gguf.gguf import check as gguf_check
+from swift_gguf.gguf import header as gguf_header
 from tests.fixtures import corrupt
 from tests.fixtures.parts import as_in_a_cache, write_parts
 from tests.fixtures.tiny_gguf import ALL_FAMILIES, N_VOCAB, write_tiny

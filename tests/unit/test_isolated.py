@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from swift_gguf import isolated
+from swift_gguf.text import isolated
 
 
 @pytest.mark.parametrize("module", ["json", "swift_gguf", "runpy"])
 def test_nothing_of_the_working_directory_is_run(tmp_path: Path, module: str) -> None:
     (tmp_path / f"{module}.py").write_text("print('code of the folder')\n")
     worker = subprocess.run(
-        isolated.command("swift_gguf.bounded_worker"),
+        isolated.command("swift_gguf.text.bounded_worker"),
         cwd=tmp_path,
         input='{"template": "fine", "variables": {}}\n',
         capture_output=True,

@@ -12,15 +12,15 @@ from typing import Any, cast
 
 import pytest
 
-from swift_gguf.cost import Costs, CostsHere
 from swift_gguf.errors import StoppedError
-from swift_gguf.learning import QUICK_WIDTHS
-from swift_gguf.measuring import Measurement
-from swift_gguf.model import Model
-from swift_gguf.profile import Profile
-from swift_gguf.sidecar import Sidecar
+from swift_gguf.gguf.sidecar import Sidecar
+from swift_gguf.learning.learning import QUICK_WIDTHS
+from swift_gguf.learning.profile import Profile
+from swift_gguf.model.model import Model
+from swift_gguf.planning.cost import Costs, CostsHere
+from swift_gguf.planning.measuring import Measurement
+from swift_gguf.planning.waiting import waited_s
 from swift_gguf.subnetwork import SubNetwork
-from swift_gguf.waiting import waited_s
 from tests.unit.test_cost import PASS_MS, SOME, TEXT, TimedModel, budget, measured
 
 SIDECAR = Sidecar(path=Path("x"), n_narrow=(8, 0, 8), n_head=100)

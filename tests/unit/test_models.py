@@ -24,10 +24,10 @@ from pathlib import Path
 import click.testing
 import pytest
 
-from swift_gguf import models
 from swift_gguf.cli import models_command
 from swift_gguf.cli.progress import download_progress
 from swift_gguf.errors import DownloadError, ModelError
+from swift_gguf.hub import models
 
 PIECES = (b"GGUF" + bytes(range(256)) * 600, b"tail" * 40_000)
 CONTENT = b"".join(PIECES)

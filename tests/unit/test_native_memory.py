@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from swift_gguf.native_memory import LARGE
+from swift_gguf.native.memory import LARGE
 
 # what glibc has mapped for a large buffer, after a larger one has come and gone
 PROBE = f"""
 import ctypes, sys
-from swift_gguf.native_memory import give_back_large_buffers
+from swift_gguf.native.memory import give_back_large_buffers
 
 class Counts(ctypes.Structure):  # struct mallinfo2
     _fields_ = [(name, ctypes.c_size_t) for name in (
@@ -36,7 +36,7 @@ print(libc.mallinfo2().hblkhd - before)
 HOLES = """
 import ctypes, re
 from pathlib import Path
-from swift_gguf.native_memory import give_back_free_pages
+from swift_gguf.native.memory import give_back_free_pages
 
 def resident():
     return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10

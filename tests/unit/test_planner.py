@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from swift_gguf.drafting.passes import Passes
 from swift_gguf.drafting.policy import Threshold
 from swift_gguf.drafting.tree import ROOT, Shape
-from swift_gguf.economy import Guard, Pace
 from swift_gguf.errors import StoppedError
-from swift_gguf.planner import Drafts, Planner
+from swift_gguf.planning.economy import Guard, Pace
+from swift_gguf.planning.planner import Drafts, Planner
 from tests.unit.machine import CURVES, FakeLookup, Guesses, Machine, best_fixed, plain_rate
 
 N_TOKENS = 2000

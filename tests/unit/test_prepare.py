@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swift_gguf.cost import Costs
 from swift_gguf.errors import SubnetworkError, SwiftError
+from swift_gguf.gguf.sidecar import path_beside
+from swift_gguf.planning.cost import Costs
 from swift_gguf.prepare.low_rank import OPEN
 from swift_gguf.prepare.narrowing import Fit, fit
 from swift_gguf.prepare.run import PrepareOptions, narrow_width, share_at
 from swift_gguf.prepare.statistics import Energy, Normal, NormalEquations, TokenMass, refit
 from swift_gguf.prepare.texts import Text, load_texts, save_texts
 from swift_gguf.search.space import Space
-from swift_gguf.sidecar import path_beside
 from swift_gguf.subnetwork import SubNetwork
 
 RNG = np.random.default_rng(0)

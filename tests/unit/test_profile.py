@@ -22,12 +22,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from swift_gguf import gguf_header
-from swift_gguf import profile as profile_module
-from swift_gguf.cost import Costs
 from swift_gguf.errors import ModelError
-from swift_gguf.identity import fingerprint
-from swift_gguf.profile import MAX_KNOWN, MAX_SEEN, Known, Profile, Seen, Store
+from swift_gguf.gguf import header as gguf_header
+from swift_gguf.gguf.identity import fingerprint
+from swift_gguf.learning import profile as profile_module
+from swift_gguf.learning.profile import MAX_KNOWN, MAX_SEEN, Known, Profile, Seen, Store
+from swift_gguf.planning.cost import Costs
 from swift_gguf.search.objective import Outcome
 from swift_gguf.subnetwork import SubNetwork
 from tests.fixtures.tiny_gguf import write_tiny

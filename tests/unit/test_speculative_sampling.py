@@ -17,14 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from swift_gguf.errors import SamplingError
-from swift_gguf.speculative_sampling import (
-    Distribution,
-    Round,
-    choose,
-    draw,
-    draw_children,
-    rounds,
-)
+from swift_gguf.sampling.speculative import Distribution, Round, choose, draw, draw_children, rounds
 
 Rule = Callable[[Distribution, Distribution, Sequence[int]], Iterator[Round]]
 Law = NDArray[np.float64]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from swift_gguf import deep_stack
 from swift_gguf.errors import SuiteError, SwiftError
-from swift_gguf.text import read_prompt, read_template
+from swift_gguf.native import deep_stack
+from swift_gguf.text.text import read_prompt, read_template
 from swift_gguf.text_files import MAX_BYTES, decode, read_text
 
 MARK = b"\xef\xbb\xbf"

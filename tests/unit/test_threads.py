@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from swift_gguf.threads import cpu_list, default_threads, quota_cpus
+from swift_gguf.native.threads import cpu_list, default_threads, quota_cpus
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux'")
 

@@ -22,7 +22,7 @@ from swift_gguf.drafting.tree import (
     grow,
     grow_sampled,
 )
-from swift_gguf.speculative_sampling import Distribution, draw_children
+from swift_gguf.sampling.speculative import Distribution, draw_children
 
 EOG = 0
 EVERYTHING = Threshold(0.0)

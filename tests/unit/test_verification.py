@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swift_gguf.drafting.tree import Tree
-from swift_gguf.verification import Verdict, verify
+from swift_gguf.drafting.verification import Verdict, verify
 from tests.unit.fake_model import shapes
 
 EOG = 0

@@ -1,0 +1,5 @@
+"""ROOM hub."""
+
+from swift_gguf.hub.models import cache_dir, registry, resolve
+
+__all__ = ["cache_dir", "registry", "resolve"]

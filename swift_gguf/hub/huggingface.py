@@ -1,0 +1,229 @@
+"""Models on the Hugging Face hub: ``hf:owner/repo[/file.gguf]``, through huggingface_hub."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+from swift_gguf.errors import DownloadError, ModelError
+from swift_gguf.hub.downloads import Meter, Progress, disk_reason, failed, not_downloaded, watch
+
+PREFIX = "hf:"
+_SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+
+
+def fetch(ref: str, *, download: bool, progress: Progress | None) -> Path:
+    """The file that ``hf:owner/repo[/file.gguf]`` names, from the hub or from its cache.
+
+    Raises ModelError if the reference is not clear, DownloadError if the file cannot be had.
+    """
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/(.+\.gguf))?", ref.removeprefix(PREFIX))
+    if match is None:
+        raise ModelError(f"{ref} is not of the form hf:owner/repo or hf:owner/repo/file.gguf")
+    repo, file = match.groups()
+    hub = _Repository(ref, repo, download=download)
+    names = _pieces(file or _choose(ref, hub.sizes))
+    if missing := [name for name in names if name not in hub.sizes]:
+        if not hub.is_online:
+            raise hub.local
+        has = ", ".join(sorted(name for name in hub.sizes if name.endswith(".gguf"))) or "no GGUF"
+        raise ModelError(f"{ref}: the repository has no {missing[0]}; it has {has}")
+    return hub.fetch(names, progress)[0]
+
+
+def fetch_folder(ref: str, patterns: Sequence[str], *, progress: Progress | None) -> Path:
+    """The folder with the files of ``hf:owner/repo`` whose names fit one of `patterns`.
+
+    patterns: of names at the top, or in a folder that the pattern names.
+
+    Raises ModelError if the reference is not clear, DownloadError if the files cannot be had.
+    """
+    hub = _folder(ref)
+    names = _fitting(hub, patterns)
+    if not any("/" not in name for name in names):
+        raise ModelError(f"{ref} holds no checkpoint")
+    paths = zip(names, hub.fetch(names, progress), strict=True)
+    return next(path.parent for name, path in paths if "/" not in name)
+
+
+def list_folder(ref: str) -> dict[str, int]:
+    """The files at the top of ``hf:owner/repo``, with their sizes in bytes; none is fetched.
+
+    Raises as `fetch_folder` does.
+    """
+    return _top(_folder(ref))
+
+
+def _folder(ref: str) -> _Repository:
+    match = re.fullmatch(r"[\w.-]+/[\w.-]+", ref.removeprefix(PREFIX))
+    if match is None:
+        raise ModelError(f"{ref} is not of the form hf:owner/repo")
+    return _Repository(ref, match[0], download=True)
+
+
+def _top(hub: _Repository) -> dict[str, int]:
+    return {name: size for name, size in hub.sizes.items() if "/" not in name}
+
+
+def _fitting(hub: _Repository, patterns: Sequence[str]) -> list[str]:
+    """Files that fit a pattern with as many folders as it names."""
+    return [
+        name
+        for name in sorted(hub.sizes)
+        if any(name.count("/") == p.count("/") and fnmatch(name, p) for p in patterns)
+    ]
+
+
+class _Repository:
+    """A repository of the hub, or what its cache holds where there is no connection."""
+
+    def __init__(self, ref: str, repo: str, *, download: bool) -> None:
+        import huggingface_hub
+        from huggingface_hub import constants, errors
+
+        # The hub's own constant is fixed at its first import.
+        self._endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
+        self._storage = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+        self._ref, self._repo = ref, repo
+        self.local: ModelError = not_downloaded(ref)
+        """To raise where only this machine can be asked."""
+        self._commit: str | None = None
+        """One for all files, whatever is pushed meanwhile; None: the one that the cache has."""
+        self.is_online = download
+        if download:
+            try:
+                api = huggingface_hub.HfApi(endpoint=self._endpoint)
+                info = api.model_info(repo, files_metadata=True)
+                self.sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+                self._commit = info.sha
+            except Exception as error:  # the HTTP library, hence its errors, differs by version
+                self.local = _hub_failure(ref, error, self._storage)
+                if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
+                    raise self.local from error
+                self.is_online = False  # no connection: what was fetched before still serves
+        if not self.is_online:
+            self.sizes = _hub_cached(self._storage)
+            if not self.sizes:
+                raise self.local
+
+    def fetch(self, names: Sequence[str], progress: Progress | None) -> list[Path]:
+        """Where these files are, once they are there."""
+        import huggingface_hub
+
+        if self.is_online:
+            self._require_space(names)
+        meter = Meter(progress, sum(self.sizes[name] for name in names))
+        paths, done = [], 0
+        for name in names:
+            try:
+                with _quiet_hub(), watch(self._storage / "blobs", "*.incomplete", done, meter):
+                    path = huggingface_hub.hf_hub_download(
+                        self._repo,
+                        name,
+                        revision=self._commit,
+                        endpoint=self._endpoint,
+                        local_files_only=not self.is_online,
+                    )
+            except Exception as error:
+                raise _hub_failure(self._ref, error, self._storage) from error
+            paths.append(Path(path))
+            done += self.sizes[name]
+            meter(done)
+        if self._commit:  # the hub notes by itself only what a branch was asked for
+            branch = self._storage / "refs" / "main"
+            branch.parent.mkdir(parents=True, exist_ok=True)
+            branch.write_text(self._commit)
+        return paths
+
+    def _require_space(self, names: Sequence[str]) -> None:
+        """For what is not in the cache yet, of this commit or another."""
+        have = {
+            (path.name, path.stat().st_size)
+            for path in self._storage.glob("snapshots/**/*")
+            if path.is_file()
+        }
+        sizes = {name: self.sizes[name] for name in names}
+        missing = sum(size for name, size in sizes.items() if (Path(name).name, size) not in have)
+        begun = sum(path.stat().st_size for path in self._storage.glob("blobs/*.incomplete"))
+        where = next(path for path in self._storage.parents if path.exists())
+        free = shutil.disk_usage(where).free
+        if missing - begun > free:
+            reason = (
+                f"it takes {missing / 1e9:.2f} GB in {where}, where {free / 1e9:.2f} GB are free; "
+                "free some space, or set HF_HOME to another folder"
+            )
+            raise failed(self._ref, reason)
+
+
+def _hub_failure(ref: str, error: Exception, storage: Path) -> DownloadError:
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    if isinstance(error, (RepositoryNotFoundError, HFValidationError)):  # the first: gated, too
+        reason = (
+            "no such repository, or not open to you; check the name, or log in: `hf auth login`"
+        )
+        return failed(ref, reason)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
+        return failed(ref, disk_reason(error, storage, "HF_HOME"))
+    why = f"{type(error).__name__}: {error}".splitlines()[0]
+    return failed(ref, f"no connection to the model hub ({why}); check the network and try again")
+
+
+def _hub_cached(storage: Path) -> dict[str, int]:
+    """The files of a repository that the hub's cache holds, with their sizes in bytes."""
+    try:
+        snapshot = storage / "snapshots" / (storage / "refs" / "main").read_text().strip()
+    except OSError:
+        return {}
+    files = (path for path in snapshot.rglob("*") if path.is_file())
+    return {path.relative_to(snapshot).as_posix(): path.stat().st_size for path in files}
+
+
+def _choose(ref: str, sizes: Mapping[str, int]) -> str:
+    """The one GGUF to take: the only one, else the only Q4_K_M."""
+    names = sorted(
+        name
+        for name in sizes
+        if name.endswith(".gguf")
+        and not re.search(r"mmproj|imatrix", name, re.IGNORECASE)  # not language models
+        and _pieces(name)[0] == name
+    )
+    preferred = [name for name in names if "q4_k_m" in name.casefold()]
+    for candidates in (names, preferred):
+        if len(candidates) == 1:
+            return candidates[0]
+    if not names:
+        raise ModelError(f"{ref} has no GGUF file; look for a repository of GGUF conversions")
+    raise ModelError(f"{ref} has several GGUF files; give one as {ref}/FILE: {', '.join(names)}")
+
+
+def _pieces(file: str) -> list[str]:
+    """`file`, or all parts in order if it is one part of a split GGUF."""
+    if (split := _SPLIT.search(file)) is None:
+        return [file]
+    stem, count = file[: split.start()], int(split[2])
+    return [f"{stem}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
+
+
+@contextlib.contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """The hub draws bars of its own unless told not to, and that for the whole process."""
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    before = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not before:
+            enable_progress_bars()

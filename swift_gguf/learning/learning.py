@@ -1,0 +1,273 @@
+"""What is learned of a model while it is used, and kept between runs."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from swift_gguf.drafting.recycling import Recycling
+from swift_gguf.errors import StoppedError
+from swift_gguf.gguf.identity import profile_key
+from swift_gguf.interrupts import heard
+from swift_gguf.learning.profile import EMBEDDED, Known, Profile, Seen, Store, embedded
+from swift_gguf.model import Model
+from swift_gguf.planning.cost import WIDTHS, Costs, CostsHere, costs_key, stored_costs
+from swift_gguf.planning.measuring import Budget, Measurement
+from swift_gguf.search.drivers import Meter
+from swift_gguf.search.optimizer import Knowledge, Search, Searcher
+from swift_gguf.search.paper import PaperOptions, PaperSearch
+from swift_gguf.search.space import Space
+from swift_gguf.subnetwork import SubNetwork
+
+MIN_POSITIONS = 64
+"""What was seen on fewer may be luck: it is remembered, but nothing is built on it yet."""
+
+QUICK_WIDTHS = tuple(width for width in WIDTHS if width <= 8)
+LOOK_S = 2.0
+"""For measuring before anybody gets an answer."""
+IDLE_LOOK_S = 1.0
+"""For the same between answers, where the search waits."""
+
+
+def space_of(model: Model, *, with_sidecar: bool = True) -> Space | None:
+    """The sub-layers of a model that a draft may leave out, or run narrower where it has a sidecar;
+    None if there are none."""
+    attn, ffn = (
+        [i for i, sublayer in enumerate(kind) if sublayer.status == "ok"]
+        for kind in model.sublayers
+    )
+    sidecar = model.usable_sidecar() if with_sidecar else None
+    if sidecar and sidecar.narrow_layers:
+        narrow, has_head = sorted(sidecar.narrow_layers), sidecar.n_head > 0
+        return Space(model.n_layer, attn, narrow, is_narrow=True, has_head=has_head)
+    inner = set(range(1, model.n_layer - 1))
+    if not inner & {*attn, *ffn}:
+        return None
+    return Space(model.n_layer, attn, ffn)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """How to look for sub-networks."""
+
+    paper: PaperOptions | None = None
+    """SWIFT's own search, to compare with; None: ours."""
+    draft_max: int = 8
+    p_min: float | None = None
+    """A fixed threshold under which drafts stop; None: the search finds the best."""
+
+
+class Learning:
+    """The profile of a model, the costs of its passes here, and a search that goes on from there.
+
+    The first time a model meets a machine, or a long context there, costs are measured, for at most
+    `LOOK_S` seconds, at the end of the present context, which stays as it is.  What there was no
+    time for, or was measured while the machine was busy, is measured again in idle time
+    (`look_again`) and at the next start.  What was measured is in the profile at once, also if that
+    is interrupted.
+
+    on_measuring: called before costs are measured.
+
+    Raises:
+        UnsupportedModelError: the model cannot take tokens back.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        space: Space | None,
+        *,
+        store: Store | None = None,
+        options: SearchOptions | None = None,
+        with_sidecar: bool = True,
+        on_measuring: Callable[[], None] = lambda: None,
+    ) -> None:
+        options = options or SearchOptions()
+        self.store = store or Store()
+        self.meter = Meter()
+        self._model = model
+        sidecar = model.sidecar.path if model.sidecar and with_sidecar else None
+        self._fingerprint = profile_key(model.path, sidecar)
+        self._saved = Meter()
+        profile = self.store.load(self._fingerprint)
+        if profile is None and sidecar is None:
+            text = model.metadata(EMBEDDED)
+            profile = embedded(text, fingerprint=self._fingerprint)
+        if profile is not None and profile.n_layer != model.n_layer:
+            profile = None
+        self._may_look = True
+        self._latest: Costs | None = None
+        costs = stored_costs(model, profile.costs) if profile else None
+        if costs is None or not costs.is_sure:
+            on_measuring()
+            costs = self._measured(QUICK_WIDTHS, rounds=2, known=costs, seconds=LOOK_S)
+        self.here = CostsHere(model, costs)
+        """The costs at the present length of the context, which the search counts in."""
+        self._recycled = profile.recycling if profile else ()
+        self.searcher: Searcher | None = None
+        """None where nothing is to be searched."""
+        if space is None:
+            pass
+        elif options.paper:
+            self.searcher = PaperSearch(space, options.paper)
+        else:
+            self.searcher = self._search(space, profile, options)
+        self.started_from_profile = bool(profile and profile.known)
+
+    def _search(self, space: Space, profile: Profile | None, options: SearchOptions) -> Search:
+        """Ours, from where earlier runs left it."""
+        stored = [known for known in profile.known if known.subnetwork in space] if profile else []
+        return Search(
+            space,
+            self.here,
+            # the incumbent of the last run first: it was compared on equal windows
+            known=[known.subnetwork for known in stored if known.positions >= MIN_POSITIONS],
+            seen={
+                known.subnetwork: {key: seen.outcome() for key, seen in known.seen.items()}
+                for known in stored
+            },
+            draft_max=options.draft_max,
+            p_min=options.p_min,
+            seed=profile.evaluations if profile else 0,
+        )
+
+    @property
+    def costs(self) -> Costs:
+        """As they were measured."""
+        return self.here.measured
+
+    def measure_costs(self) -> None:
+        """Measures again, and thoroughly, what passes cost."""
+        self.here.update(self._measured(WIDTHS, rounds=3))
+
+    def begin(self) -> None:
+        """An answer begins: after it, costs may be measured again."""
+        self._may_look = True
+
+    def look_again(self) -> bool:
+        """In idle time: measures again what was measured in a hurry or on a busy machine.
+
+        Piece by piece, as long as that gets on; on a busy machine once an answer, for it may be
+        busy for long.  False: there is nothing to do.
+        """
+        if self.costs.is_sure or not self._may_look or self._model.room < max(QUICK_WIDTHS):
+            return False
+        known = self.costs
+        try:
+            costs = self._measured(QUICK_WIDTHS, rounds=2, known=known, seconds=IDLE_LOOK_S)
+            self._may_look = costs.n_timed > known.n_timed and not costs.is_busy
+        finally:  # it may be stopped
+            if self._latest is not None:
+                self.here.update(self._latest)
+        return True
+
+    def _measured(
+        self,
+        widths: Sequence[int],
+        *,
+        rounds: int,
+        known: Costs | None = None,
+        seconds: float = math.inf,
+    ) -> Costs:
+        """Costs, measured and kept; in an empty context on some tokens that are taken back.
+
+        known: what there was before; it stays where it is better.
+        """
+        self._latest = None
+        model, budget = self._model, Budget(seconds=seconds)
+        measurement = Measurement(model, widths=widths, known=known)
+        is_empty, is_told = model.n_past == 0, threading.Event()
+
+        def stop() -> None:
+            is_told.set()
+            model.stop.raise_()
+
+        try:
+            with heard(stop):
+                if is_empty:
+                    n_tokens = max(1, min(max(widths), model.n_ctx // 2))
+                    with budget.stopping(model):
+                        model.decode([7919 * i % model.n_vocab for i in range(n_tokens)])
+                if model.n_past:
+                    measurement.run(budget, rounds=rounds)
+            return self._kept(measurement, known)
+        except (KeyboardInterrupt, SystemExit, StoppedError):
+            self._kept(measurement, known)
+            raise
+        finally:
+            if is_told.is_set():
+                model.stop.lower()
+            if is_empty:
+                model.clear()
+
+    def _kept(self, measurement: Measurement, known: Costs | None) -> Costs:
+        """The better ones of both; new ones go into the profile."""
+        costs = measurement.costs()
+        if known is not None and (costs.trust < known.trust or not measurement.has_timed):
+            return known
+        if measurement.has_timed:
+            self._latest = costs
+            self.store.add(replace(self._nothing_new(), costs=self._by_key(costs)))
+        return costs
+
+    @property
+    def best(self) -> SubNetwork:
+        """The sub-network to draft with."""
+        assert self.searcher is not None
+        return self.searcher.best
+
+    @property
+    def best_known(self) -> Knowledge | None:
+        """What was seen of the best sub-network; None while that is too little to build on."""
+        if not isinstance(self.searcher, Search):
+            return None
+        best = next(iter(self.searcher.knowledge(1)), None)
+        is_enough = best and best.subnetwork == self.best and best.rate.positions >= MIN_POSITIONS
+        return best if is_enough else None
+
+    def recycling(self) -> Recycling:
+        """The table of successors, as earlier runs left it."""
+        try:
+            return Recycling.from_rows(list(self._recycled), n_vocab=self._model.n_vocab)
+        except ValueError:  # another vocabulary's
+            return Recycling()
+
+    def save(self, recycling: Recycling | None = None) -> None:
+        """Adds what was learned since the last time to the profile.
+
+        Nobody may be searching at the same time; see `IdleSearch.paused`.
+        """
+        found = self.searcher.knowledge() if isinstance(self.searcher, Search) else []
+        self.store.add(
+            replace(
+                self._nothing_new(),
+                known=tuple(
+                    Known(
+                        subnetwork=item.subnetwork,
+                        seen={str(key): Seen.of(value) for key, value in item.outcomes.items()},
+                    )
+                    for item in found
+                ),
+                costs=self._by_key(self.here.refreshed()),
+                recycling=tuple(recycling.to_rows()) if recycling is not None else (),
+                search_s=self.meter.seconds - self._saved.seconds,
+                evaluations=self.meter.steps - self._saved.steps,
+            )
+        )
+        self._saved = Meter(self.meter.seconds, self.meter.steps)
+
+    def _nothing_new(self) -> Profile:
+        """To fill in what was learned."""
+        return Profile(
+            fingerprint=self._fingerprint,
+            model=self._model.metadata("general.name") or self._model.path.stem,
+            n_layer=self._model.n_layer,
+        )
+
+    def _by_key(self, costs: Costs) -> dict[str, dict[str, Any]]:
+        if "passes" in costs.untimed:
+            return {}  # nothing but guesses
+        return {costs_key(self._model, costs): costs.as_dict()}

@@ -1,0 +1,436 @@
+"""What we remember of a model between runs: good sub-networks, and what passes cost here.
+
+A file of JSON for each model, shared by all processes that run it.  Nothing here ever stops a
+generation: what cannot be read or written is said in a warning, and learned again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from swift_gguf.drafting.recycling import MAX_ROWS, Recycling
+from swift_gguf.hub import cache_dir
+from swift_gguf.planning.cost import Costs
+from swift_gguf.search.objective import Outcome
+from swift_gguf.subnetwork import SubNetwork, format_layers, parse_layers
+
+VERSION = 1
+MAX_KNOWN = 8
+MAX_SEEN = 16
+MAX_TOKEN = 1 << 31
+LOCK_SECONDS = 2.0
+EMBEDDED = "swift.profile"
+"""The key of a GGUF's metadata that may hold a profile."""
+MAX_EMBEDDED = 1 << 20  # characters
+
+_log = logging.getLogger("swift_gguf")
+
+
+# -- values ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a sub-network would have drafted at the positions of one window, in plain values.
+
+    Raises:
+        ValueError: nothing was seen, or it cannot have been.
+    """
+
+    agrees: tuple[bool, ...]
+    """Is the draft's likeliest token the text's?"""
+    confidence: tuple[float, ...]
+    """The draft's probability of it."""
+
+    def __post_init__(self) -> None:
+        if not self.agrees or len(self.agrees) != len(self.confidence):
+            raise ValueError("agreement and confidence of different numbers of positions, or none")
+        for probability in self.confidence:
+            _require_real(probability, most=1.0)
+
+    @classmethod
+    def of(cls, outcome: Outcome) -> Seen:
+        """Rounded to what matters."""
+        confidence = (min(1.0, round(float(p), 3)) for p in outcome.confidence)
+        return cls(tuple(map(bool, outcome.agrees)), tuple(confidence))
+
+    def outcome(self) -> Outcome:
+        """As the search has it."""
+        return Outcome(np.array(self.agrees), np.array(self.confidence, dtype=np.float32))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """A sub-network that was tried: what was seen, not what it was worth, which is another matter
+    on every machine.
+
+    Raises:
+        ValueError: it was never seen.
+    """
+
+    subnetwork: SubNetwork
+    seen: Mapping[str, Seen]
+    """By window, the latest last, at most `MAX_SEEN`."""
+
+    def __post_init__(self) -> None:
+        if not 0 < len(self.seen) <= MAX_SEEN or not all(isinstance(key, str) for key in self.seen):
+            raise ValueError("windows without names, none or too many")
+
+    @property
+    def positions(self) -> int:
+        """How many were scored."""
+        return sum(len(window.agrees) for window in self.seen.values())
+
+    @property
+    def agreement(self) -> float:
+        """Share of the positions where its draft was right."""
+        return sum(sum(window.agrees) for window in self.seen.values()) / self.positions
+
+    def merged(self, later: Known) -> Known:
+        """With what was seen later; the oldest windows give way."""
+        earlier = {key: seen for key, seen in self.seen.items() if key not in later.seen}
+        latest = list({**earlier, **later.seen}.items())[-MAX_SEEN:]
+        return replace(self, seen=dict(latest))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What is known of a model, or what a process has learned of it and not yet stored.
+
+    Raises:
+        ValueError: something in it cannot be.
+    """
+
+    fingerprint: str
+    model: str
+    """A name for people."""
+    n_layer: int
+    known: tuple[Known, ...] = ()
+    """Different sub-networks, the latest learned first, at most `MAX_KNOWN`."""
+    costs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """`Costs.as_dict` by where they were measured (`cost.machine_key`)."""
+    recycling: tuple[Any, ...] = ()
+    """`Recycling.to_rows`: what followed on what, the latest learned last."""
+    search_s: float = 0.0
+    """Time spent on search."""
+    evaluations: int = 0
+    """Sub-networks scored, repetitions included."""
+
+    def __post_init__(self) -> None:
+        _require_fingerprint(self.fingerprint)
+        if not isinstance(self.model, str):
+            raise ValueError("the model's name is not a text")
+        _require_whole(self.n_layer)
+        _require_real(self.search_s)
+        _require_whole(self.evaluations)
+        subnetworks = {known.subnetwork for known in self.known}
+        if len(subnetworks) != len(self.known) or len(self.known) > MAX_KNOWN:
+            raise ValueError("a sub-network is there twice, or there are too many")
+        layers = {subnetwork.n_layer for subnetwork in subnetworks}
+        layers |= {Costs.from_dict(costs).n_layer for costs in self.costs.values()}
+        if not layers <= {self.n_layer}:
+            raise ValueError(f"something belongs to a model without {self.n_layer} layers")
+
+    def merged(self, learned: Profile) -> Profile:
+        """This profile and what was learned since: totals and what was seen add up.
+
+        Of two measurements of costs the newer stays, unless it is trusted less (`Costs.trust`).
+
+        Raises:
+            ValueError: they are of different models.
+        """
+        if (self.fingerprint, self.n_layer) != (learned.fingerprint, learned.n_layer):
+            raise ValueError(f"{learned.model} is another model than {self.model}")
+        stored = {known.subnetwork: known for known in self.known}
+        latest = {
+            known.subnetwork: stored[known.subnetwork].merged(known)
+            if known.subnetwork in stored
+            else known
+            for known in learned.known
+        }
+        known = list({**latest, **{s: k for s, k in stored.items() if s not in latest}}.values())
+        return Profile(
+            fingerprint=self.fingerprint,
+            model=learned.model,
+            n_layer=self.n_layer,
+            known=tuple(known[:MAX_KNOWN]),
+            costs=_trusted_costs(self.costs, learned.costs),
+            recycling=_latest_rows(self.recycling, learned.recycling),
+            search_s=self.search_s + learned.search_s,
+            evaluations=self.evaluations + learned.evaluations,
+        )
+
+
+def _trusted_costs(
+    stored: Mapping[str, Mapping[str, Any]], learned: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Mapping[str, Any]]:
+    def trust(costs: Mapping[str, Any]) -> int:
+        return Costs.from_dict(costs).trust
+
+    better = {
+        key: costs
+        for key, costs in learned.items()
+        if key not in stored or trust(costs) >= trust(stored[key])
+    }
+    return {**stored, **better}
+
+
+def _latest_rows(stored: tuple[Any, ...], learned: tuple[Any, ...]) -> tuple[Any, ...]:
+    """One row of every context."""
+    rows = {tuple(row[0]): row for row in stored}
+    for row in learned:
+        rows.pop(tuple(row[0]), None)  # the latest learned come last
+        rows[tuple(row[0])] = row
+    return tuple(rows.values())[-MAX_ROWS:]
+
+
+def _require_whole(value: object) -> None:
+    # beyond 2^53, other readers of JSON would round
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 53:
+        raise ValueError(f"{str(value)[:40]!r} is not a number of something")
+
+
+def _require_real(value: object, *, most: float = 1e18) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= most:
+        raise ValueError(f"{str(value)[:40]!r} is not a number from 0 to {most:g}")
+
+
+def _require_fingerprint(text: object) -> None:
+    """A fingerprint becomes the name of a file."""
+    if not isinstance(text, str) or len(text) != 32 or not set(text) <= set("0123456789abcdef"):
+        raise ValueError(f"{text!r:.60} is not a fingerprint")
+
+
+# -- JSON ------------------------------------------------------------------------------------------
+
+
+class _UnusableError(Exception):
+    """A file that is not a profile for us, and what to call it instead."""
+
+    def __init__(self, suffix: str, why: str) -> None:
+        super().__init__(why)
+        self.suffix = suffix
+
+
+def _to_json(profile: Profile) -> str:
+    known = [
+        {
+            "skip_attn": format_layers(item.subnetwork.skip_attn),
+            "skip_ffn": format_layers(item.subnetwork.skip_ffn),
+            "narrow_ffn": format_layers(item.subnetwork.narrow_ffn),
+            "draft_head": item.subnetwork.draft_head,
+            "seen": {
+                key: {
+                    "agrees": "".join("01"[agrees] for agrees in window.agrees),
+                    "confidence": list(window.confidence),
+                }
+                for key, window in item.seen.items()
+            },
+        }
+        for item in profile.known
+    ]
+    values = {
+        "version": VERSION,
+        "fingerprint": profile.fingerprint,
+        "model": profile.model,
+        "n_layer": profile.n_layer,
+        "known": known,
+        "costs": profile.costs,
+        "recycling": profile.recycling,
+        "search_s": profile.search_s,
+        "evaluations": profile.evaluations,
+    }
+    return json.dumps(values, separators=(",", ":"), allow_nan=False) + "\n"
+
+
+def _from_json(content: bytes) -> Profile:
+    try:
+        values = json.loads(content)
+        version = values.pop("version")
+        if isinstance(version, int) and VERSION < version < 1_000_000:
+            raise _UnusableError(f"newer-{version}", "it was written by a newer swift-gguf")
+        if version != VERSION or isinstance(version, bool):
+            raise ValueError("it has no version")
+        n_layer = values["n_layer"]
+        _require_whole(n_layer)
+        known = tuple(_known(item, n_layer) for item in values.pop("known"))
+        recycling = values.pop("recycling", [])
+        Recycling.from_rows(recycling, n_vocab=MAX_TOKEN)  # for what it refuses
+        return Profile(known=known, recycling=tuple(recycling), **values)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise _UnusableError("damaged", f"it is damaged ({error!s:.80})") from None
+
+
+def _known(item: dict[str, Any], n_layer: int) -> Known:
+    draft_head = item.pop("draft_head", False)
+    if not isinstance(draft_head, bool):
+        raise ValueError("a draft head that is neither there nor not")
+    return Known(
+        subnetwork=SubNetwork(
+            n_layer=n_layer,
+            skip_attn=parse_layers(item.pop("skip_attn")),
+            skip_ffn=parse_layers(item.pop("skip_ffn")),
+            narrow_ffn=parse_layers(item.pop("narrow_ffn", "")),
+            draft_head=draft_head,
+        ),
+        seen={key: _seen(window) for key, window in item.pop("seen").items()},
+        **item,
+    )
+
+
+def _seen(window: dict[str, Any]) -> Seen:
+    agrees = window.pop("agrees")
+    if not isinstance(agrees, str) or set(agrees) - {"0", "1"}:
+        raise ValueError("agreement that is not written in 0 and 1")
+    return Seen(agrees=tuple(bit == "1" for bit in agrees), confidence=tuple(window["confidence"]))
+
+
+def portable(profile: Profile) -> str:
+    """What may travel with a model, as text: its sub-networks and what was seen of them; neither
+    the costs of this machine nor words of what was asked on it."""
+    shared = replace(
+        profile, fingerprint="0" * 32, costs={}, recycling=(), search_s=0.0, evaluations=0
+    )
+    return _to_json(shared).strip()
+
+
+def embedded(text: str | None, *, fingerprint: str) -> Profile | None:
+    """The profile that came with a model (the metadata key `EMBEDDED`), where there is one."""
+    if text is None:
+        return None
+    try:
+        if len(text) > MAX_EMBEDDED:
+            raise _UnusableError("", "it is too long")
+        return replace(_from_json(text.encode()), fingerprint=fingerprint)
+    except _UnusableError as error:
+        _log.warning("the profile inside the model is not used: %s", error)
+        return None
+
+
+# -- the folder ------------------------------------------------------------------------------------
+
+
+class Store:
+    """Profiles in a folder: SWIFT_GGUF_PROFILES, or in the user's cache.
+
+    Safe to share between processes.
+    Of `load`, `add` and `forget`, none raises for what it finds there.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        override = os.environ.get("SWIFT_GGUF_PROFILES")
+        self.folder = folder or (Path(override) if override else cache_dir() / "profiles")
+
+    def load(self, fingerprint: str) -> Profile | None:
+        """What is known of a model, if anything is."""
+        path = self.path(fingerprint)
+        with _forgiving(path, "read"):
+            try:
+                return _read(path)  # without the lock: the file is only ever replaced as a whole
+            except _UnusableError:
+                with _locked(path):
+                    return _read_or_set_aside(path)
+        return None
+
+    def add(self, learned: Profile) -> Profile | None:
+        """Adds what this process learned since it last did; what is known now, if it was stored.
+
+        learned: `search_s` and `evaluations` are increments, and stored totals grow by them.
+        """
+        path = self.path(learned.fingerprint)
+        with _forgiving(path, "written"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with _locked(path):
+                stored = _read_or_set_aside(path)
+                if stored and stored.n_layer != learned.n_layer:
+                    _set_aside(path, "damaged", f"it is of a model with {stored.n_layer} layers")
+                    stored = None
+                profile = stored.merged(learned) if stored else learned
+                _replace(path, _to_json(profile))
+                return profile
+        return None
+
+    def forget(self, fingerprint: str) -> bool:
+        """Removes what is known of a model; was there anything?"""
+        path = self.path(fingerprint)
+        with _forgiving(path, "removed"):
+            if self.folder.exists():
+                with _locked(path):
+                    path.with_suffix(".tmp").unlink(missing_ok=True)
+                    found = path.exists()
+                    path.unlink(missing_ok=True)
+                    return found
+        return False
+
+    def path(self, fingerprint: str) -> Path:
+        """Where a model's profile is, if there is one."""
+        _require_fingerprint(fingerprint)
+        return self.folder / f"{fingerprint}.json"
+
+
+@contextmanager
+def _forgiving(path: Path, what: str) -> Iterator[None]:
+    """Makes a warning of an operating system's error, a lock that is not to be had included."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        _log.warning("the profile %s cannot be %s (%s); going on without", path, what, reason)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keeps other writers out.  The system lets go of the lock when its process is killed."""
+    import filelock
+
+    lock = filelock.FileLock(path.with_suffix(".lock"))
+    with lock.acquire(timeout=LOCK_SECONDS, poll_interval=0.01):
+        yield
+
+
+def _read(path: Path) -> Profile | None:
+    try:
+        profile = _from_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    if profile.fingerprint != path.stem:
+        raise _UnusableError("damaged", "it is of another model")
+    return profile
+
+
+def _read_or_set_aside(path: Path) -> Profile | None:
+    """Under the lock."""
+    try:
+        return _read(path)
+    except _UnusableError as error:
+        _set_aside(path, error.suffix, str(error))
+        return None
+
+
+def _set_aside(path: Path, suffix: str, why: str) -> None:
+    """Under the lock.  Earlier files set aside are kept, too: they may be all that is left."""
+    target, number = path.with_name(f"{path.name}.{suffix}"), 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{path.name}.{suffix}.{number}")
+    path.rename(target)
+    _log.warning("the profile %s is set aside as %s: %s", path, target.name, why)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Under the lock, so that one name will do: what a killed process left is written over."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,25 @@
+"""ROOM native."""
+
+from swift_gguf.native.binding import (
+    SUBLAYER_STATUS,
+    Cost,
+    FfnObserver,
+    Library,
+    SidecarHandle,
+    StopFlag,
+    SubnetworkHandle,
+    buffer,
+    library,
+)
+
+__all__ = [
+    "SUBLAYER_STATUS",
+    "Cost",
+    "FfnObserver",
+    "Library",
+    "SidecarHandle",
+    "StopFlag",
+    "SubnetworkHandle",
+    "buffer",
+    "library",
+]

@@ -1,0 +1,497 @@
+"""The native library; only this, `native_abi` and `native_convert` call it by ctypes.
+
+The library is llama.cpp's libllama with our patch (see native/README.md).  `llama_cpp`, the ctypes
+binding of llama-cpp-python, is made to load this very file, so both speak to one library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from swift_gguf.errors import (
+    DecodeError,
+    NativeLibraryError,
+    NotFiniteError,
+    SwiftError,
+    UnsupportedModelError,
+)
+from swift_gguf.native.abi import (
+    ABI,
+    ERRORS,
+    FLOATS,
+    NOT_FINITE,
+    ON_FFN,
+    SIGNATURES,
+    DraftParams,
+    SublayerStruct,
+)
+from swift_gguf.native.abi import SUBLAYER_STATUS as SUBLAYER_STATUS
+from swift_gguf.native.abi import Cost as Cost
+from swift_gguf.native.abi import FfnObserver as FfnObserver
+from swift_gguf.native.abi import SidecarHandle as SidecarHandle
+from swift_gguf.native.abi import StopFlag as StopFlag
+from swift_gguf.native.abi import SubnetworkHandle as SubnetworkHandle
+from swift_gguf.native.captured import captured_stderr
+from swift_gguf.native.deep_stack import on_deep_stack
+from swift_gguf.native.load import REINSTALL, find_library, import_llama_cpp
+from swift_gguf.subnetwork import SubNetwork
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """A device ggml can compute on."""
+
+    name: str
+    description: str
+    is_gpu: bool
+
+
+class Library:
+    """The loaded library: `api` is the `llama_cpp` module, the methods are swift_gguf.h.
+
+    Contexts are passed as `llama_cpp` hands them out (`llama_context_p`, an address).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.api = import_llama_cpp(folder)
+        self._swift = self.api._lib
+        self._check_versions()
+        self._log: deque[str] = deque(maxlen=50)
+        self._interrupted: KeyboardInterrupt | SystemExit | None = None
+        self._catch_interrupts()
+        self.show_log(False)
+        self._callback = self.api.llama_log_callback(self._on_log)
+        self.api.llama_log_set(self._callback, ctypes.c_void_p(0))
+        self.api.llama_backend_init()
+
+    # -- versions and messages ---------------------------------------------------------------------
+
+    def _check_versions(self) -> None:
+        for name, (result, arguments) in SIGNATURES.items():
+            try:
+                function = getattr(self._swift, name)
+            except AttributeError:
+                raise NativeLibraryError(
+                    f"{self.folder} holds a libllama without swift-gguf's patch; {REINSTALL}"
+                ) from None
+            function.restype, function.argtypes = result, arguments
+        if (abi := self._swift.swift_gguf_abi()) != ABI:
+            raise NativeLibraryError(
+                f"the library in {self.folder} has ABI {abi}, this package needs {ABI}; {REINSTALL}"
+            )
+        structs = {name: getattr(self.api, name) for name in _LLAMA_STRUCTS}
+        structs |= {
+            "swift_gguf_cost": Cost,
+            "swift_gguf_sublayer": SublayerStruct,
+            "swift_gguf_draft_params": DraftParams,
+        }
+        for name, struct in structs.items():
+            native = self._swift.swift_gguf_struct_size(name.encode())
+            if native != ctypes.sizeof(struct):
+                bindings = version("llama-cpp-python")
+                raise NativeLibraryError(
+                    f"the library in {self.folder} and llama-cpp-python {bindings} "
+                    f"disagree about {name} ({native} and {ctypes.sizeof(struct)} bytes); "
+                    + REINSTALL
+                )
+
+    def _on_log(self, level: int, text: bytes, _: object) -> None:
+        try:
+            if level in (3, 4):  # GGML_LOG_LEVEL_WARN, _ERROR
+                self._log.append(text.decode("utf-8", "replace").strip())
+            if self._shows_log:
+                sys.stderr.write(text.decode("utf-8", "replace"))
+        except (KeyboardInterrupt, SystemExit) as ending:
+            self._interrupted = ending  # ctypes drops what a callback raises
+
+    def _catch_interrupts(self) -> None:
+        """What a signal's handler raises while llama.cpp computes is raised on a callback's first
+        line, before any `try`, and all that Python does with it is to tell this hook."""
+        others = sys.unraisablehook
+
+        def hook(lost: sys.UnraisableHookArgs) -> None:
+            is_ours = getattr(lost.object, "__module__", None) == __name__
+            if is_ours and isinstance(lost.exc_value, (KeyboardInterrupt, SystemExit)):
+                self._interrupted = lost.exc_value
+            else:
+                others(lost)
+
+        sys.unraisablehook = hook
+
+    def show_log(self, wanted: bool) -> None:
+        """Shows llama.cpp's own log on standard error, or not unless SWIFT_GGUF_LOG is set."""
+        self._shows_log = wanted or bool(os.environ.get("SWIFT_GGUF_LOG"))
+
+    @contextmanager
+    def messages(self) -> Iterator[deque[str]]:
+        """Warnings and errors that llama.cpp logs inside the block, oldest first.
+
+        A Ctrl-C that arrives while llama.cpp logs or loads, or in another callback, is raised at
+        the end of the block.
+        """
+        self._log.clear()
+        try:
+            yield self._log
+        finally:  # whatever it raises: that it was interrupted may be why
+            ending = self._interrupted
+            if ending and threading.current_thread() is threading.main_thread():
+                self._interrupted = None
+                raise ending
+
+    def unless_stopped(self, flag: StopFlag) -> Any:
+        """For `progress_callback` of a model's parameters: the load ends early when the flag is
+        raised, or on Ctrl-C.  To be kept as long as it may be called."""
+
+        def goes_on(_progress: float, _: object) -> bool:
+            return not (flag.is_up or self._interrupted)
+
+        return self.api.llama_progress_callback(goes_on)
+
+    @contextmanager
+    def overriding(self, params: Any, values: Mapping[str, int]) -> Iterator[None]:
+        """Inside, a model that is loaded with `params` has these values in its metadata."""
+        items = (self.api.llama_model_kv_override * (len(values) + 1))()  # the last one is empty
+        for item, (key, value) in zip(items, values.items(), strict=False):
+            item.tag = self.api.LLAMA_KV_OVERRIDE_TYPE_INT
+            item.key, item.value.val_i64 = key.encode(), value
+        params.kv_overrides = items if values else None
+        yield
+        params.kv_overrides = None
+
+    @property
+    def llama_commit(self) -> str:
+        """The llama.cpp commit of the library, "unknown" for a user's own checkout."""
+        return str(self._swift.swift_gguf_llama_commit().decode())
+
+    def devices(self) -> list[Device]:
+        """The devices ggml found, GPUs first."""
+        base, registry = self._ggml("ggml-base"), self._ggml("ggml")
+        registry.ggml_backend_dev_count.restype = ctypes.c_size_t
+        registry.ggml_backend_dev_get.restype = ctypes.c_void_p
+        registry.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
+        for name in ("name", "description"):
+            getattr(base, f"ggml_backend_dev_{name}").restype = ctypes.c_char_p
+            getattr(base, f"ggml_backend_dev_{name}").argtypes = [ctypes.c_void_p]
+        base.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
+        pointers = [
+            registry.ggml_backend_dev_get(i) for i in range(registry.ggml_backend_dev_count())
+        ]
+        found = [
+            Device(
+                name=base.ggml_backend_dev_name(pointer).decode(),
+                description=base.ggml_backend_dev_description(pointer).decode(),
+                is_gpu=base.ggml_backend_dev_type(pointer) in (1, 2),  # GPU, IGPU
+            )
+            for pointer in pointers
+        ]
+        return sorted(found, key=lambda device: not device.is_gpu)
+
+    def _ggml(self, name: str) -> ctypes.CDLL:
+        suffix = {"darwin": "lib{}.dylib", "win32": "{}.dll"}.get(sys.platform, "lib{}.so")
+        return ctypes.CDLL(str(self.folder / suffix.format(name)))
+
+    # -- swift_gguf.h ------------------------------------------------------------------------------
+
+    def sidecar(self, model: Any, path: Path) -> SidecarHandle:
+        """Loads a model's sidecar.
+
+        Raises:
+            SidecarError: it does not fit the model, or the machine.
+        """
+        with self.messages(), captured_stderr():
+            return SidecarHandle(self._swift, model, path)
+
+    def subnetwork(
+        self, subnetwork: SubNetwork, sidecar: SidecarHandle | None = None
+    ) -> SubnetworkHandle:
+        """The native form of a sub-network."""
+        return SubnetworkHandle(self._swift, subnetwork, sidecar)
+
+    def set_subnetwork(self, ctx: Any, handle: SubnetworkHandle | None) -> None:
+        """The context's next passes run this sub-network; None runs the whole model."""
+        pointer = handle.pointer if handle else None
+        _check(self._swift.swift_gguf_set_subnetwork(ctx, pointer), "set the sub-network")
+
+    def rollback_refusal(self, ctx: Any) -> str | None:
+        """Why this context cannot be rolled back exactly, or None if it can."""
+        reason = self._swift.swift_gguf_rollback_refusal(ctx)
+        return reason.decode() if reason else None
+
+    def set_batch_invariant(self, ctx: Any, enable: bool) -> None:
+        """CPU attention whose rows do not depend on the batch they are decoded in."""
+        code = self._swift.swift_gguf_set_batch_invariant(ctx, enable)
+        _check(code, "choose batch-invariant attention")
+
+    def pass_cost(
+        self, ctx: Any, handle: SubnetworkHandle | None, *, n_tokens: int, n_outputs: int, n_kv: int
+    ) -> Cost:
+        """What decoding n_tokens tokens reads when the cache holds n_kv positions."""
+        cost = Cost()
+        pointer = handle.pointer if handle else None
+        code = self._swift.swift_gguf_pass_cost(ctx, pointer, n_tokens, n_outputs, n_kv, cost)
+        _check(code, "count the cost of a pass")
+        return cost
+
+    def sublayers(
+        self, ctx: Any, n_layer: int
+    ) -> tuple[Sequence[SublayerStruct], Sequence[SublayerStruct]]:
+        """Of each layer's attention and FFN: can it be skipped, and what does that save."""
+        attention, ffn = (SublayerStruct * n_layer)(), (SublayerStruct * n_layer)()
+        _check(
+            self._swift.swift_gguf_sublayers(ctx, attention, ffn, n_layer), "look at the sub-layers"
+        )
+        return list(attention), list(ffn)
+
+    @contextmanager
+    def observe_ffn(
+        self, ctx: Any, observer: FfnObserver, sidecar: SidecarHandle | None = None
+    ) -> Iterator[None]:
+        """Inside the block `observer(layer, inputs, activations, output)` hears of every dense FFN
+        that a pass computes, narrow ones of the sidecar included: float32 [n_tokens, n_embd] (or
+        [n_tokens, 0] where it was not seen), [n_tokens, n_ff] and [n_tokens, n_embd], valid during
+        the call.
+
+        What it raises is raised at the end of the block.
+        """
+        import numpy as np
+
+        failed: list[BaseException] = []
+
+        def on_ffn(
+            _: Any, il: int, n: int, n_embd: int, inputs: Any, n_ff: int, activations: Any, out: Any
+        ) -> None:
+            if failed:
+                return
+            try:
+                as_array = np.ctypeslib.as_array
+                seen = as_array(inputs, (n, n_embd)) if inputs else np.zeros((n, 0), np.float32)
+                observer(il, seen, as_array(activations, (n, n_ff)), as_array(out, (n, n_embd)))
+            except BaseException as error:  # ctypes would drop it
+                failed.append(error)
+
+        callback = ON_FFN(on_ffn)
+        pointer = self._swift.swift_gguf_observe_ffn(
+            ctx, sidecar.pointer if sidecar else None, callback, None
+        )
+        if not pointer:
+            raise UnsupportedModelError("this model has no dense FFN to look at")
+        try:
+            yield
+        finally:
+            self._swift.swift_gguf_observe_ffn_end(pointer)
+        if failed:
+            raise failed[0]
+
+    def set_stop_flag(self, ctx: Any, flag: StopFlag) -> None:
+        """Passes of the context stop early while the flag is up."""
+        _check(self._swift.swift_gguf_set_stop_flag(ctx, flag.value), "watch the stop flag")
+
+    def top(self, ctx: Any, row: int, k: int) -> tuple[list[int], list[float]]:
+        """The k most likely tokens of an output row and their probabilities at temperature 1."""
+        tokens, probabilities = (ctypes.c_int32 * k)(), (ctypes.c_float * k)()
+        n = self._swift.swift_gguf_top(ctx, row, k, tokens, probabilities)
+        _check(n, "read the logits")
+        return tokens[:n], probabilities[:n]
+
+    def draft(
+        self, ctx: Any, handle: SubnetworkHandle, token: int, pos: int, *, n_max: int, p_min: float
+    ) -> tuple[list[int], list[float]]:
+        """Greedy draft tokens after `token` at position `pos`, and their probabilities.
+
+        The drafting loop for programs in C; Python grows trees (`swift_gguf.drafting.tree`).
+        """
+        tokens, probabilities = (ctypes.c_int32 * n_max)(), (ctypes.c_float * n_max)()
+        params = DraftParams(0, n_max, p_min)
+        n = self._swift.swift_gguf_draft(
+            ctx, handle.pointer, params, token, pos, tokens, probabilities
+        )
+        _check(n, "draft")
+        return tokens[:n], probabilities[:n]
+
+    def logits(self, ctx: Any, row: int, n_vocab: int) -> Any:
+        """A copy of an output row's logits, float32 [n_vocab]."""
+        import numpy as np
+
+        pointer = self.api.llama_get_logits_ith(ctx, row)
+        if not pointer:
+            raise DecodeError(f"output row {row} has no logits; ask for it when decoding")
+        return np.ctypeslib.as_array(pointer, (n_vocab,)).copy()
+
+    def candidates(self, chain: Any, logits: Any) -> tuple[Any, Any]:
+        """What a sampler chain leaves of a row of logits, float32 [n_vocab].
+
+        Returns token ids, int32 [n], in no order, and their logits as changed, float32 [n].
+        """
+        ids, logits, _ = self._applied(chain, logits)
+        return ids.copy(), logits.copy()
+
+    def draw(self, chain: Any, logits: Any) -> int | None:
+        """The token a chain draws, and accepts, by a row of logits, float32 [n_vocab].
+
+        As llama_sampler_sample, but for None where the chain (a grammar in it) leaves no token:
+        llama.cpp would take one nevertheless, and abort when it is accepted.
+        """
+        ids, logits, selected = self._applied(chain, logits)
+        if not 0 <= selected < len(ids) or logits[selected] == -math.inf:
+            return None
+        token = int(ids[selected])
+        self.api.llama_sampler_accept(chain, token)
+        return token
+
+    def _applied(self, chain: Any, logits: Any) -> tuple[Any, Any, int]:
+        """Ids and logits, valid until the chain is used again, and which of them is selected."""
+        import numpy as np
+
+        data = np.zeros(len(logits), np.dtype(self.api.llama_token_data))
+        data["id"] = np.arange(len(logits))
+        data["logit"] = logits
+        pointer = data.ctypes.data_as(self.api.llama_token_data_p)
+        array = self.api.llama_token_data_array(pointer, len(data), -1, False)
+        self.api.llama_sampler_apply(chain, ctypes.byref(array))
+        # a sampler may have put its own buffer in the place of ours
+        left = np.ctypeslib.as_array(array.data, (array.size,))
+        if left.ctypes.data == data.ctypes.data:
+            left = data[: array.size]  # which keeps them alive
+        return left["id"], left["logit"], int(array.selected)
+
+    def quantize(self, rows: NDArray[np.float32], ggml_type: int) -> NDArray[np.uint8]:
+        """Rows of weights, quantised: uint8 [n_rows, bytes a row] (ggml_quantize_chunk)."""
+        import numpy as np
+
+        base = self._ggml("ggml-base")
+        base.ggml_row_size.restype = ctypes.c_size_t
+        base.ggml_row_size.argtypes = [ctypes.c_int, ctypes.c_int64]
+        base.ggml_quantize_chunk.restype = ctypes.c_size_t
+        base.ggml_quantize_chunk.argtypes = [
+            ctypes.c_int, FLOATS, ctypes.c_void_p, *[ctypes.c_int64] * 3, FLOATS,
+        ]  # fmt: skip
+        rows = np.ascontiguousarray(rows, np.float32)
+        n_rows, n_per_row = rows.shape
+        out = np.empty((n_rows, base.ggml_row_size(ggml_type, n_per_row)), np.uint8)
+        base.ggml_quantize_chunk(
+            ggml_type, rows.ctypes.data_as(FLOATS), out.ctypes.data, 0, n_rows, n_per_row, None
+        )
+        return out
+
+    # -- text buffers that llama.cpp fills ---------------------------------------------------------
+
+    def tokenize(
+        self, vocab: Any, text: bytes, *, add_special: bool, parse_special: bool
+    ) -> list[int]:
+        """Token ids of UTF-8 text (llama_tokenize)."""
+
+        def tokenized() -> list[int]:
+            size = len(text) + 8
+            for _ in range(2):
+                buffer = (self.api.llama_token * size)()
+                n = self.api.llama_tokenize(
+                    vocab, text, len(text), buffer, size, add_special, parse_special
+                )
+                if n >= 0:
+                    return list(buffer[:n])
+                size = -n
+            raise SwiftError(
+                "llama.cpp could not tokenize the text; is the model's vocabulary intact?"
+            )
+
+        return on_deep_stack(self.stack_characters(vocab, text), tokenized)
+
+    def stack_characters(self, vocab: Any, text: bytes) -> int:
+        """How deep llama.cpp may recurse on this text; vocabularies without a regex do not."""
+        if self.api.llama_vocab_type(vocab) != self.api.LLAMA_VOCAB_TYPE_BPE:
+            return 0
+        return len(text.decode("utf-8", "replace"))
+
+    def token_bytes(self, vocab: Any, token: int, *, special: bool) -> bytes:
+        """The UTF-8 bytes a token stands for (llama_token_to_piece); may be part of a character."""
+        size = 64
+        for _ in range(2):
+            buffer = ctypes.create_string_buffer(size)
+            n = self.api.llama_token_to_piece(vocab, token, buffer, size, 0, special)
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
+        return b""
+
+    def pieces(self, vocab: Any) -> tuple[list[bytes], list[int]]:
+        """What each token stands for in an answer, as `token_bytes`, and those that end it."""
+        to_piece, is_end = self.api.llama_token_to_piece, self.api.llama_vocab_is_eog
+        size = 256
+        buffer = ctypes.create_string_buffer(size)
+        pieces = []
+        n_vocab = self.api.llama_vocab_n_tokens(vocab)
+        for token in range(n_vocab):
+            n = to_piece(vocab, token, buffer, size, 0, False)
+            whole = buffer.raw[:n] if n >= 0 else self.token_bytes(vocab, token, special=False)
+            pieces.append(whole)
+        return pieces, [token for token in range(n_vocab) if is_end(vocab, token)]
+
+    def metadata(self, model: Any, key: str) -> str | None:
+        """A value of the GGUF's metadata as text, or None."""
+        size = 256
+        for _ in range(2):
+            buffer = ctypes.create_string_buffer(size)
+            n = self.api.llama_model_meta_val_str(model, key.encode(), buffer, size)
+            if n < 0:
+                return None
+            if n < size:
+                return buffer.value.decode("utf-8", "replace")
+            size = n + 1
+        return None
+
+    def description(self, model: Any) -> str:
+        """llama.cpp's one-line name of architecture, size and quantisation."""
+        buffer = ctypes.create_string_buffer(256)
+        self.api.llama_model_desc(model, buffer, 256)
+        return buffer.value.decode("utf-8", "replace")
+
+
+_LLAMA_STRUCTS = (
+    "llama_model_params",
+    "llama_context_params",
+    "llama_batch",
+    "llama_model_quantize_params",
+    "llama_sampler_chain_params",
+    "llama_token_data_array",
+)
+
+
+def buffer(n_bytes: int) -> Any:
+    """Memory that llama.cpp may write to."""
+    return (ctypes.c_uint8 * n_bytes)()
+
+
+def _check(code: int, what: str) -> None:
+    if code >= 0:
+        return
+    if code == -2:
+        raise UnsupportedModelError(f"could not {what}: {ERRORS[code]}; use --speculation off")
+    kind = NotFiniteError if code == NOT_FINITE else DecodeError
+    raise kind(f"could not {what}: {ERRORS.get(code, f'llama_decode returned {-100 - code}')}")
+
+
+@cache
+def library() -> Library:
+    """The library, loaded and checked at the first call.
+
+    Raises:
+        NativeLibraryError: it is missing, foreign or of another version.
+    """
+    return Library(find_library())
