@@ -23,7 +23,7 @@ from typing import Any
 
 from swift_gguf.bench.spread import Spread, table
 from swift_gguf.errors import NativeLibraryError, SwiftError
-from swift_gguf.text import isolated
+from swift_gguf.templates.sandbox import command as isolated
 
 N_PROMPT = 256
 """Tokens of the timed prefill, and the context length of timed decoding."""
@@ -100,7 +100,7 @@ class Worker:
         arguments = [str(model), str(n_threads or 0), str(n_gpu_layers)]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (until `close`)
         self._process = subprocess.Popen(
-            isolated.command("swift_gguf.bench.reference", *arguments),
+            isolated("swift_gguf.bench.reference", *arguments),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -18,7 +18,8 @@ from swift_gguf.sampling import SamplingOptions
 from swift_gguf.session import Answer, Piece, Session, stopped_by_ctrl_c
 from swift_gguf.speculation import Speculation
 from swift_gguf.speculation_options import SpeculationOptions
-from swift_gguf.text import THINKS, encode, read_prompt
+from swift_gguf.templates import THINKS
+from swift_gguf.text import encode, read_prompt
 
 BETTER = 1.02
 """By which drafts must be expected to be faster before a person is told."""

@@ -13,7 +13,8 @@ from typing import Any
 
 from swift_gguf.chat.thinking import MARKS
 from swift_gguf.model import Model
-from swift_gguf.text import Message, Prompting, encode, render_chat, with_reasoning
+from swift_gguf.templates import Prompting, with_reasoning
+from swift_gguf.text import Message, encode, render_chat
 
 
 @dataclass(frozen=True, kw_only=True)

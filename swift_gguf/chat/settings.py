@@ -8,7 +8,7 @@ from typing import Any
 
 from swift_gguf.errors import SwiftError
 from swift_gguf.sampling import SamplingOptions
-from swift_gguf.text import THINKS
+from swift_gguf.templates import THINKS
 
 THINKING = ("fold", "show", "hide")
 CONTEXT = ("shift", "stop")

@@ -135,7 +135,8 @@ def _prompt_text(values: dict[str, Any]) -> str:
 def _prompt_tokens(
     model: Model, text: str, values: dict[str, Any], variables: dict[str, Any]
 ) -> list[int]:
-    from swift_gguf.text import Prompting, encode, read_template, render_chat
+    from swift_gguf.templates import Prompting
+    from swift_gguf.text import encode, read_template, render_chat
 
     if not values["raw"]:
         template = values["chat_template"]

@@ -241,7 +241,7 @@ def template_variables(values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         TemplateError: they are no JSON object, or set what is not to be set.
     """
-    from swift_gguf.text import THINKS, parse_variables, with_reasoning
+    from swift_gguf.templates import THINKS, parse_variables, with_reasoning
 
     text, effort = values["chat_template_kwargs"], values["reasoning_effort"]
     return with_reasoning(

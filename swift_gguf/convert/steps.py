@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from swift_gguf.errors import ConvertError
-from swift_gguf.text import isolated
+from swift_gguf.templates.sandbox import command as isolated
 
 POLL = 0.1  # seconds
 TAIL = 64 << 10  # bytes of what a step wrote that are kept
@@ -59,7 +59,7 @@ def run(
     Raises:
         ConvertError: the step failed; the message says why.
     """
-    command = isolated.command("swift_gguf.convert.worker", step)
+    command = isolated("swift_gguf.convert.worker", step)
     pipe = subprocess.PIPE  # of standard input: its end tells the child that we are gone
     child = subprocess.Popen(
         command, stdin=pipe, stdout=pipe, stderr=pipe, env={**os.environ, **environment}

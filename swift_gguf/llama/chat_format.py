@@ -16,7 +16,7 @@ from swift_gguf.errors import ModelError
 from swift_gguf.llama.adoption import in_scope
 from swift_gguf.llama.forms import converter
 from swift_gguf.llama.scores import LogProbs
-from swift_gguf.text import ChatTemplate, Prompting
+from swift_gguf.templates import ChatTemplate, Prompting
 
 CHATML: str = llama_chat_format.CHATML_CHAT_TEMPLATE
 """For models without a template."""

@@ -1,6 +1,6 @@
 """llama.cpp's readers of chat answers, in a library of their own (native/chat).
 
-`analyse` runs a template, which may do anything: call it in `bounded_worker` alone.  A `Reader`
+`analyse` runs a template, which may do anything: call it in a `Sandbox` alone.  A `Reader`
 takes text of any kind; what it does to memory and time has an end.
 """
 

@@ -31,7 +31,7 @@ from swift_gguf.server.requests import (
     lesser,
     names,
 )
-from swift_gguf.text import Continued, Prompting, check_variables, with_reasoning
+from swift_gguf.templates import Continued, Prompting, check_variables, with_reasoning
 
 
 def _object(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """How a model's chat template has answers written, as llama.cpp finds out.
 
-It renders the template many times, which happens where templates are rendered (`bounded`).  What
+It renders the template many times, which happens where templates are rendered (`sandbox`).  What
 comes back is data: a reader of answers, and the text of the tokens that readers must see.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from swift_gguf.native.chat import Reader
-from swift_gguf.text.bounded import Bounded
+from swift_gguf.templates.sandbox import Sandbox
 
 _log = logging.getLogger("swift_gguf")
 
@@ -84,10 +84,10 @@ class Syntaxes:
 
     def _ask(self, template: str, request: Mapping[str, Any]) -> Syntax | None:
         if getattr(sys, "frozen", False):
-            return None  # there is no process to look at it in (`Bounded`)
-        process = Bounded()
+            return None  # there is no process to look at it in (`Sandbox`)
+        process = Sandbox("swift_gguf.native.chat", "analyse")
         try:
-            answer = process.ask({"chat": request})
+            answer = process.ask(request=request)
         finally:
             process.close()  # what it finds out is remembered: it has nothing more to do
         if "text" not in answer:

@@ -11,7 +11,7 @@ from swift_gguf.errors import ModelError, SwiftError, TemplateError
 from swift_gguf.model import Model
 from swift_gguf.native import library
 from swift_gguf.native.deep_stack import MOST
-from swift_gguf.text.templates import ChatTemplate, Prompting
+from swift_gguf.templates import ChatTemplate, Prompting
 from swift_gguf.text_files import read_text
 
 MOST_BYTES = 4 * MOST

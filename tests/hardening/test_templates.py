@@ -14,7 +14,7 @@ import pytest
 from swift_gguf.errors import TemplateError
 from swift_gguf.model.model import Model
 from swift_gguf.native.binding import library
-from swift_gguf.text.templates import ChatTemplate
+from swift_gguf.templates.template import ChatTemplate
 from swift_gguf.text.text import render_chat
 from tests.fixtures.corrupt import with_chat_template
 from tests.fixtures.tokenizer import CHATML

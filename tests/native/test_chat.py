@@ -32,7 +32,7 @@ from swift_gguf.sampling.sampling import Sampler, SamplingOptions
 from swift_gguf.session import Answer, Piece, Session, stopped_by_ctrl_c
 from swift_gguf.speculation import Speculation
 from swift_gguf.speculation_options import SpeculationOptions
-from swift_gguf.text.templates import Prompting
+from swift_gguf.templates.template import Prompting
 from swift_gguf.text.text import encode, render_chat
 from swift_gguf.text.text import piece as bytes_of
 from tests.fixtures.tokenizer import CHATML, THINKING

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from swift_gguf.errors import TemplateError
-from swift_gguf.text.templates import ChatTemplate, Prompting, parse_variables, with_reasoning
+from swift_gguf.templates.template import ChatTemplate, Prompting, parse_variables, with_reasoning
 from tests.fixtures.tokenizer import CHATML, THINKING
 
 QUESTION = {"role": "user", "content": "Why?"}

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from swift_gguf.text import isolated
+from swift_gguf.templates.sandbox import command
 
 
 @pytest.mark.parametrize("module", ["json", "swift_gguf", "runpy"])
 def test_nothing_of_the_working_directory_is_run(tmp_path: Path, module: str) -> None:
     (tmp_path / f"{module}.py").write_text("print('code of the folder')\n")
     worker = subprocess.run(
-        isolated.command("swift_gguf.text.bounded_worker"),
+        command("swift_gguf.templates.sandbox", "swift_gguf.templates.template", "render"),
         cwd=tmp_path,
-        input='{"template": "fine", "variables": {}}\n',
+        input='{"source": "fine", "variables": {}}\n',
         capture_output=True,
         text=True,
     )
@@ -30,5 +30,5 @@ def test_it_sees_the_modules_of_this_process_and_its_arguments(
 ) -> None:
     (tmp_path / "own_module.py").write_text("import sys; print(sys.argv[1:], __name__)\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    command = isolated.command("own_module", "a", "b c")
-    assert subprocess.check_output(command, text=True) == "['a', 'b c'] __main__\n"
+    printed = subprocess.check_output(command("own_module", "a", "b c"), text=True)
+    assert printed == "['a', 'b c'] __main__\n"

@@ -1,8 +1,9 @@
 """Chat templates: programs that come with a model's file, whose author nobody knows.
 
-They are rendered in a process of their own (`bounded`), in jinja2's sandbox
-(`template_rendering`).  Everything that renders a template does it here: `text.render_chat`, and
-`SwiftLlama` with the server on it.
+They are rendered in jinja2's sandbox, which keeps a template from attributes that lead out of it,
+and that in a process of its own (`sandbox`), which keeps it from running for ever or making text
+without end.  Everything that renders a template does it here: `text.render_chat`, and the drop-in
+`Llama` with the server on it.
 """
 
 from __future__ import annotations
@@ -11,10 +12,19 @@ import json
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
+from functools import lru_cache
 from typing import Any, Literal
 
+import jinja2
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from swift_gguf.errors import TemplateError
-from swift_gguf.text.bounded import Bounded
+from swift_gguf.templates.sandbox import Sandbox
 
 Continued = Literal["content", "reasoning_content"]
 """What of an answer goes on: what it says, or what it thinks."""
@@ -107,7 +117,7 @@ class ChatTemplate:
     def __init__(self, source: str, *, bos_token: str = "", eos_token: str = "") -> None:
         self._source = source
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
-        self._process = Bounded()
+        self._process = Sandbox(__name__, "render")
 
     def render(
         self,
@@ -142,7 +152,7 @@ class ChatTemplate:
 
     def _rendered(self, variables: dict[str, Any]) -> str:
         try:
-            answer = self._process.ask({"template": self._source, "variables": variables})
+            answer = self._process.ask(source=self._source, variables=variables)
         except (TypeError, ValueError, RecursionError) as error:
             raise TemplateError(f"the messages are no JSON: {error}") from error
         if "text" not in answer:
@@ -171,3 +181,70 @@ def _marked(
     if isinstance(value, list):  # parts
         value = "".join(str(part.get("text", "")) for part in value if isinstance(part, dict))
     return [*before, {**last, continues: f"{value}{mark}"}]
+
+
+# -- in the process of its own --------------------------------------------------------------------
+
+MAX_TEXT = 8 << 20
+"""Characters of a prompt: more than the longest context takes, and little to read."""
+
+
+class _Generation(Extension):
+    """``{% generation %}`` marks what a model is trained on; for a prompt it means nothing."""
+
+    tags = {"generation"}  # noqa: RUF012 (so in jinja2)
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
+        # jinja2 goes on with nothing instead; who reaches for such names wants out
+        raise SecurityError(f"it reaches for {attribute!r}, which templates may not")
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(str(message))
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """As chat templates expect it: unlike jinja2's own, nothing is escaped for HTML."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+@lru_cache(maxsize=8)
+def _compiled(source: str) -> jinja2.Template:
+    environment = _Sandbox(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(source)
+
+
+def render(source: str, variables: Mapping[str, Any]) -> str:
+    """The prompt.
+
+    Raises:
+        ValueError: it is too long.
+        Exception: whatever the template trips over.
+    """
+    text = _compiled(source).render(variables)
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"it makes a prompt of more than {MAX_TEXT} characters")
+    return text

@@ -1,0 +1,21 @@
+"""Chat templates: programs of strangers that make a prompt of messages, run in a sandbox."""
+
+from swift_gguf.templates.template import (
+    THINKS,
+    ChatTemplate,
+    Continued,
+    Prompting,
+    check_variables,
+    parse_variables,
+    with_reasoning,
+)
+
+__all__ = [
+    "THINKS",
+    "ChatTemplate",
+    "Continued",
+    "Prompting",
+    "check_variables",
+    "parse_variables",
+    "with_reasoning",
+]
