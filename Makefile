@@ -35,10 +35,11 @@ soak: dev ## what wants hours: damaged files, cells, losslessness, Ctrl-C, the s
 	$(BIN)/python scripts/soak_server.py $(MODEL)
 	scripts/sanitize.sh
 
-check: dev ## lint, types, formatting
+check: dev ## lint, types, floors, formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: dev ## format Python and C++

@@ -194,7 +194,7 @@ class Ours:
     """What `swift-gguf generate` runs, greedy; kind: ``plain`` or ``auto``."""
 
     def __init__(self, model: str, n_threads: int, kind: str) -> None:
-        from swift_gguf.model.model import Model, ModelOptions
+        from swift_gguf.model import Model, ModelOptions
         from swift_gguf.session import Session
         from swift_gguf.speculation import Speculation, SpeculationOptions
 

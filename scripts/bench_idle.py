@@ -15,7 +15,7 @@ from swift_gguf.bench.output import require_folder, write_json
 from swift_gguf.errors import SwiftError
 from swift_gguf.hub import models
 from swift_gguf.learning.profile import Store
-from swift_gguf.model.model import Model, ModelOptions
+from swift_gguf.model import Model, ModelOptions
 from swift_gguf.suite import BUILT_IN
 from swift_gguf.text.text import encode
 

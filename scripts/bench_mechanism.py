@@ -14,7 +14,7 @@ from swift_gguf.bench.mechanism import context_size, measure
 from swift_gguf.bench.report import render
 from swift_gguf.errors import SwiftError
 from swift_gguf.hub import models
-from swift_gguf.model.model import Model, ModelOptions
+from swift_gguf.model import Model, ModelOptions
 
 
 def main() -> int:

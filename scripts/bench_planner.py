@@ -17,7 +17,7 @@ from swift_gguf.bench.replay import Recording, compare, record
 from swift_gguf.bench.suites import NAMES, load
 from swift_gguf.errors import SwiftError
 from swift_gguf.hub import models
-from swift_gguf.model.model import Model, ModelOptions
+from swift_gguf.model import Model, ModelOptions
 from swift_gguf.planning.cost import Costs
 from swift_gguf.planning.measuring import measure
 from swift_gguf.text.text import chat_template, encode, render_chat

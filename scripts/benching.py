@@ -11,7 +11,7 @@ from typing import Any
 from swift_gguf.bench import corpus, plots
 from swift_gguf.bench.output import require_folder, write_json
 from swift_gguf.errors import SwiftError
-from swift_gguf.model.model import ModelOptions
+from swift_gguf.model import ModelOptions
 
 
 def positive(text: str) -> int:

@@ -121,7 +121,10 @@ def pin():
 
 
 def build_key(cmake_args):
-    """A hash of everything the installed package depends on, the Python files excepted."""
+    """A hash of everything the installed package depends on.
+
+    Of Python files their names: an editable install finds by name what it was made with.
+    """
     files = [ROOT / "pyproject.toml", ROOT / "CMakeLists.txt"]
     for folder, _, names in os.walk(ROOT / "native"):
         files += [Path(folder, name) for name in names]
@@ -129,6 +132,8 @@ def build_key(cmake_args):
     for path in sorted(files):
         if path.suffix not in (".md", ".pyc"):
             digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    for path in sorted((ROOT / "swift_gguf").rglob("*.py")):
+        digest.update(f"{path.relative_to(ROOT)}\0".encode())
     own_tree = os.environ.get("SWIFT_LLAMA_CPP_DIR", "")
     digest.update(f"{cmake_args}\0{own_tree}".encode())
     return digest.hexdigest()

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import sys
 
-from swift_gguf.cli.progress import download_progress
 from swift_gguf.errors import SwiftError
 from swift_gguf.hub import models
+from swift_gguf.hub.progress import download_progress
 
 
 def main(names: list[str]) -> int:

@@ -29,10 +29,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from swift_gguf.errors import StoppedError, SwiftError
+from swift_gguf.model import Model, ModelOptions
 from swift_gguf.model import cells as cells_module
 from swift_gguf.model import model as model_module
 from swift_gguf.model.cells import Cells
-from swift_gguf.model.model import Model, ModelOptions
 from swift_gguf.tokens import common_prefix
 from tests.fixtures.tiny_gguf import write_tiny
 

@@ -38,12 +38,11 @@ from swift_gguf.gguf.sidecar import path_beside
 from swift_gguf.hub.models import resolve
 from swift_gguf.learning.profile import Store
 from swift_gguf.llama import SwiftLlama
-from swift_gguf.model.model import Model, ModelOptions
+from swift_gguf.model import Model, ModelOptions
 from swift_gguf.prepare.run import Preparation, PrepareOptions
 from swift_gguf.sampling.sampling import Sampler, SamplingOptions
 from swift_gguf.session import Session
-from swift_gguf.speculation import Speculation
-from swift_gguf.speculation_options import TREES, SpeculationOptions
+from swift_gguf.speculation import TREES, Speculation, SpeculationOptions
 from swift_gguf.stats import Stats
 from swift_gguf.text.text import StreamDecoder, encode
 from tests.fixtures.tiny_gguf import write_tiny

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from swift_gguf.llama import SwiftDraftModel as SwiftDraftModel
     from swift_gguf.llama import SwiftLlama as SwiftLlama
-    from swift_gguf.speculation_options import SpeculationOptions as SpeculationOptions
+    from swift_gguf.speculation import SpeculationOptions as SpeculationOptions
 
 try:
     __version__ = version("swift-gguf")
@@ -17,7 +17,7 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 _MODULES = {
     "SwiftLlama": "swift_gguf.llama",
     "SwiftDraftModel": "swift_gguf.llama",
-    "SpeculationOptions": "swift_gguf.speculation_options",
+    "SpeculationOptions": "swift_gguf.speculation",
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from swift_gguf.model.model import Model, ModelOptions
+from swift_gguf.model import Model, ModelOptions
 from tests.fixtures.tiny_gguf import write_tiny
 
 # A shell without job control starts background jobs with Ctrl-C ignored, and children inherit that:

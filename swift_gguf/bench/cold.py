@@ -14,8 +14,7 @@ from swift_gguf.bench.output import layers
 from swift_gguf.errors import UnsupportedModelError
 from swift_gguf.learning import Store
 from swift_gguf.model import Model
-from swift_gguf.speculation import Speculation
-from swift_gguf.speculation_options import SpeculationOptions
+from swift_gguf.speculation import Speculation, SpeculationOptions
 from swift_gguf.subnetwork import SubNetwork
 
 

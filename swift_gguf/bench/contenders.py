@@ -16,8 +16,7 @@ from swift_gguf.gguf.identity import profile_key
 from swift_gguf.learning import Store
 from swift_gguf.model import Model
 from swift_gguf.sampling import Sampler, SamplingOptions
-from swift_gguf.speculation import Speculation
-from swift_gguf.speculation_options import SpeculationOptions
+from swift_gguf.speculation import Speculation, SpeculationOptions
 from swift_gguf.stats import SourceStats, Stats
 from swift_gguf.tokens import common_prefix
 

@@ -20,8 +20,7 @@ from swift_gguf.errors import ModelError, UnsupportedModelError
 from swift_gguf.gguf.identity import fingerprint
 from swift_gguf.learning import Store
 from swift_gguf.model import Model
-from swift_gguf.speculation import Speculation
-from swift_gguf.speculation_options import SpeculationOptions
+from swift_gguf.speculation import Speculation, SpeculationOptions
 from swift_gguf.stats import Stats
 from swift_gguf.subnetwork import SubNetwork
 

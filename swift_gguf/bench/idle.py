@@ -17,8 +17,7 @@ from swift_gguf.errors import UnsupportedModelError
 from swift_gguf.learning import Store
 from swift_gguf.model import Model
 from swift_gguf.sampling import Sampler, SamplingOptions
-from swift_gguf.speculation import Speculation
-from swift_gguf.speculation_options import SpeculationOptions
+from swift_gguf.speculation import Speculation, SpeculationOptions
 
 ANSWER_TOKENS = 24
 GAPS_S = (0.2, 3.0)

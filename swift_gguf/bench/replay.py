@@ -110,6 +110,8 @@ class Prices:
 class Text:
     """What the planner asks of a model, from a recording."""
 
+    n_branches = Model.n_branches
+
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.rows: dict[int, tuple[Sequence[int], Sequence[float]]] = {}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from swift_gguf.chat.conversation import Turn
-from swift_gguf.chat.thinking import read
+from swift_gguf.chat.reader import read
 from swift_gguf.errors import SwiftError
 from swift_gguf.model import Model
 from swift_gguf.text import StreamDecoder, encode

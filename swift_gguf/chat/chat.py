@@ -10,14 +10,13 @@ from pathlib import Path
 from swift_gguf.chat import archive
 from swift_gguf.chat.conversation import Conversation, Turn
 from swift_gguf.chat.figures import Figures, Totals, details, runs, shares
+from swift_gguf.chat.reader import Reader
 from swift_gguf.chat.screen import Screen, View
 from swift_gguf.chat.settings import Settings
-from swift_gguf.chat.thinking import Reader
 from swift_gguf.errors import ContextFullError, SwiftError
 from swift_gguf.sampling import SamplingOptions
 from swift_gguf.session import Answer, Piece, Session, stopped_by_ctrl_c
-from swift_gguf.speculation import Speculation
-from swift_gguf.speculation_options import SpeculationOptions
+from swift_gguf.speculation import Speculation, SpeculationOptions
 from swift_gguf.templates import THINKS
 from swift_gguf.text import encode, read_prompt
 

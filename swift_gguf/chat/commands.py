@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swift_gguf.chat.chat import Chat
-from swift_gguf.chat.thinking import read
+from swift_gguf.chat.reader import read
 from swift_gguf.errors import SwiftError
-from swift_gguf.speculation import Speculation
-from swift_gguf.speculation_options import SOURCES
+from swift_gguf.speculation import SOURCES, Speculation
 
 QUOTES = '"""'
 

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from swift_gguf.chat.thinking import MARKS
 from swift_gguf.model import Model
 from swift_gguf.templates import Prompting, with_reasoning
 from swift_gguf.text import Message, encode, render_chat
+from swift_gguf.text.thinking import MARKS
 
 
 @dataclass(frozen=True, kw_only=True)

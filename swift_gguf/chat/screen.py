@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager
 from typing import Protocol, TextIO
 
 from swift_gguf.chat.settings import Settings
-from swift_gguf.chat.thinking import Part
 from swift_gguf.engine import TARGET
+from swift_gguf.text.thinking import Part
 
 
 class View(Protocol):

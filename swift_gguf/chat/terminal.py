@@ -18,7 +18,7 @@ from swift_gguf.chat.markdown import THEME, Markdown, rendered, split
 from swift_gguf.chat.reflow import Line, place, text_of, without
 from swift_gguf.chat.screen import View
 from swift_gguf.chat.settings import Settings
-from swift_gguf.chat.thinking import Part
+from swift_gguf.text.thinking import Part
 
 SOURCE_STYLES = {
     "ngram": "green underline",

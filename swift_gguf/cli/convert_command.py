@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from swift_gguf.cli.help import examples
-from swift_gguf.cli.progress import download_progress
+from swift_gguf.hub.progress import download_progress
 
 if TYPE_CHECKING:
     from swift_gguf.convert.checkpoint import Checkpoint

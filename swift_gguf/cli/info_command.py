@@ -15,8 +15,7 @@ from swift_gguf.subnetwork import format_layers
 
 if TYPE_CHECKING:
     from swift_gguf.learning import Known
-    from swift_gguf.model import Model
-    from swift_gguf.model.open_model import Sublayer
+    from swift_gguf.model import Model, Sublayer
     from swift_gguf.planning.cost import Costs
     from swift_gguf.search.objective import Objective
 

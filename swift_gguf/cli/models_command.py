@@ -7,8 +7,8 @@ import json
 import click
 
 from swift_gguf.cli.help import complete_model, examples
-from swift_gguf.cli.progress import download_progress
 from swift_gguf.hub import models as library
+from swift_gguf.hub.progress import download_progress
 
 
 @click.group(

@@ -14,12 +14,11 @@ from swift_gguf import text_files
 from swift_gguf.errors import SchemaError
 
 if TYPE_CHECKING:
-    from swift_gguf.model import Model
-    from swift_gguf.model.model import ModelOptions
+    from swift_gguf.model import Model, ModelOptions
     from swift_gguf.sampling import SamplingOptions
     from swift_gguf.schemas.constraint import Constraint
     from swift_gguf.search.paper import PaperOptions
-    from swift_gguf.speculation_options import SpeculationOptions
+    from swift_gguf.speculation import SpeculationOptions
 
 STANDARD_INPUT = "standard input"
 
@@ -132,7 +131,7 @@ search_flags = _all(
 
 def speculation_options(values: dict[str, Any]) -> SpeculationOptions:
     """`SpeculationOptions` from the values of `speculation_flags` and `search_flags`."""
-    from swift_gguf.speculation_options import SpeculationOptions
+    from swift_gguf.speculation import SpeculationOptions
     from swift_gguf.subnetwork import parse_layers
 
     skip_attn, skip_ffn = (
@@ -171,7 +170,7 @@ def paper_options(values: dict[str, Any]) -> PaperOptions:
 
 def model_options(values: dict[str, Any]) -> ModelOptions:
     """`ModelOptions` from the values of `model_flags`."""
-    from swift_gguf.model.model import ModelOptions
+    from swift_gguf.model import ModelOptions
 
     return ModelOptions(
         n_ctx=values["ctx_size"],
@@ -258,8 +257,8 @@ def load_model(reference: str, values: dict[str, Any], **more: Any) -> Model:
     """
     from dataclasses import replace
 
-    from swift_gguf.cli.progress import download_progress
     from swift_gguf.hub import resolve
+    from swift_gguf.hub.progress import download_progress
 
     with download_progress() as progress:
         path = resolve(reference, progress=progress)

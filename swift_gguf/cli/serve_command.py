@@ -84,8 +84,8 @@ def serve(model: str, **values: Any) -> None:
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGINT, _interrupt)
     require()
-    from swift_gguf.cli.progress import download_progress
     from swift_gguf.hub import resolve
+    from swift_gguf.hub.progress import download_progress
 
     if values["speculative_sampling"]:
         raise click.UsageError("served texts are those of their seeds: no --speculative-sampling")

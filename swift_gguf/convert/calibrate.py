@@ -11,8 +11,7 @@ from swift_gguf.convert.imatrix import Collector
 from swift_gguf.convert.steps import Report
 from swift_gguf.engine import generate
 from swift_gguf.errors import ConvertError
-from swift_gguf.model import Model
-from swift_gguf.model.model import ModelOptions
+from swift_gguf.model import Model, ModelOptions
 from swift_gguf.native.convert import ProductWatch
 from swift_gguf.prepare.calibration import TEMPERATURE, answer
 from swift_gguf.prepare.prompts import PROMPTS

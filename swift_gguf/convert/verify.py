@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from swift_gguf.convert import plan
 from swift_gguf.errors import ConvertError
 from swift_gguf.gguf import header as gguf_header
-from swift_gguf.model import Model
-from swift_gguf.model.model import ModelOptions
+from swift_gguf.model import Model, ModelOptions
 from swift_gguf.native.convert import file_types
 from swift_gguf.text import encode
 

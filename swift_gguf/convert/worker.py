@@ -75,8 +75,7 @@ def try_out(job: dict[str, Any]) -> None:
     """Loads a model and decodes a token, on the CPU: what llama.cpp makes of it ends this process
     at most."""
     from swift_gguf.errors import UnsupportedModelError
-    from swift_gguf.model import Model
-    from swift_gguf.model.model import ModelOptions
+    from swift_gguf.model import Model, ModelOptions
 
     threads = job["n_threads"] or None
     options = ModelOptions(n_ctx=256, n_batch=64, n_threads=threads, n_gpu_layers=0, sidecar=None)

@@ -15,8 +15,7 @@ from swift_gguf.errors import (
 )
 from swift_gguf.gguf import header as gguf_header
 from swift_gguf.gguf.context_length import context_length
-from swift_gguf.model import Model
-from swift_gguf.model.model import ModelOptions
+from swift_gguf.model import Model, ModelOptions
 from swift_gguf.native import library
 from swift_gguf.tokens import common_prefix
 

@@ -65,7 +65,7 @@ class LayerSkip:
 
     def draft(self, pending: int, *, n_max: int) -> Tree:
         """See `Drafter.draft`."""
-        shape = self.shape.sized(n_max)
+        shape = self.shape.sized(n_max, n_branches=self._model.n_branches)
         width = shape.branching(0.0)
         self._passes.begin(pending)
         try:

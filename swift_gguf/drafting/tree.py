@@ -9,8 +9,6 @@ from itertools import accumulate, count
 from operator import mul
 from typing import TYPE_CHECKING, Protocol
 
-from swift_gguf.model.cells import MAX_BRANCHES
-
 if TYPE_CHECKING:
     from swift_gguf.sampling.speculative import Distribution
 
@@ -139,9 +137,9 @@ class Shape:
         """Has every node one child at most?"""
         return self.branching(0.0) == 1
 
-    def sized(self, n_max: int) -> Shape:
-        """This shape with at most `n_max` nodes: each leaf of a tree is a sequence of its own."""
-        return replace(self, n_nodes=n_max if self.is_chain else min(n_max, MAX_BRANCHES))
+    def sized(self, n_max: int, *, n_branches: int) -> Shape:
+        """This shape with at most `n_max` nodes, and no more branches than a context has."""
+        return replace(self, n_nodes=n_max if self.is_chain else min(n_max, n_branches))
 
 
 def caterpillar(top: float) -> int:

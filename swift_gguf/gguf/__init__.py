@@ -1,0 +1,1 @@
+"""GGUF files before libllama sees them: headers, checks, identity, sidecars."""

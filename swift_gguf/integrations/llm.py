@@ -136,7 +136,7 @@ class SwiftModel(llm.Model):
 
     def _loaded(self, options: AnswerOptions) -> SwiftLlama:
         """The model, with a context of the size that is wanted."""
-        from swift_gguf.cli.progress import download_progress
+        from swift_gguf.hub.progress import download_progress
         from swift_gguf.llama import SwiftLlama
 
         llama = self._llama

@@ -32,7 +32,7 @@ from swift_gguf.model.loading import cause, fit_context
 from swift_gguf.native import StopFlag, library
 from swift_gguf.native.deep_stack import on_deep_stack
 from swift_gguf.native.threads import default_threads
-from swift_gguf.speculation_options import SpeculationOptions
+from swift_gguf.speculation import SpeculationOptions
 from swift_gguf.templates import Continued, Prompting
 
 

@@ -9,8 +9,7 @@ from swift_gguf.errors import SwiftError, UnsupportedModelError
 from swift_gguf.llama.generation import Generation
 from swift_gguf.model import Model
 from swift_gguf.search.drivers import IdleSearch
-from swift_gguf.speculation import Speculation
-from swift_gguf.speculation_options import SpeculationOptions
+from swift_gguf.speculation import Speculation, SpeculationOptions
 from swift_gguf.stats import Stats
 
 

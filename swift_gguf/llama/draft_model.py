@@ -11,11 +11,11 @@ from llama_cpp.llama_speculative import LlamaDraftModel
 from numpy.typing import NDArray
 
 from swift_gguf.drafting.ngram import NGram
-from swift_gguf.drafting.policy import Calibration
 from swift_gguf.drafting.recycling import Recycling
 from swift_gguf.drafting.tree import Offer
 from swift_gguf.gguf.identity import profile_key
 from swift_gguf.learning import Store
+from swift_gguf.planning.calibration import Calibration
 from swift_gguf.planning.economy import PRIORS
 from swift_gguf.tokens import common_prefix
 

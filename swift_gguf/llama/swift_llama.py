@@ -36,7 +36,7 @@ from swift_gguf.schemas.matching import Vocabulary
 class SwiftLlama(AdoptedLlama):
     """`llama_cpp.Llama` with the same answers, sooner.
 
-    speculation: ``auto``; ``off``; sources by name (`speculation_options.SOURCES`), joined by
+    speculation: ``auto``; ``off``; sources by name (`speculation.SOURCES`), joined by
         commas; or `SpeculationOptions`.
     n_ctx: as `Llama` has it; None: 4096, or as long as the model was trained for, if that is less.
         Never longer than the model has learned positions.
@@ -189,7 +189,7 @@ class SwiftLlama(AdoptedLlama):
         grammar = call.arguments.get("grammar")
         if isinstance(grammar, Constraint):
             call.arguments["grammar"] = None
-            matcher = grammar.matcher(self._vocabulary)
+            matcher = self._vocabulary.matcher(grammar)
             return guarded(Llama._init_sampler(*call.args, **call.kwargs), self._n_vocab, matcher)
         check_grammar(self._model.vocab, grammar)
         sampler = super()._init_sampler(*args, **kwargs)

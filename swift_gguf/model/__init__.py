@@ -1,6 +1,6 @@
-"""ROOM model."""
+"""llama.cpp's model and context: token ids in, logits out, and back to any earlier position."""
 
 from swift_gguf.model.loading import ModelOptions
-from swift_gguf.model.model import Model
+from swift_gguf.model.model import Model, Sublayer
 
-__all__ = ["Model", "ModelOptions"]
+__all__ = ["Model", "ModelOptions", "Sublayer"]

@@ -1,4 +1,4 @@
-"""ROOM native."""
+"""llama.cpp's library: finding it, calling it, its structs.  ctypes lives here and nowhere else."""
 
 from swift_gguf.native.binding import (
     SUBLAYER_STATUS,

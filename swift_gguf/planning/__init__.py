@@ -1,4 +1,4 @@
-"""ROOM planning."""
+"""What to draft before each pass: costs, acceptance rates, and the planner that weighs them."""
 
 from swift_gguf.planning.planner import Drafts, Planner
 

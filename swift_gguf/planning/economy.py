@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Protocol
 
-from swift_gguf.drafting.policy import Calibration, Prior
 from swift_gguf.drafting.tree import Offer
+from swift_gguf.planning.calibration import Calibration, Prior
 
 MAX_NODES = 32
 """Draft tokens at most, where the user sets no limit."""

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 from swift_gguf.errors import ContextFullError, StoppedError, UnsupportedModelError
-from swift_gguf.model import Model
-from swift_gguf.model.open_model import Sublayer
+from swift_gguf.model import Model, Sublayer
 from swift_gguf.planning.cost import WIDTHS, Costs
 from swift_gguf.planning.waiting import waited_s
 from swift_gguf.subnetwork import SubNetwork

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from time import perf_counter
 
 from swift_gguf.drafting.passes import Passes
-from swift_gguf.drafting.policy import Calibration
 from swift_gguf.drafting.recycling import Recycling
 from swift_gguf.drafting.source import Cycle, Lookup
 from swift_gguf.drafting.tree import ROOT, Offer, Policy, Shape, Tree, grow
 from swift_gguf.drafting.verification import Verdict
 from swift_gguf.model import Model
+from swift_gguf.planning.calibration import Calibration
 from swift_gguf.planning.economy import PRIORS, Economy, Guard, Pace, Prices
 
 LAG_DISCOUNT = 4.0
@@ -159,7 +159,7 @@ class Planner:
             tree = grow(
                 lambda tree, node: self._expand(tree, node, begun),
                 self._fixed or self.economy,
-                self._shape.sized(n_max),
+                self._shape.sized(n_max, n_branches=self._model.n_branches),
                 is_eog=self._model.is_eog,
             )
         finally:

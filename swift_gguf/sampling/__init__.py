@@ -1,4 +1,4 @@
-"""ROOM sampling."""
+"""Samplers over llama.cpp's, and speculative sampling."""
 
 from swift_gguf.sampling.sampling import (
     Sampler,

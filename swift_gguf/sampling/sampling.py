@@ -296,7 +296,7 @@ def matcher_of(model: Model, options: SamplingOptions) -> Matcher | None:
         GrammarError: it takes too much with the model's vocabulary.
     """
     constraint = options.constraint
-    return None if constraint is None else constraint.matcher(model.vocabulary)
+    return None if constraint is None else model.vocabulary.matcher(constraint)
 
 
 def draw(chain: Any, logits: Any, matcher: Matcher | None = None) -> int:

@@ -19,7 +19,6 @@ from swift_gguf.schemas.writing import HELD, Written, write
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-    from swift_gguf.schemas.matching import Matcher, Vocabulary
 
 MAX_LENGTH = 64 * 1024
 """Characters of a schema as it is held: without annotations, and what no reference leads to."""
@@ -46,14 +45,6 @@ class Constraint:
     """Of llguidance."""
     levels: int
     """How deep llguidance may recurse, to make a matcher of it."""
-
-    def matcher(self, vocabulary: Vocabulary) -> Matcher:
-        """Of an answer that begins now.
-
-        Raises:
-            GrammarError: it takes too much with this vocabulary.
-        """
-        return vocabulary.matcher(self)
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""The search for the best sub-network, on the fly, in idle time and offline alike."""
+"""The search for what a draft pass can leave out."""

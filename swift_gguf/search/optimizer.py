@@ -50,7 +50,7 @@ MAX_PORTFOLIO = 4
 SECOND_CHANCES = 3
 # A challenger is promoted when, after this many positions, it is this many standard errors above
 # the incumbent; dropped when it is below, or undecided after so many.  Less would follow luck
-# (tests/unit/test_search.py plants it), more would wait for ever: real candidates are some per cent
+# (its test plants it), more would wait for ever: real candidates are some per cent
 # better, and that is also the error of two hundred positions.
 MIN_POSITIONS = 96
 PROMOTE_Z = 2.0

@@ -23,10 +23,9 @@ from swift_gguf.server.requests import (
     Sampling,
     ToolChoice,
 )
-from swift_gguf.server.served import ServedLlama, Tally
+from swift_gguf.server.served import ServedLlama, Tally, Work
 from swift_gguf.server.worker import Job
 
-Work = Callable[[ServedLlama, Job[ServedLlama]], Iterator[object]]
 OnEnd = Callable[[Tally, float], None]
 """Called with what a request came to and the seconds it waited."""
 Call = Callable[..., Any]

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from swift_gguf.chat.thinking import Thoughts
 from swift_gguf.server.by_template import ByTemplate, is_object
 from swift_gguf.server.requests import Tool
 from swift_gguf.server.syntax import Syntax
 from swift_gguf.server.tools import Calls, openai_call
+from swift_gguf.text.thinking import Thoughts
 
 Choice = dict[str, Any]
 

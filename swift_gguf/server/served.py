@@ -17,16 +17,16 @@ from typing import Any
 from swift_gguf.llama import SwiftLlama
 from swift_gguf.llama.chat_format import CHATML, FOR_TOOLS, BoundedFormatter
 from swift_gguf.llama.completion import Asked
-from swift_gguf.model.model import ModelOptions
+from swift_gguf.model import ModelOptions
 from swift_gguf.native import StopFlag, library
 from swift_gguf.native import chat as native_chat
 from swift_gguf.native.memory import give_back_free_pages
 from swift_gguf.server.conversations import Conversations
-from swift_gguf.server.embedding import Embedder
+from swift_gguf.server.embedder import Embedder
 from swift_gguf.server.options import ServerOptions
 from swift_gguf.server.syntax import Syntax, Syntaxes
 from swift_gguf.server.worker import Job
-from swift_gguf.speculation_options import SpeculationOptions
+from swift_gguf.speculation import SpeculationOptions
 from swift_gguf.stats import Stats
 
 _log = logging.getLogger("swift_gguf")
@@ -356,3 +356,7 @@ class ServedLlama(SwiftLlama):
     def speculation(self) -> dict[str, Any]:
         """For /props."""
         return {"enabled": self.swift.enabled, "why": self.swift.why}
+
+
+Work = Callable[[ServedLlama, Job[ServedLlama]], Iterator[object]]
+"""What a request has done with the model: its results, one after another."""

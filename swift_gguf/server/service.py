@@ -7,10 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from swift_gguf import __version__
-from swift_gguf.server.answers import Work
 from swift_gguf.server.metrics import Metrics
 from swift_gguf.server.options import ServerOptions
-from swift_gguf.server.served import ServedLlama, Tally
+from swift_gguf.server.served import ServedLlama, Tally, Work
 from swift_gguf.server.worker import Job, Worker
 
 

@@ -1,4 +1,4 @@
-"""ROOM text."""
+"""Tokens to text and text to tokens; prompts; thoughts told from answers."""
 
 from swift_gguf.text.text import (
     MOST_BYTES,

@@ -17,7 +17,7 @@ from swift_gguf.convert import checkpoint, converter, plan
 from swift_gguf.convert.marks import without_marks
 from swift_gguf.errors import ConvertError
 from tests.cli.conftest import assert_one_line_failure, cli  # noqa: F401
-from tests.unit.test_models import Hub, hub, serve  # noqa: F401
+from tests.unit.hub.test_models import Hub, hub, serve  # noqa: F401
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 

@@ -33,7 +33,7 @@ from swift_gguf.learning.profile import EMBEDDED
 from swift_gguf.native.convert import Quantization
 from tests.cli.conftest import COMMAND, assert_one_line_failure, cli  # noqa: F401
 from tests.convert.conftest import convert
-from tests.unit.test_models import Hub, hub, serve  # noqa: F401
+from tests.unit.hub.test_models import Hub, hub, serve  # noqa: F401
 
 pytestmark = pytest.mark.slow
 

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from swift_gguf.llama import SwiftLlama
-from swift_gguf.speculation_options import SpeculationOptions
+from swift_gguf.speculation import SpeculationOptions
 from tests.conftest import N_GPU_LAYERS
 from tests.convert.conftest import convert
 

@@ -20,8 +20,7 @@ from swift_gguf.model.model import Model
 from swift_gguf.sampling.sampling import SamplingOptions
 from swift_gguf.search.drivers import OnTheFly
 from swift_gguf.session import Session
-from swift_gguf.speculation import Speculation
-from swift_gguf.speculation_options import SpeculationOptions
+from swift_gguf.speculation import Speculation, SpeculationOptions
 from tests.native.test_sidecar import SMALL, narrow, prepared
 
 Opener = Callable[..., Model]

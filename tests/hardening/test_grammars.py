@@ -22,8 +22,7 @@ from swift_gguf.sampling.sampling import Sampler, SamplingOptions
 from swift_gguf.server import grammars
 from swift_gguf.server.errors import ApiError
 from swift_gguf.session import Session
-from swift_gguf.speculation import Speculation
-from swift_gguf.speculation_options import SpeculationOptions
+from swift_gguf.speculation import Speculation, SpeculationOptions
 from tests.fixtures.corrupt import without_letter
 
 Opener = Callable[..., Model]

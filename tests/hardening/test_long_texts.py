@@ -29,7 +29,7 @@ RECURSIVE = {
 
 CALL = """
 import sys
-from swift_gguf.model.model import Model, ModelOptions
+from swift_gguf.model import Model, ModelOptions
 from swift_gguf.native.binding import library
 model = Model(sys.argv[1], ModelOptions(n_gpu_layers=0))
 if sys.argv[2] == "unguarded":

@@ -18,12 +18,12 @@ import time
 from starlette.testclient import TestClient
 
 from swift_gguf.errors import TemplateError
-from swift_gguf.model.model import ModelOptions
+from swift_gguf.model import ModelOptions
 from swift_gguf.server.app import create_app
 from swift_gguf.server.options import ServerOptions
 from swift_gguf.server.served import ServedLlama
 from swift_gguf.server.service import Service
-from swift_gguf.speculation_options import SpeculationOptions
+from swift_gguf.speculation import SpeculationOptions
 
 MARK = "canary-of-the-tests"
 SECRET = "nobody-may-read-this"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from swift_gguf.llama import SwiftLlama
-from swift_gguf.speculation_options import SpeculationOptions
+from swift_gguf.speculation import SpeculationOptions
 from tests.conftest import N_GPU_LAYERS
 
 from llama_cpp import Llama  # isort: skip - swift_gguf first: it brings the library

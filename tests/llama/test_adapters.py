@@ -13,7 +13,7 @@ import pytest
 
 from swift_gguf.errors import ModelError
 from swift_gguf.llama import SwiftLlama
-from swift_gguf.speculation_options import SpeculationOptions
+from swift_gguf.speculation import SpeculationOptions
 from tests.conftest import N_GPU_LAYERS
 
 from llama_cpp import Llama  # isort: skip

@@ -19,7 +19,7 @@ from swift_gguf.errors import GrammarError, ModelError, SwiftError, UnsupportedM
 from swift_gguf.gguf.identity import profile_key
 from swift_gguf.learning.profile import Store
 from swift_gguf.llama import SwiftLlama
-from swift_gguf.speculation_options import SpeculationOptions
+from swift_gguf.speculation import SpeculationOptions
 from tests.llama.conftest import LOADING, without_ids
 
 from llama_cpp import Llama, LlamaGrammar, LogitsProcessorList  # isort: skip

@@ -12,7 +12,7 @@ from swift_gguf.drafting.policy import Threshold
 from swift_gguf.engine import generate
 from swift_gguf.model.model import Model
 from swift_gguf.sampling.sampling import Sampler, SamplingOptions
-from swift_gguf.speculation_options import TREES
+from swift_gguf.speculation import TREES
 from swift_gguf.stats import Stats
 from swift_gguf.subnetwork import SubNetwork
 from swift_gguf.text.text import encode, render_chat

@@ -14,7 +14,7 @@ import pytest
 from swift_gguf.drafting import LayerSkip
 from swift_gguf.engine import generate
 from swift_gguf.errors import ContextFullError, GrammarError
-from swift_gguf.model.model import Model, ModelOptions
+from swift_gguf.model import Model, ModelOptions
 from swift_gguf.sampling.sampling import Sampler, SamplingOptions
 from swift_gguf.stats import Stats
 from swift_gguf.text.text import StreamDecoder, encode

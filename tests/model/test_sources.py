@@ -16,8 +16,7 @@ from swift_gguf.learning.profile import Store
 from swift_gguf.model.model import Model
 from swift_gguf.planning.planner import Planner
 from swift_gguf.sampling.sampling import Sampler, SamplingOptions
-from swift_gguf.speculation import Speculation
-from swift_gguf.speculation_options import SOURCES, SpeculationOptions
+from swift_gguf.speculation import SOURCES, Speculation, SpeculationOptions
 from swift_gguf.stats import Stats
 from tests.conftest import N_GPU_LAYERS
 from tests.model.prompts import PROMPTS

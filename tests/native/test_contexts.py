@@ -13,8 +13,7 @@ from swift_gguf.errors import ContextFullError
 from swift_gguf.llama import SwiftLlama
 from swift_gguf.model.model import Model
 from swift_gguf.sampling.sampling import Sampler, SamplingOptions
-from swift_gguf.speculation import Speculation
-from swift_gguf.speculation_options import SpeculationOptions
+from swift_gguf.speculation import Speculation, SpeculationOptions
 from swift_gguf.stats import Stats
 from tests.conftest import N_GPU_LAYERS
 from tests.fixtures.tiny_gguf import write_tiny

@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from swift_gguf.errors import GrammarError, SamplingError
-from swift_gguf.model.model import Model, ModelOptions
+from swift_gguf.model import Model, ModelOptions
 from swift_gguf.native.binding import library
 from swift_gguf.sampling.sampling import Processor, Sampler, SamplingOptions, SpeculativeSampler
 from swift_gguf.sampling.speculative import Distribution

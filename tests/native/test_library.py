@@ -16,7 +16,7 @@ from swift_gguf.drafting import LayerSkip
 from swift_gguf.drafting.policy import Threshold
 from swift_gguf.engine import generate
 from swift_gguf.errors import NativeLibraryError
-from swift_gguf.model.model import Model, ModelOptions
+from swift_gguf.model import Model, ModelOptions
 from swift_gguf.native import binding as native
 from swift_gguf.native.binding import library
 from swift_gguf.native.load import find_library

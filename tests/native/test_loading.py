@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from swift_gguf.errors import ModelError, StoppedError
-from swift_gguf.model.model import Model, ModelOptions
+from swift_gguf.model import Model, ModelOptions
 from swift_gguf.native.binding import Library, StopFlag, library
 from swift_gguf.server.options import ServerOptions
 from swift_gguf.server.served import ServedLlama
-from swift_gguf.speculation_options import SpeculationOptions
+from swift_gguf.speculation import SpeculationOptions
 
 FEW = ModelOptions(n_ctx=256, n_threads=1, n_gpu_layers=0)
 

@@ -24,7 +24,7 @@ SUITES = (
 )
 TOO_LITTLE_ROOM = """
 import ctypes, sys
-from swift_gguf.model.model import Model, ModelOptions
+from swift_gguf.model import Model, ModelOptions
 with Model(sys.argv[1], ModelOptions(n_ctx=256, n_gpu_layers=0, n_threads=1)) as model:
     model.decode([5])
     tokens, probabilities = (ctypes.c_int32 * 40)(), (ctypes.c_float * 40)()

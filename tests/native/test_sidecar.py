@@ -18,7 +18,7 @@ from swift_gguf.engine import generate
 from swift_gguf.errors import ModelError, SidecarError, SubnetworkError, UnsupportedModelError
 from swift_gguf.gguf import sidecar as sidecars
 from swift_gguf.learning.learning import space_of
-from swift_gguf.model.model import Model, ModelOptions
+from swift_gguf.model import Model, ModelOptions
 from swift_gguf.native.binding import library
 from swift_gguf.prepare import weights
 from swift_gguf.prepare.attention import PARTS

@@ -25,7 +25,7 @@ needs_affinity = pytest.mark.skipif(
 PASSES = """
 import os, sys
 from time import perf_counter
-from swift_gguf.model.model import Model, ModelOptions
+from swift_gguf.model import Model, ModelOptions
 n_threads = int(sys.argv[2])
 with Model(sys.argv[1], ModelOptions(n_ctx=256, n_gpu_layers=0, n_threads=n_threads)) as model:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # threads are made by the first pass
@@ -38,7 +38,7 @@ with Model(sys.argv[1], ModelOptions(n_ctx=256, n_gpu_layers=0, n_threads=n_thre
 
 FORKED = """
 import os, sys
-from swift_gguf.model.model import Model, ModelOptions
+from swift_gguf.model import Model, ModelOptions
 with Model(sys.argv[1], ModelOptions(n_ctx=256, n_gpu_layers=0, n_threads=2)) as model:
     model.decode([1, 2, 3])
     child = os.fork()

@@ -82,6 +82,8 @@ class FakeModel:
 
     # -- what the engine needs ---------------------------------------------------------------------
 
+    n_branches = 44
+
     @property
     def room(self) -> int:
         return self.n_ctx - len(self.tokens) - len(self._nodes)

@@ -106,6 +106,7 @@ class FakeTarget:
     """What the planner and passes ask of a model; a draft's passes see its guesses."""
 
     guesses: Guesses | None = None
+    n_branches: int = 44
     tokens: list[int] = field(default_factory=lambda: list(range(PROMPT_N)))
     n_drafted: int = 0
     _nodes: list[tuple[int, int]] = field(default_factory=list)  # token, parent
