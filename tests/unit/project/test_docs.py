@@ -20,7 +20,7 @@ import record_demo
 from swift_gguf.cli import COMMANDS
 
 ROOT = Path(__file__).parents[3]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"swift-gguf ([a-z]+)\b([^`|#\n]*)")
@@ -107,9 +107,10 @@ def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
-    for page in (ROOT / "docs").glob("*.md"):
-        built = "index.html" if page.stem == "index" else f"{page.stem}/index.html"
-        assert (tmp_path / "site" / built).exists(), page
+    for page in (ROOT / "docs").rglob("*.md"):
+        path = page.relative_to(ROOT / "docs").with_suffix("")
+        built = path.parent if path.name == "index" else path
+        assert (tmp_path / "site" / built / "index.html").exists(), page
 
 
 def test_type_hints_are_for_others_too() -> None:
