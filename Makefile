@@ -8,7 +8,7 @@ MODEL  ?= smollm2-135m
 PROMPT ?= scripts/demo_prompt.txt
 CPP     = native/src/*.cpp native/src/*.h native/chat/*.cpp native/chat/*.h native/cpu/*.cpp native/cpu/*.h native/include/*.h
 
-.PHONY: help demo build dev test soak check format bench clean
+.PHONY: help demo build dev testing test soak check format bench clean
 
 help: ## list the targets
 	@echo "usage: make TARGET"
@@ -20,13 +20,16 @@ demo: build ## build, fetch a small model (98 MB), answer an editing prompt plai
 build: ## .venv with swift-gguf in it; nothing to do takes no time
 	@$(PYTHON) scripts/bootstrap.py --venv $(VENV)
 
-dev: ## the same with the tools for tests and checks
+dev: ## the same with the light tools: checks, most tests
 	@$(PYTHON) scripts/bootstrap.py --dev --venv $(VENV)
 
-test: dev ## all tests; a part: make test ARGS=tests/unit
+testing: ## the same with all that tests need (torch, LangChain, a browser's driver)
+	@$(PYTHON) scripts/bootstrap.py --test --venv $(VENV)
+
+test: testing ## all tests; a part: make test ARGS=tests/unit
 	@$(BIN)/pytest $(ARGS)
 
-soak: dev ## what wants hours: damaged files, cells, losslessness, Ctrl-C, the server, sanitizers
+soak: testing ## what wants hours: damaged files, cells, losslessness, Ctrl-C, the server, sanitizers
 	$(BIN)/python scripts/soak_hostile.py --named --count 2000
 	$(BIN)/python scripts/soak_cells.py --rounds 2000
 	$(BIN)/python scripts/soak_lossless.py --rounds 500

@@ -19,7 +19,9 @@ import signal
 import subprocess
 import sys
 import time
+from io import FileIO
 from pathlib import Path
+from typing import Any, Iterator
 
 if sys.version_info < (3, 10):
     sys.exit(
@@ -34,6 +36,7 @@ import fcntl
 ROOT = Path(__file__).resolve().parent.parent
 LOG = "bootstrap.log"
 STATE = "bootstrap.json"
+EXTRAS = ("", "dev", "test")  # of pyproject.toml, each with what the one before has
 BINDINGS_ARGS = "-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF"  # llama-cpp-python without its own libllama
 
 # What a tool's output holds -> the cause in a line; the first that matches.  A group is the line.
@@ -60,7 +63,7 @@ class Failure(Exception):
     """What went wrong, in one line."""
 
 
-def cause(output):
+def cause(output: str) -> str:
     """The line of a failed tool's output that names the cause."""
     for pattern, text in CAUSES:
         match = re.search(pattern, output, re.MULTILINE)
@@ -74,11 +77,11 @@ def cause(output):
 # -- what this machine must have -------------------------------------------------------------------
 
 
-def hint(debian, macos):
+def hint(debian: str, macos: str) -> str:
     return macos if sys.platform == "darwin" else debian
 
 
-def check_machine():
+def check_machine() -> None:
     # CMake is not looked for: where it is missing or too old, the build takes it from PyPI.
     try:
         import ensurepip
@@ -102,7 +105,7 @@ def check_machine():
         raise Failure(f"git is needed to patch llama.cpp; install it ({how})")
 
 
-def quiet(*command):
+def quiet(*command: str) -> str | None:
     """The output of a command, None if it fails or does not exist."""
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
@@ -114,13 +117,19 @@ def quiet(*command):
 # -- what there is and what there should be --------------------------------------------------------
 
 
-def pin():
+def found(pattern: str, text: str) -> re.Match[str]:
+    match = re.search(pattern, text, re.MULTILINE)
+    assert match is not None, pattern
+    return match
+
+
+def pin() -> str:
     """The llama-cpp-python release of native/llama_cpp.pin."""
     text = (ROOT / "native" / "llama_cpp.pin").read_text()
-    return re.search(r"^llama-cpp-python *= *(\S+)", text, re.MULTILINE).group(1)
+    return found(r"^llama-cpp-python *= *(\S+)", text)[1]
 
 
-def build_key(cmake_args):
+def build_key(cmake_args: str) -> str:
     """A hash of everything the installed package depends on.
 
     Of Python files their names: an editable install finds by name what it was made with.
@@ -139,11 +148,11 @@ def build_key(cmake_args):
     return digest.hexdigest()
 
 
-def build_tools():
+def build_tools() -> list[str]:
     """What the build needs.  It lies in .venv, so that building again needs no network."""
-    requires = re.search(r"^requires = (.*)", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    tools = re.findall(r'"([^"]+)"', requires.group(1))
-    cmake = re.search(r"(\d+)\.(\d+)", quiet("cmake", "--version") or "0.0")
+    requires = found(r"^requires = (.*)", (ROOT / "pyproject.toml").read_text())
+    tools = re.findall(r'"([^"]+)"', requires[1])
+    cmake = found(r"(\d+)\.(\d+)", quiet("cmake", "--version") or "0.0")
     if tuple(map(int, cmake.groups())) < (3, 21):
         tools.append("cmake>=3.21")
     if not shutil.which("ninja"):
@@ -151,10 +160,10 @@ def build_tools():
     return tools
 
 
-def read_state(venv):
+def read_state(venv: Path) -> dict[str, Any]:
     """What the last run left, {} if it left nothing whole."""
     try:
-        state = json.loads((venv / STATE).read_text())
+        state: dict[str, Any] = json.loads((venv / STATE).read_text())
     except (OSError, ValueError):
         return {}
     whole = not state.get("busy") and os.path.exists(venv / "bin" / "python")
@@ -162,17 +171,17 @@ def read_state(venv):
     return state if whole and state.get("python") == this_python else {}
 
 
-def is_ready(venv, state, key, dev):
+def is_ready(venv: Path, state: dict[str, Any], key: str, extra: str) -> bool:
     return (
         state.get("key") == key
-        and (state.get("dev") or not dev)
+        and EXTRAS.index(state.get("extra", "")) >= EXTRAS.index(extra)
         # a checkout of the user's own may have changed: only its build knows
         and not os.environ.get("SWIFT_LLAMA_CPP_DIR")
         and has_library(venv)
     )
 
 
-def has_library(venv):
+def has_library(venv: Path) -> bool:
     return any(venv.glob("lib/python3*/site-packages/swift_gguf/lib/*llama.*"))
 
 
@@ -180,13 +189,13 @@ def has_library(venv):
 
 
 class Bootstrap:
-    def __init__(self, venv, state, log):
+    def __init__(self, venv: Path, state: dict[str, Any], log: FileIO) -> None:
         self.venv, self.state, self.log = venv, state, log
         self.python = str(venv / "bin" / "python")
-        self.timings = []
+        self.timings: list[dict[str, object]] = []
 
     @contextlib.contextmanager
-    def step(self, name, doing, note=""):
+    def step(self, name: str, doing: str, note: str = "") -> Iterator[None]:
         live = sys.stdout.isatty()
         if live:
             print(f"  {doing}{note} ...", end="\r", flush=True)
@@ -202,13 +211,13 @@ class Bootstrap:
         self.timings.append({"step": name, "seconds": round(seconds, 2)})
         print(f"  {name:<26} {seconds:6.1f} s", flush=True)
 
-    def save(self, **changes):
+    def save(self, **changes: object) -> None:
         self.state.update(changes)
         partial = self.venv / (STATE + ".partial")
         partial.write_text(json.dumps(self.state))
         os.replace(partial, self.venv / STATE)
 
-    def run(self, *command, **variables):
+    def run(self, *command: str, **variables: str) -> str:
         """Run a tool; its output goes to the log and is returned."""
         environment = dict(os.environ, PIP_NO_INPUT="1", PIP_DISABLE_PIP_VERSION_CHECK="1")
         environment.update(variables, PIP_USER="0", PYTHONNOUSERSITE="1")
@@ -236,7 +245,7 @@ class Bootstrap:
             raise Failure(cause(output))
         return output
 
-    def pip_install(self, *arguments, **variables):
+    def pip_install(self, *arguments: str, **variables: str) -> None:
         """pip install; if it is cut short while it installs, the next run makes a new .venv."""
         self.save(busy=True)
         before = self.log.seek(0, os.SEEK_END)
@@ -247,7 +256,7 @@ class Bootstrap:
             if sys.exc_info()[0] is None or b"\nInstalling collected" not in self.log.read():
                 self.save(busy=False)
 
-    def make_venv(self):
+    def make_venv(self) -> None:
         for path in self.venv.iterdir():
             if path.name == LOG:
                 continue
@@ -261,31 +270,31 @@ class Bootstrap:
         machine = os.uname().machine
         self.save(python=[sys.implementation.name, *sys.version_info[:2], machine])
 
-    def install(self, key, cmake_args, dev):
+    def install(self, key: str, cmake_args: str, extra: str) -> None:
         if not self.state:
             with self.step("virtual environment made", "making the virtual environment"):
                 self.make_venv()
         if self.state.get("bindings") != pin():
-            step = "llama.cpp source fetched", "fetching the source of llama.cpp", " (77 MB)"
-            with self.step(*step):
+            fetching = "fetching the source of llama.cpp"
+            with self.step("llama.cpp source fetched", fetching, " (77 MB)"):
                 source = str(ROOT / "native" / "source.py")
                 archive = self.run(self.python, source, "--fetch-only").splitlines()[-1]
             with self.step("llama_cpp bindings built", "building the llama_cpp bindings"):
                 self.pip_install(archive, CMAKE_ARGS=BINDINGS_ARGS)
                 self.save(bindings=pin())
-        dev = dev or self.state.get("dev", False)
+        extra = max(extra, self.state.get("extra", ""), key=EXTRAS.index)
         built = self.state.get("key") == key and has_library(self.venv)
-        step = "library built", "building the library", ", minutes the first time"
+        step = ("library built", "building the library", ", minutes the first time")
         if built and not os.environ.get("SWIFT_LLAMA_CPP_DIR"):
-            step = "development tools added", "installing the development tools"
+            step = ("development tools added", "installing the development tools", "")
         with self.step(*step):
             self.pip_install(*build_tools())
-            package = ["-e", ".[dev]" if dev else "."]
+            package = ["-e", f".[{extra}]" if extra else "."]
             self.pip_install("--no-build-isolation", *package, CMAKE_ARGS=cmake_args)
-            self.save(key=key, cmake_args=cmake_args, dev=dev)
+            self.save(key=key, cmake_args=cmake_args, extra=extra)
 
 
-def stop(process):
+def stop(process: subprocess.Popen[bytes]) -> None:
     """End a tool and all that it started."""
     for number in (signal.SIGINT, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
@@ -297,14 +306,14 @@ def stop(process):
 # -- the command -----------------------------------------------------------------------------------
 
 
-def bootstrap(venv, dev):
+def bootstrap(venv: Path, extra: str) -> list[dict[str, object]]:
     """Bring `venv` up to date; returns the steps it took."""
 
-    def plan():
+    def plan() -> tuple[dict[str, Any], str, str, bool]:
         state = read_state(venv)
         cmake_args = os.environ.get("CMAKE_ARGS", state.get("cmake_args", ""))
         key = build_key(cmake_args)
-        return state, cmake_args, key, is_ready(venv, state, key, dev)
+        return state, cmake_args, key, is_ready(venv, state, key, extra)
 
     if plan()[-1]:
         return []
@@ -322,17 +331,19 @@ def bootstrap(venv, dev):
         if cmake_args and "CMAKE_ARGS" not in os.environ:
             print(f"  CMAKE_ARGS as before: {cmake_args}")
         work = Bootstrap(venv, state, log)
-        work.install(key, cmake_args, dev)
+        work.install(key, cmake_args, extra)
         return work.timings
 
 
-def interrupt(number, frame):
+def interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dev", action="store_true", help="with the tools for tests and checks")
+    add = parser.add_mutually_exclusive_group().add_argument
+    for extra, what in (("dev", "the light tools: `make check`"), ("test", "all that tests need")):
+        add(f"--{extra}", dest="extra", action="store_const", const=extra, default="", help=what)
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", metavar="DIR")
     parser.add_argument("--timings", type=Path, metavar="FILE", help="write the durations as JSON")
     options = parser.parse_args()
@@ -341,7 +352,7 @@ def main():
     signal.signal(signal.SIGTERM, interrupt)
     start = time.perf_counter()
     try:
-        steps = bootstrap(venv, options.dev)
+        steps = bootstrap(venv, options.extra)
         if options.timings:
             total = round(time.perf_counter() - start, 2)
             options.timings.write_text(json.dumps({"steps": steps, "seconds": total}) + "\n")

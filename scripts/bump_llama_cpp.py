@@ -2,8 +2,8 @@
 """Moves the pinned llama.cpp: bump_llama_cpp.py VERSION, a release of llama-cpp-python.
 
 Downloads the release's source, writes native/llama_cpp.pin and pyproject.toml, tries the patches,
-rebuilds, and runs tests/native.  On failure the old pin comes back, unless --keep is given.
-Patches that do not fit leave the tree and the rejected hunks in build/bump.
+rebuilds, and runs tests/native and tests/model.  On failure the old pin comes back, unless --keep
+is given.  Patches that do not fit leave the tree and the rejected hunks in build/bump.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+TESTS = ("tests/native", "tests/model")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "native"))
 
@@ -213,8 +214,8 @@ def fetch(version: str) -> tuple[Path, str]:
 
 def rebuild_and_test() -> None:
     for what, command in (
-        ("the build", [sys.executable, str(ROOT / "scripts" / "bootstrap.py"), "--dev"]),
-        ("tests/native", [str(ROOT / ".venv" / "bin" / "pytest"), "-q", "tests/native"]),
+        ("the build", [sys.executable, str(ROOT / "scripts" / "bootstrap.py"), "--test"]),
+        ("tests", [str(ROOT / ".venv" / "bin" / "pytest"), "-q", *TESTS]),
     ):
         if subprocess.run(command, cwd=ROOT).returncode != 0:
             raise BumpError(f"{what} failed")

@@ -103,16 +103,15 @@ PY
 
 # --- tests, everything offloaded -------------------------------------------------------------------
 
-tests=()
-[ -d tests/native ] && tests+=(tests/native)
+tests=(tests/native tests/model)
 # those need real weights, which this script does not download
-if [ -d tests/model ] && "$python" -c '
+if "$python" -c '
 import sys
-from swift_gguf import models
+from swift_gguf.hub import models
 sys.exit(0 if any(models.installed(entry) for entry in models.registry()) else 1)'; then
-    tests+=(tests/model)
+    tests+=(tests/real)
 else
-    echo "== no demo model in the cache: tests/model is left out (scripts/fetch_demo_models.py)"
+    echo "== no demo model in the cache: tests/real is left out (scripts/fetch_demo_models.py)"
 fi
 failed=0
 if [ $run_tests = 1 ] && [ ${#tests[@]} -gt 0 ]; then

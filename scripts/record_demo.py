@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -140,15 +140,23 @@ def _grey(codes: str) -> str:
 # -- driving it ------------------------------------------------------------------------------------
 
 
+class Screen(pyte.HistoryScreen):
+    """Programs ask a terminal where its cursor is: `answer` is told."""
+
+    answer: Callable[[str], object]
+
+    def write_process_input(self, data: str) -> None:
+        self.answer(data)
+
+
 class Session:
     """A shell in a terminal that is recorded."""
 
     def __init__(self) -> None:
-        self.screen = pyte.HistoryScreen(COLUMNS, ROWS, history=10_000, ratio=0.5)
+        self.screen = Screen(COLUMNS, ROWS, history=10_000, ratio=0.5)
         self.recording = Recording()
         self._stream = pyte.Stream(self.screen)
         self._shown_at = time.monotonic()
-        self.screen.write_process_input = lambda data: self._child.send(data)
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environment = os.environ | {"PATH": path, "TERM": "xterm-256color", "PS1": "$ "}
         self._child = pexpect.spawn(
@@ -159,6 +167,7 @@ class Session:
             encoding="utf-8",
         )
         self._child.delaybeforesend = None
+        self.screen.answer = self._child.send
 
     def watch(self, seconds: float) -> None:
         """Takes pictures for a while."""

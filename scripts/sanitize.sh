@@ -2,7 +2,7 @@
 # Our native code under AddressSanitizer and UndefinedBehaviorSanitizer: the tests of the library on generated
 # models, the C program with leak detection, and a fuzzer on the reader of sidecars.
 #
-#     scripts/sanitize.sh [SECONDS [TESTS ...]]      SECONDS of fuzzing: 30 unless told; 0: none. TESTS: tests/native
+#     scripts/sanitize.sh [SECONDS [TESTS ...]]      SECONDS of fuzzing: 30 unless told; 0: none. TESTS: of what our C++ does
 #
 # Needs .venv (make dev), cmake, and clang with its runtimes (Debian: apt install clang libclang-rt-dev). Builds into
 # build/sanitize, some minutes the first time.
@@ -36,8 +36,11 @@ trap 'cat "$build"/report.* 2> /dev/null || true' ERR
 # C programs are compiled by hand below: linked without the runtimes, as the tests do it, they would not start
 skipped=(--ignore=tests/native/test_c_example.py --ignore=tests/native/test_sanitizers.py)
 
+tests=("$@")
+[[ $# -gt 0 ]] || tests=(tests/native tests/model tests/sampling tests/prepare)
+
 echo "== tests"
-LD_PRELOAD=$runtime "$python" -m pytest -q -p no:cacheprovider -m "not slow" "${skipped[@]}" "${@:-tests/native}"
+LD_PRELOAD=$runtime "$python" -m pytest -q -p no:cacheprovider -m "not slow" "${skipped[@]}" "${tests[@]}"
 
 echo "== leaks"
 LD_PRELOAD=$runtime "$python" -m tests.fixtures.fuzz_corpus "$build/fuzz"

@@ -52,17 +52,18 @@ class Round:
         path = folder / f"{family}-{quant}.gguf"
         if not path.exists():
             write_tiny(path, family, quant=quant, n_layer=6)
+        n_ctx = rng.choice((256, 512, 1024))
         options = ModelOptions(
-            n_ctx=rng.choice((256, 512, 1024)),
+            n_ctx=n_ctx,
             n_batch=128,
             n_threads=rng.choice((1, 2)),  # more split one token's attention among them
             n_gpu_layers=0,
         )
         self._rng = rng
         self.model, self.plain = (stack.enter_context(Model(path, options)) for _ in range(2))
-        self.name = f"{path.name} with {options.n_ctx} cells, {options.n_threads} threads"
+        self.name = f"{path.name} with {n_ctx} cells, {options.n_threads} threads"
         self.counts: Counter[str] = Counter()
-        self._decode(rng.choice((rng.randint(5, 100), options.n_ctx - 120)))
+        self._decode(rng.choice((rng.randint(5, 100), n_ctx - 120)))
 
     def step(self) -> str:
         """Something is done; what was, and what is wrong then, or nothing."""

@@ -226,7 +226,7 @@ def speculatively(session: Session, request: Request) -> tuple[Result, Stats]:
     timer = threading.Timer(request.interrupt_s or 0, answer.stop)
     if request.interrupt_s is not None:
         timer.start()
-    with closing(iter(answer)) as pieces:  # type: ignore[type-var]
+    with closing(iter(answer)) as pieces:
         for _ in pieces:
             if len(answer.tokens) == request.leave_after:
                 break

@@ -325,8 +325,8 @@ class Soak:
         self._finish(kind, call.ask("POST", EMBEDDINGS, body))
 
     def _tokenize(self, rng: random.Random, kind: str, call: Call) -> None:
-        body = {"content": " ".join(rng.choices(WORDS, k=rng.choice([9, 5000])))}
-        body |= {"with_pieces": rng.random() < 0.5}
+        content = " ".join(rng.choices(WORDS, k=rng.choice([9, 5000])))
+        body = {"content": content, "with_pieces": rng.random() < 0.5}
         self._finish(kind, call.ask("POST", "/tokenize", body))
 
     def _detokenize(self, rng: random.Random, kind: str, call: Call) -> None:

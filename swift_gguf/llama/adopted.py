@@ -6,7 +6,6 @@ import os
 import weakref
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import wraps
 from inspect import signature
 from typing import Any
 
@@ -20,7 +19,7 @@ from swift_gguf.errors import ModelError
 from swift_gguf.gguf import check as gguf_check
 from swift_gguf.gguf.context_length import ContextLength, context_length
 from swift_gguf.gguf.end_token import overrides
-from swift_gguf.llama.adoption import AUTO, adopt, in_scope, our_errors, refusal
+from swift_gguf.llama.adoption import AUTO, adopt, in_scope, instead_of, our_errors, refusal
 from swift_gguf.llama.chat_format import formats, templated_handler, wants_other_template
 from swift_gguf.llama.control import Swift, options_of
 from swift_gguf.llama.forms import held
@@ -167,7 +166,7 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
         while self._old_samplers and not self._n_sampling:
             self._old_samplers.pop().close()
 
-    @wraps(Llama.sample)
+    @instead_of(Llama.sample)
     def sample(self, *args: Any, **kwargs: Any) -> int:
         self._n_sampling += 1
         try:
@@ -299,7 +298,7 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
                 self.reset()
                 raise
 
-    @wraps(Llama.embed)
+    @instead_of(Llama.embed)
     def embed(self, *args: Any, **kwargs: Any) -> Any:
         model = self._adopted
         if model is None or not self.context_params.embeddings:

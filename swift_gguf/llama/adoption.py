@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 from swift_gguf.errors import ModelError
 from swift_gguf.model import Model, ModelOptions
@@ -19,6 +20,19 @@ ALL_LAYERS = 0x7FFFFFFF
 """llama_cpp's n_gpu_layers for -1."""
 AUTO = -1
 """LLAMA_FLASH_ATTN_TYPE_AUTO"""
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def instead_of(original: Any) -> Callable[[_Method], _Method]:
+    """`functools.wraps`, which hides from type checkers that what it wraps is a method."""
+
+    def wrapped(method: _Method) -> _Method:
+        wraps(original)(method)
+        return method
+
+    return wrapped
 
 
 def refusal(model: Any, options: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import cached_property, wraps
+from functools import cached_property
 from inspect import signature
 from time import perf_counter
 from typing import Any
@@ -23,7 +23,7 @@ from llama_cpp import Llama
 from numpy.typing import NDArray
 
 from swift_gguf.llama.adopted import AdoptedLlama
-from swift_gguf.llama.adoption import check_grammar, guarded
+from swift_gguf.llama.adoption import check_grammar, guarded, instead_of
 from swift_gguf.llama.completion import Asked, Completion, Criteria, Request
 from swift_gguf.llama.generation import Generation
 from swift_gguf.llama.scores import Scores
@@ -59,7 +59,7 @@ class SwiftLlama(AdoptedLlama):
 
     # -- llama_cpp's loop --------------------------------------------------------------------------
 
-    @wraps(Llama.generate)
+    @instead_of(Llama.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         return self._one_thread.each(self._generate(*args, **kwargs))
 
@@ -154,7 +154,7 @@ class SwiftLlama(AdoptedLlama):
         self._sampled_at = None
         self._evaluated = model.n_passes
 
-    @wraps(Llama.sample)
+    @instead_of(Llama.sample)
     def sample(self, *args: Any, idx: int | None = None, **kwargs: Any) -> int:
         model, generation = self._adopted, self._generation
         if model is None or self.n_tokens == 0:
@@ -183,7 +183,7 @@ class SwiftLlama(AdoptedLlama):
             self.n_tokens -= 1
             self.eval([self.input_ids[self.n_tokens]])
 
-    @wraps(Llama._init_sampler)
+    @instead_of(Llama._init_sampler)
     def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
         call = signature(Llama._init_sampler).bind(self, *args, **kwargs)
         grammar = call.arguments.get("grammar")
@@ -250,7 +250,7 @@ class SwiftLlama(AdoptedLlama):
 
     # -- answers -----------------------------------------------------------------------------------
 
-    @wraps(Llama._create_completion)
+    @instead_of(Llama._create_completion)
     def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         call = signature(Llama._create_completion).bind(self, *args, **kwargs)
         call.apply_defaults()

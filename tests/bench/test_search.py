@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import bench_drafting
 import bench_front
@@ -18,6 +19,8 @@ from swift_gguf.prepare.run import Preparation, PrepareOptions
 from swift_gguf.subnetwork import SubNetwork
 
 N_LAYER = 6
+Run = Callable[..., tuple[int, dict[str, Any]]]
+
 SKIP = SubNetwork(n_layer=N_LAYER, skip_attn=frozenset({2}), skip_ffn=frozenset({3}))
 
 
@@ -36,12 +39,12 @@ def suite(tmp_path: Path) -> Path:
 @pytest.fixture
 def run(
     tiny: Callable[..., Path], suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[int, dict]]:
+) -> Run:
     """Runs a script's main; its exit status and its JSON."""
     monkeypatch.setenv("SWIFT_GGUF_CACHE", str(tmp_path / "cache"))
     path, out = tiny("llama", n_layer=N_LAYER, quant="Q8_0"), tmp_path / "out.json"
 
-    def run_script(script: object, *arguments: str) -> tuple[int, dict]:
+    def run_script(script: object, *arguments: str) -> tuple[int, dict[str, Any]]:
         common = [str(path), "--suite", str(suite), "--json", str(out), "-t", "1", "-ngl", "0"]
         monkeypatch.setattr("sys.argv", ["script", *common, "--max-prompt", "100", *arguments])
         status = script.main()  # type: ignore[attr-defined]
@@ -50,7 +53,7 @@ def run(
     return run_script
 
 
-def test_search(run: Callable[..., tuple[int, dict]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_search(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("bayes_opt", reason="the paper's search needs it")
     status, found = run(
         bench_search, "--prompts", "4", "--tokens", "40", "--seconds", "0.2", "--ratios", "0.3"
@@ -73,7 +76,7 @@ def test_search(run: Callable[..., tuple[int, dict]], capsys: pytest.CaptureFixt
     assert "own past (paper)" in capsys.readouterr().out
 
 
-def test_drafting(run: Callable[..., tuple[int, dict]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_drafting(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     status, found = run(
         bench_drafting,
         *("--prompts", "2", "--tokens", "24", "--rounds", "2", "--skip-attn", "2"),
@@ -92,7 +95,7 @@ def test_drafting(run: Callable[..., tuple[int, dict]], capsys: pytest.CaptureFi
     assert "| plain | 1 |" in capsys.readouterr().out
 
 
-def test_cold(run: Callable[..., tuple[int, dict]]) -> None:
+def test_cold(run: Run) -> None:
     status, found = run(bench_drafting, "--cold", "--prompts", "3", "--tokens", "60")
     assert status == 0
     cold = found["cold"]
@@ -103,17 +106,13 @@ def test_cold(run: Callable[..., tuple[int, dict]]) -> None:
     assert cold["best"] is not None
 
 
-def test_nothing_known_is_one_line(
-    run: Callable[..., tuple[int, dict]], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_known_is_one_line(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     status, _ = run(bench_drafting, "--prompts", "2")
     assert status == 1
     assert "run swift-gguf tune first" in capsys.readouterr().err
 
 
-def test_an_interrupt_keeps_what_is_there(
-    run: Callable[..., tuple[int, dict]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_keeps_what_is_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -140,9 +139,7 @@ def test_windows_cover_the_answer(
     assert not all(window.score(SKIP).agrees.all() for window in cut)
 
 
-def test_front(
-    run: Callable[..., tuple[int, dict]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_front(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plot = tmp_path / "front.png"
     status, found = run(
         bench_front, "--prompts", "2", "--tokens", "20", "--rounds", "2", "--plot", str(plot)
@@ -156,9 +153,7 @@ def test_front(
     assert "FFNs left out" in capsys.readouterr().out
 
 
-def test_front_of_a_model_with_a_sidecar(
-    run: Callable[..., tuple[int, dict]], tiny: Callable[..., Path]
-) -> None:
+def test_front_of_a_model_with_a_sidecar(run: Run, tiny: Callable[..., Path]) -> None:
     path = tiny("llama", n_layer=N_LAYER, quant="Q8_0")
     sidecar = path_beside(path)
     options = PrepareOptions(width=1.0, n_head=0, n_tokens=60, answer_tokens=12, kind="Q8_0")

@@ -161,7 +161,7 @@ def test_a_model_is_told_whether_and_how_hard_to_think(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By what the chat was started with, and by `/set reasoning`, for the next answer."""
-    started = {"reasoning_effort": "low"}
+    started: dict[str, object] = {"reasoning_effort": "low"}
     talk = Talk(model, template=THINKING, variables=started)
     answer, seen = talk.session.answer, []
 
@@ -610,7 +610,7 @@ def test_stopped_while_the_model_is_waited_for(model: Model) -> None:
     assert list(answer) == []
     assert model.tokens == []
     assert answer.stats.stop_reason == "stopped"
-    del session.exclusive  # type: ignore[method-assign]
+    del session.exclusive
     assert len(list(session.answer(answer.prompt, ENDLESS, max_tokens=4))) == 4
 
 

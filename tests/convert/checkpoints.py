@@ -243,7 +243,10 @@ def real(folder: Path, gguf: Path, *, tokenizer: Path, dtype: torch.dtype = torc
     """A GGUF of the llama family as a checkpoint: its weights without their quantisation."""
     reader = GGUFReader(gguf)
     values = {name: field.contents() for name, field in reader.fields.items()}
-    get = lambda key: values[f"llama.{key}"]  # noqa: E731
+
+    def get(key: str) -> Any:
+        return values[f"llama.{key}"]
+
     n_heads, n_kv = get("attention.head_count"), get("attention.head_count_kv")
     config = transformers.LlamaConfig(
         vocab_size=len(values["tokenizer.ggml.tokens"]),

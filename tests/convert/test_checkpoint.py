@@ -10,6 +10,7 @@ import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,19 +18,20 @@ from swift_gguf.convert import checkpoint, converter, plan
 from swift_gguf.convert.marks import without_marks
 from swift_gguf.errors import ConvertError
 from tests.cli.conftest import assert_one_line_failure, cli  # noqa: F401
-from tests.unit.hub.test_models import Hub, hub, serve  # noqa: F401
+from tests.hub.test_models import Hub, hub, serve  # noqa: F401
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 
 
 def safetensors(path: Path, tensors: dict[str, tuple[int, ...]], kind: str = "F32") -> Path:
     """A file of zeros."""
-    header, at = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict[str, object]] = {"__metadata__": {"format": "pt"}}
+    at = 0
     for name, shape in tensors.items():
         size = 4 if kind == "F32" else 2
         for n in shape:
             size *= n
-        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [at, at + size]}  # type: ignore[assignment]
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
     raw = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(at))
@@ -43,21 +45,19 @@ def folder(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "tokenizer.json").write_text("{}")
-    names = {}
-    for number, tensors in enumerate(
-        (
-            {"model.embed_tokens.weight": (100, 8), "model.norm.weight": (8,)},
-            {"lm_head.weight": (100, 8)},
-        ),
-        start=1,
-    ):
+    parts: list[dict[str, tuple[int, ...]]] = [
+        {"model.embed_tokens.weight": (100, 8), "model.norm.weight": (8,)},
+        {"lm_head.weight": (100, 8)},
+    ]
+    names: dict[str, str] = {}
+    for number, tensors in enumerate(parts, start=1):
         part = safetensors(folder / f"model-0000{number}-of-00002.safetensors", tensors)
         names |= dict.fromkeys(tensors, part.name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     return folder
 
 
-def refusal(folder: Path, **options: bool) -> str:
+def refusal(folder: Path, **options: Any) -> str:
     with pytest.raises(ConvertError) as caught:
         checkpoint.read(folder, **options)
     text = str(caught.value)
@@ -113,7 +113,7 @@ def _overwrite(at: int, data: bytes) -> Callable[[Path], None]:
     return apply
 
 
-def _header(change: Callable[[dict[str, dict[str, object]]], None]) -> Callable[[Path], None]:
+def _header(change: Callable[[dict[str, dict[str, object]]], object]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         part = folder / "model-00001-of-00002.safetensors"
         data = part.read_bytes()
@@ -297,8 +297,8 @@ def test_a_tokenizer_that_is_a_program_is_refused(folder: Path) -> None:
     assert "--trust-remote-code" in refusal(folder)
     checkpoint.read(folder, trust_code=True)
     # code of the model is never run: the converter and transformers bring their own
-    config = {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    own = {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own))
     checkpoint.read(folder)
 
 

@@ -33,7 +33,7 @@ from swift_gguf.learning.profile import EMBEDDED
 from swift_gguf.native.convert import Quantization
 from tests.cli.conftest import COMMAND, assert_one_line_failure, cli  # noqa: F401
 from tests.convert.conftest import convert
-from tests.unit.hub.test_models import Hub, hub, serve  # noqa: F401
+from tests.hub.test_models import Hub, hub, serve  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -515,10 +515,11 @@ def test_what_else_is_wanted_tells_whether_it_is_done(folder: Path, tmp_path: Pa
     for same in (True, False):
         options = ConvertOptions(quantization=q8_0, prepares=same)
         assert Conversion(found, out, options).is_done
-    for other in ("embeds", "keep_intermediate"):
-        assert not Conversion(
-            found, out, ConvertOptions(quantization=q8_0, **{other: True})
-        ).is_done
+    for other in (
+        ConvertOptions(quantization=q8_0, embeds=True),
+        ConvertOptions(quantization=q8_0, keep_intermediate=True),
+    ):
+        assert not Conversion(found, out, other).is_done
 
 
 def test_what_is_kept_replaces_nothing_unasked(

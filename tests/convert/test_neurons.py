@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGUFReader
 from numpy.typing import NDArray
 
 from swift_gguf.convert import calibrate, neurons
@@ -75,7 +76,7 @@ def test_a_sort_that_forgets_a_matrix_is_noticed(
     shutil.copy(path, broken)
     down = ffns_of(Weights(path), 1)[0].name("down")
     neurons.sort_file(broken, orders)
-    reader = neurons.GGUFReader(broken, "r+")
+    reader = GGUFReader(broken, "r+")
     tensors = {tensor.name: tensor.data for tensor in reader.tensors}
     neurons._move(tensors, down, np.argsort(orders[0]), axis=1)  # back again
     reader.data.flush()

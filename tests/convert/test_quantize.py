@@ -110,12 +110,11 @@ def test_types_that_need_importance_are_refused_without(
             ConvertOptions(quantization=Quantization(name=name))
         with pytest.raises(ConvertError, match="--imatrix auto"):
             quantize_file(converted("llama-spm"), tmp_path / "x.gguf", Quantization(name=name))
-    for single in (
-        {"output_tensor_type": "iq2_xxs"},
-        {"token_embedding_type": "IQ1_S"},
-        {"overrides": (("attn", "q8_0"), (r"ffn_(?:up|down)\(?", "iq3_xxs"))},
+    for quantization in (
+        Quantization(name="Q4_0", output_tensor_type="iq2_xxs"),
+        Quantization(name="Q4_0", token_embedding_type="IQ1_S"),
+        Quantization(name="Q4_0", overrides=(("attn", "q8_0"), (r"ffn_(?:up|down)\(?", "iq3_xxs"))),
     ):
-        quantization = Quantization(name="Q4_0", **single)  # type: ignore[arg-type]
         with pytest.raises(ConvertError, match=r"(?i)^iq\w+ needs to know .* --imatrix auto"):
             ConvertOptions(quantization=quantization)
         ConvertOptions(quantization=quantization, auto_imatrix=True)
@@ -180,6 +179,7 @@ def test_importance_is_what_columns_are_multiplied_by(
             whole = [*TEXTS[0].prompt, *answer]
             model.decode(whole, n_outputs=len(whole), exact=False)
     for layer, squares in enumerate(energy.squares):
+        assert squares is not None
         seen = usage[f"blk.{layer}.ffn_down.weight"].sums[0]
         np.testing.assert_allclose(seen, squares, rtol=0.02, atol=1e-4 * squares.max())
 

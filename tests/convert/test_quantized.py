@@ -79,8 +79,14 @@ def test_what_the_converter_unpacks_passes(said: object) -> None:
 
 
 def test_what_is_not_quantised_is_not_judged() -> None:
-    for config in ({}, {"quantization_config": None}, {"quantization_config": {}},
-                   {"quantization_config": []}, {"quantization": "none"}):  # fmt: skip
+    configs: tuple[dict[str, object], ...] = (
+        {},
+        {"quantization_config": None},
+        {"quantization_config": {}},
+        {"quantization_config": []},
+        {"quantization": "none"},
+    )
+    for config in configs:
         assert packing(config, {"config.json"}) is None
 
 

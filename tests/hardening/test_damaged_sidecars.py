@@ -21,7 +21,7 @@ from swift_gguf.sampling.sampling import SamplingOptions
 from swift_gguf.search.drivers import OnTheFly
 from swift_gguf.session import Session
 from swift_gguf.speculation import Speculation, SpeculationOptions
-from tests.native.test_sidecar import SMALL, narrow, prepared
+from tests.prepare.test_sidecar import SMALL, narrow, prepared
 
 Opener = Callable[..., Model]
 PROMPT = [(7 * i) % 250 + 5 for i in range(90)]

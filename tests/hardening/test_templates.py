@@ -106,11 +106,11 @@ def test_what_a_template_says_of_the_messages_is_told() -> None:
 
 
 def test_several_threads_get_their_own_answers() -> None:
-    template = ChatTemplate("{{ messages[0] }}")
+    template = ChatTemplate("{{ messages[0].content }}")
     answers: dict[int, set[str]] = {}
 
     def ask(i: int) -> None:
-        answers[i] = {template.render(messages=[i]) for _ in range(50)}
+        answers[i] = {template.render(messages=[{"content": i}]) for _ in range(50)}
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
     for thread in threads:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,12 +21,6 @@ TREES = replace(ALWAYS, tree="best-first")
 """With flash attention, they may be trees."""
 
 LOADING: dict[str, Any] = {"n_ctx": 512, "n_gpu_layers": N_GPU_LAYERS, "verbose": False}
-
-
-@pytest.fixture(scope="session")
-def tiny_path(tiny: Callable[..., Path]) -> str:
-    """Llama, 8-bit weights: the same bits at every width."""
-    return str(tiny("llama", quant="Q8_0"))
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from swift_gguf.llama import SwiftLlama
-from tests.llama.conftest import N_GPU_LAYERS
-from tests.model.conftest import real as real
+from tests.conftest import N_GPU_LAYERS
+from tests.real.conftest import real as real
 
 import llama_cpp  # isort: skip
 

@@ -12,7 +12,7 @@ from swift_gguf.errors import ModelError
 from swift_gguf.llama import SwiftLlama
 from swift_gguf.speculation import SpeculationOptions
 from tests.conftest import N_GPU_LAYERS
-from tests.model.conftest import real as real
+from tests.real.conftest import real as real
 
 import llama_cpp  # isort: skip
 
@@ -33,7 +33,7 @@ def answers(path: Path, mode: str, **options: Any) -> list[str]:
     llama = SwiftLlama(str(path), n_ctx=512, speculation=speculation, verbose=False, **options)
 
     def say(prompt: str, temperature: float) -> None:
-        choice = llama.create_completion(prompt, max_tokens=30, temperature=temperature, seed=2)
+        choice = llama.create_completion(prompt, max_tokens=24, temperature=temperature, seed=2)
         said.append(choice["choices"][0]["text"])
 
     said: list[str] = []
@@ -43,7 +43,8 @@ def answers(path: Path, mode: str, **options: Any) -> list[str]:
     say(COLOURS, 0.0)
     llama.load_state(state)
     say(CODE + said[1] + "then", 0.0)
-    assert mode == "off" or llama.swift.stats.drafted > 0
+    drafted = {name for name, source in llama.swift.stats.sources.items() if source.drafted}
+    assert drafted == set() if mode == "off" else {"layer-skip"} < drafted
     llama.close()
     return said
 
@@ -63,8 +64,7 @@ def test_drafts_change_nothing(
     path = real("smollm2-135m")
     options = {"type_k": k, "type_v": v, "flash_attn": flash_attn}
     expected = answers(path, "off", **options)
-    for mode in ("ngram,recycling", "layer-skip"):
-        assert answers(path, mode, **options) == expected, mode
+    assert answers(path, "ngram,recycling,layer-skip", **options) == expected
 
 
 def test_quantised_values_need_flash_attention(real: Callable[..., Path]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from swift_gguf.llama import SwiftLlama
 from tests.conftest import N_GPU_LAYERS
-from tests.model.conftest import real as real
+from tests.real.conftest import real as real
 
 from llama_cpp import Llama  # isort: skip
 
@@ -31,11 +31,11 @@ def test_with_the_defaults_of_both(real: Callable[..., Path], name: str) -> None
         llama = kind(str(real(name)), verbose=False, **more)
         said = [
             llama.create_chat_completion(
-                [{"role": "user", "content": question}], max_tokens=40, temperature=0.0
+                [{"role": "user", "content": question}], max_tokens=24, temperature=0.0
             )["choices"][0]["message"]["content"]
             for question in QUESTIONS
         ]
-        said.append(llama.create_completion(CODE, max_tokens=60, seed=3)["choices"][0]["text"])
+        said.append(llama.create_completion(CODE, max_tokens=32, seed=3)["choices"][0]["text"])
         llama.close()
         return said
 

@@ -13,7 +13,7 @@ import pytest
 from swift_gguf.llama import SwiftLlama
 from tests.conftest import N_GPU_LAYERS
 from tests.llama.conftest import entries, joined, without_ids
-from tests.model.conftest import real as real
+from tests.real.conftest import real as real
 
 from llama_cpp import (  # isort: skip
     Llama,

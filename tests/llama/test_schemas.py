@@ -12,10 +12,9 @@ import pytest
 from swift_gguf.drafting.verification import Walk
 from swift_gguf.errors import GrammarError, SchemaError
 from swift_gguf.llama import SwiftLlama
-from swift_gguf.llama import generation as generations
 from swift_gguf.schemas.constraint import json_by
 from tests.llama.conftest import without_ids
-from tests.model.conftest import real as real
+from tests.real.conftest import real as real
 
 from llama_cpp import LogitsProcessorList  # isort: skip
 
@@ -93,7 +92,7 @@ took = Walk.take
 
 def test_the_control_fails(swift: SwiftLlama, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts that are taken unseen change the answer, or are no answer: the test above can fail."""
-    monkeypatch.setattr(generations.Walk, "take", accept_all)
+    monkeypatch.setattr(Walk, "take", accept_all)
     with pytest.raises((AssertionError, GrammarError)):
         test_drafts_change_nothing(swift, "greedy")
 

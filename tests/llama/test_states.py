@@ -6,6 +6,7 @@ import gc
 import itertools
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,24 +50,24 @@ def text_of(llama: Llama) -> list[int]:
     return [int(token) for token in llama.input_ids[: llama.n_tokens]]
 
 
-def check_same(both: Llamas, action: Callable[[Llama], Any]) -> Any:
-    plain, swift = (outcome(lambda llama=llama: action(llama)) for llama in both)
+def check_same(both: Llamas, action: Callable[..., Any], *args: Any, **values: Any) -> Any:
+    plain, swift = (outcome(partial(action, llama, *args, **values)) for llama in both)
     assert plain == swift
     assert text_of(both[0]) == text_of(both[1])
     return plain
 
 
 def test_the_next_prompt_goes_on_where_the_last_answer_ended(both: Llamas) -> None:
-    check_same(both, lambda llama: say(llama, PROMPT))
+    check_same(both, say, PROMPT)
     check_same(both, lambda llama: say(llama, [*text_of(llama), 40, 41, 42]))
     assert both[1].swift.stats.prompt_n == 3, "what the context held was decoded again"
-    check_same(both, lambda llama: say(llama, PROMPT[:20]))
-    check_same(both, lambda llama: say(llama, "something else"))
+    check_same(both, say, PROMPT[:20])
+    check_same(both, say, "something else")
 
 
 def test_the_same_prompt_again(both: Llamas) -> None:
     for max_tokens in (1, 1, 20, 20):
-        check_same(both, lambda llama, n=max_tokens: say(llama, PROMPT, max_tokens=n))
+        check_same(both, say, PROMPT, max_tokens=max_tokens)
 
 
 def test_closing_a_stream_early(both: Llamas) -> None:
@@ -79,7 +80,7 @@ def test_closing_a_stream_early(both: Llamas) -> None:
             return chunks
 
         check_same(both, begin)
-        check_same(both, lambda llama: say(llama, PROMPT + " x", max_tokens=5))
+        check_same(both, say, PROMPT + " x", max_tokens=5)
 
 
 def test_a_stream_that_is_left_alone(both: Llamas) -> None:
@@ -202,7 +203,7 @@ def test_a_load_that_is_interrupted_leaves_nothing(
 ) -> None:
     swift = both[1]
     assert swift.swift.model
-    check_same(both, lambda llama: say(llama, PROMPT))
+    check_same(both, say, PROMPT)
     state = swift.save_state()
 
     def interrupted(*_: object) -> None:
@@ -214,7 +215,7 @@ def test_a_load_that_is_interrupted_leaves_nothing(
             swift.load_state(state)
     assert swift.n_tokens == swift.swift.model.n_past == 0
     both[0].reset()
-    check_same(both, lambda llama: say(llama, PROMPT, seed=7))
+    check_same(both, say, PROMPT, seed=7)
 
 
 def test_states_go_from_one_class_to_the_other(
@@ -281,9 +282,9 @@ def test_caches(both: Llamas, tmp_path: Any, kind: str) -> None:
         llama.set_cache(LlamaRAMCache() if kind == "memory" else LlamaDiskCache(str(folder)))
     prompts = [PROMPT, "quite another text", PROMPT + ", that"]
     for seed, prompt in enumerate(prompts):
-        check_same(both, lambda llama, p=prompt, s=seed: say(llama, p, seed=s))
-        check_same(both, lambda llama, p=prompt: say(llama, p, stream=True))
-    check_same(both, lambda llama: say(llama, PROMPT, echo=True))
+        check_same(both, say, prompt, seed=seed)
+        check_same(both, say, prompt, stream=True)
+    check_same(both, say, PROMPT, echo=True)
 
 
 def test_errors_of_the_callers_own(both: Llamas) -> None:
@@ -298,11 +299,9 @@ def test_errors_of_the_callers_own(both: Llamas) -> None:
             return False
 
         criteria = StoppingCriteriaList([fail])
-        found = check_same(
-            both, lambda llama, c=criteria: say(llama, PROMPT, stopping_criteria=c, seed=2)
-        )
+        found = check_same(both, say, PROMPT, stopping_criteria=criteria, seed=2)
         assert found is MineError
-        check_same(both, lambda llama: say(llama, PROMPT, seed=3))
+        check_same(both, say, PROMPT, seed=3)
 
 
 def test_an_error_thrown_into_a_stream(both: Llamas) -> None:
@@ -334,17 +333,17 @@ def test_a_full_context(both: Llamas, open_llama: Callable[..., Any]) -> None:
         with pytest.raises((RuntimeError, ValueError)):
             list(itertools.islice(endless, 100))
         assert llama.n_tokens == 256
-    check_same((llamas[0], llamas[1]), lambda llama: say(llama, PROMPT))
+    check_same((llamas[0], llamas[1]), say, PROMPT)
 
 
 def test_tokens_that_do_not_exist(both: Llamas) -> None:
     for token in (-1, both[0].n_vocab()):
-        assert outcome(lambda token=token: say(both[0], [token, 20])) is RuntimeError
+        assert outcome(partial(say, both[0], [token, 20])) is RuntimeError
         with pytest.raises(RuntimeError):
             say(both[1], [20, token, 20])
     for llama in both:
         llama.reset()
-    check_same(both, lambda llama: say(llama, PROMPT))
+    check_same(both, say, PROMPT)
 
 
 def test_eval_and_sample(both: Llamas) -> None:
@@ -366,4 +365,4 @@ def test_many_answers_in_a_row(both: Llamas) -> None:
     """Of every length, with prompts that share more or less."""
     prompts = [PROMPT[: 10 + 3 * i] for i in range(12)]
     for seed, prompt in enumerate(prompts + prompts[::-1]):
-        check_same(both, lambda llama, p=prompt, s=seed: say(llama, p, seed=s, max_tokens=3 + s))
+        check_same(both, say, prompt, seed=seed, max_tokens=3 + seed)

@@ -84,7 +84,7 @@ def test_a_mode_set_in_the_middle_of_an_answer(open_llama: Callable[..., Any]) -
     tokens = list(itertools.islice(llama.generate(prompt, temp=0.0), 24))
     llama.reset()
     stream = llama.generate(prompt, temp=0.0)
-    found = []
+    found: list[int] = []
     for mode in ("off", "ngram", "auto", "ngram,layer-skip"):
         found += itertools.islice(stream, 6)
         llama.swift.speculation = mode

@@ -18,7 +18,7 @@ from swift_gguf.gguf.sidecar import path_beside
 from swift_gguf.learning.profile import Known, Profile, Seen, Store
 from swift_gguf.subnetwork import SubNetwork
 from tests.native.conftest import ROOT
-from tests.native.test_sidecar import prepared
+from tests.prepare.test_sidecar import prepared
 
 EXAMPLES = ROOT / "native" / "examples"
 WARNINGS = ["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import subprocess
@@ -17,6 +18,7 @@ from swift_gguf.drafting.policy import Threshold
 from swift_gguf.engine import generate
 from swift_gguf.errors import NativeLibraryError
 from swift_gguf.model import Model, ModelOptions
+from swift_gguf.native import abi
 from swift_gguf.native import binding as native
 from swift_gguf.native.binding import library
 from swift_gguf.native.load import find_library
@@ -40,24 +42,20 @@ def test_versions() -> None:
     pin = (ROOT / "native" / "llama_cpp.pin").read_text()
     assert library().llama_commit in pin
     assert (
-        f"#define SWIFT_GGUF_ABI {native.ABI}\n"
+        f"#define SWIFT_GGUF_ABI {abi.ABI}\n"
         in (ROOT / "native" / "include" / "swift_gguf.h").read_text()
     )
 
 
 def test_another_abi_is_an_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "ABI", native.ABI + 1)
-    with pytest.raises(
-        ImportError, match=f"has ABI {native.ABI - 1}.*needs {native.ABI}.*reinstall"
-    ):
+    monkeypatch.setattr(native, "ABI", abi.ABI + 1)
+    with pytest.raises(ImportError, match=f"has ABI {abi.ABI}.*needs {abi.ABI + 1}.*reinstall"):
         native.Library(find_library())
 
 
 def test_a_struct_of_another_size_is_an_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Longer(native.Cost):
-        _fields_ = (("more", native.ctypes.c_int64),)
-
-    monkeypatch.setattr(native, "Cost", Longer)
+    longer = type("Longer", (native.Cost,), {"_fields_": [("more", ctypes.c_int64)]})
+    monkeypatch.setattr(native, "Cost", longer)
     with pytest.raises(ImportError, match="disagree about swift_gguf_cost"):
         native.Library(find_library())
 

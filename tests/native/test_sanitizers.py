@@ -15,12 +15,12 @@ from tests.fixtures.instrumented import find_build, instrument, runtime
 
 ROOT = Path(__file__).parents[2]
 SUITES = (
-    "test_c_api.py",
-    "test_sidecar.py",
-    "test_masks.py",
-    "test_bindings.py",
-    "test_kernels.py",
-    "test_chat_answers.py",
+    "tests/native/test_c_api.py",
+    "tests/prepare/test_sidecar.py",
+    "tests/model/test_masks.py",
+    "tests/native/test_bindings.py",
+    "tests/native/test_kernels.py",
+    "tests/native/test_chat_answers.py",
 )
 TOO_LITTLE_ROOM = """
 import ctypes, sys
@@ -69,7 +69,7 @@ def run(sanitized: dict[str, str], *arguments: str) -> tuple[str, str]:
 def test_nothing_is_reported(suite: str, sanitized: dict[str, str]) -> None:
     report, failure = run(
         sanitized, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow",
-        f"tests/native/{suite}",
+        suite,
     )  # fmt: skip
     assert not report, report[:4000]
     assert not failure, failure[-4000:]

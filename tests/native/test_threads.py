@@ -89,7 +89,8 @@ def test_two_models_on_two_threads(tiny: Tiny, open_model: Open) -> None:
 
     alone: list[bytes] = []
     answer(open_model(path, n_threads=2), alone)
-    models, results = [open_model(path, n_threads=2) for _ in range(2)], ([], [])
+    models = [open_model(path, n_threads=2) for _ in range(2)]
+    results: tuple[list[bytes], list[bytes]] = ([], [])
     threads = [
         threading.Thread(target=answer, args=pair) for pair in zip(models, results, strict=True)
     ]

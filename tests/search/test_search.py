@@ -247,6 +247,7 @@ def learn(model: Model, store: Store, *, steps: int = 120) -> tuple[Speculation,
     """A first run with an empty profile."""
     speculation = Speculation(model, SpeculationOptions(mode="layer-skip"), store=store)
     assert speculation.learning is not None
+    assert speculation.learning.searcher is not None
     converse(model, speculation)
     write(model)
     for window in windows_of(model, steps):

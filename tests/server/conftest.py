@@ -43,6 +43,8 @@ class Server:
             self.close()  # nobody else has it yet
             raise
         self.host = urlsplit(self.url).netloc
+        name, port = self.host.split(":")
+        self.address = (name, int(port))
 
     def _read(self) -> None:
         assert self.process.stderr is not None

@@ -274,8 +274,8 @@ def test_in_process_too(tiny: Callable[..., Path]) -> None:
     found = llama.create_chat_completion([HELLO], **QUICK, add_generation_prompt=False)
     text = completed(TURN.removesuffix("<|im_start|>assistant\n"))
     assert found["choices"][0]["message"]["content"] == text
-    told = {"chat_template_kwargs": {"enable_thinking": False}}
-    chunks = llama.create_chat_completion([HELLO], **QUICK, **told, stream=True)
+    told = {"enable_thinking": False}
+    chunks = llama.create_chat_completion([HELLO], **QUICK, chat_template_kwargs=told, stream=True)
     text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
     assert text == completed(f"{TURN}<think>\n\n</think>\n\n")
     with pytest.raises(ValueError, match="'messages' is not to be set"):

@@ -35,7 +35,7 @@ def talk(server: Server, topics: tuple[str, ...], rounds: int = 3) -> dict[str, 
 
 
 def test_turns_change_no_text_and_decode_little(serve: Callable[..., Server], model: Path) -> None:
-    alone = {}
+    alone: dict[str, list[tuple[str, Any]]] = {}
     for topic in TOPICS:
         server = serve(model, "-c", 2048, "-t", 1).wait_until_ready()
         alone |= talk(server, (topic,))

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from swift_gguf.server.chat_requests import ChatRequest
 from swift_gguf.server.errors import ApiError
 from swift_gguf.server.fields import HARMLESS, UNHELD
-from swift_gguf.server.requests import Body, CompletionRequest, Message
+from swift_gguf.server.requests import Body, CompletionRequest, Message, ToolChoice
 
 HELLO: Any = [{"role": "user", "content": "Hello!"}]
 PARTIAL: Any = [*HELLO, {"role": "assistant", "content": "Hel"}]
@@ -61,7 +61,7 @@ def test_other_servers_names() -> None:
     request = chat(repetition_penalty=1.2, typ_p=0.5, n_predict=7)
     assert (request.repeat_penalty, request.typical_p, request.max_tokens) == (1.2, 0.5, 7)
     assert chat(repeat_penalty=1.2, repetition_penalty=1.3).repeat_penalty == 1.2
-    assert CompletionRequest(prompt="x", n_predict=7).max_tokens == 7
+    assert CompletionRequest.model_validate({"prompt": "x", "n_predict": 7}).max_tokens == 7
     for fields in ({"repetition_penalty": -1}, {"typ_p": 0}, {"n_predict": -2}):
         with pytest.raises(ValidationError):
             chat(**fields)
@@ -188,6 +188,7 @@ def test_functions_are_tools() -> None:
     assert not chat(**offered, function_call="auto").must_call
     named = chat(**offered, function_call={"name": "book"})
     assert named.must_call
+    assert isinstance(named.choice, ToolChoice)
     assert named.choice.name == "book"
     assert named.calls_once
     assert not chat(tools=[{"function": one}]).calls_once

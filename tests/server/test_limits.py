@@ -186,13 +186,18 @@ def test_grammars_can_be_refused(serve: Callable[..., Server], model: Path) -> N
     server = serve(model, "-c", 512, "-t", 1, "--no-grammars").wait_until_ready()
     schema = {"type": "json_schema", "json_schema": {"schema": {"type": "string"}}}
     offered = [{"type": "function", "function": {"name": "x"}}]
-    for fields in (
+    refused: list[dict[str, object]] = [
         {"grammar": 'root ::= "a"'},
         {"response_format": schema},
         {"tools": offered, "tool_choice": "required"},
-    ):
+    ]
+    for fields in refused:
         assert "no grammars" in told(*server.post(CHAT, chat(**fields)))["message"]
-    for fields in ({"response_format": {"type": "json_object"}}, {"tools": offered}):
+    taken: list[dict[str, object]] = [
+        {"response_format": {"type": "json_object"}},
+        {"tools": offered},
+    ]
+    for fields in taken:
         assert server.post(CHAT, chat(**fields))[0] == 200
 
 
@@ -327,7 +332,7 @@ def test_an_oversized_body(serve: Callable[..., Server], model: Path) -> None:
     huge = chat(messages=[{"role": "user", "content": "x" * 3000}])
     assert "--max-body" in told(*server.post(CHAT, huge), 413)["message"]
 
-    with socket.create_connection(server.host.split(":"), timeout=10) as client:  # no length given
+    with socket.create_connection(server.address, timeout=10) as client:  # no length given
         head = f"POST {CHAT} HTTP/1.1\r\nHost: {server.host}\r\nContent-Type: application/json\r\n"
         client.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
         for _ in range(4):
@@ -373,7 +378,10 @@ def test_cors(serve: Callable[..., Server], model: Path) -> None:
 @pytest.mark.parametrize("source", ["flag", "variable", "file"])
 def test_keys(serve: Callable[..., Server], model: Path, tmp_path: Path, source: str) -> None:
     (tmp_path / "key").write_text("sesame-open\n", encoding="utf-8-sig")
-    flags = {"flag": ["--api-key", "sesame-open"], "file": ["--api-key-file", tmp_path / "key"]}
+    flags: dict[str, list[object]] = {
+        "flag": ["--api-key", "sesame-open"],
+        "file": ["--api-key-file", tmp_path / "key"],
+    }
     environment = {"SWIFT_GGUF_API_KEY": "sesame-open"} if source == "variable" else {}
     server = serve(model, "-c", 512, "-t", 1, *flags.get(source, []), **environment)
     server.wait_until_ready()
@@ -412,7 +420,7 @@ def test_slow_senders_are_cut_off(serve: Callable[..., Server], model: Path) -> 
     head = f"POST {CHAT} HTTP/1.1\r\nHost: {server.host}\r\nContent-Type: application/json\r\n"
     for sent in ("", "GET /hea", f"{head}Content-Length: 100\r\n\r\n" + '{"mess'):
         start = time.monotonic()
-        with socket.create_connection(server.host.split(":"), timeout=20) as client:
+        with socket.create_connection(server.address, timeout=20) as client:
             client.sendall(sent.encode())
             received = client.recv(10_000)
         assert received == b"" or received.startswith(b"HTTP/1.1 408"), sent
@@ -423,7 +431,7 @@ def test_slow_senders_are_cut_off(serve: Callable[..., Server], model: Path) -> 
 def test_bytes_that_are_no_http(server: Server) -> None:
     for junk in (b"\x16\x03\x01\x02\x00\x01", b"GET / HTTP/9.9\r\n\r\n", b"\r\n" * 100,
                  b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 20_000 + b"\r\n"):  # fmt: skip
-        with socket.create_connection(server.host.split(":"), timeout=20) as client:
+        with socket.create_connection(server.address, timeout=20) as client:
             try:
                 client.sendall(junk)
                 client.shutdown(socket.SHUT_WR)

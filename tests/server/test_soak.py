@@ -15,7 +15,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import soak_server
@@ -87,6 +87,7 @@ def test_a_server_that_is_not_there() -> None:
     options = argparse.Namespace(model="", ctx_size=1, queue_size=1, flags=[])
     for stopped, n_faults in ((math.inf, 1), (0.0, 0)):
         soak = soak_server.Soak(options)
-        soak.servers.append(SimpleNamespace(host="127.0.0.1:1", stopped=stopped))
+        nobody = SimpleNamespace(host="127.0.0.1:1", stopped=stopped)
+        soak.servers.append(cast(soak_server.Server, nobody))
         soak.attempt(soak._look, "look", random.Random(1))
         assert len(soak.record.faults) == n_faults

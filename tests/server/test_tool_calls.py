@@ -112,7 +112,8 @@ def test_earlier_calls_without_arguments(hermes: Server) -> None:
         _, told = hermes.post(CHAT, {"messages": turns, "max_tokens": 1})
         return int(told["usage"]["prompt_tokens"])
 
-    assert len({prompt_tokens(given) for given in ("", " ", "null", "{}", None, {})}) == 1
+    nothing: tuple[object, ...] = ("", " ", "null", "{}", None, {})
+    assert len({prompt_tokens(given) for given in nothing}) == 1
     turns = [*HELLO, {"role": "assistant", "tool_calls": [{"function": {"name": "x"}}]}]
     status, told = hermes.post(CHAT, {"messages": turns, "max_tokens": 1})
     assert (status, told["error"]["param"]) == (400, "messages.1")

@@ -66,9 +66,15 @@ def test_what_is_told_of_failures() -> None:
         with pytest.raises(ApiError, match=re.escape(str(error))) as told, _telling():
             raise error
         assert (told.value.status, told.value.code) == (400, code)
-    for error in (ValueError("/a/path"), KeyError("x"), DecodeError("failed"), MemoryError()):
-        with pytest.raises(type(error)), _telling():
-            raise error
+    ours: tuple[Exception, ...] = (
+        ValueError("/a/path"),
+        KeyError("x"),
+        DecodeError("failed"),
+        MemoryError(),
+    )
+    for fault in ours:
+        with pytest.raises(type(fault)), _telling():
+            raise fault
     assert _failed(ValueError("/a/path")) == "the server failed: ValueError"
 
 
@@ -82,7 +88,8 @@ def test_arguments_of_earlier_calls_are_objects_for_a_template() -> None:
     for _ in range(2):  # what was given stays as it is
         calls = message.as_dict()["tool_calls"]
         assert calls == [call({"at": "é"}), *given[1:]]
-    for nothing in ("", " \n", "null", None, "{}", {}):
+    empty: tuple[object, ...] = ("", " \n", "null", None, "{}", {})
+    for nothing in empty:
         message = Message.model_validate({"role": "assistant", "tool_calls": [call(nothing)]})
         assert message.as_dict()["tool_calls"] == [call({})]
         (joined,) = message.as_dict(calls_as_text=True)["tool_calls"]
@@ -277,7 +284,7 @@ class Client:
 
     def __init__(self, guard: Guard, path: str = "/answer", *, size: int = 100) -> None:
         self.started: dict[str, Any] = {}
-        self._messages = [{"type": "http.request", "body": b"x" * size}]
+        self._messages: list[dict[str, Any]] = [{"type": "http.request", "body": b"x" * size}]
         if path == "/leave":
             self._messages[0]["more_body"] = True
             self._messages.append({"type": "http.disconnect"})

@@ -282,10 +282,10 @@ def test_no_tokens_at_all_may_be_asked_for() -> None:
     assert stats.stop_reason == "length"
 
 
-@pytest.mark.parametrize("n_nodes", range(1, 9))
+@pytest.mark.parametrize("n_nodes", range(1, 7))
 def test_every_tree_and_every_accepted_path(n_nodes: int) -> None:
-    """All shapes, right as far as any of their nodes: 17 000 generations, the same text."""
-    for job in [Job(max_tokens=11), Job(max_tokens=11, seed=3)][: 2 if n_nodes < 8 else 1]:
+    """All shapes, right as far as any of their nodes: 2,500 generations, the same text."""
+    for job in (Job(max_tokens=11), Job(max_tokens=11, seed=3)):
         expected = plain(job)
         for parents, right in (
             (parents, right) for parents in shapes(n_nodes) for right in range(-1, n_nodes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -138,13 +139,18 @@ def test_networks_do_not_change() -> None:
         network.n_layer = 9  # type: ignore[misc]
 
 
+def leaving_out(kind: str, layers: frozenset[int]) -> SubNetwork:
+    options: dict[str, Any] = {kind: layers}
+    return SubNetwork(n_layer=4, **options)
+
+
 @pytest.mark.parametrize("kind", ["skip_attn", "skip_ffn"])
 @pytest.mark.parametrize("layer", [-1, 4, 5])
 def test_layers_must_exist(kind: str, layer: int) -> None:
     with pytest.raises(SubnetworkError, match=f"layer {layer} .* layers 0 to 3") as caught:
-        SubNetwork(n_layer=4, **{kind: frozenset({1, layer})})
+        leaving_out(kind, frozenset({1, layer}))
     assert "\n" not in str(caught.value)
-    SubNetwork(n_layer=4, **{kind: frozenset({0, 3})})
+    leaving_out(kind, frozenset({0, 3}))
 
 
 @pytest.mark.parametrize("n_layer", range(1, 101))

@@ -69,8 +69,8 @@ PAIRS = st.lists(
 
 def result(mode: str, unit: int, tokens: int, seconds: float, **more: Any) -> Result:
     stats = Stats(predicted_n=tokens, cycle_s=seconds, prompt_s=1.0, cycles=tokens, cycle_n=tokens)
-    more = {"category": "x", "question_id": str(unit), "turn": 0} | more
-    return Result(mode=mode, unit=unit, stats=stats, **more)
+    given: dict[str, Any] = {"category": "x", "question_id": str(unit), "turn": 0} | more
+    return Result(mode=mode, unit=unit, stats=stats, **given)
 
 
 @given(PAIRS)
@@ -96,7 +96,9 @@ def test_a_speedup_is_tokens_over_time_against_the_same_of_plain(
 
 def test_answers_of_one_token_have_no_speed() -> None:
     summary = Summary.of([(result("auto", 0, 1, 0.0), result("plain", 0, 1, 0.0))])
-    assert summary.speedup is summary.speedup_by_request is summary.tokens_per_second is None
+    assert summary.speedup is None
+    assert summary.speedup_by_request is None
+    assert summary.tokens_per_second is None
     assert summary.end_to_end_speedup == 1.0
     json.dumps(summary.as_dict(), allow_nan=False)
 

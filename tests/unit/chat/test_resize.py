@@ -65,7 +65,7 @@ def shown(pieces: Sequence[str], sizes: Sequence[tuple[int, int]], settings: Set
         for i, piece in enumerate(pieces):
             if size := changes.get(i):
                 write()
-                console.size = size  # type: ignore[assignment]
+                console.size = size
                 window.resize(columns=size[0], lines=size[1])
             view._next = 0  # type: ignore[attr-defined]  # draw at every piece
             view.feed(piece, [Part(piece)])

@@ -237,11 +237,11 @@ def test_damage_is_refused(rows: object) -> None:
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 20) | st.floats() | st.text(max_size=2),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=1), inner),
-    max_leaves=12,
+    max_leaves=4,
 )
 
 
-@given(st.lists(JUNK | st.lists(st.lists(JUNK, max_size=3), min_size=3, max_size=3)))
+@given(st.lists(JUNK | st.lists(st.lists(JUNK, max_size=3), min_size=3, max_size=3), max_size=3))
 def test_anything_is_loaded_or_refused(rows: list[Any]) -> None:
     try:
         table = Recycling.from_rows(rows, n_vocab=N_VOCAB)

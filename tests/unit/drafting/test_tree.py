@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,7 +101,7 @@ def test_a_tree_tells_children_and_paths() -> None:
 
 def test_a_chain_is_a_tree() -> None:
     chain = Tree.chain([4, 5, 6], [0.9, 0.8, 0.7])
-    joints = [0.9, pytest.approx(0.72), pytest.approx(0.504)]
+    joints: list[Any] = [0.9, pytest.approx(0.72), pytest.approx(0.504)]
     assert chain == Tree(
         [4, 5, 6], [ROOT, 0, 1], [0.9, 0.8, 0.7], ["", "", ""], joints, ranks=[0, 0, 0]
     )

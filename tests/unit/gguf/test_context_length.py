@@ -61,8 +61,10 @@ def test_a_line_of_warning(
     assert says in "".join(caplog.messages)
 
 
-def header(architecture: str, *, table: bool = False, **more: object) -> Header:
-    keys = {"context_length": 300} | more
+def header(architecture: str, *, table: bool = False, scaling: str | None = None) -> Header:
+    keys: dict[str, object] = {"context_length": 300}
+    if scaling:
+        keys["rope.scaling.type"] = scaling
     metadata = {f"{architecture}.{key}": value for key, value in keys.items()}
     made = Header(metadata={"general.architecture": architecture, **metadata})
     if table:
@@ -75,6 +77,6 @@ def test_what_a_file_says() -> None:
     assert context_length(header("mpt", table=True)).limit == 300
     assert context_length(header("mpt")).limit is None
     assert context_length(header("gpt2")).limit == 300, "the table is in another part of the file"
-    scaled = header("llama", **{"rope.scaling.type": "yarn"})
+    scaled = header("llama", scaling="yarn")
     assert context_length(scaled).scaled
     assert context_length(Header()) == UNKNOWN

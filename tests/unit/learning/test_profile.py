@@ -262,7 +262,7 @@ LEARNED = st.builds(
     evaluations=st.integers(0, 1 << 40),
 )
 AGAIN = settings(
-    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -270,10 +270,12 @@ AGAIN = settings(
 @given(steps=st.lists(LEARNED, min_size=1, max_size=10))
 def test_what_is_stored_is_all_that_was_learned(store: Store, steps: list[Profile]) -> None:
     store.forget(PRINT)
+    stored = None
     for step in steps:
         stored = store.add(step)
         assert stored is not None
         assert store.load(PRINT) == stored
+    assert stored is not None
     assert stored.evaluations == sum(step.evaluations for step in steps)
     assert stored.search_s == pytest.approx(sum(step.search_s for step in steps))
     assert set(stored.costs) == {where for step in steps for where in step.costs}
@@ -519,7 +521,7 @@ def test_a_lock_that_is_never_released(
 
 # -- processes -------------------------------------------------------------------------------------
 
-KILLS = 200
+KILLS = 40
 
 
 def write_on(store: Store) -> None:

@@ -13,7 +13,7 @@ from swift_gguf.llama.scores import LogProbs, Scored, in_bytes, name
 def tell(pieces: list[bytes], *stops: str, by_token: bool = False) -> list[Told]:
     """All that is told of tokens, one after the other, until a stop."""
     text = AnswerText([stop.encode() for stop in stops], by_token=by_token)
-    told = []
+    told: list[Told] = []
     for piece in pieces:
         told += text.feed(piece)
         if text.is_stopped:

@@ -40,13 +40,14 @@ def v2(root: Path, group: str, *, shown: str = "/", **files: str) -> Path:
     )
 
 
-def v1(root: Path, group: str, *, shown: str = "/", **files: tuple[int, int]) -> Path:
+def v1(root: Path, group: str, *, shown: str = "/", **files: str) -> Path:
     """files: quota and period by folder."""
     contents = {}
-    for name, (quota, period) in files.items():
+    for name, content in files.items():
+        quota, period = content.split()
         folder = f"cpu,cpuacct__{name}"
-        contents[f"{folder}cpu.cfs_quota_us"] = str(quota)
-        contents[f"{folder}cpu.cfs_period_us"] = str(period)
+        contents[f"{folder}cpu.cfs_quota_us"] = quota
+        contents[f"{folder}cpu.cfs_period_us"] = period
     return tree(
         root,
         groups=f"8:memory:/\n4:cpu,cpuacct:{group}\n1:name=systemd:/\n0::/\n",
@@ -67,20 +68,20 @@ def test_the_groups_above_count_too(tmp_path: Path) -> None:
     limits["pod__app__"] = "30000 20000"
     assert quota_cpus(v2(tmp_path / "b", "/pod/app", **limits)) == 1.5
     assert quota_cpus(v2(tmp_path / "c", "/other", **limits)) is None
-    v1_limits = {"": (-1, 100_000), "pod__": (250_000, 100_000), "pod__app__": (-1, 100_000)}
+    v1_limits = {"": "-1 100000", "pod__": "250000 100000", "pod__app__": "-1 100000"}
     assert quota_cpus(v1(tmp_path / "d", "/pod/app", **v1_limits)) == 2.5
 
 
 def test_version_1(tmp_path: Path) -> None:
-    assert quota_cpus(v1(tmp_path / "a", "/", **{"": (50_000, 100_000)})) == 0.5
-    assert quota_cpus(v1(tmp_path / "b", "/", **{"": (-1, 100_000)})) is None
+    assert quota_cpus(v1(tmp_path / "a", "/", **{"": "50000 100000"})) == 0.5
+    assert quota_cpus(v1(tmp_path / "b", "/", **{"": "-1 100000"})) is None
 
 
 def test_a_container_that_sees_itself_as_the_top(tmp_path: Path) -> None:
     # docker without a namespace of its own: the group's name is the host's, the mount is its own
-    named = v1(tmp_path / "a", "/docker/0af", shown="/docker/0af", **{"": (100_000, 100_000)})
+    named = v1(tmp_path / "a", "/docker/0af", shown="/docker/0af", **{"": "100000 100000"})
     assert quota_cpus(named) == 1
-    inner = {"": (400_000, 100_000), "app__": (200_000, 100_000)}
+    inner = {"": "400000 100000", "app__": "200000 100000"}
     assert quota_cpus(v1(tmp_path / "b", "/docker/0af/app", shown="/docker/0af", **inner)) == 2
     elsewhere = v2(tmp_path / "c", "/user.slice", shown="/docker/0af", **{"": "300000 100000"})
     assert quota_cpus(elsewhere) == 3

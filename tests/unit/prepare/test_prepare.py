@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from swift_gguf.errors import SubnetworkError, SwiftError
 from swift_gguf.gguf.sidecar import path_beside
@@ -74,8 +75,10 @@ def test_energy_adds_up_squares() -> None:
     for _ in range(2):
         empty = np.zeros((2, 1), np.float32)
         energy(1, empty, np.array([[1.0, 2.0], [3.0, 0.0]], np.float32), empty)
-    assert energy.squares[0] is None
-    np.testing.assert_allclose(energy.squares[1], [20.0, 8.0])
+    nobody, squares = energy.squares
+    assert nobody is None
+    assert squares is not None
+    np.testing.assert_allclose(squares, [20.0, 8.0])
 
 
 def test_token_mass_adds_up_probabilities() -> None:
@@ -169,14 +172,18 @@ def test_narrow_passes_have_a_price() -> None:
 # -- the linear path -------------------------------------------------------------------------------
 
 
-def planted(n: int = 3000, k: int = 8, d: int = 20, n_embd: int = 16, rank: int = 3) -> tuple:
+Floats = NDArray[np.float32]
+Planted = tuple[Normal, Floats, tuple[Floats, Floats, Floats]]
+
+
+def planted(n: int = 3000, k: int = 8, d: int = 20, n_embd: int = 16, rank: int = 3) -> Planted:
     """Outputs of k known neurons and of a linear map of low rank: what both together explain."""
     rng = np.random.default_rng(4)
     x = rng.standard_normal((n, d)).astype(np.float32)
     a = np.maximum(x @ rng.standard_normal((d, k)), 0).astype(np.float32)
     columns = rng.standard_normal((k, n_embd)).astype(np.float32)
     low = (rng.standard_normal((d, rank)) @ rng.standard_normal((rank, n_embd))).astype(np.float32)
-    y = a @ columns + x @ low + 0.5
+    y = a @ columns + x @ low + np.float32(0.5)
     problem = Normal.empty(k + d, n_embd)
     problem.add(np.hstack([a, x]), y)
     return problem, columns, (x, a, y)

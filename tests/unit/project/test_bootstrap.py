@@ -42,14 +42,14 @@ def venv(tmp_path: Path, root: Path) -> Path:
 
 def remember(venv: Path, **changes: object) -> None:
     python = [sys.implementation.name, *sys.version_info[:2], os.uname().machine]
-    state = {"python": python, "busy": False, "cmake_args": "", "dev": False} | changes
+    state = {"python": python, "busy": False, "cmake_args": "", "extra": ""} | changes
     (venv / bootstrap.STATE).write_text(json.dumps(state))
 
 
-def ready(venv: Path, *, dev: bool = False) -> bool:
+def ready(venv: Path, extra: str = "") -> bool:
     state = bootstrap.read_state(venv)
     key = bootstrap.build_key(state.get("cmake_args", ""))
-    return bool(bootstrap.is_ready(venv, state, key, dev))
+    return bootstrap.is_ready(venv, state, key, extra)
 
 
 def test_an_old_python_can_parse_it() -> None:
@@ -66,7 +66,7 @@ def test_an_old_python_is_told_what_to_do() -> None:
 
 def test_nothing_to_do(venv: Path) -> None:
     assert ready(venv)
-    assert bootstrap.bootstrap(venv, dev=False) == []
+    assert bootstrap.bootstrap(venv, extra="") == []
     assert not (venv / bootstrap.LOG).exists()
 
 
@@ -82,19 +82,20 @@ def test_what_the_build_does_not_read_changes_nothing(venv: Path, root: Path) ->
     assert ready(venv)
 
 
-def test_development_tools_stay(venv: Path) -> None:
-    assert not ready(venv, dev=True)
-    remember(venv, key=bootstrap.build_key(""), dev=True)
-    assert ready(venv, dev=True)
-    assert ready(venv, dev=False)
+@pytest.mark.parametrize("installed", bootstrap.EXTRAS)
+def test_tools_stay(venv: Path, installed: str) -> None:
+    """`make check` after `make test` finds more than it needs; `make test` after it, too little."""
+    remember(venv, key=bootstrap.build_key(""), extra=installed)
+    enough = {extra: ready(venv, extra) for extra in bootstrap.EXTRAS}
+    assert enough == {"": True, "dev": installed != "", "test": installed == "test"}
 
 
 def test_cmake_args_are_remembered(venv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = "-DGGML_CUDA=ON"
     remember(venv, key=bootstrap.build_key(cuda), cmake_args=cuda)
-    assert bootstrap.bootstrap(venv, dev=False) == []
+    assert bootstrap.bootstrap(venv, extra="") == []
     monkeypatch.setenv("CMAKE_ARGS", cuda)
-    assert bootstrap.bootstrap(venv, dev=False) == []
+    assert bootstrap.bootstrap(venv, extra="") == []
     assert bootstrap.build_key("") != bootstrap.build_key(cuda)
 
 
@@ -129,7 +130,7 @@ def test_a_folder_of_the_users_is_not_taken(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "thesis.txt").write_text("text")
     with pytest.raises(bootstrap.Failure, match="not a virtual environment"):
-        bootstrap.bootstrap(folder, dev=False)
+        bootstrap.bootstrap(folder, extra="")
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
 
 

@@ -154,7 +154,7 @@ def test_a_chain_and_a_tree_keep_the_joint_law(widths: tuple[int, int]) -> None:
 
 
 @settings(deadline=None)
-@given(st.data(), st.integers(2, 5))
+@given(st.data(), st.integers(2, 4))
 def test_a_residual_holds_no_child(data: st.DataObject, n: int) -> None:
     p, q = data.draw(distributions(n)), data.draw(distributions(n))
     for children, _ in draws(q, n):

@@ -309,7 +309,7 @@ SCHEMAS = st.recursive(scalar(), compound, max_leaves=8).map(
 COUNTS = {"held": 0, "refused": 0, "answers": 0}
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(schema=SCHEMAS, seed=st.integers(0, 9))
 def test_generated(schema: Any, seed: int) -> None:
     told = ""
@@ -323,7 +323,7 @@ def test_generated(schema: Any, seed: int) -> None:
 
 def test_many_of_the_generated_are_held() -> None:
     if sum(COUNTS.values()):  # with the test above
-        assert COUNTS["held"] > 100
+        assert COUNTS["held"] > 50
         assert COUNTS["answers"] > COUNTS["held"]
 
 

@@ -19,8 +19,8 @@ from swift_gguf.sampling.sampling import SamplingOptions
 from swift_gguf.subnetwork import SubNetwork
 from swift_gguf.text.text import encode
 from tests.conftest import N_GPU_LAYERS
-from tests.model.prompts import PROMPTS
-from tests.model.same_text import GREEDY, chat_tokens, decode, explain, light_skip, seeded
+from tests.real.prompts import PROMPTS
+from tests.real.same_text import GREEDY, chat_tokens, decode, explain, light_skip, seeded
 
 pytestmark = pytest.mark.slow
 
@@ -58,13 +58,17 @@ def assert_same(
 
 
 @pytest.mark.parametrize("quant", [None, "Q8_0"], ids=["Q4_1", "Q8_0"])
-@pytest.mark.parametrize("mode", ["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "half", [(PROMPTS[::2], lambda i: GREEDY), (PROMPTS[1::2], seeded)], ids=["greedy", "sampled"]
+)
 def test_fifty_prompts(
-    real: Callable[..., Path], open_model: Callable[..., Model], quant: str | None, mode: str
+    real: Callable[..., Path],
+    open_model: Callable[..., Model],
+    quant: str | None,
+    half: tuple[list[str], Callable[[int], SamplingOptions]],
 ) -> None:
     model = open_model(real("smollm2-135m", quant), n_ctx=1024)
-    options = (lambda i: GREEDY) if mode == "greedy" else seeded
-    assert assert_same(model, PROMPTS, options) > 100
+    assert assert_same(model, *half) > 50
 
 
 @pytest.mark.parametrize("quant", [None, "Q8_0"], ids=["Q4_1", "Q8_0"])
@@ -158,10 +162,10 @@ def test_repacked_quantisations(
     model = open_model(real("qwen2.5-coder-1.5b", quant), n_ctx=1024)
     subnetwork = light_skip(model)
     diverged = accepted = 0
-    for i, text in enumerate(PROMPTS[5:50:6]):
+    for i, text in enumerate(PROMPTS[5:50:9]):
         prompt = chat_tokens(model, text)
         plain, _ = decode(model, prompt)
-        speculative, stats = decode(model, prompt, subnetwork=subnetwork, draft_max=2 + 2 * i)
+        speculative, stats = decode(model, prompt, subnetwork=subnetwork, draft_max=2 + 3 * i)
         accepted += stats.accepted
         if NARROW_KERNELS:
             assert speculative == plain, text
@@ -169,7 +173,7 @@ def test_repacked_quantisations(
             diverged += 1
             assert difference.is_near_tie, f"{text}: {difference}"
     record_property("diverged", diverged)
-    assert accepted > 50
+    assert accepted > 30
 
 
 @pytest.mark.parametrize(

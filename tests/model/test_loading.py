@@ -40,7 +40,8 @@ def at_first_progress(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def set_up(do: Callable[[], None]) -> None:
         def unless_stopped(self: Library, flag: StopFlag) -> Any:
-            goes_on, calls = original(self, flag), []
+            goes_on = original(self, flag)
+            calls: list[float] = []
 
             def first(progress: float, data: object) -> bool:
                 if not calls:

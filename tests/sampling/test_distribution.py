@@ -52,7 +52,7 @@ def reference(
         values[token] *= factor if values[token] <= 0 else 1 / factor
         values[token] -= count * options.frequency_penalty + options.presence_penalty
     if options.temperature <= 0:
-        return np.eye(len(values))[values.argmax()]
+        return np.asarray(np.arange(len(values)) == values.argmax(), np.float64)
     if options.top_k:
         values[np.argsort(-values)[options.top_k :]] = -math.inf
     p = softmax(values)
@@ -65,8 +65,8 @@ def reference(
 
 
 def softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    weights = np.exp(values - values.max())
-    return weights / weights.sum()
+    weights: NDArray[np.float64] = np.exp(values - values.max())
+    return np.asarray(weights / weights.sum())
 
 
 def dense(distribution: Distribution) -> NDArray[np.float64]:

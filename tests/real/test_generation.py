@@ -19,7 +19,7 @@ from swift_gguf.sampling.sampling import Sampler, SamplingOptions
 from swift_gguf.stats import Stats
 from swift_gguf.text.text import StreamDecoder, encode
 from tests.conftest import N_GPU_LAYERS
-from tests.model.same_text import GREEDY, chat_tokens, decode, light_skip
+from tests.real.same_text import GREEDY, chat_tokens, decode, light_skip
 
 pytestmark = pytest.mark.slow
 

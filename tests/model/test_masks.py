@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,7 +94,8 @@ def test_what_is_reported_skippable_is_skipped(
     full = model.pass_cost()
     for layer in range(model.n_layer):
         for kind, sublayer in (("skip_attn", attention[layer]), ("skip_ffn", ffn[layer])):
-            subnetwork = SubNetwork(n_layer=model.n_layer, **{kind: frozenset([layer])})
+            skipped_one: dict[str, Any] = {kind: frozenset([layer])}
+            subnetwork = SubNetwork(n_layer=model.n_layer, **skipped_one)
             model.rollback(len(PROMPT) - 1)
             model.decode(PROMPT[-1:], subnetwork=subnetwork)
             skipped = not np.array_equal(model.logits(0), whole)

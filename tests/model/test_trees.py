@@ -182,12 +182,13 @@ def test_a_stopped_pass_leaves_nothing(two: Callable[..., list[Model]]) -> None:
     text = [*PROMPT, *range(40, 60)]
     start(model, text)
     model.stop.raise_()
-    for attempt in (
+    attempts: list[Callable[[], object]] = [
         lambda: model.redecode(8, 16),
         lambda: model.redecode(8, 16, own_past=True),
         lambda: model.decode_tree([5, 6, 7], [-1, 0, 0]),
         lambda: model.decode([5, 6]),
-    ):
+    ]
+    for attempt in attempts:
         with pytest.raises(StoppedError):
             attempt()
         assert model.tokens == text
@@ -251,10 +252,11 @@ def test_batches_bound_trees_and_windows(two: Callable[..., list[Model]]) -> Non
     assert model.room == model.n_batch == 48
     text = [*PROMPT, *range(30, 70)]
     start(model, text)
-    for attempt in (
+    attempts: list[Callable[[], object]] = [
         lambda: model.decode_tree([5] * 49, range(-1, 48)),
         lambda: model.redecode(0, 49, own_past=True),
-    ):
+    ]
+    for attempt in attempts:
         with pytest.raises(ValueError, match="batch of 48"):
             attempt()
         assert model.tokens == text
