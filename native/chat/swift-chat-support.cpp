@@ -1,7 +1,7 @@
-// What llama.cpp's readers of answers take from the rest of `common`, of libllama and of ggml.
+// The few functions that llama.cpp's readers of answers call from the rest of `common`, from libllama and from ggml.
 //
-// The files that have it (common.cpp, log.cpp) want downloads, threads and a model; here is the little that is called. Of a
-// model and a vocabulary there are none: who asks for them is answered as if there was nothing.
+// The original files (common.cpp, log.cpp) would need downloads, threads and a model. Here there is no model and no
+// vocabulary: functions that ask for one return nothing.
 
 #include "common.h"
 #include "log.h"
@@ -10,7 +10,7 @@
 #include <cstdio>
 #include <stdexcept>
 
-// -- log.h: nothing is logged. What fails is thrown, too.
+// -- log.h: nothing is logged, since failures are thrown as well.
 
 int common_log_get_verbosity_thold(void) { return -1; }
 
@@ -74,7 +74,7 @@ bool                llama_vocab_get_add_eos(const llama_vocab *) { return false;
 
 int32_t llama_chat_apply_template(const char *, const llama_chat_message *, size_t, bool, char *, int32_t) { return -1; }
 
-// A failed assertion, which would end the process: here it is one more error.
+// A failed assertion would end the process. Here it is an error like any other.
 void ggml_abort(const char *, int, const char * fmt, ...) {
     char    what[256];
     va_list values;

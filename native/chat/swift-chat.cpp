@@ -12,7 +12,7 @@
 
 namespace {
 
-// Brackets within brackets in what a model writes: JSON is taken apart and written by recursion.
+// The limit to nested brackets in what a model writes: JSON is parsed and written by recursion.
 constexpr int MAX_NESTING = 200;
 
 char * copy_of(const std::string & text) {
@@ -34,7 +34,7 @@ std::string told(const char * what) {
     }
 }
 
-// The JSON that `work` makes, or of what it throws.
+// The JSON that `work` returns, or {"error"} with what it throws.
 template <typename Work>
 char * answer_of(Work && work) {
     try {

@@ -1,10 +1,11 @@
-// Kernels of single types: a few rows of weights, unpacked once and multiplied with every column.
+// One kernel for each type of weights. It unpacks a few rows once and multiplies them with every column.
 //
-// kernel::weights, rows   the blocks they read, so many rows at a time
+// kernel::weights         the type of a block of weights
+// kernel::rows            how many rows it reads at a time
 // kernel::column          the format that columns are quantised to
-// kernel::prepared        what of a column's block is the same for all rows, made by kernel::prepare;
-//                         column itself, where there is nothing to prepare
-// kernel::tile            columns that are multiplied at once, by kernel::multiply_tile<1 .. tile>
+// kernel::prepared        what is computed once for a column's block and serves all rows, by kernel::prepare;
+//                         the column itself where there is nothing to compute
+// kernel::tile            how many columns it multiplies at once, by kernel::multiply_tile<1 .. tile>
 
 #pragma once
 
@@ -37,7 +38,7 @@ struct q4_K_8x8 {
     };
 
     static factors unpack_factors(const weights & block) {
-        // three words of each sub-block: apart, eight beside each other
+        // three words of each sub-block, taken apart: eight of each kind in a vector
         const __m256i every_third = _mm256_setr_epi32(0, 3, 6, 9, 12, 15, 18, 21);
         const int *   words       = (const int *) block.scales;
         const __m256i in[3]       = {
@@ -145,8 +146,8 @@ struct q4_0_8x8 {
     static constexpr int64_t rows = 8;
     static constexpr int     tile = TILE;
 
-    // Repacked nibbles are two's complement; with 8 added they are unsigned, and 8 times the sum of the
-    // column's quants is taken off again.
+    // Repacked nibbles are two's complement. 8 is added to make them unsigned; later 8 times the sum of the
+    // column's quants is subtracted.
     struct prepared {
         float   d;
         int32_t excess;
@@ -368,7 +369,7 @@ struct prepared_q8_1 {
         sum(GGML_CPU_FP16_TO_FP32(y.s)) {}
 };
 
-// Four rows at a time, so that what is done for a column serves all of them.
+// Four rows at a time, so that the work on a column serves all four.
 //
 // type::weights, column   the blocks of both
 // type::quants            32 quants of a block, as the prepared column's dot_with takes them
@@ -386,8 +387,8 @@ struct four_rows {
 
     static prepared prepare(const column & y) { return prepared(y); }
 
-    // Four rows at once are no order that the hardware foresees: the next four are asked for in order
-    // instead, a piece with every block. To the first cache, where that holds them beside the columns.
+    // The hardware does not foresee reads of four rows at once. So the next four rows are prefetched in order,
+    // a piece with every block, into the first cache if it has room for them beside the columns.
     static constexpr size_t FIRST_CACHE = 16384; // bytes of it for four rows
 
     template <int N, cache to>
@@ -431,7 +432,7 @@ struct four_rows {
         }
     }
 
-    // One column leaves nothing to share: row after row, as they lie.
+    // With one column there is nothing to share: rows are read one after the other.
     static void multiply_one(int64_t n_blocks, const weights * x, const prepared * y, float * out) {
         for (int r = 0; r < rows; r++, x += n_blocks) {
             __m256 sums = _mm256_setzero_ps();
@@ -501,7 +502,7 @@ struct floats {
 
     static constexpr int64_t rows = 1;
     static constexpr int     tile = TILE / 2;
-    static constexpr int64_t step = GGML_F32_STEP; // rows are of whole steps: ggml adds up what is left in another way
+    static constexpr int64_t step = GGML_F32_STEP; // rows must be of whole steps: ggml adds up a remainder in another way
 
     static prepared prepare(ggml_fp16_t x) { return GGML_CPU_FP16_TO_FP32(x); }
 

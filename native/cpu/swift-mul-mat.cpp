@@ -1,11 +1,10 @@
-// ggml multiplies a matrix with one column by a kernel that unpacks the quantised weights as it goes.
-// With two or three columns it runs that kernel for each of them, with more it switches (for some
-// types, on some machines) to kernels made for long prompts, which round differently. Verifying drafts
-// needs neither: here weights are unpacked once and multiplied with every column, in just the float
-// operations of the one-column kernel, in their order. What a token's logits are then does not depend
-// on how many tokens are decoded beside it, to the bit, and further tokens cost little.
+// ggml multiplies a matrix with one column by a kernel that unpacks the quantised weights as it goes. With two
+// or three columns it runs that kernel once for each. With more it switches (for some types, on some machines)
+// to kernels made for long prompts, which round differently. Neither suits the verification of drafts.
 //
-// All that may differ from the one-column kernels is the order of integer additions, which is exact.
+// Here weights are unpacked once and multiplied with every column, in the float operations of the one-column
+// kernel and in their order. So a token's logits do not depend on how many tokens are decoded with it, to the
+// bit, and further tokens cost little. Only integer additions, which are exact, are in another order.
 
 #include "swift-mul-mat.h"
 
@@ -26,7 +25,7 @@
 
 namespace {
 
-// kernel::multiply_tile for the columns left, of which it does N at most
+// kernel::multiply_tile for the remaining columns, N at most
 template <typename kernel, int N>
 void multiply_up_to(
         int64_t n_blocks, const typename kernel::weights * x, const typename kernel::prepared * columns, int n_columns,
@@ -48,7 +47,7 @@ void multiply_group(
     }
 }
 
-// The columns in the format the kernels read, shared out to the threads in pieces of blocks.
+// Quantises the columns to the format the kernels read; each thread does some of the blocks.
 void quantize_columns(const ggml_compute_params * params, const ggml_tensor * src1, ggml_type type, size_t stride) {
     const auto    from_float = ggml_get_type_traits_cpu(type)->from_float;
     const int64_t n_block    = ggml_blck_size(type);
@@ -62,15 +61,15 @@ void quantize_columns(const ggml_compute_params * params, const ggml_tensor * sr
     }
 }
 
-// Columns as the kernel wants them: as they are, or each thread's own copy, which takes less time than to
-// wait for one another once more.
+// The columns as the kernel wants them: as they are, or prepared. Each thread prepares its own copy: that takes
+// less time than another barrier.
 template <typename kernel>
 const typename kernel::prepared * prepared_columns(const void * data, int64_t n) {
     const auto * columns = (const typename kernel::column *) data;
     if constexpr (std::is_same_v<typename kernel::column, typename kernel::prepared>) {
         return columns;
     } else {
-        static thread_local std::vector<typename kernel::prepared> copy; // kept: asked for with every product
+        static thread_local std::vector<typename kernel::prepared> copy; // kept between products
         copy.clear();
         for (int64_t i = 0; i < n; i++) {
             copy.push_back(kernel::prepare(columns[i]));
@@ -100,8 +99,8 @@ void multiply(const ggml_compute_params * params, ggml_tensor * dst, ggml_type c
 
     const auto * columns = prepared_columns<kernel>(as_they_are ? src1->data : params->wdata, n_columns * n_blocks);
 
-    // several chunks a thread: one that was held up leaves its share to the others; but none so short that
-    // what is fetched ahead of it were mostly another thread's
+    // Several chunks a thread, so that others can take the share of a thread that was held up. But no chunk is
+    // so short that most of what it prefetches belongs to another thread.
     const int64_t n_long   = n_groups * (int64_t) group / (32 * (int64_t) AHEAD);
     const int64_t n_chunks = std::min<int64_t>(n_groups, std::clamp<int64_t>(n_long, params->nth, 8 * params->nth));
     for (int64_t chunk = params->ith; chunk < n_chunks;

@@ -12,14 +12,14 @@ extern "C" {
 struct ggml_compute_params;
 struct ggml_tensor;
 
-// A pending token and 64 draft tokens fit. Wider passes are prefill, for which ggml has better kernels.
+// Room for a token and 64 draft tokens. Wider passes process prompts, for which ggml has better kernels.
 #define SWIFT_NARROW_MAX 72
 
-// Computes the product in batch-invariant mode (params->use_ref), if its types are known here; called
-// by every thread of the pool. False: nothing was done, and no thread was waited for.
+// Computes the product in batch-invariant mode (params->use_ref), if there is a kernel for its types. Every
+// thread of the pool calls it. Returns false if nothing was done; then no thread has waited for another.
 //
-// n_interleaved, n_block: rows that ggml's repacking interleaves, and bytes of each at a time; 1, 1
-// where the matrix is not repacked.
+// n_interleaved, n_block: how many rows ggml's repacking interleaves, and how many bytes of each at a time;
+// 1, 1 for a matrix that is not repacked.
 bool swift_mul_mat(
         const struct ggml_compute_params * params, struct ggml_tensor * dst,
         int64_t n_interleaved, int64_t n_block);

@@ -1,7 +1,7 @@
-// What the kernels of swift-kernels.h are made of, for x86 with AVX2 (faster with VNNI).
+// Building blocks of the kernels in swift-kernels.h, for x86 with AVX2 (faster with VNNI).
 //
-// Compiled once for each CPU backend, by its flags: no two of them may share any of it, so all of it has
-// internal linkage.
+// Each CPU backend compiles this with its own flags. No two may share any of it, so all of it has internal
+// linkage.
 
 #pragma once
 
@@ -15,14 +15,14 @@
 
 namespace {
 
-// Weights unpacked once serve so many columns while all sums stay in registers.
+// How many columns unpacked weights serve while all sums stay in registers.
 #if defined(__AVX512VL__)
 constexpr int TILE = 8;
 #else
 constexpr int TILE = 4;
 #endif
 
-// sums + u * s, added up by fours; u of at most 7 bits (or 128) where pairs have to fit 16 bits
+// sums + u * s, added up in groups of four; u has at most 7 bits (or is 128) where pairs have to fit 16 bits
 inline __m256i dot(__m256i sums, __m256i u, __m256i s) {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
     return _mm256_dpbusd_epi32(sums, u, s);
@@ -34,10 +34,10 @@ inline __m256i dot(__m256i sums, __m256i u, __m256i s) {
 #endif
 }
 
-// x * y by fours, both signed bytes, where the instructions want one side unsigned
+// x * y, added up in groups of four; both are signed bytes, though the instructions want one unsigned
 struct signed_dot {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__) || defined(__AVXVNNI__)
-    // 128 is added to each x, and 128 times the sum of y taken off
+    // add 128 to each x, subtract 128 times the sum of y
     __m256i y, start;
 
     explicit signed_dot(__m256i y) :
@@ -59,14 +59,14 @@ struct signed_dot {
 #endif
 };
 
-// x * y by fours, x of unsigned bytes of at most 7 bits
+// x * y, added up in groups of four; x: unsigned bytes of at most 7 bits
 struct unsigned_dot {
     __m256i y;
 
     __m256i operator()(__m256i x) const { return dot(_mm256_setzero_si256(), x, y); }
 };
 
-// sums + a * b, added up by twos
+// sums + a * b, added up in pairs
 inline __m256i dot_16(__m256i sums, __m256i a, __m256i b) {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
     return _mm256_dpwssd_epi32(sums, a, b);
@@ -127,9 +127,8 @@ inline int32_t add_up(__m256i lanes) {
     return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, _MM_SHUFFLE(2, 3, 0, 1))));
 }
 
-// Weights are read once and faster than the hardware's own prefetching expects while each is multiplied with
-// many columns: ask for what comes this far behind. To the second cache: the first has to hold the columns,
-// whose rows may be long (measured, docs/benchmarks.md).
+// How far ahead weights are prefetched: they are read faster than the hardware's own prefetching expects. They go
+// to the second cache: the first has to hold the columns, which may be long (docs/lab/kernels.md).
 constexpr size_t AHEAD = 16384;
 
 enum class cache { first,

@@ -1,11 +1,11 @@
 // A pass has hundreds of barriers, one after every operation. ggml's threads spin there without end, libgomp's
-// for some 15 ms. That is the fastest way to wait while every thread has a core of its own. It is the slowest when
-// another program wants a core: the thread that spins burns the time slice that the one it waits for needs. Beside
-// two programs that compute on two cores a pass takes a hundred times as long.
+// for some 15 ms. Spinning is the fastest way to wait while every thread has a core of its own. It is the slowest
+// when another program wants a core: the spinning thread burns the time slice that the late thread needs. Beside
+// two busy programs on two cores a pass takes a hundred times as long.
 //
-// Here threads spin as long as nobody is late. After that they sleep at every barrier for a while: the one that
-// has a core gives it up at once, and who is woken gets it back at once, since it has used less of it than a
-// program that never sleeps. Then they spin again to see how things are.
+// Here threads spin while nobody is late. When one was late, all sleep at every barrier for a while. A thread that
+// sleeps gives up its core at once. When it is woken it gets a core at once, because it has used less time than a
+// program that never sleeps. Afterwards the threads spin again, to see whether the machine is still busy.
 
 #include "swift-threads.h"
 
@@ -31,13 +31,14 @@
 
 namespace {
 
-// Threads that all run meet sooner, nearly always; one that has lost its core is away for a time slice, 3 ms. After
-// long work, as with prompts, they come further apart: half of what the one that waits has worked is not late yet.
+// Threads that all run nearly always meet within this time. A thread that has lost its core is away for a time
+// slice, 3 ms. After long work, as with prompts, threads arrive further apart: then half of the time that the
+// waiting thread has worked is not late yet.
 constexpr int64_t LATE_NS = 1'000'000;
-// For so long all sleep after somebody was late; twice as long each time it happens again.
+// How long all sleep after one was late; doubled each time it happens again.
 constexpr int64_t SLEEPY_MIN_NS = 4'000'000;
 constexpr int64_t SLEEPY_MAX_NS = 128'000'000;
-// Between two graphs the caller samples and drafts. Who sleeps meanwhile has to be woken, and begins late.
+// Between two graphs the caller samples and drafts. A thread that sleeps meanwhile has to be woken and starts late.
 constexpr int64_t POLL_NS = 2'000'000;
 
 std::atomic<int>     n_sleeping { 0 };
@@ -79,7 +80,7 @@ bool is_sleepy() {
     return false;
 }
 
-// Spins until is_over(), for `limit_ns` at most; is it over?
+// Spins until is_over(), for `limit_ns` at most. Returns whether it is over.
 template <typename F>
 bool spin(int64_t limit_ns, F is_over) {
     int64_t began = 0;
@@ -96,10 +97,11 @@ bool spin(int64_t limit_ns, F is_over) {
     return true;
 }
 
-// May come back sooner.
+// May return early.
 void sleep_while(const int * value, int seen) {
 #if defined(__linux__)
-    // Who changes the value looks for sleepers afterwards; the kernel looks at the value before it lets us sleep.
+    // Nobody is missed: whoever changes the value looks for sleepers afterwards, and the kernel checks the value before
+    // it lets us sleep.
     n_sleeping.fetch_add(1, std::memory_order_seq_cst);
     syscall(SYS_futex, value, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
     n_sleeping.fetch_sub(1, std::memory_order_seq_cst);

@@ -1,4 +1,4 @@
-// How the threads of a pass wait for each other, and where they come from, for ggml's CPU backend.
+// How the threads of a pass wait for each other, and the pools they come from, for ggml's CPU backend.
 
 #pragma once
 
@@ -10,7 +10,7 @@ extern "C" {
 
 struct ggml_threadpool;
 
-// Waits while *value is `seen`: spins first, then sleeps. Who changes the value calls swift_wake afterwards.
+// Waits while *value is `seen`: spins first, then sleeps. Whoever changes the value calls swift_wake afterwards.
 void swift_wait_while(const int * value, int seen);
 void swift_wake(const int * value);
 

@@ -2,8 +2,8 @@
  *
  *     speculate MODEL.gguf PROMPT [N_PREDICT [TEMPERATURE [PROFILE|- [SIDECAR]]]]
  *
- * Drafts come from the text itself where it repeats, else from the sub-network that the profile names
- * (-: the one inside the model). The text goes to standard output, all else to standard error. */
+ * Drafts come from the text itself where it repeats, else from the sub-network in the profile (-: the profile
+ * inside the model). The text goes to standard output, everything else to standard error. */
 
 #define _DEFAULT_SOURCE /* sysconf */
 #include <swift_gguf.h>

@@ -1,4 +1,4 @@
-// What swift_gguf_sidecar_load does with any bytes: it refuses them or drafts with them; it never crashes.
+// Gives swift_gguf_sidecar_load any bytes: it must refuse them or draft with them, and never crash.
 //
 //     fuzz_sidecar CORPUS ...      SWIFT_GGUF_FUZZ_MODEL names the model; scripts/sanitize.sh makes both
 
@@ -24,7 +24,7 @@ llama_context * ctx;
 
 void silent(ggml_log_level, const char *, void *) {}
 
-// Drafts with all that the sidecar has, as a program does that trusts it.
+// Drafts with everything in the sidecar, as a program that trusts it.
 void draft(const swift_gguf_sidecar * sidecar) {
     const std::vector<float>      shares(llama_model_n_layer(model), 0.5f);
     swift_gguf_subnetwork *       subnetwork = swift_gguf_subnetwork_init(nullptr, shares.data(), (int32_t) shares.size(), sidecar, true);
@@ -66,7 +66,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
         draft(sidecar);
         swift_gguf_sidecar_free(sidecar);
     } else if (strlen(error) == 0) {
-        abort(); // refused without a word
+        abort(); // refused without a message
     }
     close(file);
     return 0;

@@ -47,8 +47,8 @@ LLAMA_API const char * swift_gguf_llama_commit(void);
  * "swift_gguf_draft_params". 0 for an unknown name. */
 LLAMA_API size_t swift_gguf_struct_size(const char * name);
 
-/* Was this program compiled with the headers of the library it runs with? Structs are passed by value: where
- * they differ nothing fails, and wrong values arrive. */
+/* Was this program compiled with the headers of the library it runs with? Structs are passed by value. Where
+ * they differ, no call fails, but wrong values arrive. */
 static inline bool swift_gguf_is_compatible(void);
 
 /*
@@ -56,21 +56,21 @@ static inline bool swift_gguf_is_compatible(void);
  * over fewer tokens, in a GGUF file of their own (swift-gguf prepare).
  */
 
-/* Weights of one loaded model. May be used by any number of sub-networks and contexts of that model. */
+/* Draft weights for one loaded model. Any number of its sub-networks and contexts may use them. */
 struct swift_gguf_sidecar;
 
-/* Loads the sidecar of `model` onto the devices its layers are on; what the CPU reads as it is in the file
- * is mapped. Shapes are checked against the model's; whether the weights were derived from it is the
- * caller's to compare (the file's "swift.fingerprint").
+/* Loads the sidecar of `model` onto the devices of the model's layers. What the CPU reads as it lies in the
+ * file is mapped. Shapes are checked against the model's. Whether the weights were derived from this model
+ * the caller has to check (the file's "swift.fingerprint").
  *
- * Returns NULL and an English clause in `error` (n_error bytes, may be NULL) if it cannot be used. */
+ * Returns NULL if it cannot be used, with an English clause in `error` (n_error bytes, may be NULL). */
 LLAMA_API struct swift_gguf_sidecar * swift_gguf_sidecar_load(
         const struct llama_model * model,
         const char *               path,
         char *                     error,
         size_t                     n_error);
 
-/* The handle may be freed while sub-networks use the weights, which stay until the last of them goes. */
+/* May be called while sub-networks use the weights: these stay until the last sub-network is freed. */
 LLAMA_API void swift_gguf_sidecar_free(struct swift_gguf_sidecar * sidecar);
 
 /* Bytes of all its tensors. */
@@ -85,11 +85,11 @@ struct swift_gguf_subnetwork;
 
 /* skip_attention: n_layer bytes, non-zero leaves that attention out; NULL leaves out none.
  * ffn_share: n_layer numbers; NULL: all whole. 0 or less leaves that FFN out, 1 or more runs it whole.
- *   Between, a mixture of experts runs that share of the experts it would run for a token, at least one,
- *   and any other FFN the sidecar's neurons, if it has some for the layer. Below 1, that layer's attention
- *   reads the sidecar's copies of its matrices, if it has some.
+ *   Between 0 and 1, a mixture of experts runs that share of its experts, at least one. Any other FFN runs the
+ *   sidecar's neurons, if the sidecar has some for the layer. Below 1, the layer's attention reads the
+ *   sidecar's copies of its matrices, if there are any.
  * sidecar: may be NULL.
- * draft_head: the pass computes logits of the sidecar's tokens only; the others' are -inf.
+ * draft_head: the pass computes logits for the sidecar's tokens only; all others are -inf.
  *
  * Any combination is safe. Returns NULL if n_layer is negative or absurd. */
 LLAMA_API struct swift_gguf_subnetwork * swift_gguf_subnetwork_init(
@@ -101,13 +101,13 @@ LLAMA_API struct swift_gguf_subnetwork * swift_gguf_subnetwork_init(
 
 LLAMA_API void swift_gguf_subnetwork_free(struct swift_gguf_subnetwork * subnetwork);
 
-/* The best sub-network that was found for a model.
+/* The best sub-network found for a model so far.
  *
- * path: its profile, the file in which swift-gguf keeps what it learns (swift-gguf config --profile MODEL); NULL: the
- *   profile that came with the model (metadata "swift.profile").
- * sidecar: what narrow FFNs and the draft head come from; NULL if there is none.
+ * path: the model's profile, a file that swift-gguf writes (swift-gguf config --profile MODEL). NULL: the profile
+ *   inside the model (metadata "swift.profile").
+ * sidecar: has the narrow FFNs and the draft head; NULL if there is none.
  *
- * Returns NULL and an English clause in `error` (n_error bytes, may be NULL) if there is none that can be used. */
+ * Returns NULL if no sub-network can be used, with an English clause in `error` (n_error bytes, may be NULL). */
 LLAMA_API struct swift_gguf_subnetwork * swift_gguf_subnetwork_load(
         const struct llama_model *        model,
         const char *                      path,
@@ -115,8 +115,8 @@ LLAMA_API struct swift_gguf_subnetwork * swift_gguf_subnetwork_load(
         char *                            error,
         size_t                            n_error);
 
-/* The following passes of the context leave out what `subnetwork` says; NULL runs the whole model
- * again. The context keeps its own reference: the handle may be freed at once.
+/* From now on the context's passes run `subnetwork`; NULL: the whole model again. The context keeps its
+ * own reference, so the handle may be freed at once.
  *
  * A skipped attention stores no K and V, so positions decoded under a sub-network must be removed
  * (llama_memory_seq_rm) and decoded again by the whole model before anything relies on them.
@@ -126,32 +126,32 @@ LLAMA_API int32_t swift_gguf_set_subnetwork(
         struct llama_context *               ctx,
         const struct swift_gguf_subnetwork * subnetwork);
 
-/* Why positions decoded in this context cannot be taken back exactly, as one English sentence without
- * a full stop; NULL if they can. Recurrent and hybrid models keep a running state, sliding-window
- * caches smaller than the context forget what a rollback would need. */
+/* Says why decoded positions cannot be removed from this context exactly, as one English sentence without
+ * a full stop; NULL if they can. Recurrent and hybrid models keep a running state. A sliding-window cache
+ * smaller than the context forgets what a rollback would need. */
 LLAMA_API const char * swift_gguf_rollback_refusal(const struct llama_context * ctx);
 
-/* Computes on the CPU so that a row's result depends neither on how many rows are decoded with it nor on
- * how far the cache is padded, as needed to verify drafts exactly: flash attention by ggml's reference path
- * (no tiles, no splitting of the sums over threads), products with up to 72 columns by native/cpu where it
- * has kernels, which are also the faster ones there. May be switched at any time between passes. Returns 0,
- * or SWIFT_GGUF_ERROR_ARGUMENT if the CPU backend has no such switch. */
+/* Batch-invariant mode of the CPU backend. In this mode a row's logits depend neither on how many rows are
+ * decoded with it nor on how far the cache is padded, so drafts can be verified exactly. Flash attention runs
+ * ggml's reference path (no tiles, sums not split over threads). Products with up to 72 columns run the
+ * kernels of native/cpu where there are any; they are also faster. May be switched between any two passes.
+ * Returns 0, or SWIFT_GGUF_ERROR_ARGUMENT if the CPU backend has no such switch. */
 LLAMA_API int32_t swift_gguf_set_batch_invariant(struct llama_context * ctx, bool enable);
 
-/* Passes of the context stop early, within one operation, once *flag is not zero: llama_decode then
- * returns 2 and its tokens are not in the memory. For backends that can stop (the CPU); others finish
- * their pass. The flag is the caller's, may be written by any thread and must outlive the context or be
- * replaced; NULL: never stop. Returns 0, or SWIFT_GGUF_ERROR_ARGUMENT. */
+/* Once *flag is not zero, the context's passes stop within one operation: llama_decode returns 2 and its
+ * tokens are not in the memory. The CPU can stop; other backends finish their pass. The flag belongs to the
+ * caller. Any thread may write it. It must outlive the context or be replaced; NULL: never stop.
+ * Returns 0, or SWIFT_GGUF_ERROR_ARGUMENT. */
 LLAMA_API int32_t swift_gguf_set_stop_flag(struct llama_context * ctx, const int32_t * flag);
 
 /*
  * Observation.
  */
 
-/* Called during a pass, for each FFN that is one product of matrices with its down projection, with what
- * goes into it, [n_tokens][n_embd], the activations of its neurons, [n_tokens][n_ff], and what the
- * projection makes of them, [n_tokens][n_embd]. All are valid during the call only. Of the last layer
- * only tokens with logits are computed. */
+/* Called during a pass, once for each FFN whose down projection is one product of matrices. It gets the FFN's
+ * input [n_tokens][n_embd], the activations of its neurons [n_tokens][n_ff] and its output
+ * [n_tokens][n_embd]. All are valid during the call only. The last layer computes only tokens with
+ * logits. */
 typedef void (*swift_gguf_ffn_callback)(
         void *        data,
         int32_t       layer,
@@ -164,8 +164,8 @@ typedef void (*swift_gguf_ffn_callback)(
 
 struct swift_gguf_ffn_observer;
 
-/* Observes the context's passes until swift_gguf_observe_ffn_end, to be called before the context is freed.
- * One observer a context. Returns NULL if there is nothing to observe. */
+/* Observes the context's passes until swift_gguf_observe_ffn_end, which has to be called before the context is
+ * freed. One observer a context. Returns NULL if there is nothing to observe. */
 LLAMA_API struct swift_gguf_ffn_observer * swift_gguf_observe_ffn(
         struct llama_context *            ctx,
         const struct swift_gguf_sidecar * sidecar, /* whose narrow FFNs are observed, too; may be NULL */
@@ -175,8 +175,8 @@ LLAMA_API struct swift_gguf_ffn_observer * swift_gguf_observe_ffn(
 LLAMA_API void swift_gguf_observe_ffn_end(struct swift_gguf_ffn_observer * observer);
 
 /*
- * Cost: what a pass reads, counted on the graph that llama.cpp would run. Neither function computes
- * anything; both make the next llama_decode rebuild its graph (about a millisecond).
+ * Cost: what a pass reads, counted on the graph that llama.cpp would run. These functions compute nothing,
+ * but the next llama_decode rebuilds its graph (about a millisecond).
  */
 
 struct swift_gguf_cost {
@@ -220,9 +220,9 @@ LLAMA_API int32_t swift_gguf_sublayers(
         int32_t                      n_layer);
 
 /*
- * Drafting and verifying. A cycle: draft (swift_gguf_ngram, swift_gguf_draft, or any other guess), then verify. Its
- * tokens are those of plain decoding, which is a cycle without a draft; on CPUs to the bit once
- * swift_gguf_set_batch_invariant is on. native/examples/speculate.c is a whole program.
+ * Drafting and verifying. A cycle drafts (swift_gguf_ngram, swift_gguf_draft, or any draft of your own), then
+ * verifies. It gives the tokens of plain decoding. Plain decoding is a cycle without a draft. On CPUs logits are the
+ * same to the bit once swift_gguf_set_batch_invariant is on. native/examples/speculate.c is a whole program.
  */
 
 /* The k most likely tokens of output row i (as llama_get_logits_ith counts: index into the batch, or -1
@@ -243,10 +243,10 @@ struct swift_gguf_draft_params {
     float        p_min; /* stop before the first token less probable than this; 0: never */
 };
 
-/* Drafts greedily under `subnetwork`: decodes `token` at position `pos`, then the tokens it drafts,
- * until n_max tokens, a token under p_min, or end of generation (which is drafted, then stops). The
- * context's own sub-network is restored and the drafted positions are removed from its memory before
- * it returns, whatever happens: on return the context holds positions < pos, as before.
+/* Drafts greedily under `subnetwork`: decodes `token` at position `pos`, then the tokens it drafts. It stops
+ * at n_max tokens, before a token less probable than p_min, or after an end of generation, which is drafted.
+ * Before it returns, whatever happens, it restores the context's own sub-network and removes the drafted
+ * positions: the context then holds positions < pos, as before.
  *
  * tokens, probabilities: room for n_max entries each. Returns the number of draft tokens, or an error
  * code. */
@@ -259,10 +259,11 @@ LLAMA_API int32_t swift_gguf_draft(
         llama_token *                          tokens,
         float *                                probabilities);
 
-/* What followed when the text last went as it ends now: the longest end counts (up to 32 tokens), of equally long ones
- * the latest. Where that place is so near that the text runs out, it is taken to repeat itself.
+/* Drafts by lookup: finds where the end of the text occurred before and drafts what followed there. The longest
+ * match counts (up to 32 tokens); of equally long ones the latest. Where the match is so near that the text ends
+ * before n_max tokens, the text is taken to repeat itself.
  *
- * text: prompt and answer so far, n_text tokens. n_match: a shorter match, in tokens, is none; 1 or more.
+ * text: prompt and answer so far, n_text tokens. n_match: the shortest match that counts, in tokens; 1 or more.
  * tokens: room for n_max entries. Returns n_max, or 0 without a match, or SWIFT_GGUF_ERROR_ARGUMENT. */
 LLAMA_API int32_t swift_gguf_ngram(
         const llama_token * text,
@@ -271,18 +272,19 @@ LLAMA_API int32_t swift_gguf_ngram(
         int32_t             n_max,
         llama_token *       tokens);
 
-/* Decodes `token` at position `pos` and n_draft draft tokens behind it in one pass of the whole model, then samples
- * as decoding one by one would: row after row by the caller's own chain (llama_sampler_sample, which accepts what it
- * samples), as long as each token is the next one of the draft. What is not verified is removed from the memory.
+/* Decodes `token` at position `pos` and n_draft draft tokens after it in one pass of the whole model. Then samples
+ * row after row by the caller's own chain, as plain decoding would (llama_sampler_sample, which accepts what it
+ * samples), while each sampled token is the next draft token. Rejected draft tokens are removed from the memory.
  *
  * sampler: ends in one that chooses (llama_sampler_init_dist, _greedy, ...).
- * pos: of the first position that the memory does not hold. n_draft: less than llama_n_batch(ctx); may be 0.
+ * pos: the first position that the memory does not hold. n_draft: less than llama_n_batch(ctx); may be 0.
  * tokens: room for n_draft + 1 entries.
  *
- * Returns how many tokens were sampled, n >= 1: all but the last are draft tokens. On return the context holds
- * positions < pos + n, the last token sampled is the next to be decoded, at pos + n. Ends with an end of generation.
- * Or returns an error code: the context holds positions < pos then, and nothing was sampled; except with
- * SWIFT_GGUF_ERROR_SAMPLER, where tokens may have been: free the chain or reset it (llama_sampler_reset). A grammar
+ * Returns the number of sampled tokens, n >= 1. All but the last are draft tokens. The context then holds positions
+ * < pos + n, and the last sampled token is the next to be decoded, at pos + n. An end of generation is always the last.
+ *
+ * Or returns an error code. The context then holds positions < pos, and nothing was sampled. After
+ * SWIFT_GGUF_ERROR_SAMPLER tokens may have been sampled: free the chain or reset it (llama_sampler_reset). A grammar
  * that threw aborts the program when it is used again. */
 LLAMA_API int32_t swift_gguf_verify(
         struct llama_context * ctx,

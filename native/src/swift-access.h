@@ -1,4 +1,4 @@
-// The one door into llama_context's private parts (a friend of it, see the patch).
+// The only access to llama_context's private parts; the patch makes this struct its friend.
 
 #pragma once
 
@@ -50,7 +50,7 @@ struct swift_access {
     }
 };
 
-// Sets a sub-network for the lifetime of a scope, whatever way the scope is left.
+// Sets a sub-network for the lifetime of a scope, however the scope is left.
 class swift_scope {
 public:
     swift_scope(llama_context & ctx, swift_subnetwork_ptr subnetwork) :
@@ -67,7 +67,7 @@ private:
     swift_subnetwork_ptr   previous;
 };
 
-// For functions that return NULL and say why in the caller's buffer.
+// For functions that return NULL and write the reason to the caller's buffer.
 inline std::nullptr_t swift_refuse(char * error, size_t n_error, const char * why) {
     if (error != nullptr && n_error > 0) {
         std::snprintf(error, n_error, "%s", why);

@@ -38,7 +38,7 @@ uint64_t weight_bytes_read(const ggml_tensor * node, const ggml_tensor * weight)
         return std::min<uint64_t>(bytes_of(weight), ggml_row_size(weight->type, weight->ne[0]) * ggml_nelements(node->src[1]));
     }
     if (node->op == GGML_OP_MUL_MAT_ID) {
-        // [.., .., n_expert] by ids [n_expert_used, n_tokens]: at most so many experts are different
+        // [.., .., n_expert] by ids [n_expert_used, n_tokens]: at most this many different experts run
         const int64_t n_expert = weight->ne[2];
         const int64_t n_used   = std::min<int64_t>(n_expert, ggml_nelements(node->src[2]));
         return bytes_of(weight) / n_expert * n_used;

@@ -5,8 +5,8 @@
 #include <cstring>
 #include <vector>
 
-// A vocabulary has up to some 260 000 tokens and is read after every pass of a draft. Compilers turn the
-// loops below into vector instructions because each lane has a sum or a maximum of its own.
+// The logits of up to some 260 000 tokens are read after every draft pass. Each lane below has a sum or a maximum
+// of its own, so that compilers turn the loops into vector instructions.
 static const int32_t LANES   = 16;
 static const int32_t STRETCH = 256;
 
@@ -39,7 +39,7 @@ static inline float exp_of(float x) {
     return scale * part;
 }
 
-// Sum of exp(x - max). What is more than 24 below the maximum adds under 4e-11 each: nothing.
+// Sum of exp(x - max). Logits more than 24 below the maximum add less than 4e-11 each: nothing.
 static float sum_of_exp(const float * x, int32_t n, float max) {
     float   lanes[LANES] = {};
     int32_t i            = 0;
@@ -78,9 +78,8 @@ int32_t swift_gguf_top(llama_context * ctx, int32_t i, int32_t k, llama_token * 
     }
     const float sum = sum_of_exp(logits, n_vocab, max);
 
-    // Insertion into a short sorted list, rarely needed once the list is good: stretches without anything
-    // greater are passed over whole. Of equal logits the lower id comes first, as llama.cpp's greedy
-    // sampler has it.
+    // Insertion into a short sorted list. Once the list is good, insertions are rare: stretches without anything
+    // greater are skipped whole. Of equal logits the lower id comes first, as in llama.cpp's greedy sampler.
     int32_t n = 0;
     for (int32_t begin = 0; begin < n_vocab; begin += STRETCH) {
         const int32_t end = std::min(begin + STRETCH, n_vocab);
@@ -89,7 +88,7 @@ int32_t swift_gguf_top(llama_context * ctx, int32_t i, int32_t k, llama_token * 
         }
         for (int32_t t = begin; t < end; ++t) {
             if (std::isnan(logits[t])) {
-                continue; // would block the list: nothing is greater
+                continue; // a NaN would block the list: nothing is greater
             }
             if (n == k && !(logits[t] > logits[tokens[n - 1]])) {
                 continue;
@@ -182,7 +181,7 @@ int32_t swift_gguf_draft(
     } catch (...) { // llama_decode lets exceptions of the graph build and of allocations through
     }
 
-    // Skipped layers stored nothing for these positions: nobody may build on them.
+    // Skipped layers stored nothing for these positions, so they must go.
     if (!llama_memory_seq_rm(memory, params->seq_id, pos, -1)) {
         return SWIFT_GGUF_ERROR_ROLLBACK;
     }
@@ -193,7 +192,7 @@ int32_t swift_gguf_ngram(const llama_token * text, int32_t n_text, int32_t n_mat
     if ((text == nullptr && n_text != 0) || n_text < 0 || n_match < 1 || n_max < 0 || tokens == nullptr) {
         return SWIFT_GGUF_ERROR_ARGUMENT;
     }
-    const int32_t longest = 32; // what tells places apart; bounds the time on texts that repeat a token
+    const int32_t longest = 32; // 32 tokens tell places apart; bounds the time on texts that repeat one token
     int32_t       best = 0, after = 0;
     for (int32_t end = n_text - 1; end >= n_match && best < longest; --end) { // the latest place first
         const int32_t most   = std::min(end, longest);
@@ -243,7 +242,7 @@ static int32_t sample_rows(llama_context * ctx, llama_sampler * sampler, const l
     const llama_vocab * vocab   = llama_model_get_vocab(llama_get_model(ctx));
     const int32_t       n_vocab = llama_vocab_n_tokens(vocab);
     for (int32_t n = 0;; ++n) {
-        // a row of NaN would make a sampler abort; behind a draft token it is met again as the first row
+        // A row of NaN would make a sampler abort. After accepted draft tokens, the next call meets it as its first row.
         const float * logits = llama_get_logits_ith(ctx, n);
         if (logits == nullptr || !std::isfinite(max_of(logits, n_vocab))) {
             return n > 0 ? n : SWIFT_GGUF_ERROR_LOGITS;
@@ -251,7 +250,7 @@ static int32_t sample_rows(llama_context * ctx, llama_sampler * sampler, const l
         try {
             tokens[n] = llama_sampler_sample(sampler, ctx, n);
         } catch (...) {
-            // A grammar at a token that it does not allow; asked again it aborts, so no count, whatever n is.
+            // A grammar throws at a token that it does not allow. Used again it aborts, so report an error whatever n is.
             return SWIFT_GGUF_ERROR_SAMPLER;
         }
         if (n == n_draft || tokens[n] != draft[n] || llama_vocab_is_eog(vocab, tokens[n])) {
@@ -284,7 +283,7 @@ int32_t swift_gguf_verify(
 
     int32_t n = 0;
     try {
-        const swift_scope        scope(*ctx, nullptr); // whatever the context's passes run otherwise
+        const swift_scope        scope(*ctx, nullptr); // the whole model, whatever sub-network the context has
         std::vector<llama_token> batch(1, token);
         batch.insert(batch.end(), draft, draft + n_draft);
         n = decode_rows(ctx, batch, pos, seq_id);

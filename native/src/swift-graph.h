@@ -1,4 +1,4 @@
-// The call sites that the patch adds to llama.cpp's graph build.
+// The functions that the patch calls from llama.cpp's graph build.
 
 #pragma once
 
@@ -23,7 +23,7 @@ ggml_tensor * swift_skip_ffn(
         const ggml_tensor *       down, // down projection: [n_ff, n_embd] or [n_ff, n_embd, n_expert]
         int                       il);
 
-// Puts the sidecar's tensors in the place of an FFN's where the pass is to run it narrower.
+// Replaces an FFN's tensors by the sidecar's where the pass runs that FFN narrower.
 void swift_narrow_ffn(
         const llm_graph_context & graph,
         ggml_tensor *&            up,
@@ -34,17 +34,17 @@ void swift_narrow_ffn(
         ggml_tensor *&            down_b,
         int                       il);
 
-// The sidecar's smaller copy of one of attention's matrices where the pass narrows that layer; else `w`.
+// The sidecar's smaller copy of a matrix of attention, where the pass narrows that layer; else `w`.
 ggml_tensor * swift_draft_weight(const llm_graph_context & graph, ggml_tensor * w);
 
 // How many experts a token of this pass runs, where the model has it run `n_used`: at least one.
 int64_t swift_n_experts(const llm_graph_context & graph, int64_t n_used, int il);
 
-// The logits of a pass with a draft head, or nullptr where `w` is not the output projection or the pass
-// has none: [n_vocab, n_outputs], -inf for tokens that the head leaves out.
+// The logits of a pass with a draft head: [n_vocab, n_outputs], -inf for tokens that the head leaves out. nullptr
+// where `w` is not the output projection or the pass has no draft head.
 ggml_tensor * swift_draft_logits(const llm_graph_context & graph, const ggml_tensor * w, ggml_tensor * cur);
 
-// Adds every input tensor that the skipped sub-layers left without a user to the graph as a leaf.
+// Adds each input tensor that no sub-layer uses any more to the graph as a leaf.
 // llama.cpp writes all inputs before a pass (llm_graph_result::set_inputs) and aborts on one that
 // was never allocated, such as the attention mask of a pass without attention.
 void swift_keep_inputs(const llm_graph_context & graph);

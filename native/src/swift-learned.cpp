@@ -1,4 +1,5 @@
-// The sub-network that a profile (swift_gguf/profile.py) names; profiles are files, or lie in the model's metadata.
+// Reads the sub-network in a profile (swift_gguf/learning/profile.py). A profile is a file, or lies in the model's
+// metadata.
 
 #include "swift-access.h"
 
@@ -21,7 +22,7 @@ struct refused : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-// As swift_gguf/profile.py names them.
+// Fields as swift_gguf/learning/profile.py names them.
 struct description {
     std::string skip_attn, skip_ffn, narrow_ffn; // layers as in "3,5-9"
     bool        draft_head = false;
@@ -59,7 +60,7 @@ description best_of(const std::string & text, int32_t n_layer) {
         if (profile.at("known").empty()) {
             throw refused("the profile names no sub-network yet");
         }
-        const nlohmann::json & best = profile.at("known").at(0); // what the last run drafted with
+        const nlohmann::json & best = profile.at("known").at(0); // the sub-network that the last run used
         return {
             best.at("skip_attn").get<std::string>(),
             best.at("skip_ffn").get<std::string>(),

@@ -1,5 +1,5 @@
-// What goes into a model's FFNs, what their neurons make of it and what comes out, seen while it runs: how
-// prepare learns which neurons matter.
+// Observes a model's FFNs while it runs: input, activations of the neurons, output. So `prepare` learns which
+// neurons matter.
 
 #include "swift-access.h"
 #include "swift-sidecar.h"
@@ -14,11 +14,11 @@ struct swift_gguf_ffn_observer {
     std::unordered_map<const ggml_tensor *, int32_t> ups, downs; // layers by projection
     std::vector<float>                               activations, output;
 
-    // what goes into the FFN under way: copied, since its memory may be used anew before the FFN's end
+    // the input of the current FFN: copied, since its memory may be reused before the FFN ends
     std::vector<float> input;
     int32_t            input_layer = -1;
 
-    // ggml_backend_sched_eval_callback: asked before (ask) which nodes are wanted, then called after those
+    // ggml_backend_sched_eval_callback: first asked (ask) which nodes are wanted, then called after each of them
     static bool on_node(ggml_tensor * node, bool ask, void * user) {
         auto & self = *static_cast<swift_gguf_ffn_observer *>(user);
         if (!is_product(node)) {
@@ -46,7 +46,7 @@ struct swift_gguf_ffn_observer {
                 fetched(columns, activations), fetched(node, output));
     }
 
-    // One matrix by another, numbers in rows without gaps
+    // One matrix by another, rows without gaps
     static bool is_product(const ggml_tensor * node) {
         const ggml_tensor * columns = node->src[1];
         return node->op == GGML_OP_MUL_MAT && columns->type == GGML_TYPE_F32 && ggml_is_contiguous(columns) && ggml_is_contiguous(node) &&

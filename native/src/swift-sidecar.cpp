@@ -24,20 +24,20 @@ ggml_backend_dev_t device_of(const ggml_tensor * weight) {
     return dev != nullptr ? dev : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU); // plain memory has none
 }
 
-// Can the device multiply with this weight when it lies in memory of this type? As llama.cpp finds out.
+// Can the device multiply with this weight in memory of this type? Asked in the way llama.cpp does.
 bool multiplies(ggml_backend_dev_t dev, ggml_backend_buffer_type_t buft, const ggml_tensor * weight) {
     const ggml_init_params params = { 4 * ggml_tensor_overhead(), nullptr, true };
     const ggml_context_ptr ctx(ggml_init(params));
     ggml_tensor *          w       = ggml_dup_tensor(ctx.get(), weight);
     ggml_tensor *          columns = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, w->ne[0], 512);
     ggml_tensor *          product = ggml_mul_mat(ctx.get(), w, columns);
-    // a buffer of no size tells the device the type
+    // an empty buffer tells the device the type
     const ggml_backend_buffer_ptr buffer(ggml_backend_buft_alloc_buffer(buft, 0));
     w->buffer = buffer.get();
     return ggml_backend_dev_supports_op(dev, product);
 }
 
-// Where the device reads a matrix fastest: repacked, if it has such a kind of memory for the type.
+// The memory type that the device reads fastest: repacked, if it has one for the type of weights.
 ggml_backend_buffer_type_t memory_for_matrix(ggml_backend_dev_t dev, const ggml_tensor * weight) {
     const ggml_backend_reg_t reg       = ggml_backend_dev_backend_reg(dev);
     const auto               get_extra = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_dev_get_extra_bufts");
@@ -119,7 +119,7 @@ private:
             throw refused(name + (source != nullptr ? " has the shape " + shape_of(source) : " is missing"));
         }
         if (source->type != GGML_TYPE_F32 && ggml_get_type_traits(source->type)->to_float == nullptr) {
-            throw refused(name + " is of a type that no weights have"); // backends would take it and crash
+            throw refused(name + " is of a type that no weights have"); // backends would accept it and crash
         }
         return place(memory_for_matrix(device_of(whole), source), source, source);
     }
@@ -135,7 +135,7 @@ private:
         return place(ggml_backend_dev_buffer_type(device_of(whole)), source, source);
     }
 
-    // A bias that the sidecar may have where the model has none; then it lies with the matrix.
+    // A bias that the sidecar may have where the model has none. It then lies beside the matrix.
     ggml_tensor * own_vector(const std::string & name, const ggml_tensor * whole, const ggml_tensor * matrix, int64_t ne0) {
         return vector(name, whole == nullptr && find(name) != nullptr ? matrix : whole, ne0);
     }
@@ -144,7 +144,7 @@ private:
         const std::string   prefix = "blk." + std::to_string(il) + ".ffn_";
         const ggml_tensor * down   = find(prefix + "down.weight");
         if (down == nullptr) {
-            return; // this one stays whole
+            return; // this FFN stays whole
         }
         if (layer.ffn_down == nullptr || layer.ffn_up == nullptr || layer.ffn_down_s != nullptr || layer.ffn_up_s != nullptr ||
             layer.ffn_gate_s != nullptr || layer.ffn_act != nullptr) {
@@ -238,7 +238,7 @@ private:
                 }
             }
             uses_mapping = use_in_place(buft, tensors) || uses_mapping;
-            // what has no memory yet gets some
+            // allocates what has no memory yet
             std::vector<planned> rest;
             for (const planned & each : tensors) {
                 if (each.target->buffer == nullptr) {

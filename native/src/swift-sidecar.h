@@ -11,17 +11,17 @@
 #include <unordered_map>
 #include <vector>
 
-// In the place of a whole FFN's tensors; null where the FFN has none.
+// They replace the tensors of a whole FFN; null where the FFN has none.
 struct swift_narrow_tensors {
     ggml_tensor * up     = nullptr; // [n_embd, n_narrow], or twice as many rows where the gate is in it
     ggml_tensor * up_b   = nullptr;
     ggml_tensor * gate   = nullptr; // [n_embd, n_narrow]
     ggml_tensor * gate_b = nullptr; // holds the gates of a low-rank path open (swift_gguf/prepare/low_rank.py)
     ggml_tensor * down   = nullptr; // [n_narrow, n_embd]
-    ggml_tensor * down_b = nullptr; // [n_embd], what the neurons left out add on average
+    ggml_tensor * down_b = nullptr; // [n_embd], what the dropped neurons add on average
 };
 
-// In the place of one of attention's matrices: the same in fewer bits.
+// It replaces a matrix of attention: the same in fewer bits.
 struct swift_smaller_copy {
     ggml_tensor * weight;
     int           il; // used where the FFN of this layer is narrower, too

@@ -10,7 +10,7 @@
 
 struct swift_sidecar;
 
-// What the shared graph helpers were asked to build. Filled during a probing graph build only.
+// Which sub-layers the shared graph helpers were asked to build. Filled only while a graph is built to probe.
 struct swift_visits {
     std::vector<bool> attention;
     std::vector<bool> ffn;
@@ -21,11 +21,11 @@ struct swift_subnetwork {
     std::vector<bool>  skip_attention; // [n_layer]
     std::vector<float> ffn_share;      // [n_layer], 0: left out, 1: whole, between: narrower
 
-    // Where narrow FFNs and the draft head come from; may be null. Kept alive by those who use it.
+    // Has the narrow FFNs and the draft head; may be null. Its users keep it alive.
     std::shared_ptr<const swift_sidecar> sidecar;
     bool                                 draft_head = false; // logits of the sidecar's tokens only
 
-    // Not part of the value: where a probing build notes the sub-layers it meets.
+    // Not part of the value: where a probing build notes the sub-layers it finds.
     std::shared_ptr<swift_visits> visits;
 
     // Layers outside [0, n_layer) are whole: NextN blocks and layer-less helpers.
