@@ -1,7 +1,7 @@
 """Attention's matrices in fewer bits, for drafts of models that store them in many.
 
 FFNs narrowed and a small head leave a draft pass that consists of attention for two fifths and more
-(docs/benchmarks.md), read as the model has it.  Its keys and values are the model's own all the
+(docs/lab/drafts.md), read as the model has it.  Its keys and values are the model's own all the
 same: what a draft adds to them is gone before the target's pass.
 """
 

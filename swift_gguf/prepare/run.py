@@ -57,7 +57,7 @@ class PrepareOptions:
     answer_tokens: int = 96
     kind: str = "Q4_0"
     """ggml's name of the type that draft weights are stored in.  Four bits do, whatever the model
-    has, and of their types this one is multiplied fastest (docs/benchmarks.md)."""
+    has, and of their types this one is multiplied fastest (docs/lab/drafts.md)."""
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -81,7 +81,7 @@ def share_at(layer: int, n_layer: int, width: float) -> float:
 
     What late layers put out goes to the logits almost at once, and nothing after them makes up for
     an error: narrowing the last eight of 28 FFNs did as much harm as narrowing all the others
-    (docs/benchmarks.md).
+    (docs/lab/drafts.md).
     """
     depth = layer / max(1, n_layer - 1)
     return float(width ** (1.5 if depth < 0.57 else 1.0 if depth < 0.71 else 0.5))

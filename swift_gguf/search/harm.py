@@ -73,7 +73,7 @@ class Harms:
 
 
 # Prior of a harm, and its spread: common to a kind, shared with neighbours in depth, its own.  Even
-# patterns on a 1.5B cost .012 to .022 a sub-layer (docs/benchmarks.md).
+# patterns on a 1.5B cost .012 to .022 a sub-layer (docs/lab/search.md).
 PRIOR_MEAN = 0.015
 PRIOR_SPREADS = (0.01, 0.01, 0.02)
 NEIGHBOURHOOD = 3.0  # layers

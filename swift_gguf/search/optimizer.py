@@ -39,7 +39,7 @@ PROPOSERS: Mapping[str, Proposer] = {
 }
 # On synthetic models (tests/unit/search_model.py) the harm model is quick to find the region and
 # local moves go on where it does not add up.  Random subsets never beat the even patterns there,
-# but on a real model one in a hundred did (docs/benchmarks.md): harms add up less than planted.
+# but on a real model one in a hundred did (docs/lab/search.md): harms add up less than planted.
 DEFAULT_WEIGHTS: Mapping[str, float] = {"local": 0.4, "model": 0.4, "random": 0.2}
 
 MAX_WINDOWS = 16  # whose outcomes a record keeps
