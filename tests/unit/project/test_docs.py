@@ -33,6 +33,13 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert missing == []
 
 
+@pages
+def test_files_that_are_named_exist(page: Path) -> None:
+    files = r"\b((?:native|scripts|tests)/[\w./-]*\w|swift_gguf/[\w/]+\.py)"
+    named = re.findall(files, _code(page.read_text()))
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
 def test_rooms_of_the_house_exist() -> None:
     named = re.findall(
         r"`((?:native|swift_gguf|tests|scripts|docs)/[\w./]*)`", PAGES[1].read_text()
