@@ -26,7 +26,7 @@ PATCHES = sorted((NATIVE / "patches").glob("*.patch"))
 
 # What the libraries are built from; models, docs and tools are 80 % of the archive.
 NEEDED = ("CMakeLists.txt", "LICENSE", "cmake/", "common/", "ggml/", "include/", "src/", "vendor/")
-# llama.cpp's converter of Hugging Face checkpoints, which is Python and installed as it is.
+# llama.cpp's converter of Hugging Face checkpoints: Python, installed unchanged.
 CONVERTER = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/gguf/", "gguf-py/LICENSE")
 STAMP = ".swift-gguf-source"
 
@@ -59,7 +59,7 @@ def read_pin(path: Path = PIN_FILE) -> Pin:
 
 
 def cache_dir() -> Path:
-    """As `swift_gguf.models.cache_dir` has it; platformdirs is not at hand here."""
+    """The same as `swift_gguf.hub.models.cache_dir`, without platformdirs."""
     if override := os.environ.get("SWIFT_GGUF_CACHE"):
         return Path(override).expanduser()
     if sys.platform == "darwin":
@@ -96,7 +96,7 @@ def fetch_sdist(pin: Pin) -> Path:
 
 
 def download_sdist(version: str, folder: Path) -> Path:
-    """A release's source distribution, as pip finds it."""
+    """Downloads a release's source distribution by pip."""
     requirement = f"llama-cpp-python=={version}"
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     download = ["download", "--no-deps", "--no-cache-dir", "--no-binary", "llama-cpp-python"]
@@ -112,7 +112,7 @@ def download_sdist(version: str, folder: Path) -> Path:
 
 
 def unpack(archive: Path, dest: Path, version: str) -> None:
-    """llama.cpp from inside the archive to `dest`, replacing what is there."""
+    """Extracts llama.cpp from the archive to `dest`, replacing what is there."""
     prefix = f"llama_cpp_python-{version}/vendor/llama.cpp/"
     shutil.rmtree(dest, ignore_errors=True)
     dest.mkdir(parents=True)
