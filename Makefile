@@ -51,7 +51,7 @@ format: dev ## format Python and C++
 	$(BIN)/clang-format -i $(CPP)
 
 bench: build ## what the mechanism costs and gains on this machine
-	@$(BIN)/python scripts/bench_mechanism.py $(MODEL) $(ARGS)
+	@$(BIN)/python scripts/lab mechanism $(MODEL) $(ARGS)
 
 clean: ## remove .venv and all that was built; downloads stay in the user's cache
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

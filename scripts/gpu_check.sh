@@ -129,7 +129,7 @@ if [ ! -f "$model" ]; then
     "$python" scripts/make_synthetic.py "$model" --shape "$shape" --type "$type" >/dev/null
 fi
 echo "== measuring"
-"$python" scripts/bench_mechanism.py "$model" -ngl $ngl --rounds "$rounds" --json "$build/mechanism.json"
+"$python" scripts/lab mechanism "$model" -ngl $ngl --rounds "$rounds" --json "$build/mechanism.json"
 echo
 echo "figures: $build/mechanism.json"
 [ $failed = 0 ] || die "tests failed on $backend (pytest: $failed), see above"

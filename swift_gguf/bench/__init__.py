@@ -1,2 +1,1 @@
-"""Measurements: of the mechanism, against unpatched llama.cpp (`reference`), of searches
-(`search_quality`), and of ways to draft (`drafting`)."""
+"""`swift-gguf bench`: modes on the prompts of a suite, in turns, against plain decoding."""

@@ -1,15 +1,10 @@
-"""Medians with their spread, plain-text tables, and what machine it was."""
+"""Medians with their spread, and plain-text tables."""
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,43 +51,3 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
     return "\n".join([aligned(lines[0]), rule, *map(aligned, lines[1:])])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """Where a measurement was taken."""
-
-    cpu: str
-    cores: int
-    """That this process may use."""
-    system: str
-    load: float
-    """Average number of running processes in the minute before; 0 where unknown."""
-
-
-def machine() -> Machine:
-    """This machine; to be called before a measurement, which is a load itself."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    return Machine(
-        cpu=_cpu_name(),
-        cores=cores,
-        system=f"{platform.system()} {platform.machine()}",
-        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
-    )
-
-
-def _cpu_name() -> str:
-    if sys.platform == "darwin":
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode == 0 and done.stdout.strip():
-            return done.stdout.strip()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from swift_gguf.bench.modes import AUTO, PLAIN, Mode
-from swift_gguf.bench.report import Subject
-from swift_gguf.bench.spread import Machine, Spread
+from swift_gguf.bench.spread import Spread
+from swift_gguf.bench.subject import Machine, Subject
 from swift_gguf.errors import SwiftError
 from swift_gguf.stats import SourceStats, Stats
 

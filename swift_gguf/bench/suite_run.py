@@ -15,10 +15,8 @@ from typing import Any
 
 from swift_gguf import __version__
 from swift_gguf.bench.contenders import Answer, Contender, opened
-from swift_gguf.bench.corpus import SPARE
-from swift_gguf.bench.mechanism import subject
 from swift_gguf.bench.modes import PLAIN, Mode, sweep
-from swift_gguf.bench.spread import machine
+from swift_gguf.bench.subject import machine, subject
 from swift_gguf.bench.suite_report import Progress, Report, Result
 from swift_gguf.bench.ties import explain, is_bit_invariant
 from swift_gguf.engine import generate
@@ -31,6 +29,8 @@ from swift_gguf.tokens import common_prefix
 
 WARM_UP = "Hello"
 WARM_UP_TOKENS = 8
+SPARE = 64
+"""Positions beside prompt and answer: for a draft and its verification."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from swift_gguf.bench.modes import PLAIN, Mode
-from swift_gguf.bench.plots import DPI, require_matplotlib
 from swift_gguf.bench.spread import table
 from swift_gguf.bench.suite_report import Limit, Report, Summary
+from swift_gguf.outputs import DPI, require_matplotlib
 
 ALL = "all"
 NOTHING = "-"

@@ -76,10 +76,9 @@ def bench(
     Ctrl-C ends it; with --json, the same command goes on later.  Fails if a text is not plain
     decoding's although this model computes every bit alike.
     """
-    from swift_gguf.bench.output import require_folder
-    from swift_gguf.bench.plots import require_matplotlib
     from swift_gguf.bench.suite_table import plot, render
     from swift_gguf.bench.suites import NAMES, load
+    from swift_gguf.outputs import require_folder, require_matplotlib
 
     for path in (json_path, plot_path):
         require_folder(path)

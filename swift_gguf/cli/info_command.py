@@ -50,15 +50,12 @@ def info(
         if costs:
             report["costs"] = describe_costs(loaded, costs)
     if costs and plot_path:
-        from swift_gguf.bench.plots import plot_costs
-
-        plot_costs(costs, plot_path)
+        _plot(costs, plot_path)
     click.echo(json.dumps(report, ensure_ascii=False) if as_json else _table(report))
 
 
 def _require_plot(path: Path) -> None:
-    from swift_gguf.bench.output import require_folder
-    from swift_gguf.bench.plots import require_matplotlib
+    from swift_gguf.outputs import require_folder, require_matplotlib
 
     if path.suffix not in PLOTS:
         raise click.UsageError(f"--plot draws {' or '.join(PLOTS)} files, not {path.name}")
@@ -270,6 +267,20 @@ def _costs_lines(costs: dict[str, Any]) -> list[str]:
         "on top",
         *(f"{item['name']:<13}{item['ms']:8.2f}{item['share']:8.1%}" for item in costs["more"]),
     ]
+
+
+def _plot(costs: Costs, path: Path) -> None:
+    """Two panels: what a pass takes by its width, and a token of it."""
+    from swift_gguf.outputs import panels
+
+    figure, (whole, each) = panels(2)
+    widths = [width for width, _ in costs.pass_ms]
+    whole.plot(widths, [ms for _, ms in costs.pass_ms], marker="o")
+    each.plot(widths, [ms / width for width, ms in costs.pass_ms], marker="o")
+    for panel, of in ((whole, "pass"), (each, "token")):
+        panel.set_ylim(bottom=0)
+        panel.set(xlabel="tokens in a pass", ylabel=f"ms a {of}")
+    figure.savefig(path)
 
 
 def _rate(ms_per_gb: float | None) -> str:

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import soak_cells
 import soak_hostile
 import soak_lossless
 import soak_signals
-
 from swift_gguf import cli
 from swift_gguf.errors import SwiftError
 from swift_gguf.model.model import Model

@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import make_synthetic
 import numpy as np
 import pytest
 
+import make_synthetic
 from swift_gguf.model.model import Model
 from swift_gguf.native.binding import library
 from tests.conftest import N_GPU_LAYERS

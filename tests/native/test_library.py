@@ -97,7 +97,7 @@ def test_llama_cpp_imported_first_with_another_library(reference_lib: Path) -> N
 def test_unset_is_bit_identical_to_unpatched(
     family: str, reference_lib: Path, tiny: Callable[..., Path]
 ) -> None:
-    from swift_gguf.bench.reference import compare_logits
+    from lab.reference import compare_logits
 
     assert compare_logits(tiny(family, quant="Q4_0"), find_library(), reference_lib) == 0
 
@@ -112,7 +112,7 @@ def test_amx_is_left_out() -> None:
 
 @pytest.mark.slow
 def test_a_real_model_unset_is_bit_identical_to_unpatched(reference_lib: Path) -> None:
-    from swift_gguf.bench.reference import compare_logits
+    from lab.reference import compare_logits
     from swift_gguf.hub.models import resolve
 
     assert compare_logits(resolve("smollm2-135m"), find_library(), reference_lib) == 0

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+
 import soak_server
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "soak_server.py"

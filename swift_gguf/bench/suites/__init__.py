@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
+from collections import defaultdict
 from collections.abc import Collection, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
-from swift_gguf.bench.corpus import pick
 from swift_gguf.errors import SuiteError
 from swift_gguf.suite import BUILT_IN, Row, read_suite
 
@@ -35,6 +37,20 @@ def load(
         )
     chosen = [row for row in rows if not categories or row.category in categories]
     return pick(chosen, len(chosen) if limit is None else limit, seed=0)
+
+
+def pick(rows: Sequence[Row], n: int, *, seed: int) -> list[Row]:
+    """At most n rows: one of each category, then a second one of each, ...; drawn by the seed."""
+    by_category: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_category[row.category].append(row)
+    rng = random.Random(seed)
+    groups = list(by_category.values())
+    rng.shuffle(groups)
+    for group in groups:
+        rng.shuffle(group)
+    tiers = zip_longest(*groups)
+    return [row for tier in tiers for row in tier if row is not None][:n]
 
 
 def _read(suite: str) -> list[Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,14 @@ from hypothesis import strategies as st
 
 from swift_gguf.bench.contenders import speculation_options
 from swift_gguf.bench.modes import Mode, parse_modes, sweep
-from swift_gguf.bench.report import Subject
-from swift_gguf.bench.spread import Machine
+from swift_gguf.bench.subject import Machine, Subject
 from swift_gguf.bench.suite_report import Report, Result, Summary, total
 from swift_gguf.bench.suite_table import plot, render
-from swift_gguf.bench.suites import CODE_EDITING, EVERYDAY, load
+from swift_gguf.bench.suites import CODE_EDITING, EVERYDAY, load, pick
 from swift_gguf.bench.ties import explain, is_bit_invariant
 from swift_gguf.errors import SuiteError, SwiftError
 from swift_gguf.stats import SourceStats, Stats
+from swift_gguf.suite import Row
 
 # -- modes -----------------------------------------------------------------------------------------
 
@@ -273,6 +274,31 @@ def test_a_limit_is_spread_over_categories() -> None:
     assert {row.category for row in only} == {CODE_EDITING}
     with pytest.raises(SuiteError, match="there are code-editing, everyday"):
         load([EVERYDAY, CODE_EDITING], categories=["poems"])
+
+
+def rows(**counts: int) -> list[Row]:
+    return [
+        Row(category=name, question_id=f"{name}{i}", turns=("?",))
+        for name, n in counts.items()
+        for i in range(n)
+    ]
+
+
+@given(st.integers(1, 12), st.integers(0, 5))
+def test_categories_come_equally_often(n: int, seed: int) -> None:
+    picked = pick(rows(a=10, b=10, c=10), n, seed=seed)
+    counts = Counter(row.category for row in picked)
+    assert len({row.question_id for row in picked}) == n
+    assert max(counts.values()) - min(counts.get(name, 0) for name in "abc") <= 1
+
+
+def test_a_small_category_does_not_end_the_others() -> None:
+    assert Counter(row.category for row in pick(rows(a=1, b=9), 6, seed=0)) == {"a": 1, "b": 5}
+
+
+def test_the_seed_decides_which() -> None:
+    suite = rows(a=20, b=20)
+    assert pick(suite, 6, seed=1) == pick(suite, 6, seed=1) != pick(suite, 6, seed=2)
 
 
 # -- ties ------------------------------------------------------------------------------------------

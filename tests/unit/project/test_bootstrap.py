@@ -9,8 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import bootstrap
 import pytest
+
+import bootstrap
 
 SCRIPT = Path(bootstrap.__file__)
 

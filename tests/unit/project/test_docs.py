@@ -12,8 +12,8 @@ from xml.etree import ElementTree
 import click
 import pyte
 import pytest
-import record_demo
 
+import record_demo
 from swift_gguf.cli import COMMANDS
 
 ROOT = Path(__file__).parents[3]

@@ -10,8 +10,9 @@ import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import bump_llama_cpp as bump
 import pytest
+
+import bump_llama_cpp as bump
 import source
 
 VERSION = "9.8.7"

@@ -6,23 +6,28 @@ machine hits all alike; speed is compared by prompt.  The prompt itself is decod
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from swift_gguf.bench.cold import Cold
-from swift_gguf.bench.corpus import Progress, Prompt, decode, hold
-from swift_gguf.bench.mechanism import subject
-from swift_gguf.bench.output import layers, markdown
-from swift_gguf.bench.report import Subject
-from swift_gguf.bench.spread import Machine, Spread, machine
+from lab import corpus
+from lab.cold import Cold, measure_cold
+from lab.command import finish, positive, suite_options, suite_parser, tell
+from lab.corpus import Progress, Prompt, decode, hold
+from lab.output import layers, markdown
+from swift_gguf.bench.spread import Spread
+from swift_gguf.bench.subject import Machine, Subject, machine, subject
 from swift_gguf.errors import ModelError, UnsupportedModelError
 from swift_gguf.gguf.identity import fingerprint
+from swift_gguf.hub import models
 from swift_gguf.learning import Store
 from swift_gguf.model import Model
+from swift_gguf.outputs import panels
 from swift_gguf.speculation import Speculation, SpeculationOptions
 from swift_gguf.stats import Stats
-from swift_gguf.subnetwork import SubNetwork
+from swift_gguf.subnetwork import SubNetwork, parse_layers
 
 PLAIN = "plain"
 FIXED = 4
@@ -306,3 +311,78 @@ def _row(summary: Summary) -> list[str]:
         f"{summary.drafted_a_cycle:.2f}",
         f"{summary.diverged} of {summary.answers}",
     ]
+
+
+def plot(report: Report, path: Path) -> None:
+    """Speed against plain decoding by mode: median and quartiles over prompts."""
+    figure, (panel,) = panels(1)
+    rows = [summary for summary in report.summaries() if summary.ratio]
+    for number, summary in enumerate(reversed(rows)):
+        ratio = summary.ratio
+        assert ratio is not None
+        panel.errorbar(
+            [ratio.median],
+            [number],
+            xerr=[[ratio.median - ratio.q1], [ratio.q3 - ratio.median]],
+            fmt="o",
+            color="C0",
+            capsize=3,
+        )
+    panel.axvline(1.0, color="grey", linewidth=1)
+    panel.set_yticks(range(len(rows)), [summary.mode for summary in reversed(rows)])
+    panel.set(xlabel="tokens/s against plain, by prompt")
+    figure.savefig(path)
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = suite_parser("drafting", __doc__, prompts=10, tokens=96)
+    parser.add_argument("--rounds", type=positive, default=1, metavar="N")
+    parser.add_argument("--draft-max", type=positive, default=8, metavar="N")
+    parser.add_argument(
+        "--skip-attn", type=parse_layers, metavar="LAYERS", help="instead of the profile's"
+    )
+    parser.add_argument("--skip-ffn", type=parse_layers, metavar="LAYERS", help="likewise")
+    parser.add_argument(
+        "--cold",
+        action="store_true",
+        help="instead: what the search costs where nothing is known yet",
+    )
+    args = parser.parse_args(arguments)
+    if args.cold and args.plot:
+        parser.error("--cold has nothing to plot")
+    report = Report()
+    return finish(args, report, run=lambda: _fill(args, report), plot=plot, render=render)
+
+
+def _fill(args: argparse.Namespace, report: Report) -> None:
+    with Model(models.resolve(args.model), suite_options(args)) as model:
+        chosen = corpus.prompts(
+            model, args.suite, args.prompts, longest=args.max_prompt, seed=args.seed
+        )
+        report.begin(model, chosen)
+        common = {"tokens": args.tokens, "draft_max": args.draft_max, "progress": tell}
+        if args.cold:
+            report.cold = Cold()
+            measure_cold(model, chosen, report.cold, **common)
+        else:
+            measure(
+                model,
+                chosen,
+                report,
+                subnetwork=_subnetwork(model, args),
+                rounds=args.rounds,
+                **common,
+            )
+
+
+def _subnetwork(model: Model, args: argparse.Namespace) -> SubNetwork:
+    if args.skip_attn is None and args.skip_ffn is None:
+        return known_subnetwork(model)
+    return SubNetwork(
+        n_layer=model.n_layer,
+        skip_attn=args.skip_attn or frozenset(),
+        skip_ffn=args.skip_ffn or frozenset(),
+    )

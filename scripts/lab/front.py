@@ -7,19 +7,24 @@ of one token are timed in turns, so that a slow spell of the machine hits all al
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-from swift_gguf.bench.corpus import Document, Progress, Prompt, answer, hold, windows
-from swift_gguf.bench.mechanism import subject
-from swift_gguf.bench.output import markdown
-from swift_gguf.bench.report import Subject
-from swift_gguf.bench.spread import Machine, Spread, machine
+from lab import corpus
+from lab.command import finish, positive, suite_options, suite_parser, tell
+from lab.corpus import Document, Progress, Prompt, answer, hold, windows
+from lab.output import markdown
+from swift_gguf.bench.spread import Spread
+from swift_gguf.bench.subject import Machine, Subject, machine, subject
+from swift_gguf.hub import models
 from swift_gguf.model import Model
+from swift_gguf.outputs import panels
 from swift_gguf.search.objective import Outcome
 from swift_gguf.subnetwork import SubNetwork
 
@@ -190,3 +195,39 @@ def render(report: Report) -> str:
         f"{report.positions} positions{size}"
     )
     return f"{title}\n\n{markdown(headers, rows)}"
+
+
+def plot(report: Report, path: Path) -> None:
+    """Agreement by the cost of a pass, skipping and narrowing apart."""
+    figure, (panel,) = panels(1)
+    for label, uses_sidecar in (("sub-layers left out", False), ("narrow, draft head", True)):
+        points = [p for p in report.points.values() if p.uses_sidecar == uses_sidecar]
+        costs, agreements = [p.cost for p in points], [p.agreement for p in points]
+        panel.plot(costs, agreements, "D" if uses_sidecar else "s", label=label)
+    for name, point in report.points.items():
+        panel.annotate(name, (point.cost, point.agreement), fontsize="xx-small")
+    panel.set(xlabel="draft pass / full pass, time", ylabel="agreement", xlim=(0, 1), ylim=(0, 1))
+    panel.legend(fontsize="small")
+    figure.savefig(path)
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = suite_parser("front", __doc__, prompts=14, tokens=64, seed=1)
+    parser.add_argument("--category", action="append", metavar="NAME", help="only these")
+    parser.add_argument("--rounds", type=positive, default=15, metavar="N", help="of timed passes")
+    args = parser.parse_args(arguments)
+    report = Report()
+    return finish(args, report, run=lambda: _run(args, report), plot=plot, render=render)
+
+
+def _run(args: argparse.Namespace, report: Report) -> None:
+    with Model(models.resolve(args.model), suite_options(args)) as model:
+        chosen = corpus.prompts(
+            model,
+            args.suite,
+            args.prompts,
+            longest=args.max_prompt,
+            seed=args.seed,
+            categories=args.category,
+        )
+        measure(model, chosen, report, tokens=args.tokens, rounds=args.rounds, progress=tell)

@@ -1,9 +1,8 @@
-"""The benchmarks of search and drafting: choosing texts, statistics, tables; without a model."""
+"""The experiments with searches and drafting: statistics, tables; without a model."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Hashable
 from dataclasses import replace
 from pathlib import Path
@@ -13,30 +12,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swift_gguf.bench.cold import Cold, ColdAnswer
-from swift_gguf.bench.corpus import pick
-from swift_gguf.bench.drafting import PLAIN, Run, summarize
-from swift_gguf.bench.drafting import Report as DraftingReport
-from swift_gguf.bench.drafting import render as render_drafting
-from swift_gguf.bench.output import markdown, require_folder
-from swift_gguf.bench.plots import plot_drafting, plot_search
-from swift_gguf.bench.search_quality import Method, best_by_cost
-from swift_gguf.bench.search_report import (
+from lab.cold import Cold, ColdAnswer
+from lab.drafting import PLAIN, Run, summarize
+from lab.drafting import Report as DraftingReport
+from lab.drafting import plot as plot_drafting
+from lab.drafting import render as render_drafting
+from lab.output import markdown
+from lab.search import Method, best_by_cost
+from lab.search_report import (
     Checkpoint,
     Estimate,
     Options,
     Report,
     interval,
     mean_error,
+    plot,
     render,
     score,
     varied,
 )
-from swift_gguf.errors import SwiftError
 from swift_gguf.planning.cost import Costs
 from swift_gguf.search.objective import Outcome, Window
 from swift_gguf.subnetwork import SubNetwork
-from swift_gguf.suite import Row
 
 N_LAYER = 4
 COSTS = Costs(
@@ -55,34 +52,6 @@ def without(*ffn: int) -> SubNetwork:
 
 def outcome(agrees: list[bool]) -> Outcome:
     return Outcome(np.array(agrees), np.ones(len(agrees), dtype=np.float32))
-
-
-# -- texts -----------------------------------------------------------------------------------------
-
-
-def rows(**counts: int) -> list[Row]:
-    return [
-        Row(category=name, question_id=f"{name}{i}", turns=("?",))
-        for name, n in counts.items()
-        for i in range(n)
-    ]
-
-
-@given(st.integers(1, 12), st.integers(0, 5))
-def test_categories_come_equally_often(n: int, seed: int) -> None:
-    picked = pick(rows(a=10, b=10, c=10), n, seed=seed)
-    counts = Counter(row.category for row in picked)
-    assert len({row.question_id for row in picked}) == n
-    assert max(counts.values()) - min(counts.get(name, 0) for name in "abc") <= 1
-
-
-def test_a_small_category_does_not_end_the_others() -> None:
-    assert Counter(row.category for row in pick(rows(a=1, b=9), 6, seed=0)) == {"a": 1, "b": 5}
-
-
-def test_the_seed_decides_which() -> None:
-    suite = rows(a=20, b=20)
-    assert pick(suite, 6, seed=1) == pick(suite, 6, seed=1) != pick(suite, 6, seed=2)
 
 
 # -- searching -------------------------------------------------------------------------------------
@@ -117,7 +86,7 @@ class Counting:
 
 def test_a_method_goes_on_where_it_left_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter(range(1000))  # every look at the clock takes a second, so a step does
-    monkeypatch.setattr("swift_gguf.bench.search_quality.perf_counter", lambda: next(now))
+    monkeypatch.setattr("lab.search.perf_counter", lambda: next(now))
     log: list[Hashable] = []
     method = Method("it", Counting(), own_past=False, steps=2)
     for text, until in (("x", 3), ("y", 4), ("x", 6)):
@@ -133,7 +102,7 @@ def test_a_method_goes_on_where_it_left_a_text(monkeypatch: pytest.MonkeyPatch) 
 
 def test_what_a_late_step_brings_counts_later(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter(range(1000))
-    monkeypatch.setattr("swift_gguf.bench.search_quality.perf_counter", lambda: next(now))
+    monkeypatch.setattr("lab.search.perf_counter", lambda: next(now))
     method = Method("it", Counting(), own_past=False, steps=2)
     for until in (0.3, 0.6, 1.0):
         method.work("x", [Text(0, [])], until=until)
@@ -328,17 +297,10 @@ def test_markdown() -> None:
     assert markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| :-- | --: |\n| 1 | 2 |"
 
 
-def test_a_missing_folder_is_found_early(tmp_path: Path) -> None:
-    require_folder(None)
-    require_folder(tmp_path / "file.json")
-    with pytest.raises(SwiftError, match="no folder"):
-        require_folder(tmp_path / "nowhere" / "file.json")
-
-
 def test_plots(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    plot_search(report(), tmp_path / "search.png")
-    plot_search(Report(options=Options()), tmp_path / "empty.png")
+    plot(report(), tmp_path / "search.png")
+    plot(Report(options=Options()), tmp_path / "empty.png")
     plot_drafting(DraftingReport(runs=RUNS, subnetwork=without(1)), tmp_path / "drafting.png")
     for path in tmp_path.iterdir():
         assert path.read_bytes().startswith(b"\x89PNG"), path

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from swift_gguf.bench.mechanism import (
+from lab.mechanism import (
     ENGINE_TOKENS,
     SWITCH_WIDTHS,
     WIDTHS,
@@ -16,7 +16,7 @@ from swift_gguf.bench.mechanism import (
     measure,
     subnetworks,
 )
-from swift_gguf.bench.report import Report, render
+from lab.mechanism_report import Report, render
 from swift_gguf.errors import UnsupportedModelError
 from swift_gguf.model import Model, ModelOptions
 from tests.conftest import N_GPU_LAYERS

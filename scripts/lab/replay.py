@@ -8,11 +8,18 @@ told apart that differ by less than a shared machine's mood, and repeated to the
 
 from __future__ import annotations
 
+import argparse
+import json
+import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, cast
 
+from lab.command import model_parser, positive, tell
+from lab.output import markdown, write_json
 from swift_gguf.bench.modes import AUTO, PLAIN, Mode
+from swift_gguf.bench.suites import NAMES, load
 from swift_gguf.drafting.ngram import NGram
 from swift_gguf.drafting.policy import Threshold
 from swift_gguf.drafting.recycling import Recycling
@@ -20,15 +27,20 @@ from swift_gguf.drafting.source import Cycle, Lookup
 from swift_gguf.drafting.tree import ROOT, Shape, Tree
 from swift_gguf.drafting.verification import verify
 from swift_gguf.engine import generate
-from swift_gguf.model import Model
+from swift_gguf.hub import models
+from swift_gguf.model import Model, ModelOptions
+from swift_gguf.outputs import require_folder
 from swift_gguf.planning import Planner
 from swift_gguf.planning.cost import Costs
 from swift_gguf.planning.economy import MAX_NODES
+from swift_gguf.planning.measuring import measure
 from swift_gguf.planning.planner import WIDE
 from swift_gguf.sampling import Sampler, SamplingOptions
+from swift_gguf.text import chat_template, encode, render_chat
 
 N_LIKELIEST = 4  # what the planner's recycling asks of a row
 CHUNK = 32
+WARM_UP = 64
 
 SWEPT_SOURCES = (("ngram",), ("recycling",), ("ngram", "recycling"))
 SWEPT_LENGTHS = (1, 2, 3, 5, 7, 11)
@@ -233,3 +245,73 @@ def _times(mode: Mode, recordings: Sequence[Recording], costs: Costs, *, cold: b
     for recording in recordings:
         times.append((Replay(mode, costs) if cold else replay).play(recording))
     return times
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = model_parser("replay", __doc__)
+    parser.add_argument(
+        "--suite", action="append", metavar="FILE", help="as `swift-gguf bench`; may be repeated"
+    )
+    parser.add_argument("--limit", type=positive, default=45, metavar="N", help="rows")
+    parser.add_argument("--tokens", type=positive, default=96, metavar="N", help="of an answer")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the order they come in")
+    parser.add_argument(
+        "--recordings", type=Path, metavar="FILE", help="kept here, and taken from here if it is"
+    )
+    args = parser.parse_args(arguments)
+    require_folder(args.json)
+    recordings, costs = _recorded(args)
+    random.Random(args.seed).shuffle(recordings)
+    print("passes of w tokens: " + ", ".join(f"{w}: {ms:.1f} ms" for w, ms in costs.pass_ms))
+    lines = {
+        "one answer after the other": compare(recordings, costs),
+        "each answer the first one": compare(recordings, costs, cold=True),
+    }
+    for title, found in lines.items():
+        print(f"\n{title}\n\n{render(found)}")
+    if args.json:
+        write_json(args.json, {title: [asdict(x) for x in found] for title, found in lines.items()})
+    return 0
+
+
+def render(lines: Sequence[Line]) -> str:
+    """Markdown."""
+    rows = (
+        [x.category, f"{x.auto:.2f}", f"{x.best:.2f} {x.best_name}", f"{x.auto / x.best:.2f}"]
+        for x in lines
+    )
+    return markdown(["category", "auto", "best fixed", "auto / best"], rows)
+
+
+def _recorded(args: argparse.Namespace) -> tuple[list[Recording], Costs]:
+    path: Path | None = args.recordings
+    if path and path.exists():
+        values = json.loads(path.read_text(encoding="utf-8"))
+        costs = Costs.from_dict(values["costs"])
+        return [Recording.from_dict(each) for each in values["recordings"]], costs
+    require_folder(path)
+    rows = load(args.suite or NAMES, categories=(), limit=args.limit)
+    options = ModelOptions(n_threads=args.threads, n_gpu_layers=args.n_gpu_layers, sidecar=None)
+    recordings = []
+    with Model(models.resolve(args.model), options) as model:
+        model.decode([7919 * i % model.n_vocab for i in range(WARM_UP)])
+        costs = measure(model)
+        for n, row in enumerate(rows, 1):
+            text = row.turns[0]
+            if chat_template(model) is not None:
+                text = render_chat(model, [{"role": "user", "content": text}])
+            prompt = encode(model, text)
+            if len(prompt) + args.tokens + 1 <= model.n_ctx:
+                model.clear()
+                recordings.append(record(model, row.category, prompt, max_tokens=args.tokens))
+            tell(f"{n} of {len(rows)} recorded")
+    if path:
+        values = {
+            "costs": costs.as_dict(),
+            "recordings": [recording.as_dict() for recording in recordings],
+        }
+        write_json(path, values)
+    return recordings, costs

@@ -7,8 +7,8 @@ import random
 
 import pytest
 
+from lab.replay import Recording, Replay, compare
 from swift_gguf.bench.modes import AUTO, Mode
-from swift_gguf.bench.replay import Recording, Replay, compare
 from swift_gguf.planning.cost import Costs
 
 

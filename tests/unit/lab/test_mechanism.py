@@ -1,31 +1,24 @@
-"""Benchmarks: statistics, tables, the report's JSON, synthetic models; nothing is measured."""
+"""Reports of `lab mechanism` and `lab reference`: their JSON and tables; nothing is measured."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 
-from swift_gguf.bench.reference import LogitsComparison, ReferenceReport, verdict
-from swift_gguf.bench.reference import render as render_reference
-from swift_gguf.bench.report import (
+from lab.mechanism_report import (
     DraftTime,
     EngineTime,
     PartTime,
     PassTime,
     Report,
-    Subject,
     SwitchTime,
     render,
 )
-from swift_gguf.bench.spread import Machine, Spread, machine, table
-
-ROOT = Path(__file__).resolve().parents[3]
+from lab.reference import LogitsComparison, ReferenceReport, verdict
+from lab.reference import render as render_reference
+from swift_gguf.bench.spread import Spread
+from swift_gguf.bench.subject import Machine, Subject
 
 
 def spread(median: float) -> Spread:
@@ -79,38 +72,6 @@ def report(**changes: object) -> Report:
         ),
     }
     return Report(**{**values, **changes})  # type: ignore[arg-type]
-
-
-def test_spread_is_median_and_quartiles() -> None:
-    found = Spread.of([5.0, 1.0, 4.0, 2.0, 3.0])
-    assert (found.min, found.q1, found.median, found.q3, found.n) == (1.0, 2.0, 3.0, 4.0, 5)
-
-
-def test_spread_does_not_move_with_one_interrupted_pass() -> None:
-    assert Spread.of([10.0] * 9 + [5000.0]).median == 10.0
-
-
-def test_spread_of_one_value_and_of_none() -> None:
-    only = Spread.of([7.0])
-    assert only.q1 == only.median == only.q3 == 7.0
-    with pytest.raises(ValueError, match="at least one round"):
-        Spread.of([])
-
-
-def test_spread_text() -> None:
-    assert Spread.of([1.0, 2.0, 3.0]).text() == "2.00 (1.50-2.50)"
-    assert Spread.of([1.0, 2.0, 3.0]).text(0) == "2 (2-2)"
-
-
-def test_table_aligns_columns() -> None:
-    lines = table(["name", "ms"], [["a", "1.00"], ["longer", "10.00"]]).splitlines()
-    assert lines == ["name       ms", "-------------", "a        1.00", "longer  10.00"]
-
-
-def test_machine_is_named() -> None:
-    here = machine()
-    assert here.cpu
-    assert here.cores >= 1
 
 
 def test_report_is_json() -> None:
@@ -198,22 +159,3 @@ def test_reference_report_is_rendered() -> None:
     assert "1.1000" in text
     assert "2 of 3 rows of logits are bit-identical" in text
     assert "different: single 1" in text
-
-
-@pytest.mark.parametrize(("type_name", "n_bytes"), [("q4_0", 18), ("q8_0", 34)])
-def test_synthetic_model_is_valid_and_balanced(
-    tmp_path: Path, type_name: str, n_bytes: int
-) -> None:
-    path = tmp_path / "synthetic.gguf"
-    script = [sys.executable, str(ROOT / "scripts" / "make_synthetic.py"), str(path)]
-    subprocess.run([*script, "--shape", "tiny", "--type", type_name], check=True)
-    assert [file.name for file in tmp_path.iterdir()] == ["synthetic.gguf"]
-
-    weights = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    query = weights["blk.0.attn_q.weight"]
-    assert query.n_bytes == 256 * 256 // 32 * n_bytes
-    values = gguf.quants.dequantize(query.data, query.tensor_type)
-    assert values.shape == (256, 256)
-    assert np.isfinite(values).all()
-    assert values.std() == pytest.approx(256**-0.5, rel=0.1)
-    assert abs(values.mean()) < 0.1 * values.std()

@@ -1,4 +1,4 @@
-"""The report of `swift_gguf.bench.mechanism`: values, JSON, and a table to read."""
+"""The report of `lab.mechanism`: values, JSON, and a table to read."""
 
 from __future__ import annotations
 
@@ -6,21 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from swift_gguf.bench.spread import Machine, Spread, table
-
-
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """The model and how it ran."""
-
-    name: str
-    description: str
-    n_bytes: int
-    """Of all tensors."""
-    n_layer: int
-    n_threads: int
-    device: str
-    llama_commit: str
+from swift_gguf.bench.spread import Spread, table
+from swift_gguf.bench.subject import Machine, Subject
 
 
 @dataclass(frozen=True, kw_only=True)

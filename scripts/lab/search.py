@@ -8,13 +8,15 @@ any of them ever held best is scored on texts that none has seen.
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from time import perf_counter
 
-from swift_gguf.bench.corpus import Document, Progress, Prompt, answer, hold, windows
-from swift_gguf.bench.mechanism import subject
-from swift_gguf.bench.search_report import (
+from lab import corpus
+from lab.command import finish, suite_options, suite_parser, tell
+from lab.corpus import Document, Progress, Prompt, answer, hold, windows
+from lab.search_report import (
     BY_COST,
     Checkpoint,
     Estimate,
@@ -23,13 +25,16 @@ from swift_gguf.bench.search_report import (
     Report,
     Text,
     pass_share,
+    plot,
+    render,
     score,
     varied,
 )
-from swift_gguf.bench.spread import machine
+from swift_gguf.bench.subject import machine, subject
 from swift_gguf.drafting import LayerSkip, Tree
 from swift_gguf.engine import generate
 from swift_gguf.errors import SuiteError, UnsupportedModelError
+from swift_gguf.hub import models
 from swift_gguf.learning import space_of
 from swift_gguf.model import Model
 from swift_gguf.planning.cost import Costs
@@ -319,3 +324,55 @@ def _draft(model: Model, document: Document, subnetwork: SubNetwork, live: _Live
             max_tokens=len(document.answer),
         ):
             pass
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 < number < 1e6:
+        raise ValueError
+    return number
+
+
+def _ratios(text: str) -> tuple[float, ...]:
+    numbers = tuple(float(part) for part in text.split(","))
+    if not all(0 < number < 1 for number in numbers):
+        raise ValueError
+    return numbers
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = suite_parser("search", __doc__, prompts=8, tokens=128)
+    parser.add_argument(
+        "--seconds", type=_seconds, default=120.0, metavar="S", help="of search, each method"
+    )
+    parser.add_argument(
+        "--ratios", type=_ratios, default=(0.15, 0.3, 0.45), metavar="R,..", help="the paper's r"
+    )
+    parser.add_argument(
+        "--estimates",
+        type=int,
+        default=8,
+        metavar="N",
+        help="sub-networks to draft with, to compare estimators; 0: none",
+    )
+    args = parser.parse_args(arguments)
+    options = Options(
+        tokens=args.tokens,
+        seconds=args.seconds,
+        ratios=args.ratios,
+        estimates=args.estimates,
+        seed=args.seed,
+    )
+    report = Report(options=options)
+    return finish(args, report, run=lambda: _run(args, report), plot=plot, render=render)
+
+
+def _run(args: argparse.Namespace, report: Report) -> None:
+    with Model(models.resolve(args.model), suite_options(args)) as model:
+        chosen = corpus.prompts(
+            model, args.suite, args.prompts, longest=args.max_prompt, seed=args.seed
+        )
+        measure(model, chosen, report, progress=tell)

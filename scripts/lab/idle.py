@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import random
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
 
-from swift_gguf.bench.mechanism import subject
-from swift_gguf.bench.output import markdown
-from swift_gguf.bench.report import Subject
-from swift_gguf.bench.spread import Machine, Spread, machine
+from lab.command import model_parser, positive, tell
+from lab.output import markdown, write_json
+from swift_gguf.bench.spread import Spread
+from swift_gguf.bench.subject import Machine, Subject, machine, subject
 from swift_gguf.engine import generate
 from swift_gguf.errors import UnsupportedModelError
+from swift_gguf.hub import models
 from swift_gguf.learning import Store
-from swift_gguf.model import Model
+from swift_gguf.model import Model, ModelOptions
+from swift_gguf.outputs import require_folder
 from swift_gguf.sampling import Sampler, SamplingOptions
 from swift_gguf.speculation import Speculation, SpeculationOptions
+from swift_gguf.suite import BUILT_IN
+from swift_gguf.text import encode
 
 ANSWER_TOKENS = 24
 GAPS_S = (0.2, 3.0)
@@ -106,3 +112,28 @@ def render(report: Report) -> str:
     ]
     headers = ["model", "wait, ms", "longest, ms", "search steps between", "same texts"]
     return markdown(headers, rows)
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = model_parser("idle", __doc__)
+    parser.add_argument("--requests", type=positive, default=25, metavar="N")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the times between")
+    args = parser.parse_args(arguments)
+    require_folder(args.json)
+    options = ModelOptions(n_ctx=1024, n_threads=args.threads, n_gpu_layers=args.n_gpu_layers)
+    with (
+        Model(models.resolve(args.model), options) as model,
+        tempfile.TemporaryDirectory() as profiles,
+    ):
+        report = measure(
+            model,
+            [encode(model, text) for text in BUILT_IN],
+            requests=args.requests,
+            store=Store(Path(profiles)),
+            seed=args.seed,
+            progress=tell,
+        )
+    if args.json:
+        write_json(args.json, report.as_dict())
+    print(render(report))
+    return 0

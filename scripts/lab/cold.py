@@ -9,8 +9,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from swift_gguf.bench.corpus import Progress, Prompt, decode
-from swift_gguf.bench.output import layers
+from lab.corpus import Progress, Prompt, decode
+from lab.output import layers
 from swift_gguf.errors import UnsupportedModelError
 from swift_gguf.learning import Store
 from swift_gguf.model import Model

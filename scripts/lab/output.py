@@ -1,4 +1,4 @@
-"""How benchmarks write down what they found: tables in Markdown, and a file of JSON."""
+"""How experiments write down what they found: tables in Markdown, and a file of JSON."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from swift_gguf.errors import SwiftError
 from swift_gguf.subnetwork import SubNetwork, format_layers
 
 
@@ -23,16 +22,6 @@ def layers(subnetwork: SubNetwork) -> dict[str, str]:
         "skip_attn": format_layers(subnetwork.skip_attn),
         "skip_ffn": format_layers(subnetwork.skip_ffn),
     }
-
-
-def require_folder(path: Path | None) -> None:
-    """To be called before a long measurement that ends in a file.
-
-    Raises:
-        SwiftError: the file's folder does not exist.
-    """
-    if path is not None and not path.parent.is_dir():
-        raise SwiftError(f"there is no folder {path.parent} to write {path.name} to; make it first")
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

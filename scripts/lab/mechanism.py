@@ -13,23 +13,28 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-from swift_gguf.bench.report import (
+from lab.command import model_parser, positive, tell
+from lab.mechanism_report import (
     DraftTime,
     EngineTime,
     PartTime,
     PassTime,
     Report,
-    Subject,
     SwitchTime,
+    render,
 )
-from swift_gguf.bench.spread import Spread, machine
+from lab.output import write_json
+from swift_gguf.bench.spread import Spread
+from swift_gguf.bench.subject import machine, subject
 from swift_gguf.drafting import Drafter, LayerSkip
 from swift_gguf.drafting.policy import Threshold
 from swift_gguf.engine import generate
 from swift_gguf.errors import UnsupportedModelError
+from swift_gguf.hub import models
 from swift_gguf.learning import space_of
-from swift_gguf.model import Model
+from swift_gguf.model import Model, ModelOptions
 from swift_gguf.native import Cost, library
+from swift_gguf.outputs import require_folder
 from swift_gguf.sampling import Sampler, SamplingOptions
 from swift_gguf.stats import Stats
 from swift_gguf.subnetwork import SubNetwork
@@ -182,22 +187,6 @@ def measure(
         parts=drafts.parts(),
         switches=switches.result(),
         engine=engine,
-    )
-
-
-def subject(model: Model) -> Subject:
-    """What is measured, and on what."""
-    native = library()
-    devices = native.devices()
-    gpus = [device for device in devices if device.is_gpu] if model.options.n_gpu_layers else []
-    return Subject(
-        name=model.path.name,
-        description=model.description,
-        n_bytes=model.n_bytes,
-        n_layer=model.n_layer,
-        n_threads=model.n_threads,
-        device=", ".join(device.description for device in gpus or devices[:1]),
-        llama_commit=native.llama_commit,
     )
 
 
@@ -423,3 +412,27 @@ def _engine(model: Model, *, runs: int) -> tuple[EngineTime, ...]:
             )
         )
     return tuple(times)
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = model_parser("mechanism", __doc__)
+    parser.add_argument("--rounds", type=positive, default=7, metavar="N")
+    parser.add_argument(
+        "--repeats", type=positive, default=2, metavar="N", help="passes of a kind a round"
+    )
+    parser.add_argument(
+        "--context", type=positive, default=128, metavar="N", help="tokens decoded before"
+    )
+    args = parser.parse_args(arguments)
+    require_folder(args.json)
+    options = ModelOptions(
+        n_ctx=context_size(args.context), n_threads=args.threads, n_gpu_layers=args.n_gpu_layers
+    )
+    with Model(models.resolve(args.model), options) as model:
+        report = measure(
+            model, rounds=args.rounds, context=args.context, repeats=args.repeats, progress=tell
+        )
+    if args.json:
+        write_json(args.json, report.as_dict())
+    print(render(report))
+    return 0

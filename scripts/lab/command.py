@@ -1,4 +1,4 @@
-"""What the scripts that measure on a suite's prompts share: their flags, and how they end."""
+"""What the experiments share: their flags, and how they end."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from swift_gguf.bench import corpus, plots
-from swift_gguf.bench.output import require_folder, write_json
-from swift_gguf.errors import SwiftError
+from lab import corpus
+from lab.output import write_json
 from swift_gguf.model import ModelOptions
+from swift_gguf.outputs import require_folder, require_matplotlib
 
 
 def positive(text: str) -> int:
@@ -21,14 +21,26 @@ def positive(text: str) -> int:
     return number
 
 
-def suite_parser(
-    description: str | None, *, prompts: int, tokens: int, seed: int = 0
-) -> argparse.ArgumentParser:
-    """A model, a suite, and where the report goes; with defaults."""
-    parser = argparse.ArgumentParser(description=description)
+def model_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """A model, how to run it, and where the report goes.
+
+    name: of the experiment.
+    """
+    parser = argparse.ArgumentParser(prog=f"python scripts/lab {name}", description=description)
     parser.add_argument(
         "model", metavar="MODEL", help="a path, hf:owner/repo/file, or a registry name"
     )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here too")
+    parser.add_argument("-t", "--threads", type=positive, metavar="N")
+    parser.add_argument("-ngl", "--n-gpu-layers", type=int, default=-1, metavar="N")
+    return parser
+
+
+def suite_parser(
+    name: str, description: str | None, *, prompts: int, tokens: int, seed: int = 0
+) -> argparse.ArgumentParser:
+    """The same for experiments on the prompts of a suite, with defaults."""
+    parser = model_parser(name, f"{description}\n\nCtrl-C ends it; what there is, is reported.")
     parser.add_argument(
         "--suite", type=Path, required=True, metavar="FILE", help="JSON lines with turns"
     )
@@ -38,14 +50,11 @@ def suite_parser(
     )
     parser.add_argument("--tokens", type=positive, default=tokens, metavar="N", help="of an answer")
     parser.add_argument("--seed", type=int, default=seed, metavar="N", help="which prompts")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here too")
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
-    parser.add_argument("-t", "--threads", type=positive, metavar="N")
-    parser.add_argument("-ngl", "--n-gpu-layers", type=int, default=-1, metavar="N")
     return parser
 
 
-def loading(args: argparse.Namespace) -> ModelOptions:
+def suite_options(args: argparse.Namespace) -> ModelOptions:
     """How the model is loaded: with a context for the longest prompt and its answer."""
     return ModelOptions(
         n_ctx=corpus.context_size(args.max_prompt, args.tokens),
@@ -71,23 +80,19 @@ def finish(
 
     Returns the exit status.
     """
+    require_folder(args.json)
+    require_folder(args.plot)
+    if args.plot:
+        require_matplotlib()
     status = 0
     try:
-        require_folder(args.json)
-        require_folder(args.plot)
-        if args.plot:
-            plots.require_matplotlib()
-        try:
-            run()
-        except KeyboardInterrupt:
-            status = 130
-        finally:
-            if args.json:
-                write_json(args.json, report.as_dict())
-        if args.plot:
-            plot(report, args.plot)
-    except (SwiftError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        run()
+    except KeyboardInterrupt:
+        status = 130
+    finally:
+        if args.json:
+            write_json(args.json, report.as_dict())
+    if args.plot:
+        plot(report, args.plot)
     print(render(report))
     return status

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import random
-from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 
+from swift_gguf.bench.suite_run import SPARE
+from swift_gguf.bench.suites import pick
 from swift_gguf.engine import generate
 from swift_gguf.errors import SuiteError
 from swift_gguf.model import Model
@@ -16,14 +15,11 @@ from swift_gguf.sampling import Sampler, SamplingOptions
 from swift_gguf.search.window import TextWindow
 from swift_gguf.speculation import Speculation
 from swift_gguf.stats import Stats
-from swift_gguf.suite import Row, read_suite
+from swift_gguf.suite import read_suite
 from swift_gguf.text import chat_template, encode, render_chat
 
 Progress = Callable[[str], None]
 """Told what happens, a line each."""
-
-SPARE = 64
-"""Positions beside prompt and answer: for a window's branches, or a draft and its verification."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,20 +46,6 @@ class Document:
 def context_size(longest: int, tokens: int) -> int:
     """The context to load a model with for prompts of at most `longest` and answers of `tokens`."""
     return longest + tokens + SPARE
-
-
-def pick(rows: Sequence[Row], n: int, *, seed: int) -> list[Row]:
-    """At most n rows: one of each category, then a second one of each, ...; drawn by the seed."""
-    by_category: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        by_category[row.category].append(row)
-    rng = random.Random(seed)
-    groups = list(by_category.values())
-    rng.shuffle(groups)
-    for group in groups:
-        rng.shuffle(group)
-    tiers = zip_longest(*groups)
-    return [row for tier in tiers for row in tier if row is not None][:n]
 
 
 def prompts(

@@ -7,12 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import bench_drafting
-import bench_front
-import bench_search
 import pytest
 
-from swift_gguf.bench import corpus
+from lab import corpus
+from lab.__main__ import main
 from swift_gguf.gguf.sidecar import path_beside
 from swift_gguf.model import Model, ModelOptions
 from swift_gguf.prepare.run import Preparation, PrepareOptions
@@ -40,23 +38,22 @@ def suite(tmp_path: Path) -> Path:
 def run(
     tiny: Callable[..., Path], suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Run:
-    """Runs a script's main; its exit status and its JSON."""
+    """Runs an experiment; its exit status and its JSON."""
     monkeypatch.setenv("SWIFT_GGUF_CACHE", str(tmp_path / "cache"))
     path, out = tiny("llama", n_layer=N_LAYER, quant="Q8_0"), tmp_path / "out.json"
 
-    def run_script(script: object, *arguments: str) -> tuple[int, dict[str, Any]]:
+    def run_experiment(name: str, *arguments: str) -> tuple[int, dict[str, Any]]:
         common = [str(path), "--suite", str(suite), "--json", str(out), "-t", "1", "-ngl", "0"]
-        monkeypatch.setattr("sys.argv", ["script", *common, "--max-prompt", "100", *arguments])
-        status = script.main()  # type: ignore[attr-defined]
+        status = main([name, *common, "--max-prompt", "100", *arguments])
         return status, json.loads(out.read_text()) if out.exists() else {}
 
-    return run_script
+    return run_experiment
 
 
 def test_search(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("bayes_opt", reason="the paper's search needs it")
     status, found = run(
-        bench_search, "--prompts", "4", "--tokens", "40", "--seconds", "0.2", "--ratios", "0.3"
+        "search", "--prompts", "4", "--tokens", "40", "--seconds", "0.2", "--ratios", "0.3"
     )
     assert status == 0
     assert list(found["runs"]) == ["ours, width free", "ours", "paper, r=0.3"]
@@ -78,7 +75,7 @@ def test_search(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_drafting(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     status, found = run(
-        bench_drafting,
+        "drafting",
         *("--prompts", "2", "--tokens", "24", "--rounds", "2", "--skip-attn", "2"),
         *("--skip-ffn", "3"),
     )
@@ -96,7 +93,7 @@ def test_drafting(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_cold(run: Run) -> None:
-    status, found = run(bench_drafting, "--cold", "--prompts", "3", "--tokens", "60")
+    status, found = run("drafting", "--cold", "--prompts", "3", "--tokens", "60")
     assert status == 0
     cold = found["cold"]
     assert len(cold["answers"]) == 3
@@ -107,7 +104,7 @@ def test_cold(run: Run) -> None:
 
 
 def test_nothing_known_is_one_line(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    status, _ = run(bench_drafting, "--prompts", "2")
+    status, _ = run("drafting", "--prompts", "2")
     assert status == 1
     assert "run swift-gguf tune first" in capsys.readouterr().err
 
@@ -116,8 +113,8 @@ def test_an_interrupt_keeps_what_is_there(run: Run, monkeypatch: pytest.MonkeyPa
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("swift_gguf.bench.search_quality.windows", interrupted)
-    status, found = run(bench_search, "--prompts", "2", "--tokens", "20")
+    monkeypatch.setattr("lab.search.windows", interrupted)
+    status, found = run("search", "--prompts", "2", "--tokens", "20")
     assert status == 130
     assert [text["held_out"] for text in found["texts"]] == [False, True]
     assert found["costs"] is not None
@@ -142,7 +139,7 @@ def test_windows_cover_the_answer(
 def test_front(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plot = tmp_path / "front.png"
     status, found = run(
-        bench_front, "--prompts", "2", "--tokens", "20", "--rounds", "2", "--plot", str(plot)
+        "front", "--prompts", "2", "--tokens", "20", "--rounds", "2", "--plot", str(plot)
     )
     assert status == 0
     assert found["positions"] > 20
@@ -162,7 +159,7 @@ def test_front_of_a_model_with_a_sidecar(run: Run, tiny: Callable[..., Path]) ->
         preparation.write(sidecar, list(preparation.answers()))
     try:
         status, found = run(
-            bench_front, "--prompts", "2", "--tokens", "20", "--rounds", "1", "--category", "code"
+            "front", "--prompts", "2", "--tokens", "20", "--rounds", "1", "--category", "code"
         )
     finally:
         sidecar.unlink()

@@ -1,17 +1,18 @@
-"""The report of `swift_gguf.bench.search_quality`: values, statistics, JSON, and tables to read."""
+"""The report of `lab.search`: values, statistics, JSON, and tables to read."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from swift_gguf.bench.output import layers, markdown
-from swift_gguf.bench.report import Subject
-from swift_gguf.bench.spread import Machine
+from lab.output import layers, markdown
+from swift_gguf.bench.subject import Machine, Subject
+from swift_gguf.outputs import panels
 from swift_gguf.planning.cost import Costs
 from swift_gguf.search.objective import Objective, Outcome
 from swift_gguf.subnetwork import SubNetwork
@@ -297,3 +298,55 @@ def _errors(report: Report) -> Iterator[list[str]]:
 
 def _left_out(subnetwork: SubNetwork) -> str:
     return str(subnetwork).removeprefix("without ")
+
+
+def plot(report: Report, path: Path) -> None:
+    """Three panels: agreement by cost; by search time, speed where width is free, and agreement."""
+    figure, (front, speed, matchness) = panels(3)
+    by_cost = [s for name, s in report.named.items() if name.startswith(BY_COST)]
+    even = [
+        s
+        for name, s in report.named.items()
+        if name not in report.runs and not name.startswith(BY_COST)
+    ]
+    _mark(front, report, "even patterns", even, color="grey", marker="s")
+    _mark(front, report, "ours, best by cost", by_cost, color="C0", marker="o", fillstyle="none")
+    for number, (method, points) in enumerate(report.runs.items()):
+        last = [point.best for point in points[-1:]]
+        _mark(front, report, method, last, color=f"C{number}", marker="D")
+    front.set(xlabel="draft pass / full pass, time", ylabel="agreement on held-out text")
+    for number, (method, points) in enumerate(report.runs.items()):
+        scored = [point for point in points if point.best in report.scores]
+        seconds = [point.seconds for point in scored]
+        scores = [report.scores[point.best] for point in scored]
+        for panel, values in (
+            (speed, [score.free_width for score in scores]),
+            (matchness, [score.agreement for score in scores]),
+        ):
+            panel.step(seconds, values, where="post", color=f"C{number}", label=method)
+    speed.axhline(1.0, color="grey", linewidth=1)
+    speed.set(xlabel="seconds of search", ylabel="speed-up on held-out text, width free")
+    matchness.set(xlabel="seconds of search", ylabel="matchness on held-out text")
+    for panel in (front, speed, matchness):
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize="small")
+    figure.savefig(path)
+
+
+def _mark(
+    panel: Any, report: Report, label: str, subnetworks: Sequence[SubNetwork], **style: str
+) -> None:
+    scores = [report.scores[s] for s in subnetworks if s in report.scores]
+    if not scores:
+        return
+    below = [max(0.0, score.agreement - score.low) for score in scores]
+    above = [max(0.0, score.high - score.agreement) for score in scores]
+    panel.errorbar(
+        [score.pass_share for score in scores],
+        [score.agreement for score in scores],
+        yerr=[below, above],
+        linestyle="none",
+        capsize=2,
+        label=label,
+        **style,
+    )
