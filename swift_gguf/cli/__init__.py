@@ -1,4 +1,4 @@
-"""The command line.  Commands are thin: each turns flags into one library call."""
+"""The command line.  Each command turns its flags into a library call."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ import click
 from swift_gguf.cli.help import examples
 from swift_gguf.errors import SwiftError
 
-# name -> (module, attribute, help); modules are imported when their command runs: --help is instant
+# name -> (module, attribute, help); a module is imported only when its command runs: fast --help
 COMMANDS = {
-    "chat": ("chat_command", "chat", "Talk with a model."),
+    "chat": ("chat_command", "chat", "Chat with a model."),
     "generate": ("generate_command", "generate", "Answer one prompt."),
-    "serve": ("serve_command", "serve", "Serve a model over HTTP, as OpenAI's API."),
-    "bench": ("bench_command", "bench", "Measure modes against plain decoding."),
-    "tune": ("tune_command", "tune", "Find out what a model's drafts can leave out."),
-    "prepare": ("prepare_command", "prepare", "Derive weights for faster drafts from a model."),
-    "convert": ("convert_command", "convert", "Make a GGUF of a Hugging Face checkpoint."),
-    "verify": ("verify_command", "verify", "Compare a GGUF with the checkpoint it was made of."),
-    "info": ("info_command", "info", "Show what a model is and what of it can be skipped."),
-    "models": ("models_command", "models", "List the models known by name, or fetch one."),
-    "completion": ("completion_command", "completion", "Let Tab complete in your shell."),
-    "config": ("config_command", "config", "Say how to compile and link a program with it."),
+    "serve": ("serve_command", "serve", "Serve a model over HTTP with OpenAI's API."),
+    "bench": ("bench_command", "bench", "Measure the speed-up over plain decoding."),
+    "tune": ("tune_command", "tune", "Find the layers that a model's drafts can skip."),
+    "prepare": ("prepare_command", "prepare", "Make weights for faster drafts from a model."),
+    "convert": ("convert_command", "convert", "Convert a Hugging Face checkpoint to GGUF."),
+    "verify": ("verify_command", "verify", "Compare a GGUF with its checkpoint."),
+    "info": ("info_command", "info", "Show a model's properties and skippable layers."),
+    "models": ("models_command", "models", "List the models known by name, or download one."),
+    "completion": ("completion_command", "completion", "Print a script for Tab completion."),
+    "config": ("config_command", "config", "Print flags to compile and link a program."),
 }
 
 
 class Commands(click.Group):
-    """Finds commands by name without importing the others."""
+    """A group that imports a command only when it is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -61,28 +61,28 @@ def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=examples(
-        "swift-gguf models pull smollm2-135m          # a small model to begin with",
-        "swift-gguf chat smollm2-135m                 # talk with it",
-        "swift-gguf COMMAND --help                    # every command has examples",
+        "swift-gguf models pull smollm2-135m          # download a small model",
+        "swift-gguf chat smollm2-135m                 # chat with it",
+        "swift-gguf COMMAND --help                    # flags and examples",
     ),
 )
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version)
 @click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
 def root(debug: bool) -> None:
-    """Any GGUF model, faster on the machine it already runs on, with the same text.
+    """Run any GGUF model faster, with the same text, on the machine you have.
 
     MODEL is a path, hf:owner/repo[/file.gguf], or a name from `swift-gguf models`.
     """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point.  Exit codes: 0; 1 a failure, in one line; 2 usage; 130 interrupted."""
+    """Entry point.  Exit codes: 0 success; 1 failure; 2 wrong usage; 130 Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # accepted anywhere on the line: people add it to the end of a command that failed
+    # accepted anywhere on the line: people append it to a command that has failed
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
+        sys.stdout.reconfigure(errors="replace")  # some terminals cannot show every character
     try:
         with _interrupts():
             sys.exit(root.main(arguments, prog_name="swift-gguf", standalone_mode=False))
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         click.echo(err=True)
         sys.exit(130)
     except BrokenPipeError:
-        # the reader went away (`| head`); Python would complain again while it flushes
+        # the reader has closed the pipe (`| head`); without this, Python's flush fails again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (SwiftError, click.ClickException, OSError, MemoryError, UnicodeError) as error:
@@ -105,10 +105,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def _interrupts() -> Iterator[None]:
-    """Raises those that became errors on their way.
+    """Turns an error that a Ctrl-C has caused back into KeyboardInterrupt.
 
-    Of a Ctrl-C while a module is imported, Python makes a RuntimeError in some places, and
-    extensions an ImportError: torch takes seconds, and has both.
+    When Ctrl-C comes during an import, Python may raise RuntimeError, and an extension module
+    may raise ImportError.  The import of torch takes seconds and can raise both.
     """
     try:
         yield

@@ -31,7 +31,7 @@ def _modes(ctx: click.Context, parameter: click.Parameter, value: str) -> list[M
         raise click.BadParameter(str(error)) from error
 
 
-# greedy unless asked otherwise, so that texts can be compared
+# greedy by default, so that texts can be compared
 @click.command(
     context_settings={"default_map": {"temp": 0.0}},
     epilog=examples(
@@ -42,39 +42,40 @@ def _modes(ctx: click.Context, parameter: click.Parameter, value: str) -> list[M
 )
 @model_argument
 @click.option("--suite", "suites", multiple=True, metavar="FILE",
-              help="JSON lines in Spec-Bench's form, or a name: everyday, code-editing; may be "
-              "repeated.  [default: both names]")  # fmt: skip
+              help="Prompts as JSON lines in Spec-Bench's format, or a built-in suite: everyday, "
+              "code-editing.  May be repeated.  [default: both built-in suites]")  # fmt: skip
 @click.option("--modes", default="auto", show_default=True, callback=_modes, metavar="LIST",
               help="auto; auto-bare (no sidecar); layer-skip, ngram, recycling, draft-model, or "
               "several joined by +, with :N for drafts of N tokens and no search; peers: "
               "llama-cpp-python, prompt-lookup.  Plain decoding always runs, too.")  # fmt: skip
 @click.option("--oracle", is_flag=True,
-              help="Sweep fixed settings too: the best is the limit.")  # fmt: skip
+              help="Also try fixed settings; the best one shows what is possible.")  # fmt: skip
 @click.option("--draft-model", type=click.Path(path_type=Path), metavar="FILE",
-              help="A small GGUF, for draft-model.")  # fmt: skip
+              help="The small GGUF for the mode draft-model.")  # fmt: skip
 @click.option("-n", "--n-predict", default=128, show_default=True, metavar="N",
-              type=click.IntRange(1), help="Tokens of an answer at most.")  # fmt: skip
+              type=click.IntRange(1), help="Maximum number of tokens per answer.")  # fmt: skip
 @click.option("--limit", type=click.IntRange(1), metavar="N",
-              help="At most N rows, spread over the categories.")  # fmt: skip
+              help="Use at most N prompts, spread over the categories.")  # fmt: skip
 @click.option("--category", "categories", multiple=True, metavar="NAME",
-              help="Only this one; may be repeated.")  # fmt: skip
-@click.option("--repeat", default=1, show_default=True, metavar="N", type=click.IntRange(1))
-@click.option("--cold", is_flag=True, help="Begin without what is known of the model.")
+              help="Use only this category.  May be repeated.")  # fmt: skip
+@click.option("--repeat", default=1, show_default=True, metavar="N", type=click.IntRange(1),
+              help="Measure each prompt N times.")  # fmt: skip
+@click.option("--cold", is_flag=True, help="Ignore what was learned about the model.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE",
-              help="Write the report here after every row; a run that finds its own goes on "
-              "there.")  # fmt: skip
-@click.option("--restart", is_flag=True, help="Begin anew whatever is in the --json file.")
+              help="Save the report after each prompt.  The same command resumes an unfinished "
+              "report.")  # fmt: skip
+@click.option("--restart", is_flag=True, help="Ignore what is in the --json file, and start again.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), metavar="FILE.png",
-              help="Draw the speed-ups.")  # fmt: skip
+              help="Draw the speed-ups as a PNG file.")  # fmt: skip
 @sampling_flags
 @model_flags
 def bench(
     model: str, json_path: Path | None, plot_path: Path | None, restart: bool, **values: Any
 ) -> None:
-    """Measure modes against plain decoding, on the same prompts in turns.
+    """Measure the speed-up over plain decoding, on the same prompts in turns.
 
-    Ctrl-C ends it; with --json, the same command goes on later.  Fails if a text is not plain
-    decoding's although this model computes every bit alike.
+    Ctrl-C stops; with --json, the same command resumes later.  The command fails if an answer
+    differs from plain decoding's where the results must be bit-identical.
     """
     from swift_gguf.bench.suite_table import plot, render
     from swift_gguf.bench.suites import NAMES, load
@@ -95,8 +96,8 @@ def bench(
         raise KeyboardInterrupt
     if report.broken:
         raise SwiftError(
-            f"{report.broken} answers are not plain decoding's, and this model computes every bit "
-            "alike: a bug, please report it"
+            f"{report.broken} answers differ from plain decoding, although this model's results "
+            "do not depend on the batch size: this is a bug, please report it"
         )
 
 
@@ -142,7 +143,7 @@ def _measure(
 
 @contextmanager
 def _bar(report: Report) -> Iterator[Progress]:
-    """A progress bar with the time left; on a pipe nothing."""
+    """A progress bar with the time left; nothing if there is no terminal."""
     if not sys.stderr.isatty():
         yield lambda report: None
         return
@@ -165,7 +166,7 @@ def _bar(report: Report) -> Iterator[Progress]:
 
 
 def _line(report: Report) -> str:
-    """How the modes fare so far."""
+    """The modes' speed-ups so far."""
     summaries = {mode.name: report.summary(mode.name) for mode in report.modes[1:]}
     shown = [f"{name} {s.speedup:.2f}x" for name, s in summaries.items() if s and s.speedup]
     return ", ".join(shown[:3]) or "measuring"

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from swift_gguf.chat.terminal import Terminal
     from swift_gguf.model import Model
 
-MEASURING = "measuring what passes cost here (once)"
-BUSY = "the machine is busy: what passes cost here will be measured again"
+MEASURING = "measuring the speed of this machine (only once)"
+BUSY = "the machine is busy; its speed will be measured again later"
 
 
 @click.command(
@@ -45,19 +45,20 @@ BUSY = "the machine is busy: what passes cost here will be measured again"
 @model_argument
 @answer_flags
 @click.option("--thinking", type=click.Choice(["fold", "show", "hide"]), default="fold",
-              show_default=True, help="Thoughts, once the answer begins.")  # fmt: skip
+              show_default=True,
+              help="What happens to the model's thoughts when the answer begins.")  # fmt: skip
 @click.option("--context", type=click.Choice(["shift", "stop"]), default="shift",
-              show_default=True, help="When the context is full: forget the oldest turns, or "
-              "stop.")  # fmt: skip
+              show_default=True, help="When the context is full: drop the oldest turns (shift), "
+              "or stop.")  # fmt: skip
 @speculation_flags
 @search_flags
 @sampling_flags
 @model_flags
 def chat(model: str, **values: Any) -> None:
-    """Talk with a model.  /help lists what it understands beside messages.
+    """Chat with a model.  Type /help for a list of commands.
 
-    Without a terminal, every line of standard input is a message or a command, answers go to
-    standard output and everything else to standard error.
+    Without a terminal, each line of standard input is a message or a command.  Answers go to
+    standard output, everything else to standard error.
     """
     from swift_gguf.chat import terminal
     from swift_gguf.chat.chat import Chat
@@ -74,14 +75,14 @@ def chat(model: str, **values: Any) -> None:
         context=values["context"],
         reasoning=values["reasoning"],
     )
-    variables = template_variables(values | {"reasoning": "auto"})  # that may change: a setting
+    variables = template_variables(values | {"reasoning": "auto"})  # /set changes it later
     screen = terminal.Terminal() if terminal.is_usable() else None
     if screen:
         _leave_when_told()
     with ExitStack() as stack:
         loaded = stack.enter_context(load_model(model, values))
         conversation = _conversation(loaded, values, variables)
-        with screen.busy("getting ready") if screen else nullcontext(_say_nothing) as tell:
+        with screen.busy("loading") if screen else nullcontext(_say_nothing) as tell:
             speculation = Speculation(loaded, wanted, on_measuring=lambda: tell(MEASURING))
         session = stack.enter_context(closing(Session(loaded, speculation)))
         talk = Chat(session, conversation, screen or Plain(), settings)
@@ -96,7 +97,7 @@ def chat(model: str, **values: Any) -> None:
 
 
 def _say_nothing(what: str) -> None:
-    """Without a terminal."""
+    """Stands in for the progress line when there is no terminal."""
 
 
 def _conversation(model: Model, values: dict[str, Any], variables: dict[str, Any]) -> Conversation:
@@ -106,7 +107,7 @@ def _conversation(model: Model, values: dict[str, Any], variables: dict[str, Any
     template = values["chat_template"] and read_template(values["chat_template"])
     if template is None and chat_template(model) is None:
         raise ModelError(
-            f"{model.path} has no chat template: it goes on with texts, see generate --raw; "
+            f"{model.path} has no chat template; use generate --raw to continue a text, "
             "or give a template with --chat-template"
         )
     return Conversation(
@@ -118,13 +119,13 @@ def _conversation(model: Model, values: dict[str, Any], variables: dict[str, Any
 
 
 def _leave_when_told() -> None:
-    """So that the terminal is left as it was, and what was learned is kept."""
+    """On SIGTERM and SIGHUP, leaves in order: restores the terminal, saves what was learned."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda told, _: sys.exit(128 + told))
 
 
 def _talk(talk: Chat, screen: Terminal) -> None:
-    """With a person at a terminal."""
+    """The chat at a terminal."""
     from swift_gguf.chat.commands import Leave, handle
     from swift_gguf.chat.figures import footer
     from swift_gguf.chat.prompt import Prompt
@@ -147,7 +148,7 @@ def _talk(talk: Chat, screen: Terminal) -> None:
 
 
 def _answer_lines(talk: Chat) -> None:
-    """From a pipe or into one."""
+    """The chat without a terminal: reads a message or a command a line."""
     from swift_gguf.chat.commands import Leave, handle
 
     try:
@@ -160,7 +161,7 @@ def _answer_lines(talk: Chat) -> None:
 
 
 def _messages() -> Iterator[str]:
-    """Lines of standard input, those between quotes as one."""
+    """Messages from standard input: one a line, or several lines between triple quotes."""
     from swift_gguf.chat.commands import is_open
     from swift_gguf.cli.options import STANDARD_INPUT
     from swift_gguf.text_files import decode

@@ -12,7 +12,7 @@ from swift_gguf.cli.help import examples
 
 SHELLS = ("bash", "zsh", "fish")
 VARIABLE = "_SWIFT_GGUF_COMPLETE"
-"""What click looks at: ``_SWIFT_GGUF_COMPLETE=bash_source swift-gguf`` prints the same."""
+"""click's own variable: ``_SWIFT_GGUF_COMPLETE=bash_source swift-gguf`` prints the script too."""
 
 
 @click.command(
@@ -25,13 +25,15 @@ VARIABLE = "_SWIFT_GGUF_COMPLETE"
 @click.argument("shell", type=click.Choice(SHELLS), required=False)
 @click.pass_context
 def completion(context: click.Context, shell: str | None) -> None:
-    """Print a script that lets Tab complete commands, flags, names of models and GGUF files.
+    """Print a script for Tab completion of commands, flags, model names and GGUF files.
 
-    SHELL is bash (4.4 or newer), zsh or fish; without it, that of $SHELL.
+    SHELL is bash (4.4 or newer), zsh or fish.  The default comes from $SHELL.
     """
     shell = shell or Path(os.environ.get("SHELL", "")).name
     if shell not in SHELLS:
-        raise click.UsageError(f"no completion for {shell or 'this shell'}; {', '.join(SHELLS)}")
+        raise click.UsageError(
+            f"no completion for {shell or 'this shell'}; use one of {', '.join(SHELLS)}"
+        )
     kind = get_completion_class(shell)
     assert kind is not None
     click.echo(kind(context.find_root().command, {}, "swift-gguf", VARIABLE).source())

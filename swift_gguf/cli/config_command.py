@@ -1,4 +1,4 @@
-"""`swift-gguf config`: what compilers and other programs need to know of the installed library."""
+"""`swift-gguf config`: where the installed library and its headers are."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from swift_gguf.errors import NativeLibraryError, SwiftError
         'cmake -B build -Dswift_gguf_DIR="$(swift-gguf config --cmake-dir)"',
     )
 )
-@click.option("--cflags", is_flag=True, help="What the compiler is told.")
-@click.option("--libs", is_flag=True, help="What the linker is told; programs then find the "
-              "library where it lies now.")  # fmt: skip
-@click.option("--cmake-dir", is_flag=True, help="For CMake's -Dswift_gguf_DIR.")
-@click.option("--pkgconfig-dir", is_flag=True, help="For PKG_CONFIG_PATH.")
-@click.option("--lib-dir", is_flag=True, help="Where libllama lies, for other bindings, too.")
-@click.option("--include-dir", is_flag=True, help="Where swift_gguf.h and llama.h lie.")
+@click.option("--cflags", is_flag=True, help="Print compiler flags.")
+@click.option("--libs", is_flag=True, help="Print linker flags.  They contain the library's "
+              "present folder as rpath.")  # fmt: skip
+@click.option("--cmake-dir", is_flag=True, help="Print the folder for CMake's -Dswift_gguf_DIR.")
+@click.option("--pkgconfig-dir", is_flag=True, help="Print the folder for PKG_CONFIG_PATH.")
+@click.option("--lib-dir", is_flag=True,
+              help="Print the folder of libllama; other bindings can use it too.")  # fmt: skip
+@click.option("--include-dir", is_flag=True, help="Print the folder of swift_gguf.h and llama.h.")
 @click.option("--profile", metavar="MODEL", shell_complete=complete_model,
-              help="The file that keeps what is known of a model.")  # fmt: skip
+              help="Print the path of the file with a model's measurements.")  # fmt: skip
 def config(profile: str | None, **wanted: bool) -> None:
-    """Say how to compile and link a program with swift_gguf.h."""
+    """Print flags to compile and link a program with swift_gguf.h."""
     if any(wanted.values()) or not profile:
         values = _values()
         if not any(wanted.values()):
             lines = [f"{name.replace('_', '-'):14} {value}" for name, value in values.items()]
-        else:  # on one line, as pkg-config has it
+        else:  # on one line, like pkg-config
             lines = [" ".join(value for name, value in values.items() if wanted[name])]
         click.echo("\n".join(lines))
     if profile:
@@ -43,7 +44,7 @@ def _values() -> dict[str, str]:
     """What each flag prints.
 
     Raises:
-        NativeLibraryError: there is no library, or it has no headers beside it.
+        NativeLibraryError: there is no library, or its headers are missing.
     """
     from swift_gguf.native.load import REINSTALL, find_library
 
@@ -63,10 +64,10 @@ def _values() -> dict[str, str]:
 
 
 def _profile(reference: str) -> Path:
-    """The profile of a model, with the sidecar that lies beside it if it is the model's own.
+    """The path of a model's profile; the sidecar beside the model counts if it belongs to it.
 
     Raises:
-        SwiftError: nothing is known of it yet.
+        SwiftError: the model has no profile yet.
     """
     from swift_gguf.errors import SidecarError
     from swift_gguf.gguf import sidecar
@@ -82,5 +83,5 @@ def _profile(reference: str) -> Path:
         own = None
     path = Store().path(profile_key(model, own))
     if not path.exists():
-        raise SwiftError(f"nothing is known of {model.name} yet; run swift-gguf tune {reference}")
+        raise SwiftError(f"{model.name} has no profile yet; run swift-gguf tune {reference}")
     return path

@@ -32,57 +32,65 @@ if TYPE_CHECKING:
 )
 @click.argument("source")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE",
-              help="[default: here, SOURCE-TYPE.gguf]")  # fmt: skip
+              help="File to write.  [default: SOURCE-TYPE.gguf in the current folder]")  # fmt: skip
 @click.option("--quantize", metavar="TYPE",
-              help="Q4_K_M, Q8_0, IQ4_XS, ...  [default: not at all]")  # fmt: skip
+              help="Quantise to this type: Q4_K_M, Q8_0, IQ4_XS, ...  [default: do not "
+              "quantise]")  # fmt: skip
 @click.option("--list-types", is_flag=True, is_eager=True, expose_value=False,
               callback=lambda ctx, _, value: _list_types(ctx) if value else None,
-              help="Show every TYPE, and stop.")  # fmt: skip
+              help="List all types, and stop.")  # fmt: skip
 @click.option("--outtype", type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
-              help="What is quantised, or the result if nothing is.  [default: 16 bits, as the "
-              "checkpoint has them]")  # fmt: skip
-@click.option("--output-tensor-type", metavar="TYPE", help="Of the LM head.")
-@click.option("--token-embedding-type", metavar="TYPE")
+              help="Type of the result, or of the file that is quantised.  [default: the "
+              "checkpoint's 16-bit type]")  # fmt: skip
+@click.option("--output-tensor-type", metavar="TYPE", help="Type of the LM head.")
+@click.option("--token-embedding-type", metavar="TYPE",
+              help="Type of the token embeddings.")  # fmt: skip
 @click.option("--tensor-type", "overrides", multiple=True, metavar="PATTERN=TYPE",
-              help="Of tensors in whose name the regular expression is found.")  # fmt: skip
+              help="Type of tensors whose names match the regular expression; may be "
+              "repeated.")  # fmt: skip
 @click.option("--leave-output-tensor", is_flag=True, help="Do not quantise the LM head.")
-@click.option("--pure", is_flag=True, help="All tensors in one type, none at more bits.")
+@click.option("--pure", is_flag=True, help="Use one type for all tensors.")
 @click.option("--imatrix", metavar="FILE|auto",
-              help="Which columns matter: from llama-imatrix, or by own answers.")  # fmt: skip
+              help="Importance matrix: a file from llama-imatrix, or auto to compute one from the "
+              "model's own answers.")  # fmt: skip
 @click.option("--calibration-tokens", metavar="N", type=click.IntRange(1),
-              help="Of own answers.  [default: 6000; 12000 for --prepare]")  # fmt: skip
+              help="Number of tokens for --imatrix auto and --prepare.  [default: 6000; 12000 "
+              "for --prepare]")  # fmt: skip
 @click.option("--sort-neurons", is_flag=True,
               help="Put neurons of FFNs in order of importance; changes no answer.")  # fmt: skip
-@click.option("--keep-intermediate", is_flag=True, help="Keep what was quantised, too.")
-@click.option("--model-name", metavar="NAME", help="[default: the checkpoint's]")
+@click.option("--keep-intermediate", is_flag=True, help="Keep the unquantised file.")
+@click.option("--model-name", metavar="NAME",
+              help="Name in the model's metadata.  [default: the checkpoint's]")  # fmt: skip
 @click.option("--prepare", "prepares", is_flag=True,
-              help="Then derive draft weights (`swift-gguf prepare`).")  # fmt: skip
-@click.option("--tune", "tunes", is_flag=True, help="Then find good drafts (`swift-gguf tune`).")
+              help="Afterwards make draft weights (`swift-gguf prepare`).")  # fmt: skip
+@click.option("--tune", "tunes", is_flag=True,
+              help="Afterwards find good drafts (`swift-gguf tune`).")  # fmt: skip
 @click.option("--minutes", default=1.0, show_default=True, metavar="M",
-              type=click.FloatRange(0, min_open=True), help="For --tune.")  # fmt: skip
+              type=click.FloatRange(0, min_open=True), help="Minutes for --tune.")  # fmt: skip
 @click.option("--embed-profile", is_flag=True,
-              help="Write what --tune found into the model, for whoever gets it.")  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Say what would be written, and stop.")
+              help="Store the result of --tune in the model file.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Show what would be written, and stop.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
-@click.option("--allow-pickle", is_flag=True, help="Take pytorch_model.bin, too.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoint brings.")
-@click.option("-t", "--threads", type=click.IntRange(1), metavar="N")
+@click.option("--allow-pickle", is_flag=True, help="Accept pytorch_model.bin too.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code from the checkpoint.")
+@click.option("-t", "--threads", type=click.IntRange(1), metavar="N",
+              help="Number of threads.  [default: one per physical core]")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def convert(source: str, **values: Any) -> None:
-    """Make a GGUF of a Hugging Face checkpoint: a folder, or hf:owner/repo.
+    """Convert a Hugging Face checkpoint to GGUF.
 
-    Nothing is under the final name before it is whole.  Ctrl-C ends it; the same command goes on
-    later with the step it was at.
+    SOURCE is a folder or hf:owner/repo.  The output file appears when it is complete.  Ctrl-C
+    stops; the same command resumes at the step where it stopped.
     """
     if values["embed_profile"] and not values["tunes"]:
-        raise click.UsageError("--embed-profile writes down what --tune finds; give both")
+        raise click.UsageError("--embed-profile stores the result of --tune; give both")
     from swift_gguf.convert import checkpoint, converter
     from swift_gguf.convert.run import Conversion
 
     converter.require_packages()
     trust = {"allow_pickle": values["allow_pickle"], "trust_code": values["trust_remote_code"]}
     found = checkpoint.look(source, **trust)
-    converter.require_convertible(found, converter.find())  # before weights are fetched
+    converter.require_convertible(found, converter.find())  # before the weights are downloaded
     if not values["dry_run"]:
         with download_progress() as progress:
             found = checkpoint.fetch(found, progress=progress)
@@ -96,7 +104,7 @@ def convert(source: str, **values: Any) -> None:
     if there and not conversion.is_done and not values["force"]:
         raise click.ClickException(f"{there[0]} exists; give --force to replace it, or another -o")
     start = time.monotonic()
-    # what other commands say is no part of our JSON
+    # the output of the other commands must not mix with the JSON
     with conversion, redirect_stdout(sys.stderr if values["as_json"] else sys.stdout):
         if not conversion.is_done:
             click.echo(_plan_line(found, conversion.plan), err=True)
@@ -109,7 +117,7 @@ def convert(source: str, **values: Any) -> None:
 
 
 def _write(conversion: Conversion, values: dict[str, Any]) -> None:
-    """The model, and in it what was learned of it if that is wanted."""
+    """Writes the model; with --embed-profile, tunes it and stores the profile in it."""
     from dataclasses import replace
 
     from swift_gguf.gguf.identity import fingerprint
@@ -119,7 +127,7 @@ def _write(conversion: Conversion, values: dict[str, Any]) -> None:
         path = conversion.run(report)
     profile = _tuned(path, values) if values["embed_profile"] else None
     conversion.finish({EMBEDDED: portable(profile)} if profile else {})
-    if profile:  # with the keys it is another file
+    if profile:  # the stored profile changes the file, and so its fingerprint
         Store().add(replace(profile, fingerprint=fingerprint(conversion.out)))
         Store().forget(profile.fingerprint)
 
@@ -175,24 +183,24 @@ def _default_name(source: str, options: ConvertOptions) -> str:
     return f"{name}-{kind}.gguf"
 
 
-# -- what comes after ------------------------------------------------------------------------------
+# -- tuning and draft weights ----------------------------------------------------------------------
 
 
 def _tuned(path: Path, values: dict[str, Any]) -> Profile | None:
-    """What tuning finds without a sidecar, which is no part of the model."""
+    """The profile from a tuning without the sidecar, which is not part of the model file."""
     from swift_gguf.gguf.identity import fingerprint
     from swift_gguf.learning import Store
 
     _tune(path, values, sidecar="none")
     profile = Store().load(fingerprint(path))
     if profile is None or not profile.known:
-        click.echo("nothing was found to embed", err=True)
+        click.echo("tuning found nothing to store in the model", err=True)
         return None
     return profile
 
 
 def _make_fast(out: Path, values: dict[str, Any]) -> None:
-    """The sidecar and the profile, where they are wanted."""
+    """Runs `prepare` and `tune` as the flags ask."""
     from swift_gguf.cli.prepare_command import prepare
 
     if values["prepares"]:
@@ -212,7 +220,7 @@ def _tune(path: Path, values: dict[str, Any], *, sidecar: str | None) -> None:
     )
 
 
-# -- what is said ----------------------------------------------------------------------------------
+# -- output ----------------------------------------------------------------------------------------
 
 
 def _plan_line(checkpoint: Checkpoint, plan: Plan) -> str:
@@ -255,12 +263,12 @@ def _show_plan(conversion: Conversion, *, as_json: bool) -> None:
         f"{readable(checkpoint.n_bytes)}"
     )
     if plan.quantizes:
-        click.echo(f"  meanwhile  {conversion.work}  about {readable(plan.intermediate)}")
+        click.echo(f"  temporary  {conversion.work}  about {readable(plan.intermediate)}")
     click.echo(f"  {conversion.out}  about {readable(plan.model)}")
     if plan.sidecar:
         click.echo(f"  draft weights beside it  at most {readable(plan.sidecar)}")
-    verdict = "enough" if free >= plan.needed else "too little"
-    click.echo(f"needs {readable(plan.needed)}, {readable(free)} are free: {verdict}")
+    verdict = "enough" if free >= plan.needed else "not enough"
+    click.echo(f"needs {readable(plan.needed)}; {readable(free)} free: {verdict}")
     if free < plan.needed:
         raise click.exceptions.Exit(1)
 
@@ -291,7 +299,7 @@ def _result(conversion: Conversion, seconds: float) -> dict[str, Any]:
 
 @contextmanager
 def _display() -> Iterator[Report]:
-    """A bar for every step, in bytes where it writes some; on a pipe a line for every step."""
+    """A progress bar for each step; without a terminal, a line for each step."""
     if not sys.stderr.isatty():
         last = ""
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from swift_gguf.speculation import Speculation
 
 LITTLE = 1.1
-"""Times plain decoding; under that, --compare says what limits it."""
+"""Speed-up over plain decoding.  Below it, --compare explains what limits the gain."""
 
 
 @click.command(
@@ -53,21 +53,19 @@ LITTLE = 1.1
     "-f",
     "--file",
     type=click.Path(path_type=Path),
-    help="Read the prompt from a file; -: standard input.",
+    help="Read the prompt from a file; -: from standard input.",
 )
 @answer_flags
-@click.option("--raw", is_flag=True, help="No chat template: continue the prompt as it stands.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, no stream.")
-@click.option(
-    "--compare", is_flag=True, help="Decode the prompt plainly too, and show both speeds."
-)
+@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without a chat template.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
+@click.option("--compare", is_flag=True, help="Decode again without drafts, and show both speeds.")
 @speculation_flags
 @search_flags
 @sampling_flags
 @schema_flags
 @model_flags
 def generate(model: str, as_json: bool, compare: bool, **values: Any) -> None:
-    """Answer one prompt, streaming to the terminal; figures go to standard error."""
+    """Answer one prompt.  The answer goes to standard output, the timings to standard error."""
     from swift_gguf.session import Session
     from swift_gguf.speculation import Speculation
 
@@ -127,7 +125,7 @@ def _prompt_text(values: dict[str, Any]) -> str:
         file = Path("-")
     from swift_gguf.text import MOST_BYTES, splittable
 
-    # a text file ends with a line break that is no part of the prompt; llama-cli drops it too
+    # a text file's last line break is not part of the prompt; llama-cli drops it too
     text = read_text(file, limit=MOST_BYTES).removesuffix("\n")
     return splittable(text, STANDARD_INPUT if str(file) == "-" else str(file))
 
@@ -185,8 +183,8 @@ def _verdict(answer: Answer, plain: Answer, *, is_drawn: bool) -> str:
     if plain.tokens == answer.tokens:
         return "the same text"
     if is_drawn:  # by speculative sampling
-        return "another draw of the same distribution"
-    return "ANOTHER TEXT (a near tie? see the README)"
+        return "another sample from the same distribution"
+    return "ANOTHER TEXT (perhaps a near tie; see the README)"
 
 
 def _footer(answer: Answer, speculation: Speculation, plain: Answer | None) -> str:
@@ -221,7 +219,7 @@ def _comparison(answer: Answer, plain: Answer, speculation: Speculation) -> Iter
         yield line
         return
     ratio = answer.stats.tokens_per_second / speed
-    yield f"{line}; the first is {ratio:.2f}x plain, each measured once"
+    yield f"{line}; speed-up {ratio:.2f}x, each measured once"
     share = speculation.row_share
     if ratio < LITTLE and share is not None:
-        yield f"little to gain here: to verify one more token takes {share:.0%} of a pass"
+        yield f"little to gain here: verifying one more token costs {share:.0%} of a forward pass"

@@ -1,4 +1,4 @@
-"""What commands show and offer alike: examples below their flags, and what Tab completes."""
+"""Shared by commands: examples below the flags, and Tab completion of models."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def examples(*lines: str) -> str:
-    """An epilog with commands as they are typed; what ``#`` begins says what for."""
+    """The epilog of a command's help: one example command a line."""
     return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)])
 
 
 def complete_model(
     _context: click.Context, _parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem[str]]:
-    """Names of the registry, GGUF files, and the folders they may be in."""
+    """Completions of MODEL: names of the registry, GGUF files, and folders."""
     from click.shell_completion import CompletionItem
 
     from swift_gguf.hub import registry
@@ -36,15 +36,16 @@ def complete_model(
 
 
 def _paths(incomplete: str) -> list[str]:
-    """As they were begun; below a folder that is the only one, too.
+    """GGUF files and folders that begin with `incomplete`.
 
-    Shells write a space after the only completion: with its files beside it, a folder is not.
+    A shell adds a space after the only completion.  If that is a folder, its files are listed
+    too, so that the user can go on typing.
     """
     start = incomplete.rpartition("/")[2]
     typed = incomplete[: len(incomplete) - len(start)]
     try:
         found = sorted(Path(typed or ".").expanduser().iterdir())
-    except (OSError, RuntimeError):  # not a folder of ours; no such user
+    except (OSError, RuntimeError):  # no access to the folder; no such user
         return []
     shown = [path for path in found if path.name.startswith(start)]
     if not start.startswith("."):

@@ -33,15 +33,15 @@ PLOTS = (".png", ".svg")
 @model_argument
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--costs", "with_costs", is_flag=True,
-              help="Show what passes take on this machine; measured, where that is not "
-              "known.")  # fmt: skip
+              help="Show how long forward passes take on this machine; measures them if "
+              "necessary.")  # fmt: skip
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), metavar="FILE.png",
-              help="Draw the costs; .svg, too.")  # fmt: skip
+              help="Draw the costs as a PNG or SVG file.")  # fmt: skip
 @model_flags
 def info(
     model: str, as_json: bool, with_costs: bool, plot_path: Path | None, **values: Any
 ) -> None:
-    """Show what a model is, and which of its sub-layers a draft can leave out."""
+    """Show a model's properties, and the layers that a draft can skip."""
     if plot_path:
         _require_plot(plot_path)
     with load_model(model, values) as loaded:
@@ -58,13 +58,13 @@ def _require_plot(path: Path) -> None:
     from swift_gguf.outputs import require_folder, require_matplotlib
 
     if path.suffix not in PLOTS:
-        raise click.UsageError(f"--plot draws {' or '.join(PLOTS)} files, not {path.name}")
+        raise click.UsageError(f"--plot writes {' or '.join(PLOTS)} files, not {path.name}")
     require_folder(path)
     require_matplotlib()
 
 
 def _costs(model: Model) -> Costs:
-    """As the profile has them, if they are sure; else they are measured, and kept there."""
+    """The costs from the model's profile.  If they are uncertain, measures and saves them."""
     from swift_gguf.learning import Learning
 
     learning = Learning(model, None)
@@ -74,7 +74,7 @@ def _costs(model: Model) -> Costs:
 
 
 def describe(model: Model) -> dict[str, Any]:
-    """Everything `info` shows; sizes in bytes, shares of a one-token pass from 0 to 1."""
+    """Everything `info` shows.  Sizes are bytes; shares are of a one-token pass, 0 to 1."""
     from swift_gguf.native import library
 
     attention, ffn = model.sublayers
@@ -119,10 +119,11 @@ def describe(model: Model) -> dict[str, Any]:
 
 
 def describe_costs(model: Model, costs: Costs) -> dict[str, Any]:
-    """What passes take here against what they read.
+    """How long passes take on this machine, and how many bytes they read.
 
-    "passes": by width; "parts": of a one-token pass, they add up to it; "more": what comes on top.
-    A gigabyte is 10^9 bytes, of weights and of the cache at `costs.n_kv`.
+    "passes": the time of a pass by width.  "parts": the parts of a one-token pass; they add up to
+    it.  "more": costs on top of a pass.  Bytes are those of the weights and of the KV cache at
+    `costs.n_kv` tokens; a gigabyte is 10^9 bytes.
     """
     from swift_gguf.planning.cost import machine_key
 
@@ -163,7 +164,7 @@ def describe_costs(model: Model, costs: Costs) -> dict[str, Any]:
 
 
 def _bytes(sublayers: Sequence[Sublayer], model: Model, n_kv: int) -> float:
-    """What a one-token pass reads of those that can be skipped."""
+    """Bytes that a one-token pass reads for those sub-layers that can be skipped."""
     return sum(
         sublayer.weight_bytes + sublayer.kv_bytes * n_kv / model.n_ctx
         for sublayer in sublayers
@@ -172,7 +173,7 @@ def _bytes(sublayers: Sequence[Sublayer], model: Model, n_kv: int) -> float:
 
 
 def _learned(model: Model) -> dict[str, Any] | None:
-    """What the profile holds, the best first; None if nothing was learned yet."""
+    """The model's profile, best drafts first; None if there is no profile yet."""
     from swift_gguf.gguf.identity import profile_key
     from swift_gguf.learning import Store
     from swift_gguf.planning.cost import stored_costs
@@ -217,7 +218,7 @@ def _table(report: dict[str, Any]) -> str:
         ("quantisation", f"{report['description']}, {report['bytes'] / 1e6:.0f} MB"),
         ("parameters", f"{report['parameters'] / 1e6:.0f} M"),
         ("context", f"{report['context']} tokens (trained for {report['context_trained']})"),
-        ("chat template", "yes" if report["chat_template"] else "no (a base model: use --raw)"),
+        ("chat template", "yes" if report["chat_template"] else "no (base model: use --raw)"),
         ("backend", f"{report['backend']}, {report['threads']} threads"),
         ("llama.cpp", report["llama_cpp_commit"][:9]),
         ("speculation", report["rollback_refusal"] or "possible"),
@@ -227,7 +228,7 @@ def _table(report: dict[str, Any]) -> str:
     head = report["pass"]["head_bytes"] / total
     lines += [
         "",
-        f"a pass over one token reads {total / 1e6:.0f} MB of weights, the head {head:.1%}:",
+        f"a one-token forward pass reads {total / 1e6:.0f} MB of weights, {head:.1%} in the head:",
         "",
     ]
     lines.append("layer  attention      FFN")
@@ -250,7 +251,7 @@ def _table(report: dict[str, Any]) -> str:
 def _costs_lines(costs: dict[str, Any]) -> list[str]:
     most = max(item["ms"] for item in costs["passes"])
     return [
-        f"passes here ({costs['machine']}), after {costs['n_kv']} tokens:",
+        f"forward passes here ({costs['machine']}), {costs['n_kv']} tokens in the KV cache:",
         "",
         "width        ms   of one  ms/token",
         *(
@@ -289,10 +290,10 @@ def _rate(ms_per_gb: float | None) -> str:
 
 def _learned_lines(learned: dict[str, Any] | None) -> list[str]:
     if learned is None or not (learned["evaluations"] or learned["subnetworks"]):
-        return ["nothing learned yet: `swift-gguf tune` finds what drafts can leave out"]
+        return ["nothing learned yet: `swift-gguf tune` finds the layers that drafts can skip"]
     head = (
         f"learned from {learned['evaluations']} drafts scored in {learned['search_s']:.0f} s "
-        "(`swift-gguf tune --reset` forgets it)"
+        "(`swift-gguf tune --reset` deletes it)"
     )
     if not learned["subnetworks"]:
         return [head]
@@ -301,7 +302,7 @@ def _learned_lines(learned: dict[str, Any] | None) -> list[str]:
         f"attention {item['skip_attn'] or '-'}; FFN {item['skip_ffn'] or '-'}"
         for item in learned["subnetworks"]
     ]
-    return [head, "predicted   agreement      left out", *rows]
+    return [head, "predicted   agreement      skipped", *rows]
 
 
 def _speedup(known: Known, objective: Objective) -> float:

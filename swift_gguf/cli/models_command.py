@@ -1,4 +1,4 @@
-"""`swift-gguf models`: the models that can be used by name, and fetching them."""
+"""`swift-gguf models`: list the models that have a name, and download them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from swift_gguf.hub.progress import download_progress
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list instead of a table.")
 @click.pass_context
 def models(context: click.Context, as_json: bool) -> None:
-    """List the models that can be used by name, or `pull` one.
+    """List the models that have a name; `pull` downloads one.
 
-    Besides these names, every command takes a path, hf:owner/repo or hf:owner/repo/file.gguf.
+    Every command also takes a path, hf:owner/repo or hf:owner/repo/file.gguf.
     """
     if context.invoked_subcommand is not None:
         if as_json:
-            raise click.UsageError("--json belongs to the list, not to a subcommand.")
+            raise click.UsageError("--json is for the list, not for a subcommand")
         return
     click.echo(_as_json() if as_json else _as_table())
 
@@ -38,7 +38,10 @@ def models(context: click.Context, as_json: bool) -> None:
 )
 @click.argument("name", shell_complete=complete_model)
 def pull(name: str) -> None:
-    """Fetch a model (a name of the list, or hf:owner/repo[/file.gguf]) and print its path."""
+    """Download a model and print its path.
+
+    NAME is a name from the list, or hf:owner/repo[/file.gguf].
+    """
     with download_progress(name) as progress:
         path = library.resolve(name, progress=progress)
     click.echo(path)

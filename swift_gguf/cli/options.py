@@ -1,4 +1,4 @@
-"""Flags that several commands share, under llama.cpp's names where it has them."""
+"""Flags that several commands share.  They have llama.cpp's names where it has such a flag."""
 
 from __future__ import annotations
 
@@ -36,50 +36,59 @@ def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 model_flags = _all(
     click.option("-c", "--ctx-size", metavar="N",
-                 type=click.IntRange(0), help="Context in tokens; 0: the model's own.  [default: "
-                 "4096, or the model's own if that is less]"),
+                 type=click.IntRange(0), help="Context size in tokens; 0: as long as the model was "
+                 "trained for.  [default: 4096, or less if the model was trained for less]"),
     click.option("-t", "--threads", type=click.IntRange(1, 512), metavar="N",
-                 help="Threads  [default: one a physical core]"),
+                 help="Number of threads.  [default: one per physical core]"),
     click.option("-ngl", "--n-gpu-layers", default=-1, metavar="N",
-                 help="Layers on the GPU; -1: all, 0: none.  [default: -1]"),
+                 help="Number of layers on the GPU; -1: all.  [default: -1]"),
     click.option("-fa", "--flash-attn", type=click.Choice(["auto", "on", "off"]), default="auto",
                  help="Flash attention.  [default: auto]"),
     click.option("--sidecar", metavar="FILE",
-                 help="Draft weights from `swift-gguf prepare`; none: without.  [default: those "
-                 "beside the model]"),
+                 help="Draft weights from `swift-gguf prepare`; none: use none.  [default: the "
+                 "file beside the model, if there is one]"),
 )  # fmt: skip
 
 sampling_flags = _all(
     click.option("--temp", default=0.8, show_default=True, help="Temperature; 0: greedy."),
-    click.option("--top-k", default=40, show_default=True, help="0: all tokens."),
-    click.option("--top-p", default=0.95, show_default=True),
-    click.option("--min-p", default=0.05, show_default=True),
-    click.option("--repeat-penalty", default=1.0, show_default=True),
+    click.option("--top-k", default=40, show_default=True,
+                 help="Keep the N most likely tokens; 0: all."),
+    click.option("--top-p", default=0.95, show_default=True,
+                 help="Keep the most likely tokens up to this total probability; 1: all."),
+    click.option("--min-p", default=0.05, show_default=True,
+                 help="Drop tokens below this share of the top probability; 0: none."),
+    click.option("--repeat-penalty", default=1.0, show_default=True,
+                 help="Penalty for repeated tokens; 1: none."),
     click.option("--repeat-last-n", default=64, show_default=True,
-                 help="Latest tokens the penalties look at; -1: all."),
-    click.option("--presence-penalty", default=0.0, show_default=True),
-    click.option("--frequency-penalty", default=0.0, show_default=True),
-    click.option("-s", "--seed", default=-1, metavar="N", help="-1: a new one.  [default: -1]"),
-    click.option("--grammar", metavar="GBNF", help="Constrain the answer; root rule: root."),
-    click.option("--grammar-file", type=click.Path(path_type=Path), metavar="FILE"),
+                 help="Number of latest tokens that the penalties look at; -1: all."),
+    click.option("--presence-penalty", default=0.0, show_default=True, help="0: none."),
+    click.option("--frequency-penalty", default=0.0, show_default=True, help="0: none."),
+    click.option("-s", "--seed", default=-1, metavar="N",
+                 help="Random seed; -1: a new one each time.  [default: -1]"),
+    click.option("--grammar", metavar="GBNF",
+                 help="Constrain the answer to a grammar; its root rule is `root`."),
+    click.option("--grammar-file", type=click.Path(path_type=Path), metavar="FILE",
+                 help="Read the grammar from a file."),
 )  # fmt: skip
 
 template_flags = _all(
     click.option("--chat-template", metavar="JINJA",
-                 help="A template (text or file) instead of the model's."),
+                 help="Use this chat template (text or file) instead of the model's."),
     click.option("--chat-template-kwargs", metavar="JSON",
-                 help="Further variables of the template, as {\"name\": value}."),
+                 help="More variables for the template, as {\"name\": value}."),
     click.option("-rea", "--reasoning", type=click.Choice(["on", "off", "auto"]), default="auto",
-                 help="Does the model think first?  [default: auto, as its template has it]"),
+                 help="Let the model think before it answers.  [default: auto, the template "
+                 "decides]"),
     click.option("--reasoning-effort", metavar="LEVEL",
-                 help="How hard it thinks, where its template knows levels: low, medium, high, "
-                 "none, ...  [default: the template's]"),
+                 help="How much the model thinks, if its template has levels: none, low, medium, "
+                 "high, ...  [default: the template's]"),
 )  # fmt: skip
 
 schema_flags = _all(
     click.option("-j", "--json-schema", metavar="SCHEMA",
-                 help="Hold the answer to a JSON schema; {}: any JSON."),
-    click.option("-jf", "--json-schema-file", type=click.Path(path_type=Path), metavar="FILE"),
+                 help="Constrain the answer to a JSON schema; {}: any JSON."),
+    click.option("-jf", "--json-schema-file", type=click.Path(path_type=Path), metavar="FILE",
+                 help="Read the JSON schema from a file."),
 )  # fmt: skip
 
 answer_flags = _all(
@@ -88,7 +97,7 @@ answer_flags = _all(
         "--n-predict",
         default=-1,
         metavar="N",
-        help="At most N tokens an answer; -1: to the end.",
+        help="Stop the answer after N tokens; -1: no limit.  [default: -1]",
     ),
     click.option("-sys", "--system-prompt", metavar="TEXT", help="A system message."),
     template_flags,
@@ -96,36 +105,48 @@ answer_flags = _all(
 
 speculation_flags = _all(
     click.option("--speculation", default="auto", show_default=True,
-                 metavar="SOURCES", help="Where drafts come from: auto, off, or of ngram, "
-                 "recycling, layer-skip, draft-model some, joined by commas."),
+                 metavar="SOURCES", help="Where drafts come from: auto, off, or a comma-separated "
+                 "list of ngram, recycling, layer-skip, draft-model."),
     click.option("--draft-model", type=click.Path(path_type=Path), metavar="PATH",
-                 help="A smaller model of the same family that drafts, too."),
-    click.option("--skip-attn", metavar="LAYERS", help="Draft without these attentions: 3,5-9."),
-    click.option("--skip-ffn", metavar="LAYERS", help="Draft without these FFNs: 4,6."),
+                 help="A smaller model with the same vocabulary, used for drafts."),
+    click.option("--skip-attn", metavar="LAYERS",
+                 help="Skip attention in these layers when drafting: 3,5-9."),
+    click.option("--skip-ffn", metavar="LAYERS",
+                 help="Skip the FFN in these layers when drafting: 4,6."),
     click.option("--draft-max", metavar="N", type=click.IntRange(1, 64),
-                 help="Draft at most this many tokens.  [default: as many as pay]"),
+                 help="Maximum number of draft tokens.  [default: chosen by measured cost]"),
     click.option("--draft-p-min", metavar="P", type=click.FloatRange(0, 1),
-                 help="Stop drafting below this probability.  [default: by measured acceptance]"),
+                 help="Stop drafting below this probability.  [default: chosen by measured "
+                 "acceptance]"),
     click.option("--draft-tree", type=click.Choice(["chain", "caterpillar", "best-first"]),
-                 help="Shape of a draft by layer-skip.  [default: chain]"),
+                 help="Shape of layer-skip drafts.  [default: chain]"),
     click.option("--speculative-sampling", is_flag=True,
-                 help="Draw drafts and accept by min(1, p/q): the same distribution of texts, "
-                 "another text for a seed."),
+                 help="Sample drafts and accept them with probability min(1, p/q).  Texts have the "
+                 "same distribution, but a seed gives another text than plain decoding."),
 )  # fmt: skip
 
 search_flags = _all(
     click.option("--search", default="auto", show_default=True,
                  type=click.Choice(["auto", "paper", "off"]),
-                 help="How to look for what to skip; paper: as SWIFT does, see the next flags."),
+                 help="Search for layers to skip; paper: SWIFT's own search, set by the next "
+                 "flags."),
     click.option("--skip-ratio", default=0.45, show_default=True,
-                 type=click.FloatRange(0, 1, min_open=True, max_open=True)),
-    click.option("--context-window", default=32, show_default=True, type=click.IntRange(1, 45)),
-    click.option("--opt-interval", default=1, show_default=True, type=click.IntRange(1)),
-    click.option("--bayes/--no-bayes", default=True, show_default=True),
-    click.option("--bayes-interval", default=25, show_default=True, type=click.IntRange(1)),
-    click.option("--max-opt-iter", default=1000, show_default=True, type=click.IntRange(1)),
-    click.option("--max-tolerance-iter", default=300, show_default=True, type=click.IntRange(1)),
-    click.option("--max-score", default=0.95, show_default=True, type=click.FloatRange(0, 1)),
+                 type=click.FloatRange(0, 1, min_open=True, max_open=True),
+                 help="Share of sub-layers to skip."),
+    click.option("--context-window", default=32, show_default=True, type=click.IntRange(1, 45),
+                 help="Score a proposal on this many latest tokens."),
+    click.option("--opt-interval", default=1, show_default=True, type=click.IntRange(1),
+                 help="Score a proposal after every N forward passes."),
+    click.option("--bayes/--no-bayes", default=True, show_default=True,
+                 help="Use Bayesian optimisation."),
+    click.option("--bayes-interval", default=25, show_default=True, type=click.IntRange(1),
+                 help="Take every Nth proposal from Bayesian optimisation, the others at random."),
+    click.option("--max-opt-iter", default=1000, show_default=True, type=click.IntRange(1),
+                 help="Stop after N proposals."),
+    click.option("--max-tolerance-iter", default=300, show_default=True, type=click.IntRange(1),
+                 help="Stop after N proposals without improvement."),
+    click.option("--max-score", default=0.95, show_default=True, type=click.FloatRange(0, 1),
+                 help="Stop when a proposal's matchness exceeds this."),
 )  # fmt: skip
 
 
@@ -211,10 +232,10 @@ def sampling_options(values: dict[str, Any]) -> SamplingOptions:
 
 
 def constraint(values: dict[str, Any]) -> Constraint | None:
-    """What the answer must be, from the values of `schema_flags`.
+    """The JSON schema that the answer has to match, from the values of `schema_flags`.
 
     Raises:
-        SchemaError: the schema is none, or cannot be held.
+        SchemaError: it is not a JSON schema, or it cannot be enforced.
     """
     text, path = values["json_schema"], values["json_schema_file"]
     if text is None and path is None:
@@ -230,15 +251,15 @@ def constraint(values: dict[str, Any]) -> Constraint | None:
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise SchemaError(f"the JSON schema is no JSON: {error}") from error
+        raise SchemaError(f"the JSON schema is not JSON: {error}") from error
     return json_by(schema)
 
 
 def template_variables(values: dict[str, Any]) -> dict[str, Any]:
-    """What the chat template is told, from the values of `template_flags`.
+    """The chat template's variables, from the values of `template_flags`.
 
     Raises:
-        TemplateError: they are no JSON object, or set what is not to be set.
+        TemplateError: they are not a JSON object, or they set a reserved name.
     """
     from swift_gguf.templates import THINKS, parse_variables, with_reasoning
 
@@ -251,9 +272,9 @@ def template_variables(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_model(reference: str, values: dict[str, Any], **more: Any) -> Model:
-    """The model that MODEL names, fetched if need be.
+    """Loads the model that MODEL names; downloads it first if necessary.
 
-    more: of `ModelOptions`, what no flag says.
+    more: fields of `ModelOptions` that no flag sets.
     """
     from dataclasses import replace
 
@@ -266,15 +287,15 @@ def load_model(reference: str, values: dict[str, Any], **more: Any) -> Model:
 
     model = Model(path, replace(model_options(values), **more))
     if model.sidecar_refusal:
-        click.echo(f"swift-gguf: going on without draft weights: {model.sidecar_refusal}", err=True)
+        click.echo(f"swift-gguf: draft weights are not used: {model.sidecar_refusal}", err=True)
     return model
 
 
 def read_text(path: Path, *, limit: int = text_files.MAX_BYTES) -> str:
-    """A text file, or ``-``: standard input.  At most `limit` bytes.
+    """The text of a file, or of standard input if the path is ``-``; at most `limit` bytes.
 
     Raises:
-        SwiftError: it cannot be read, is longer, or is no text.
+        SwiftError: it cannot be read, is too long, or is not text.
     """
     if str(path) != "-":
         return text_files.read_text(path, limit=limit)

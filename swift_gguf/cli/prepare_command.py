@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from swift_gguf.model import Model
     from swift_gguf.prepare.run import Preparation, Report
 
-CONTEXT = 2048  # tokens, of which a prompt and all its answers need some
-BATCH = 128  # tokens decoded at once, each with logits
+CONTEXT = 2048  # tokens, for a prompt and all its answers
+BATCH = 128  # tokens in a batch, each with logits
 
 
 @click.command(
@@ -30,34 +30,35 @@ BATCH = 128  # tokens decoded at once, each with logits
 )
 @model_argument
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE",
-              help="[default: beside the model, MODEL.swift.gguf]")  # fmt: skip
+              help="File to write.  [default: MODEL.swift.gguf beside the model]")  # fmt: skip
 @click.option("--width", default=0.125, show_default=True, metavar="SHARE",
               type=click.FloatRange(0, 1, min_open=True),
-              help="Neurons that a draft keeps of every FFN.")  # fmt: skip
+              help="Share of each FFN's neurons that drafts use.")  # fmt: skip
 @click.option("--rank", metavar="N", type=click.IntRange(0),
-              help="Of a linear path for the neurons left out; 0: none.  [default: a sixth of the "
-              "model's width]")  # fmt: skip
+              help="Rank of the linear map that replaces the other neurons; 0: none.  [default: a "
+              "sixth of the embedding size]")  # fmt: skip
 @click.option("--head", default=65536, show_default=True, metavar="N", type=click.IntRange(0),
-              help="Tokens that drafts choose from; 0: all.")  # fmt: skip
+              help="Number of tokens that drafts choose from; 0: all.")  # fmt: skip
 @click.option("--attention/--no-attention", default=True, show_default=True,
-              help="Copies of attention's matrices in fewer bits, where the model has eight or "
-              "more.")  # fmt: skip
+              help="Copy attention matrices of eight bits or more with fewer bits.")  # fmt: skip
 @click.option("--type", "kind", default="Q4_0", show_default=True, metavar="TYPE",
-              help="Of the draft weights: Q4_0, Q4_K, Q8_0, ...")  # fmt: skip
+              help="Type of the draft weights: Q4_0, Q4_K, Q8_0, ...")  # fmt: skip
 @click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE",
-              help="Prompts to calibrate on: JSON lines with `turns`, or one a line.  [default: "
-              "some built in]")  # fmt: skip
+              help="Prompts to calibrate on: JSON lines with `turns`, or one prompt per line.  "
+              "[default: built-in prompts]")  # fmt: skip
 @click.option("--tokens", default=12000, show_default=True, metavar="N", type=click.IntRange(1),
-              help="How much of the model's own answers to calibrate on.")  # fmt: skip
-@click.option("-s", "--seed", default=1, show_default=True, metavar="N", type=click.IntRange(0))
+              help="Number of tokens of the model's own answers to calibrate on.")  # fmt: skip
+@click.option("-s", "--seed", default=1, show_default=True, metavar="N", type=click.IntRange(0),
+              help="Random seed of the answers.")  # fmt: skip
 @click.option("--tune", "minutes", default=1.0, show_default=True, metavar="M",
-              type=click.FloatRange(0), help="Minutes to try the drafts out for.")  # fmt: skip
+              type=click.FloatRange(0),
+              help="Minutes to tune the drafts afterwards; 0: do not tune.")  # fmt: skip
 @model_flags
 def prepare(model: str, output: Path | None, minutes: float, **values: Any) -> None:
-    """Derive weights for faster drafts from the model itself.
+    """Make weights for faster drafts from the model itself.
 
-    They lie in a file beside the model, and are used wherever it is.  Ctrl-C ends it; the same
-    command goes on later.
+    The file beside the model is picked up automatically.  Ctrl-C stops; the same command
+    resumes later.
     """
     from swift_gguf.gguf.sidecar import path_beside
 
@@ -96,7 +97,7 @@ def _prepare(model: Model, out: Path, values: dict[str, Any], report: Report) ->
     n_bytes = preparation.write(out, texts)
     unfinished.unlink(missing_ok=True)
     error = preparation.error
-    accuracy = f": narrow FFNs are off by {error:.0%} of what the whole ones put out"
+    accuracy = f"; relative error of the narrow FFNs: {error:.0%}"
     click.echo(f"wrote {out}, {n_bytes / 1e6:.0f} MB{'' if error is None else accuracy}")
 
 
@@ -107,7 +108,7 @@ def _plan(preparation: Preparation, out: Path) -> str:
 
 
 def _prompts(model: Model, file: Path | None) -> list[list[int]]:
-    """What to ask the model, as chat prompts where it has a template."""
+    """The prompts as tokens, in the chat template if the model has one."""
     from swift_gguf.prepare.prompts import PROMPTS
     from swift_gguf.suite import read_suite
     from swift_gguf.text import encode, render_chat
@@ -128,12 +129,12 @@ def _prompts(model: Model, file: Path | None) -> list[list[int]]:
 
     prompts = [ids for ids in map(tokens, texts) if 0 < len(ids) <= longest]
     if not prompts:
-        raise click.ClickException(f"{file} holds no prompt of at most {longest} tokens")
+        raise click.ClickException(f"{file} has no prompt of at most {longest} tokens")
     return prompts
 
 
 def _try_out(path: Path, minutes: float, values: dict[str, Any]) -> None:
-    """Measures and tunes, so that the first answer drafts with what suits this machine."""
+    """Measures and tunes, so that the first answer already has good drafts."""
     from swift_gguf.cli.tune_command import tune_lines
 
     with load_model(str(path), {**values, "sidecar": None}) as model:
@@ -142,7 +143,7 @@ def _try_out(path: Path, minutes: float, values: dict[str, Any]) -> None:
 
 @contextmanager
 def _display() -> Iterator[Report]:
-    """A progress bar; on a pipe a line for every step."""
+    """A progress bar; without a terminal, a line for each step."""
     if not sys.stderr.isatty():
         last = ""
 

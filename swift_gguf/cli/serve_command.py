@@ -37,50 +37,58 @@ if TYPE_CHECKING:
     )
 )
 @model_argument
-@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS",
-              help="Where to listen; another address opens the server to the network.")  # fmt: skip
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    metavar="ADDRESS",
+    help="Address to listen on.  Any other address opens the server to the network.",
+)
 @click.option("--port", default=8080, show_default=True, metavar="N",
-              type=click.IntRange(0, 65535), help="0: a free one.")  # fmt: skip
+              type=click.IntRange(0, 65535),
+              help="Port to listen on; 0: any free port.")  # fmt: skip
 @click.option("--api-key", envvar="SWIFT_GGUF_API_KEY", show_envvar=True, metavar="KEY",
-              help="What clients must send; other users of this machine can read a command's "
-              "flags, so rather use the variable or the next flag.")  # fmt: skip
+              help="Key that clients must send.  Other users of this machine can see a command's "
+              "flags, so prefer the variable or the next flag.")  # fmt: skip
 @click.option("--api-key-file", type=click.Path(path_type=Path), metavar="FILE",
-              help="The key, in a file.")  # fmt: skip
-@click.option("-a", "--alias", metavar="NAME", help="The model's name in answers.")
+              help="Read the key from a file.")  # fmt: skip
+@click.option("-a", "--alias", metavar="NAME",
+              help="The model's name in responses.  [default: from MODEL]")  # fmt: skip
 @click.option("--cors", "origins", multiple=True, metavar="ORIGIN",
-              help="Let pages of this web origin call the server (https://chat.example.org; *: "
-              "any); may be repeated.")  # fmt: skip
+              help="Allow requests from pages of this web origin (https://chat.example.org; *: "
+              "any).  May be repeated.")  # fmt: skip
 @click.option("-n", "--n-predict", type=click.IntRange(1), metavar="N",
-              help="Tokens of an answer at most.  [default: what the context holds]")  # fmt: skip
+              help="Maximum number of tokens per answer.  [default: what fits the "
+              "context]")  # fmt: skip
 @click.option("--queue-size", default=64, show_default=True, metavar="N", type=click.IntRange(0),
-              help="Requests that may wait; beyond, 503.")  # fmt: skip
+              help="Number of requests that may wait; more get error 503.")  # fmt: skip
 @click.option("--max-body", default=4 << 20, show_default=True, metavar="BYTES",
-              type=click.IntRange(1024), help="Size of a request at most.")  # fmt: skip
+              type=click.IntRange(1024), help="Maximum size of a request.")  # fmt: skip
 @click.option("--timeout", "timeout_s", default=600.0, show_default=True, metavar="SECONDS",
               type=click.FloatRange(0, min_open=True),
-              help="For a request, from the queue to its last token.")  # fmt: skip
+              help="Time limit for a request, from the queue to its last token.")  # fmt: skip
 @click.option("--receive-timeout", "receive_s", default=30.0, show_default=True,
               metavar="SECONDS", type=click.FloatRange(0, min_open=True),
-              help="For a client to send its request.")  # fmt: skip
+              help="Time limit for a client to send its request.")  # fmt: skip
 @click.option("--drain", "drain_s", default=30.0, show_default=True, metavar="SECONDS",
               type=click.FloatRange(0),
-              help="How long a running answer may go on after SIGTERM or Ctrl-C.")  # fmt: skip
+              help="Time limit for running answers after SIGTERM or Ctrl-C.")  # fmt: skip
 @click.option("--grammars/--no-grammars", default=True, show_default=True,
-              help="Take grammars and JSON schemas from clients; some that are small keep "
-              "llama.cpp busy for ever.")  # fmt: skip
+              help="Accept grammars and JSON schemas from clients.  Even a small one can "
+              "keep llama.cpp busy forever.")  # fmt: skip
 @click.option("--cache-ram", "cache_mib", default=1024, show_default=True, metavar="MIB",
               type=click.IntRange(0),
-              help="Memory for conversations besides the latest; 0: none.")  # fmt: skip
+              help="Memory to cache the KV state of earlier conversations; 0: off.")  # fmt: skip
 @template_flags
 @speculation_flags
 @search_flags
 @sampling_flags
 @model_flags
 def serve(model: str, **values: Any) -> None:
-    """Serve a model over HTTP, as OpenAI's API; a page to chat with is at /."""
+    """Serve a model over HTTP with OpenAI's API.  The path / is a chat page."""
     from swift_gguf.server.extra import require
 
-    # until the server listens, and has manners of its own
+    # until the server listens and installs its own handlers
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGINT, _interrupt)
     require()
@@ -88,7 +96,9 @@ def serve(model: str, **values: Any) -> None:
     from swift_gguf.hub.progress import download_progress
 
     if values["speculative_sampling"]:
-        raise click.UsageError("served texts are those of their seeds: no --speculative-sampling")
+        raise click.UsageError(
+            "serve does not support --speculative-sampling: it changes the text of a seed"
+        )
     if values["sidecar"] not in (None, "none"):
         raise click.UsageError("serve takes the draft weights beside the model, or --sidecar none")
     options = _options(model, values)
@@ -102,7 +112,7 @@ def serve(model: str, **values: Any) -> None:
     speculation, loading = speculation_options(values), model_options(values)
     if not options.is_loopback and options.api_key is None:
         click.echo(
-            f"swift-gguf: warning: everybody who reaches {options.host} can use this server; "
+            f"swift-gguf: warning: anyone who can reach {options.host} can use this server; "
             "set --api-key",
             err=True,
         )
@@ -130,13 +140,13 @@ def _interrupt(*_: object) -> None:
 
 
 def _ignore_signals() -> None:
-    """The process ends: another one would change its exit code."""
+    """Called when the process ends: another signal would change its exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 def model_name(reference: str) -> str:
-    """What answers call a model that was asked for by a name, a path or an address."""
+    """The model's name in responses, from a registry name, a path or an address."""
     return Path(reference).name.removesuffix(".gguf")
 
 
@@ -149,7 +159,7 @@ def _options(model: str, values: dict[str, Any]) -> ServerOptions:
     if values["api_key_file"] is not None:
         key = read_text(values["api_key_file"]).strip()
     if key is not None and not (key and key.isascii() and key.isprintable()):
-        raise click.UsageError("the API key must be some printable ASCII characters")
+        raise click.UsageError("the API key must consist of printable ASCII characters")
     return ServerOptions(
         host=values["host"],
         port=values["port"],

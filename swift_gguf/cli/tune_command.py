@@ -28,37 +28,37 @@ SAVE_EVERY = 50  # steps
     epilog=examples(
         "swift-gguf tune model.gguf --minutes 10",
         "swift-gguf tune model.gguf --suite mine.jsonl --json",
-        "swift-gguf tune model.gguf --reset           # forget what was learned",
+        "swift-gguf tune model.gguf --reset           # delete what was learned",
     )
 )
 @model_argument
 @click.option("--suite", type=click.Path(path_type=Path), metavar="FILE",
-              help="Prompts as JSON lines with `turns`; default: some built in.")  # fmt: skip
+              help="Prompts as JSON lines with `turns`.  [default: built-in prompts]")  # fmt: skip
 @click.option("--minutes", default=DEFAULT_MINUTES, show_default=True, metavar="M",
-              type=click.FloatRange(0, min_open=True))  # fmt: skip
+              type=click.FloatRange(0, min_open=True), help="Minutes to search for.")  # fmt: skip
 @click.option("--draft-max", default=8, show_default=True, metavar="N",
-              type=click.IntRange(1, 64), help="Longest draft considered.")  # fmt: skip
-@click.option("--reset", is_flag=True, help="Forget what was learned of the model, and stop.")
+              type=click.IntRange(1, 64), help="Maximum number of draft tokens.")  # fmt: skip
+@click.option("--reset", is_flag=True, help="Delete what was learned about the model, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @search_flags
 @model_flags
 def tune(model: str, reset: bool, as_json: bool, **values: Any) -> None:
-    """Find what a model's drafts can leave out, and remember it.
+    """Find the layers that a model's drafts can skip, and save the result.
 
-    Ctrl-C stops early and keeps the best found so far.
+    Ctrl-C stops early and keeps the best result so far.
     """
     if reset:
         _reset(model)
         return
     if values["search"] == "off":
-        raise click.UsageError("--search off leaves nothing to do; use auto or paper")
+        raise click.UsageError("with --search off there is nothing to do; use auto or paper")
     with load_model(model, values) as loaded:
         report = _tune(loaded, values)
     click.echo(json.dumps(report) if as_json else _lines(report))
 
 
 def _reset(reference: str) -> None:
-    """With the sidecar that lies beside the model, and without."""
+    """Deletes the model's profiles: the one without a sidecar and the one with it."""
     from swift_gguf.gguf.identity import profile_key
     from swift_gguf.gguf.sidecar import path_beside
     from swift_gguf.hub import resolve
@@ -67,11 +67,11 @@ def _reset(reference: str) -> None:
     model = resolve(reference)
     sidecars = [path for path in (path_beside(model),) if path.exists()]
     found = [Store().forget(profile_key(model, sidecar)) for sidecar in (None, *sidecars)]
-    click.echo("forgotten" if any(found) else "nothing was known of this model")
+    click.echo("deleted" if any(found) else "nothing was learned about this model")
 
 
 def tune_lines(model: Model, minutes: float) -> str:
-    """Tunes on the built-in prompts; what `tune` prints."""
+    """Tunes on the built-in prompts, and returns what `tune` would print."""
     values = {"suite": None, "search": "auto", "draft_max": 8, "minutes": minutes}
     return _lines(_tune(model, values))
 
@@ -86,7 +86,7 @@ def _tune(model: Model, values: dict[str, Any]) -> dict[str, Any]:
         raise UnsupportedModelError(f"nothing to tune: {refusal}")
     space = space_of(model)
     if space is None:
-        raise UnsupportedModelError("nothing to tune: no sub-layer of this model can be skipped")
+        raise UnsupportedModelError("nothing to tune: this model has no layer that can be skipped")
     prompts = _prompts(model, values["suite"])
     paper = paper_options(values) if values["search"] == "paper" else None
     options = SearchOptions(paper=paper, draft_max=values["draft_max"])
@@ -98,7 +98,7 @@ def _tune(model: Model, values: dict[str, Any]) -> dict[str, Any]:
 
         def report(progress: Progress) -> None:
             show(progress)
-            if progress.steps % SAVE_EVERY == 0:  # a machine that is switched off loses little
+            if progress.steps % SAVE_EVERY == 0:  # so that a power cut loses little
                 learning.save()
 
         assert learning.searcher is not None  # there is a space
@@ -126,7 +126,9 @@ def _prompts(model: Model, suite: Path | None) -> list[list[int]]:
     from swift_gguf.text import encode, render_chat
 
     texts = [row.turns[0] for row in read_suite(suite)] if suite else list(BUILT_IN)
-    random.Random(0).shuffle(texts)  # suites go category by category, a short tuning must not
+    random.Random(0).shuffle(
+        texts
+    )  # suites are sorted by category, and a short tuning should see all
     has_template = model.metadata("tokenizer.chat_template") is not None
 
     def tokens(text: str) -> list[int]:
@@ -143,7 +145,7 @@ class _Show(Protocol):
 
 @contextmanager
 def _display(learning: Learning, seconds: float) -> Iterator[_Show]:
-    """A progress bar with the best so far; on a pipe nothing."""
+    """A progress bar with the best result so far; nothing if there is no terminal."""
     if not sys.stderr.isatty():
         yield lambda progress: None
         return
@@ -166,7 +168,7 @@ def _display(learning: Learning, seconds: float) -> Iterator[_Show]:
 
 def _best(learning: Learning) -> str:
     known = learning.best_known
-    return f"best {known.rate.speedup:.2f}x" if known else "looking"
+    return f"best {known.rate.speedup:.2f}x" if known else "searching"
 
 
 def _report(learning: Learning, *, interrupted: bool) -> dict[str, Any]:
@@ -199,14 +201,17 @@ def _lines(report: dict[str, Any]) -> str:
     ]
     if best["matchness"] is not None:
         return "\n".join(
-            [*lines, f"matchness {best['matchness']:.2f}; SWIFT's search is not remembered"]
+            [
+                *lines,
+                f"matchness {best['matchness']:.2f}; the result of --search paper is not saved",
+            ]
         )
     if best["agreement"] is None:
-        return "\n".join([*lines, "too little was scored to say what it brings"])
+        return "\n".join([*lines, "too few drafts were scored to predict a speed-up"])
     speedup = best["predicted_speedup"]
-    verdict = "" if speedup >= 1 else ": plain decoding is faster here, and will be used"
+    verdict = "" if speedup >= 1 else ": plain decoding is faster here and will be used"
     lines.append(
-        f"right at {best['agreement']:.0%} of positions for {best['pass_share']:.0%} of a pass; "
-        f"predicted {speedup:.2f}x plain{verdict}"
+        f"agrees with the model at {best['agreement']:.0%} of positions, costs "
+        f"{best['pass_share']:.0%} of a forward pass; predicted speed-up {speedup:.2f}x{verdict}"
     )
     return "\n".join(lines)

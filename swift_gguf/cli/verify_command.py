@@ -25,19 +25,23 @@ if TYPE_CHECKING:
 @click.argument("source")
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path),
                 shell_complete=complete_model)  # fmt: skip
-@click.option("-p", "--text", help="[default: some built in, of several languages]")
-@click.option("-f", "--file", type=click.Path(path_type=Path), help="Text to compare on.")
+@click.option("-p", "--text",
+              help="Text to compare on.  [default: a built-in text in several "
+              "languages]")  # fmt: skip
+@click.option("-f", "--file", type=click.Path(path_type=Path), help="Read the text from a file.")
 @click.option("--tokens", default=256, show_default=True, metavar="N",
-              type=click.IntRange(2, 8192), help="Of it at most.")  # fmt: skip
-@click.option("-t", "--threads", type=click.IntRange(1), metavar="N")
-@click.option("--allow-pickle", is_flag=True, help="Take pytorch_model.bin, too.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoint brings.")
+              type=click.IntRange(2, 8192),
+              help="Compare on at most N tokens of the text.")  # fmt: skip
+@click.option("-t", "--threads", type=click.IntRange(1), metavar="N",
+              help="Number of threads.  [default: one per physical core]")  # fmt: skip
+@click.option("--allow-pickle", is_flag=True, help="Accept pytorch_model.bin too.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code from the checkpoint.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 def verify(source: str, models: tuple[Path, ...], **values: Any) -> None:
-    """Compare GGUFs with the checkpoint they were made of: logits, likeliest tokens, perplexity.
+    """Compare GGUFs with their checkpoint: logits, most likely tokens, perplexity.
 
-    SOURCE is the checkpoint, a folder or hf:owner/repo; it runs in transformers, in 32 bits.  The
-    exit code is 1 if a model differs by more than its quantisation accounts for.
+    SOURCE is the checkpoint: a folder or hf:owner/repo.  It runs in transformers, in 32 bits.
+    The exit code is 1 if a model differs by more than its quantisation explains.
     """
     if values["text"] and values["file"]:
         raise click.UsageError("give --text or --file, not both")
@@ -48,7 +52,7 @@ def verify(source: str, models: tuple[Path, ...], **values: Any) -> None:
 
     converter.require_packages()
     for path in models:
-        gguf_check.check(path)  # before the checkpoint is loaded, which takes longer
+        gguf_check.check(path)  # first, because the checkpoint takes longer to load
     trust = {"allow_pickle": values["allow_pickle"], "trust_code": values["trust_remote_code"]}
     folder = checkpoint.fetch(checkpoint.look(source, **trust)).folder
     text = values["text"] or (read_text(values["file"]) if values["file"] else TEXT)
@@ -83,9 +87,9 @@ def _lines(path: Path, found: Comparison) -> str:
             f"{path}: {found.kind}, {found.bits:.2f} bits a weight",
             f"  logits      differ by {found.mean_difference:.2g} on average, "
             f"{found.max_difference:.2g} at most, over {found.n_tokens} tokens",
-            f"  likeliest   the same at {found.agreement:.1%} of positions; "
+            f"  top token   the same at {found.agreement:.1%} of positions; "
             f"divergence {found.divergence:.2g} nats a token",
-            f"  perplexity  {found.perplexity:.3f}, of the checkpoint "
+            f"  perplexity  {found.perplexity:.3f}; the checkpoint has "
             f"{found.reference_perplexity:.3f}",
             f"  FAILED: {verdict}" if verdict else f"  ok for {found.file_type}",
         ]

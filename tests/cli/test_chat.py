@@ -535,7 +535,7 @@ def test_ctrl_c_while_it_gets_ready(terminal: Callable[..., Terminal], profiles:
     """What was measured until then is kept, and the terminal is as it was."""
     chat = terminal(resolve("qwen2.5-coder-0.5b"), "-t", 1, "-ngl", 0)
     before = termios.tcgetattr(chat.child.child_fd)
-    chat.wait("measuring what passes cost here (once)", 60)
+    chat.wait("measuring the speed of this machine (only once)", 60)
     time.sleep(0.5)
     start = time.monotonic()
     chat.type(CTRL_C, enter=False)

@@ -51,7 +51,7 @@ def test_prepare_tunes_and_generate_uses_what_lies_beside_the_model(
     assert "draft head" not in skipping["speculation"]["why"]
     learned = json.loads(cli("info", model, "--json", "-ngl", 0).stdout)["learned"]
     assert learned["subnetworks"][0]["draft_head"]
-    assert cli("tune", model, "--reset").stdout == "forgotten\n"
+    assert cli("tune", model, "--reset").stdout == "deleted\n"
 
 
 def test_a_stale_sidecar_is_said_and_left_aside(
@@ -61,7 +61,7 @@ def test_a_stale_sidecar_is_said_and_left_aside(
     shutil.copy(tiny("llama", quant="Q8_0", seed=9), model)
     done = cli("generate", model, *LAYER_SKIP, "-ngl", 0)
     assert done.returncode == 0
-    assert "going on without draft weights" in done.stderr
+    assert "draft weights are not used" in done.stderr
     assert "derived from another model" in done.stderr
     beside = model.with_name("model.swift.gguf")
     assert_one_line_failure(cli("generate", model, *LAYER_SKIP, "--sidecar", beside, "-ngl", 0))

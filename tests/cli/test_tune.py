@@ -63,9 +63,9 @@ def test_what_tune_finds_generate_uses_and_info_shows(
     again = json.loads(cli("info", model, "--json", *FEW).stdout)["learned"]
     assert again["evaluations"] >= learned["evaluations"]
 
-    assert cli("tune", model, "--reset").stdout.strip() == "forgotten"
+    assert cli("tune", model, "--reset").stdout.strip() == "deleted"
     assert json.loads(cli("info", model, "--json", *FEW).stdout)["learned"] is None
-    assert "nothing was known" in cli("tune", model, "--reset").stdout
+    assert "nothing was learned" in cli("tune", model, "--reset").stdout
 
 
 def test_the_papers_search(cli: Cli, model: Path, suite: Path, profiles: Path) -> None:

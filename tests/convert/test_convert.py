@@ -566,7 +566,7 @@ def test_a_disk_that_is_too_small_is_noticed_before(
     assert list(small_disk.iterdir()) == []
     shown = cli("convert", folder, "-o", out, "--quantize", "Q8_0", "--dry-run")
     assert shown.returncode == 1
-    assert "too little" in shown.stdout
+    assert "not enough" in shown.stdout
 
 
 @pytest.mark.parametrize("outtype", ["f16", "q8_0"])
