@@ -14,6 +14,7 @@ import pyte
 import pytest
 
 import record_demo
+from lab.__main__ import EXPERIMENTS
 from swift_gguf.cli import COMMANDS
 
 ROOT = Path(__file__).parents[3]
@@ -38,6 +39,12 @@ def test_files_that_are_named_exist(page: Path) -> None:
     files = r"\b((?:native|scripts|tests)/[\w./-]*\w|swift_gguf/[\w/]+\.py)"
     named = re.findall(files, _code(page.read_text()))
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+@pages
+def test_experiments_exist(page: Path) -> None:
+    named = re.findall(r"scripts/lab ([a-z]+)", _code(page.read_text()))
+    assert set(named) <= EXPERIMENTS.keys()
 
 
 def test_rooms_of_the_house_exist() -> None:
