@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ import pytest
 from swift_gguf.drafting import LayerSkip
 from swift_gguf.engine import generate
 from swift_gguf.errors import ModelError, SidecarError, SubnetworkError, UnsupportedModelError
+from swift_gguf.gguf import header as gguf_header
 from swift_gguf.gguf import sidecar as sidecars
 from swift_gguf.learning.learning import space_of
 from swift_gguf.model import Model, ModelOptions
@@ -28,6 +30,7 @@ from swift_gguf.prepare.run import Preparation, PrepareOptions
 from swift_gguf.sampling.sampling import Sampler, SamplingOptions
 from swift_gguf.stats import Stats
 from swift_gguf.subnetwork import SubNetwork
+from tests.fixtures.formats import named
 
 PROMPT = list(range(5, 25))
 DENSE = ("llama", "qwen2", "qwen3", "gemma3", "phi3", "gpt2", "falcon")
@@ -57,6 +60,20 @@ def logits_of(model: Model, tokens: Sequence[int], subnetwork: SubNetwork | None
     model.clear()
     model.decode(tokens, subnetwork=subnetwork)
     return np.asarray(model.logits(0))
+
+
+# -- what is written -------------------------------------------------------------------------------
+
+
+def test_the_document_names_what_is_written(tiny: Tiny, tmp_path: Path) -> None:
+    """Every key and tensor of docs/formats.md is in a sidecar of some family, and no others are."""
+    keys, tensors = set[str](), set[str]()
+    for family in ("llama", "qwen2", "phi3", "gpt2"):
+        header = gguf_header.read(prepared(tiny(family), tmp_path / f"{family}.swift.gguf"))
+        keys |= set(header.metadata)
+        tensors |= {re.sub(r"^blk\.\d+\.", "blk.N.", name) for name in header.tensors}
+    assert keys == named("Keys")
+    assert tensors == named("Tensors")
 
 
 # -- what a draft pass computes --------------------------------------------------------------------
