@@ -18,7 +18,10 @@ from lab.__main__ import EXPERIMENTS
 from swift_gguf.cli import COMMANDS
 
 ROOT = Path(__file__).parents[3]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "native/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"swift-gguf ([a-z]+)\b([^`|#\n]*)")
@@ -86,7 +89,15 @@ def _flags(name: str) -> set[str]:
 
 
 def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
+    assert len((ROOT / "README.md").read_text().split()) <= 950
+
+
+@pages
+def test_prose_fits_a_screen(page: Path) -> None:
+    """Lines of at most 100 characters; tables, code and pictures may be wider."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    lines = [line for line in prose.splitlines() if not line.startswith(("|", "    ", "!["))]
+    assert [line for line in lines if len(line) > 100] == []
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 """docs/formats.md names what profiles hold, and nothing else (of sidecars:
-tests/native/test_sidecar.py)."""
+tests/prepare/test_sidecar.py)."""
 
 from __future__ import annotations
 
