@@ -1,18 +1,18 @@
 """Errors of swift-gguf.
 
-Every message is one line that names what is wrong and what to do about it.  The command line
-prints it and exits with 1; libraries catch `SwiftError` and need not know the subclasses.
+Every message is one line that says what is wrong and what to do.  The command line prints it and
+exits with 1.  Programs can catch `SwiftError`, the base class.
 """
 
 from __future__ import annotations
 
 
 class SwiftError(Exception):
-    """Root of everything swift-gguf raises on purpose."""
+    """Base class of all errors that swift-gguf raises."""
 
 
 class NativeLibraryError(SwiftError, ImportError):
-    """The native library is missing, foreign, or built for another version of this package."""
+    """The native library is missing, or was built for another version of this package."""
 
 
 class ModelError(SwiftError, ValueError):
@@ -20,7 +20,7 @@ class ModelError(SwiftError, ValueError):
 
 
 class DownloadError(ModelError):
-    """A model could not be fetched, or what arrived is not what was asked for."""
+    """A download failed, or the file is not the one that was requested."""
 
 
 class ContextFullError(SwiftError, RuntimeError):
@@ -32,53 +32,53 @@ class DecodeError(SwiftError, RuntimeError):
 
 
 class NotFiniteError(DecodeError):
-    """Logits are no numbers: weights are damaged."""
+    """Logits are NaN or infinite: the weights are damaged."""
 
 
 class SpoiledError(NotFiniteError):
-    """A draft pass wrote what is not finite; the context is empty now, or will be with its tree."""
+    """A draft pass wrote NaN or infinity to the KV cache, which is therefore cleared."""
 
 
 class StoppedError(DecodeError):
-    """A pass was stopped because something more urgent came up; nothing of it is left."""
+    """A forward pass was interrupted; the KV cache is as it was before the pass."""
 
 
 class UnsupportedModelError(SwiftError):
-    """The model runs, but cannot be used for what was asked (rolled back, drafted with, ...)."""
+    """The model runs, but does not support the request (rollback, drafting, ...)."""
 
 
 class SubnetworkError(SwiftError, ValueError):
-    """A sub-network names layers the model does not have or sub-layers that cannot be skipped."""
+    """A sub-network names missing layers, or sub-layers that cannot be skipped."""
 
 
 class SidecarError(SwiftError):
-    """A sidecar is damaged, or was derived from another model."""
+    """A sidecar is damaged, or was made from another model."""
 
 
 class SamplingError(SwiftError, ValueError):
-    """Sampling options that make no sense."""
+    """A sampling option has an invalid value."""
 
 
 class GrammarError(SwiftError, ValueError):
-    """A grammar does not parse, or leaves nothing to say."""
+    """A grammar does not parse, or allows no token."""
 
 
 class SchemaError(GrammarError):
-    """A JSON schema is none, or asks for what cannot be held."""
+    """A JSON schema is invalid, or it has a constraint that cannot be enforced."""
 
     def __init__(self, message: str, *, path: tuple[str | int, ...] = ()) -> None:
-        """path: keys and indices that lead to the place in the schema."""
+        """path: keys and indices of the place in the schema."""
         super().__init__(message)
         self.path = path
 
 
 class SuiteError(SwiftError, ValueError):
-    """A file of prompts is not one."""
+    """A file is not a valid suite of prompts."""
 
 
 class TemplateError(ModelError):
-    """A chat template is none, refuses the messages, or wants more time or memory than it gets."""
+    """A chat template is invalid, rejects the messages, or exceeds its time or memory limit."""
 
 
 class ConvertError(SwiftError):
-    """A checkpoint is not whole, or cannot be converted or quantised as asked."""
+    """A checkpoint is incomplete, or cannot be converted or quantised as requested."""

@@ -1,4 +1,4 @@
-"""Signals while llama.cpp computes."""
+"""Reacts to signals while llama.cpp computes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def heard(stop: Callable[[], None]) -> Iterator[None]:
-    """Inside, `stop` is called as soon as a signal comes that has a handler: Ctrl-C, SIGTERM or
-    SIGHUP.
+    """Calls `stop` as soon as SIGINT (Ctrl-C), SIGTERM or SIGHUP arrives, if it has a handler.
 
-    Python runs signal handlers between its own instructions only, and a pass over a long prompt may
-    take seconds; but it writes the signal to a descriptor at once, which a thread waits for.  In
-    the main thread; in others, where signals do not come, nothing is done.
+    Python runs signal handlers only between its own instructions, and processing a long prompt may
+    take seconds.  But Python writes the signal to the wakeup descriptor at once, and a thread
+    reads it there.  Outside the main thread nothing is done, because no signals arrive there.
 
     stop: called in another thread.
     """
@@ -33,7 +32,7 @@ def heard(stop: Callable[[], None]) -> Iterator[None]:
         while numbers := os.read(reading, 64):
             if any(number in NUMBERS for number in numbers):
                 stop()
-            if before >= 0:  # an event loop's
+            if before >= 0:  # the descriptor of an event loop
                 os.write(before, numbers)
 
     thread = threading.Thread(target=watch, name="swift-gguf-signals", daemon=True)

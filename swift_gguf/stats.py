@@ -1,4 +1,4 @@
-"""What happened during a generation."""
+"""Statistics of a generation."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class SourceStats:
-    """Of one source of drafts."""
+    """Statistics of one source of drafts."""
 
     drafts: int = 0
     drafted: int = 0
     accepted: int = 0
     accepted_lengths: Counter[int] = field(default_factory=Counter)
-    """Number of drafts by how many of their tokens were accepted."""
+    """Number of accepted tokens: number of drafts."""
 
     def count(self, *, drafted: int, accepted: int) -> None:
         self.drafts += 1
@@ -39,33 +39,33 @@ class SourceStats:
 
 @dataclass
 class Stats:
-    """Of one generation.  Times are seconds; the consumer's own time is in none of them."""
+    """Statistics of one generation.  Times are in seconds and exclude the consumer's own time."""
 
     prompt_n: int = 0
-    """Prompt tokens decoded (those the context held already are not)."""
+    """Prompt tokens decoded, without those that the KV cache already held."""
     prompt_s: float = 0.0
-    """The prompt's passes, those of a draft model included."""
+    """Prompt processing, including that of a draft model."""
     predicted_n: int = 0
     cycles: int = 0
-    """Target passes after the prompt."""
+    """Forward passes of the target after the prompt."""
     plain_cycles: int = 0
-    """Of these passes, those that verified no draft."""
+    """Those of them without a draft."""
     cycle_n: int = 0
-    """Tokens these passes gave, an end of generation included."""
+    """Tokens from these passes, including an end-of-generation token."""
     draft_s: float = 0.0
     verify_s: float = 0.0
     plain_s: float = 0.0
-    """Of which the plain cycles' passes."""
+    """The part of `verify_s` in plain cycles."""
     sample_s: float = 0.0
     search_s: float = 0.0
     cycle_s: float = 0.0
-    """All cycles, start to end."""
+    """All cycles together."""
     sources: dict[str, SourceStats] = field(default_factory=dict)
     stop_reason: str = ""
-    """``eos``, ``length`` (the limit), ``context`` (it is full), ``stopped`` (by the consumer)."""
+    """``eos``, ``length`` (token limit), ``context`` (full) or ``stopped`` (by the consumer)."""
 
     def count(self, tree: Tree, accepted: Sequence[int]) -> None:
-        """A draft, and its nodes that were accepted, to the sources that offered them."""
+        """Counts a draft and its accepted nodes for the sources that proposed them."""
         for name, drafted in Counter(tree.sources).items():
             source = self.sources.setdefault(name, SourceStats())
             of_it = sum(tree.sources[node] == name for node in accepted)
@@ -81,26 +81,26 @@ class Stats:
 
     @property
     def acceptance_rate(self) -> float:
-        """Accepted of drafted tokens, 0 to 1."""
+        """Accepted draft tokens divided by all draft tokens, 0 to 1."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
     @property
     def mean_acceptance_length(self) -> float:
-        """Tokens a target pass yields, its own included; plain decoding has 1."""
+        """Tokens per target pass, including the target's own; 1 for plain decoding."""
         return self.cycle_n / self.cycles if self.cycles else 1.0
 
     @property
     def overhead_s(self) -> float:
-        """Everything in the cycles that is not a call of llama.cpp."""
+        """Time in the cycles outside llama.cpp."""
         return max(0.0, self.cycle_s - self.draft_s - self.verify_s - self.sample_s - self.search_s)
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the cycles alone: the first token comes with the prompt."""
+        """Speed of the cycles.  The first token is not counted: it comes with the prompt."""
         return (self.predicted_n - 1) / self.cycle_s if self.cycle_s else 0.0
 
     def timings(self) -> dict[str, Any]:
-        """llama-server's `timings`, by its names."""
+        """llama-server's `timings`, under its names."""
         return {
             "prompt_n": self.prompt_n,
             "prompt_ms": self.prompt_s * 1e3,
@@ -112,7 +112,7 @@ class Stats:
         }
 
     def speculation(self) -> dict[str, Any]:
-        """Where drafts came from, how they fared, where the time went."""
+        """The sources of drafts, their acceptance, and the time spent on each step."""
         return {
             "sources": {name: source.as_dict() for name, source in self.sources.items()},
             "acceptance_rate": self.acceptance_rate,

@@ -1,4 +1,4 @@
-"""Prompt suites in Spec-Bench's form, and a few prompts for when there is none."""
+"""Prompt suites in Spec-Bench's format, and a few built-in prompts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from swift_gguf.text_files import read_text
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A conversation's user turns, at least one."""
+    """The user's turns of a conversation, at least one."""
 
     category: str
     question_id: str
@@ -35,20 +35,20 @@ BUILT_IN = (
     "Give me a week of simple vegetarian dinners with a shopping list.",
     "Write a SQL query that finds the three customers with the largest total of orders last year.",
 )
-"""Of many kinds, so that a search on them does not learn one."""
+"""Prompts of many kinds, so that a search does not adapt to one kind."""
 
 
 def read_suite(path: Path) -> list[Row]:
     """The rows of a JSON-lines file: ``{"category", "question_id", "turns": [..]}``.
 
     Raises:
-        SuiteError: it cannot be read, or a line is something else.
+        SuiteError: the file cannot be read, or a line has another form.
     """
-    # by "\n" alone: what else `splitlines` takes for an end may stand in strings, U+2028 for one
+    # not `splitlines`: it also splits at characters that JSON strings may contain, such as U+2028
     lines = read_text(path, error=SuiteError).split("\n")
     rows = [_row(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
-        raise SuiteError(f"{path} holds no prompts")
+        raise SuiteError(f"{path} has no prompts")
     return rows
 
 

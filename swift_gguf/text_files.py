@@ -1,7 +1,7 @@
-"""Text files that people name, read in one way whatever door they come in by.
+"""Reads text files that users name.
 
-Editors and shells of Windows begin UTF-8 with a byte order mark, which is no part of the text, and
-write UTF-16, which is refused: without a mark it reads as text full of NULs.
+Windows editors and shells may begin UTF-8 with a byte order mark, which is removed.  They may also
+write UTF-16, which is rejected; without a byte order mark it is recognised by its NUL characters.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from swift_gguf.errors import SwiftError
 
 MAX_BYTES = 64 << 20
-"""More than any file of text that is wanted here has."""
+"""Maximum size of a text file; none that is needed here comes near it."""
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -33,7 +33,7 @@ def read_text(
     error: what to raise.
 
     Raises:
-        SwiftError: it cannot be read, is longer, or is no UTF-8 text; the line names the file.
+        SwiftError: the file cannot be read, is too long, or is not UTF-8.
     """
     try:
         data = _read_bytes(path, limit=limit, pipes=pipes)
@@ -46,21 +46,21 @@ def read_text(
 def decode(
     data: bytes, name: str, *, limit: int = MAX_BYTES, error: type[SwiftError] = SwiftError
 ) -> str:
-    r"""Text of bytes in UTF-8, without a byte order mark; line ends are ``\n``.
+    r"""Decodes UTF-8 and removes a byte order mark; line ends become ``\n``.
 
-    name: what they are from, for the message.
+    name: the source of the bytes, for error messages.
 
     Raises:
-        SwiftError: they are none, or more than `limit`.
+        SwiftError: they are not UTF-8 text, or more than `limit` bytes.
     """
     if data.startswith(_UTF16):
         raise error(f"{name} is not UTF-8 text but UTF-16; save it as UTF-8")
     if b"\0" in data:
         raise error(
-            f"{name} is not UTF-8 text: it holds NUL characters; if it is text, save it as UTF-8"
+            f"{name} is not UTF-8 text: it has NUL characters; if it is text, save it as UTF-8"
         )
     if len(data) > limit:
-        raise error(f"{name} is too long: at most {limit >> 20} MiB are read; give a part of it")
+        raise error(f"{name} is too long: the limit is {limit >> 20} MiB; give a part of it")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as cause:
@@ -70,12 +70,12 @@ def decode(
 
 def _read_bytes(path: Path | str, *, limit: int, pipes: bool) -> bytes:
     """At most one byte more than `limit`."""
-    # a pipe that nobody writes to would be waited for while it is opened
+    # without O_NONBLOCK, opening a pipe blocks until somebody writes to it
     descriptor = os.open(path, os.O_RDONLY | (0 if pipes else getattr(os, "O_NONBLOCK", 0)))
     with open(descriptor, "rb") as file:
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not (stat.S_ISREG(mode) or (pipes and stat.S_ISFIFO(mode))):
-            raise OSError(errno.EINVAL, "it is no regular file; name a file of text")
+            raise OSError(errno.EINVAL, "it is not a regular file; name a text file")
         return file.read(limit + 1)

@@ -1,4 +1,4 @@
-"""Conversations as files."""
+"""Saves conversations to files and loads them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ FORMAT, VERSION = "swift-gguf conversation", 1
 
 
 def save(path: Path, model: Model, *, system: str | None, turns: Sequence[Turn]) -> None:
-    """Writes a conversation: all of it, or nothing.  Only its owner may read it.
+    """Writes a conversation to a file that only its owner can read.  A failure leaves no file.
 
     Raises:
-        SwiftError: it cannot be written, or would replace a file that is something else.
+        SwiftError: the file cannot be written, or another kind of file has this name.
     """
     if path.exists() and not _is_ours(path):
-        raise SwiftError(f"{path} exists and is no saved conversation; choose another name")
+        raise SwiftError(f"{path} exists and is not a saved conversation; choose another name")
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -73,11 +73,12 @@ def _is_ours(path: Path) -> bool:
 
 
 def load(path: Path, model: Model) -> tuple[str | None, list[Turn]]:
-    """System message and turns.  Answers whose tokens spell something else in this model's
-    vocabulary are tokenised anew.
+    """The system message and the turns of a saved conversation.
+
+    An answer is tokenised again if this model's vocabulary gives its tokens another text.
 
     Raises:
-        SwiftError: the file cannot be read, or is no conversation.
+        SwiftError: the file cannot be read, or it is not a conversation.
     """
     content = _content(path)
     try:
@@ -91,9 +92,9 @@ def _content(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_text(path, pipes=False))
     except (ValueError, RecursionError) as error:
-        raise SwiftError(f"{path} is no saved conversation: {_reason(error)}") from error
+        raise SwiftError(f"{path} is not a saved conversation: {_reason(error)}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise SwiftError(f"{path} is no saved conversation; /save writes one")
+        raise SwiftError(f"{path} is not a saved conversation; /save writes one")
     if content.get("version") != VERSION:
         raise SwiftError(f"{path} was saved by another version of swift-gguf; use that one")
     return content
@@ -108,7 +109,7 @@ def _turn(model: Model, values: Any) -> Turn:
         tokens = encode(model, text, special=False, start=False)
         sources = []
     if len(sources) not in (0, len(tokens)):
-        raise ValueError("tokens and sources of different numbers")
+        raise ValueError("the numbers of tokens and sources differ")
     seed = values["seed"]
     return Turn(
         user=_text(values["user"]),
@@ -131,7 +132,7 @@ def _spell(model: Model, tokens: Sequence[int], text: str) -> bool:
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{value!r:.40} is not a text")
-    # escapes may name halves of characters, which nothing can encode
+    # a JSON escape may be half of a surrogate pair, which cannot be encoded
     return value.encode("utf-8", "replace").decode()
 
 
@@ -143,7 +144,7 @@ def _list(value: object) -> list[Any]:
 
 def _token(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 32:
-        raise ValueError(f"{str(value)[:40]!r} is not a number of a token")
+        raise ValueError(f"{str(value)[:40]!r} is not a token id")
     return value
 
 

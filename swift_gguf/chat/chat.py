@@ -1,4 +1,4 @@
-"""A chat: messages go to the model, answers to the screen; knows nothing of terminals."""
+"""A chat: sends messages to the model and shows its answers on a `Screen`."""
 
 from __future__ import annotations
 
@@ -21,19 +21,22 @@ from swift_gguf.templates import THINKS
 from swift_gguf.text import encode, read_prompt
 
 BETTER = 1.02
-"""By which drafts must be expected to be faster before a person is told."""
+"""The chat reports better drafts if their predicted speed-up grows by this factor."""
 
 
 @dataclass
-class _Said:
-    """An answer in the making; it may take several, where turns leave a full context."""
+class _Reply:
+    """The reply to a message while it is generated.
+
+    It consists of several `Answer`s if the context fills up and the oldest turns are dropped.
+    """
 
     options: SamplingOptions
     reader: Reader
     pieces: list[Piece] = field(default_factory=list)
     rest: str = ""
     answer: Answer | None = None
-    """The latest."""
+    """The latest of them."""
 
     @property
     def tokens(self) -> list[int]:
@@ -45,22 +48,22 @@ class _Said:
 
     @property
     def stop_reason(self) -> str:
-        """See `Stats.stop_reason`; empty before it begins."""
+        """See `Stats.stop_reason`; empty before the reply begins."""
         return self.answer.stats.stop_reason if self.answer else ""
 
     @property
-    def is_something(self) -> bool:
-        """A word, or that the model had none."""
+    def is_kept(self) -> bool:
+        """True if the reply has a token, or if the model chose to say nothing."""
         return bool(self.pieces) or self.stop_reason not in ("", "stopped")
 
     def finish(self) -> str:
-        """What is left of a torn character; safe to call twice."""
+        """The text of an incomplete last character.  May be called twice."""
         rest = self.answer.finish() if self.answer else ""
         self.rest += rest
         return rest
 
     def turn(self, user: str) -> Turn:
-        """What stays of it."""
+        """The turn that the conversation keeps."""
         return Turn(
             user=user,
             tokens=tuple(self.tokens),
@@ -87,20 +90,20 @@ class Chat:
         self.figures = Figures(n_ctx=session.model.n_ctx)
         self.totals = Totals()
         self.interrupted = False
-        """Did Ctrl-C end the latest answer?"""
+        """True if Ctrl-C ended the latest answer."""
         self._attached: list[str] = []
         self._attempt = 0
         self._latest: Answer | None = None
-        self._expected: float | None = None  # of the drafts at the latest answer
+        self._expected: float | None = None  # predicted speed-up at the latest answer
         self._found = ""
 
-    # -- talking -----------------------------------------------------------------------------------
+    # -- messages and answers ----------------------------------------------------------------------
 
     def say(self, text: str) -> None:
-        """A message, with what was attached; the answer goes to the screen and the conversation.
+        """Sends a message with the attached files, and shows and keeps the answer.
 
         Raises:
-            ContextFullError: there is no room; nothing has been said then.
+            ContextFullError: the message does not fit the context; the conversation is unchanged.
             ModelError: the chat template refuses the messages.
         """
         self._attempt = 0
@@ -108,18 +111,18 @@ class Chat:
         try:
             self._answer("".join([*self._attached, text]))
         finally:
-            if len(self.conversation.turns) > n_turns:  # else they are still to be said
+            if len(self.conversation.turns) > n_turns:  # else the files stay attached
                 self._attached.clear()
 
     def regenerate(self) -> None:
-        """Another answer to the latest message.
+        """Replaces the answer to the latest message by a new one.
 
         Raises:
-            SwiftError: there is none yet.
+            SwiftError: there is no answer yet.
         """
         first, turn = self.conversation.first, self.conversation.undo()
         if turn is None:
-            raise SwiftError("there is no answer yet; say something first")
+            raise SwiftError("there is no answer yet; send a message first")
         if self.settings.sampling.temperature <= 0:
             self.screen.note("at temperature 0 the answer stays the same; /set temp 0.8")
         self._attempt += 1
@@ -127,7 +130,7 @@ class Chat:
         try:
             self._answer(turn.user)
         finally:
-            if len(self.conversation.turns) == n_turns:  # no other has come: the old one stays
+            if len(self.conversation.turns) == n_turns:  # no new answer: keep the old one
                 self.conversation.turns.append(turn)
                 self.conversation.first = first
 
@@ -135,7 +138,7 @@ class Chat:
         self.conversation.thinks = THINKS[self.settings.reasoning]
         prompt = self._fitting(user)
         opens_thoughts = self.conversation.opens_thoughts(user)
-        said = _Said(self._options(), Reader(self.session.model, is_open=opens_thoughts))
+        said = _Reply(self._options(), Reader(self.session.model, is_open=opens_thoughts))
         try:
             with self.screen.answer(self.settings) as view:
                 answer = self._stream(prompt, said, view)
@@ -144,21 +147,25 @@ class Chat:
                     answer = self._stream(prompt, said, view)
                 rest = said.finish()
                 view.feed(rest, said.reader.finish(rest))
-        finally:  # it may be cut short by an error, too, or by a person's third Ctrl-C
+        finally:  # also after an error or a third Ctrl-C
             said.finish()
-            if said.is_something:
+            if said.is_kept:
                 self.conversation.turns.append(said.turn(user))
         self._close(answer, said)
         self._say_how_it_ended(answer, said)
 
     def _options(self) -> SamplingOptions:
-        """A given seed holds for every answer, so that each can be repeated; tries differ."""
+        """The sampling options of an answer.
+
+        A given seed is the same for every message, so that each answer can be repeated.
+        `regenerate` adds one to it for every attempt.
+        """
         options = self.settings.sampling
         if options.seed is not None:
             options = replace(options, seed=options.seed + self._attempt)
         return options.with_seed()
 
-    def _stream(self, prompt: Sequence[int], said: _Said, view: View) -> Answer:
+    def _stream(self, prompt: Sequence[int], said: _Reply, view: View) -> Answer:
         limit = self.settings.max_tokens
         said.answer = answer = self.session.answer(
             prompt,
@@ -172,7 +179,7 @@ class Chat:
                 view.feed(piece.text, said.reader.feed(piece))
         return answer
 
-    def _close(self, answer: Answer, said: _Said) -> None:
+    def _close(self, answer: Answer, said: _Reply) -> None:
         self.interrupted = answer.interrupted
         self._latest = answer
         self.totals.count(answer)
@@ -181,27 +188,27 @@ class Chat:
             self._expected, self._found = self._expectation(), ""
         self.session.save_now_and_then()
 
-    def _say_how_it_ended(self, answer: Answer, said: _Said) -> None:
+    def _say_how_it_ended(self, answer: Answer, said: _Reply) -> None:
         reason = answer.stats.stop_reason
-        if not said.is_something:
-            self.screen.note("stopped before the first word; the message is taken back")
+        if not said.is_kept:
+            self.screen.note("stopped before the first word; the message is removed")
         elif answer.interrupted:
-            self.screen.note("stopped; what was said stays")
+            self.screen.note("stopped; the text so far is kept")
         elif reason == "context":
             n_ctx = self.session.model.n_ctx
             self.screen.note(
-                f"the context of {n_ctx} tokens is full, the answer ends here; "
+                f"the context of {n_ctx} tokens is full and the answer ends here; "
                 "/clear, or start with a larger -c"
             )
         elif reason == "length":
-            self.screen.note(f"ended after {self.settings.n_predict} tokens; see /set n-predict")
+            self.screen.note(f"stopped after {self.settings.n_predict} tokens; see /set n-predict")
         elif not said.pieces:
-            self.screen.note("the model has nothing to say")
+            self.screen.note("the model ended its answer at once")
 
-    # -- room --------------------------------------------------------------------------------------
+    # -- context size ------------------------------------------------------------------------------
 
     def _fitting(self, user: str) -> list[int]:
-        """The prompt, after as many of the oldest turns have left the context as must."""
+        """The prompt, after dropping as many of the oldest turns as necessary."""
         conversation, n_ctx = self.conversation, self.session.model.n_ctx
         prompt = conversation.prompt(user)
         if self.settings.context == "stop":
@@ -214,20 +221,20 @@ class Chat:
         if len(prompt) + n_ctx // 16 <= n_ctx:
             return prompt
         first = conversation.first
-        # more than must be, or every further message would be decoded with all that is before it
+        # drop more than necessary: every drop means that the rest is decoded again
         while len(prompt) + n_ctx // 4 > n_ctx and conversation.drop_oldest():
             prompt = conversation.prompt(user)
         if len(prompt) >= n_ctx:
             conversation.first = first
             raise ContextFullError(
-                f"the message is too long: {len(prompt)} tokens, and the context has {n_ctx}; "
+                f"the message is too long: {len(prompt)} tokens, but the context has {n_ctx}; "
                 "shorten it, or start with a larger -c"
             )
         self._say_dropped(conversation.first - first)
         return prompt
 
     def _goes_on(self, answer: Answer) -> bool:
-        """Was the context full, and has it room again?"""
+        """If the context was full, drops the oldest turns; True if that made room to go on."""
         if answer.stats.stop_reason != "context" or self.settings.context == "stop":
             return False
         conversation, n_ctx = self.conversation, self.session.model.n_ctx
@@ -240,37 +247,37 @@ class Chat:
 
     def _say_dropped(self, n: int) -> None:
         if n:
-            turns = "turn has" if n == 1 else f"{n} turns have"
-            self.screen.note(f"the context is full: the oldest {turns} left it")
+            turns = "turn is" if n == 1 else f"{n} turns are"
+            self.screen.note(f"the context is full: the oldest {turns} dropped")
 
-    # -- what commands do --------------------------------------------------------------------------
+    # -- commands ----------------------------------------------------------------------------------
 
     def detach(self) -> int:
-        """Files that were to go with the next message do not; how many there were."""
+        """Removes the attached files; returns how many there were."""
         n = len(self._attached)
         self._attached.clear()
         return n
 
     def clear(self) -> None:
-        """Forgets what was said; the system message stays."""
+        """Deletes all turns and attached files; keeps the system message."""
         self.conversation.clear()
         self._attached.clear()
 
     def attach(self, path: Path) -> None:
-        """A text file goes with the next message.
+        """Attaches a text file to the next message.
 
         Raises:
-            SwiftError: it is no regular file, cannot be read, or is larger than the context.
+            SwiftError: it is not a regular file, cannot be read, or is larger than the context.
         """
         try:
             text = read_prompt(path.expanduser(), pipes=False)
-        except RuntimeError as error:  # no such user's home
+        except RuntimeError as error:  # ~user, and there is no such user
             raise SwiftError(f"{path} cannot be read: {error}") from error
         n_tokens, n_ctx = len(encode(self.session.model, text, start=False)), self.figures.n_ctx
         if n_tokens >= n_ctx:
             raise SwiftError(
-                f"{path} has {n_tokens} tokens and the context {n_ctx}; start with a larger -c, "
-                "or give a part of it"
+                f"{path} has {n_tokens} tokens, but the context has {n_ctx}; start with a larger "
+                "-c, or give a part of it"
             )
         fence = "```"
         while fence in text:
@@ -280,14 +287,14 @@ class Chat:
         self.screen.note(f"{path.name} ({n_tokens} tokens) goes with your next message")
 
     def save(self, path: Path) -> None:
-        """See `archive.save`."""
+        """Saves the conversation; see `archive.save`."""
         conversation = self.conversation
         path = path.expanduser()
         archive.save(path, self.session.model, system=conversation.system, turns=conversation.turns)
         self.screen.note(f"saved {_counted(len(conversation.turns), 'turn')} to {path}")
 
     def load(self, path: Path) -> None:
-        """Goes on with a saved conversation instead of this one; see `archive.load`."""
+        """Replaces the conversation by a saved one; see `archive.load`."""
         path = path.expanduser()
         system, turns = archive.load(path, self.session.model)
         self.clear()
@@ -295,9 +302,9 @@ class Chat:
         self.screen.note(f"loaded {_counted(len(turns), 'turn')} from {path}")
 
     def speculate(self, mode: str, make: Callable[[SpeculationOptions], Speculation]) -> None:
-        """Drafts by other sources from now on.
+        """Changes the sources of drafts.
 
-        Raises: as `make`; the present ones stay then.
+        Raises: what `make` raises; the present sources then stay.
         """
         present = self.session.speculation
         options = present.options if present else SpeculationOptions()
@@ -305,43 +312,43 @@ class Chat:
         self._expected, self._found = None, ""
 
     def stats(self) -> list[str]:
-        """The latest answer's figures in lines."""
+        """The latest answer's statistics, in lines."""
         if self._latest is None:
-            raise SwiftError("there are no figures yet; say something first")
+            raise SwiftError("there are no statistics yet; send a message first")
         return details(self._latest, self.figures, self.totals, idle=self._idle())
 
     def show(self) -> tuple[list[tuple[str, str]], str]:
-        """The latest answer by source, and a legend."""
+        """The latest answer as (source, text) runs, and a legend."""
         turn = self.conversation.turns[-1] if self.conversation.turns else None
         if turn is None or not turn.sources:
-            raise SwiftError("there is no answer of which sources are known; say something first")
+            raise SwiftError("there is no answer with known sources; send a message first")
         mix = ", ".join(f"{source} {share:.0%}" for source, share in shares(turn.sources))
         return runs(self.session.model, turn.tokens, turn.sources), f"proposed by: {mix}"
 
     # -- the idle search ---------------------------------------------------------------------------
 
     def on_idle_step(self) -> None:
-        """Called in the search's thread."""
+        """Called in the thread of the idle search after each step."""
         expected = self._expectation()
         if expected is not None and expected > max(1.0, (self._expected or 1.0)) * BETTER:
             before = f", before {self._expected:.2f}x" if self._expected else ""
-            self._found = f"better drafts, {expected:.2f}x plain expected{before}"
+            self._found = f"better drafts, predicted speed-up {expected:.2f}x{before}"
 
     def _expectation(self) -> float | None:
-        """Of drafts by skipping layers, against plain decoding; None: too little is known."""
+        """Predicted speed-up of layer-skip drafts; None if too little is known."""
         speculation = self.session.speculation
         learning = speculation.learning if speculation else None
         known = learning.best_known if learning and learning.searcher else None
         return known.rate.speedup if known else None
 
     def current_figures(self) -> Figures:
-        """With what the idle search has found since the latest answer."""
+        """The figures, with what the idle search has found since the latest answer."""
         return self.figures.with_found(self._found)
 
     def _idle(self) -> str:
         idle = self.session.idle
         if idle is None:
-            return "nothing to search"
+            return "off"
         found = f"; {self._found}" if self._found else ""
         return f"{_counted(idle.meter.steps, 'step')} in {idle.meter.seconds:.1f} s{found}"
 

@@ -1,4 +1,4 @@
-"""Lines that begin with a slash."""
+"""The chat's commands: lines that begin with a slash."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ QUOTES = '"""'
 
 
 class Leave(Exception):
-    """The person has had enough."""
+    """Raised by /exit."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """What a command takes, what it does in a line, and how."""
+    """A command: its argument, its help text, and its function."""
 
     argument: str
     help: str
     run: Callable[[Chat, str], None]
     takes_path: bool = False
     values: tuple[str, ...] = ()
-    """What may be completed."""
+    """Completions of the argument."""
 
 
 def handle(chat: Chat, line: str) -> None:
-    """A message or a command, as it was typed.
+    """Runs a command, or sends a message.
 
     Raises:
-        Leave: it was time to go.
-        SwiftError: it could not be done, or there is no such command.
+        Leave: the command was /exit.
+        SwiftError: the command failed, or there is no such command.
     """
     line = unquoted(line)
     name, _, argument = line.strip().partition(" ")
-    if not name.startswith("/") or "/" in name[1:] or "\n" in name:  # paths are no commands
+    if not name.startswith("/") or "/" in name[1:] or "\n" in name:  # a path is not a command
         if line.strip():
             chat.say(line)
         return
@@ -51,7 +51,7 @@ def handle(chat: Chat, line: str) -> None:
 
 
 def unquoted(line: str) -> str:
-    """A message of several lines without the quotes around it."""
+    """A message without its triple quotes."""
     stripped = line.strip()
     if is_open(stripped) or not stripped.startswith(QUOTES) or len(stripped) < 2 * len(QUOTES):
         return line
@@ -59,7 +59,7 @@ def unquoted(line: str) -> str:
 
 
 def is_open(text: str) -> bool:
-    """Does a message of several lines go on after `text`?"""
+    """True if `text` begins with triple quotes that are not closed yet."""
     stripped = text.strip()
     if not stripped.startswith(QUOTES):
         return False
@@ -67,12 +67,12 @@ def is_open(text: str) -> bool:
 
 
 def help_lines() -> list[str]:
-    """What there is beside messages."""
+    """The lines of /help."""
     rows = [(f"{name} {command.argument}", command.help) for name, command in COMMANDS.items()]
     rows += [
-        ('"""', "begins and ends several lines; Alt-Enter breaks one"),
-        ("Ctrl-C", "stops an answer, keeps what was said"),
-        ("Ctrl-D", "leaves"),
+        ('"""', "around several lines; Alt-Enter also breaks a line"),
+        ("Ctrl-C", "stops the answer and keeps its text"),
+        ("Ctrl-D", "leaves the chat"),
     ]
     return [f"{left:<20} {right}" for left, right in rows]
 
@@ -80,10 +80,10 @@ def help_lines() -> list[str]:
 def _path(argument: str, command: str) -> Path:
     try:
         words = shlex.split(argument)
-    except ValueError:  # an apostrophe
+    except ValueError:  # an unpaired quote, as in an apostrophe
         words = [argument]
     if not argument:
-        raise SwiftError(f"{command} needs the name of a file")
+        raise SwiftError(f"{command} needs a file name")
     return Path(words[0] if len(words) == 1 else argument)
 
 
@@ -101,18 +101,18 @@ def _load(chat: Chat, argument: str) -> None:
 
 def _clear(chat: Chat, _: str) -> None:
     chat.clear()
-    chat.screen.note("the conversation is forgotten")
+    chat.screen.note("the conversation is deleted")
 
 
 def _undo(chat: Chat, _: str) -> None:
     if n_files := chat.detach():
-        files = "the file that goes" if n_files == 1 else f"the {n_files} files that go"
-        chat.screen.note(f"taken back: {files} with your next message")
+        files = "the attached file" if n_files == 1 else f"{n_files} attached files"
+        chat.screen.note(f"removed: {files}")
         return
     turn = chat.conversation.undo()
     if turn is None:
-        raise SwiftError("there is nothing to take back")
-    chat.screen.note(f"taken back: {_shortened(turn.user)}")
+        raise SwiftError("there is nothing to undo")
+    chat.screen.note(f"removed: {_shortened(turn.user)}")
 
 
 def _shortened(text: str, n: int = 50) -> str:
@@ -133,7 +133,7 @@ def _set(chat: Chat, argument: str) -> None:
         chat.screen.lines([f"{key:<20} {value}" for key, value in chat.settings.values().items()])
         return
     if not value.strip():
-        raise SwiftError("/set needs a key and a value: /set temp 0.2; /set alone lists them")
+        raise SwiftError("/set needs a key and a value, as in /set temp 0.2; /set alone lists all")
     chat.settings = chat.settings.set(key, value.strip())
     key = key.lower().replace("_", "-")
     chat.screen.note(f"{key} is {chat.settings.values()[key]}")
@@ -154,10 +154,12 @@ def _show(chat: Chat, argument: str) -> None:
         parts = read(chat.session.model, turns[-1].tokens)[0] if turns else []
         thought = "".join(part.text for part in parts if part.is_thought)
         if not thought:
-            raise SwiftError("there are no thoughts in the latest answer")
+            raise SwiftError("the latest answer has no thoughts")
         chat.screen.lines([thought])
     elif argument:
-        raise SwiftError("/show shows the latest answer by source; /show thinking its thoughts")
+        raise SwiftError(
+            "use /show for the sources of the latest answer, or /show thinking for its thoughts"
+        )
     else:
         chat.screen.sources(*chat.show())
 
@@ -167,22 +169,22 @@ def _leave(chat: Chat, _: str) -> None:
 
 
 COMMANDS = {
-    "/help": Command("", "shows this", lambda chat, _: chat.screen.lines(help_lines())),
-    "/clear": Command("", "forgets what was said, but for the system message", _clear),
-    "/regen": Command("", "answers the latest message anew", lambda chat, _: chat.regenerate()),
-    "/undo": Command("", "takes the latest message and its answer back", _undo),
-    "/read": Command("FILE", "a text file goes with the next message", _read, takes_path=True),
-    "/system": Command("TEXT", "sets the system message; none: without", _system),
-    "/set": Command("KEY VALUE", "changes a setting; alone: lists them", _set),
+    "/help": Command("", "shows this list", lambda chat, _: chat.screen.lines(help_lines())),
+    "/clear": Command("", "deletes the conversation; keeps the system message", _clear),
+    "/regen": Command("", "answers the latest message again", lambda chat, _: chat.regenerate()),
+    "/undo": Command("", "removes the latest message and its answer", _undo),
+    "/read": Command("FILE", "attaches a text file to the next message", _read, takes_path=True),
+    "/system": Command("TEXT", "sets the system message; none: removes it", _system),
+    "/set": Command("KEY VALUE", "changes a setting; without KEY: lists all", _set),
     "/save": Command("FILE", "writes the conversation to a file", _save, takes_path=True),
-    "/load": Command("FILE", "goes on with a saved conversation", _load, takes_path=True),
-    "/stats": Command("", "figures of the latest answer and the session",
+    "/load": Command("FILE", "loads a saved conversation", _load, takes_path=True),
+    "/stats": Command("", "statistics of the latest answer and the session",
                       lambda chat, _: chat.screen.lines(chat.stats())),
-    "/speculation": Command("MODE", "auto, off, or sources joined by commas",
+    "/speculation": Command("MODE", "sets the draft sources: auto, off, or a list with commas",
                             _speculation, values=("auto", "off", *SOURCES)),
-    "/show": Command("[thinking]", "colours the latest answer by who proposed it", _show,
+    "/show": Command("[thinking]", "colours the latest answer by source; or its thoughts", _show,
                      values=("thinking",)),
-    "/exit": Command("", "leaves", _leave),
+    "/exit": Command("", "leaves the chat", _leave),
 }  # fmt: skip
 
 ALIASES = {"/quit": "/exit", "/bye": "/exit", "/?": "/help"}

@@ -1,8 +1,8 @@
-"""What was said so far, as tokens: the model's own stay as they were generated.
+"""A conversation as tokens.
 
-A prompt is the chat template's text with the tokens of earlier answers in place of their text.
-Their text, tokenised anew, might be other tokens, and the context would have to be decoded again
-from there on; so only what is new is tokenised and decoded.
+A prompt is the chat template's text, with earlier answers as the tokens that were generated.
+Tokenising their text again might give other tokens, and the rest of the context would have to be
+decoded again.  So only new text is tokenised and decoded.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ class Turn:
 
     user: str
     tokens: tuple[int, ...]
-    """Of the answer."""
+    """The answer's tokens."""
     text: str
-    """The answer as it was spelt, thoughts included."""
+    """The answer's text, thoughts included."""
     sources: tuple[str, ...] = ()
-    """Who proposed each of the tokens; empty where that is not known."""
+    """The source of each token; empty if unknown."""
     thought_n: int = 0
-    """How many of the tokens are thoughts."""
+    """Number of tokens that are thoughts."""
     seed: int | None = None
     stop_reason: str = ""
     """See `Stats.stop_reason`."""
 
 
 class Conversation:
-    """Turns, and the prompts that continue them.
+    """The turns of a conversation; makes the prompt for the next answer.
 
-    template: a Jinja template instead of the model's own.
-    variables: what it is told beside the messages: ``enable_thinking``, ...
+    template: a Jinja template that replaces the model's own.
+    variables: more variables for the template: ``enable_thinking``, ...
     """
 
     def __init__(
@@ -52,18 +52,18 @@ class Conversation:
     ) -> None:
         self.system = system
         self.thinks: bool | None = None
-        """Does the model think first?  None: as the variables, or the template, have it."""
+        """Whether the model thinks first; None: the variables or the template decide."""
         self._variables = variables or {}
         self.turns: list[Turn] = []
         self.first = 0
-        """Turns before this one have left the context."""
+        """Index of the first turn in the context; earlier turns were dropped."""
         self._model, self._template = model, template
         self._drops_thoughts: bool | None = None
 
     def prompt(self, user: str, *, said: Sequence[int] = ()) -> list[int]:
-        """The tokens that the model continues with its answer to `user`.
+        """The prompt for the answer to the message `user`.
 
-        said: what of the answer is there already.
+        said: tokens of the answer generated so far.
 
         Raises:
             ModelError: there is no chat template, or it refuses the messages.
@@ -71,7 +71,7 @@ class Conversation:
         turns = self.turns[self.first :]
         places = [f"\ue000{number}\ue001" for number in range(len(turns))]
         text = self._render([*self._pairs(turns, places), _message("user", user)])
-        if any(text.count(place) != 1 for place in places):  # a template that rewrites answers
+        if any(text.count(place) != 1 for place in places):  # the template rewrites answers
             answers = [turn.text for turn in turns]
             text = self._render([*self._pairs(turns, answers), _message("user", user)])
             return [*encode(self._model, text), *said]
@@ -84,15 +84,15 @@ class Conversation:
         return [*tokens, *encode(self._model, text, start=not tokens), *said]
 
     def opens_thoughts(self, user: str) -> bool:
-        """Does the prompt end in the middle of thoughts, by the template's doing?"""
+        """True if the template ends the prompt with the mark that begins thoughts."""
         text = self._render([_message("user", user)]).rstrip()
         return any(text.endswith(begin) for begin, _ in MARKS)
 
     @property
     def drops_thoughts(self) -> bool:
-        """Does the template leave the thoughts of earlier answers out?
+        """True if the template omits the thoughts of earlier answers.
 
-        Models whose templates do were trained so.
+        Models with such a template were trained that way.
         """
         if self._drops_thoughts is None:
             begin, end = MARKS[0]
@@ -117,10 +117,13 @@ class Conversation:
             prompting=Prompting(variables=with_reasoning(self._variables, thinks=self.thinks)),
         )
 
-    # -- changing it -------------------------------------------------------------------------------
+    # -- changes -----------------------------------------------------------------------------------
 
     def undo(self) -> Turn | None:
-        """Takes the last turn back; where none is left in the context, older ones return to it."""
+        """Removes and returns the last turn.
+
+        If no turn is left in the context, the dropped turns return to it.
+        """
         if not self.turns:
             return None
         turn = self.turns.pop()
@@ -129,12 +132,12 @@ class Conversation:
         return turn
 
     def clear(self) -> None:
-        """Forgets everything but the system message."""
+        """Deletes all turns; keeps the system message."""
         self.turns.clear()
         self.first = 0
 
     def drop_oldest(self) -> bool:
-        """One turn leaves the context, to make room; False if there is none."""
+        """Drops the oldest turn from the context; False if there is none."""
         if self.first == len(self.turns):
             return False
         self.first += 1

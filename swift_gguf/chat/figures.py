@@ -1,4 +1,4 @@
-"""What an answer's figures say, in lines: the footer, `/stats`, `/show`."""
+"""Statistics of answers as text: the footer, `/stats` and `/show`."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from swift_gguf.stats import Stats
 from swift_gguf.text import StreamDecoder
 
 N_LINES = 4
-"""Of the footer at most."""
+"""Maximum number of lines of the footer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Of the latest answer, and of where the session stands."""
+    """Statistics of the latest answer and of the session."""
 
     tokens_per_second: float = 0.0
     gain: float | None = None
-    """Against plain decoding, whose passes were measured here."""
+    """Speed-up over plain decoding, by the measured time of a plain forward pass."""
     plain_ms: float | None = None
     acceptance_rate: float | None = None
-    """None: nothing was drafted."""
+    """None if nothing was drafted."""
     mean_acceptance_length: float = 1.0
     sources: tuple[tuple[str, float], ...] = ()
-    """Shares of the answer's tokens by who proposed them, the target's own first."""
+    """(source, share of the answer's tokens); the target first."""
     why: str = ""
-    """What drafts, or why nothing does."""
+    """The sources of drafts, or the reason why there are none."""
     n_past: int = 0
     n_ctx: int = 0
     found: str = ""
-    """What the idle search has found since."""
+    """What the idle search has found since the answer."""
 
     @classmethod
     def of(cls, session: Session, answer: Answer, sources: Sequence[str]) -> Figures:
-        """Read while nobody else uses the model."""
+        """The figures of an answer.  Call it only while nothing else uses the model."""
         stats, speculation = answer.stats, session.speculation
         return cls(
             tokens_per_second=stats.tokens_per_second,
@@ -59,14 +59,14 @@ class Figures:
 
 
 def shares(sources: Sequence[str]) -> tuple[tuple[str, float], ...]:
-    """(source, share) of tokens, the target first, then by share."""
+    """(source, share of the tokens); the target first, the others by share."""
     counts = Counter(sources)
     ordered = sorted(counts.items(), key=lambda item: (item[0] != TARGET, -item[1], item[0]))
     return tuple((source, n / len(sources)) for source, n in ordered)
 
 
 def footer(figures: Figures, *, width: int) -> list[str]:
-    """At most `N_LINES` lines of at most `width` columns."""
+    """The footer: at most `N_LINES` lines of at most `width` columns."""
     lines = [""]
     for item in _footer_items(figures):
         joined = f"{lines[-1]} · {item}" if lines[-1] else item
@@ -87,9 +87,9 @@ def _footer_items(figures: Figures) -> Iterator[str]:
         yield f"{figures.tokens_per_second:.1f} tok/s"
     if figures.acceptance_rate is not None:
         if figures.gain is not None and figures.plain_ms is not None:
-            yield f"{figures.gain:.2f}x plain (by plain passes of {figures.plain_ms:.1f} ms here)"
+            yield f"speed-up {figures.gain:.2f}x (a plain pass takes {figures.plain_ms:.1f} ms)"
         yield f"accepted {figures.acceptance_rate:.0%}"
-        yield f"{figures.mean_acceptance_length:.2f} tokens a pass"
+        yield f"{figures.mean_acceptance_length:.2f} tokens per pass"
         yield ", ".join(f"{source} {share:.0%}" for source, share in figures.sources)
     if figures.n_ctx:
         yield f"context {figures.n_past}/{figures.n_ctx}"
@@ -103,7 +103,7 @@ def _cut(line: str, width: int) -> str:
 
 @dataclass
 class Totals:
-    """Of a session's answers."""
+    """Sums over a session's answers."""
 
     answers: int = 0
     tokens: int = 0
@@ -125,24 +125,24 @@ class Totals:
 def details(answer: Answer, figures: Figures, totals: Totals, *, idle: str) -> list[str]:
     """The lines of `/stats`.
 
-    idle: how the idle search stands.
+    idle: the state of the idle search.
     """
     stats = answer.stats
     lines = [
-        f"prompt     {len(answer.prompt)} tokens, of which {stats.prompt_n} were new, "
+        f"prompt     {len(answer.prompt)} tokens, {stats.prompt_n} of them new, "
         f"in {stats.prompt_s:.2f} s",
         f"answer     {stats.predicted_n} tokens ({stats.stop_reason}), "
         f"{stats.tokens_per_second:.1f} tok/s, seed {answer.options.seed}",
     ]
     if stats.drafted and figures.gain is not None and figures.plain_ms is not None:
         lines.append(
-            f"gain       {figures.gain:.2f}x plain decoding, whose passes take "
-            f"{figures.plain_ms:.1f} ms: {_how(stats)}"
+            f"speed-up   {figures.gain:.2f}x; a plain pass takes "
+            f"{figures.plain_ms:.1f} ms, {_how(stats)}"
         )
     if stats.drafted:
         lines.append(
             f"drafts     {stats.accepted} of {stats.drafted} tokens accepted "
-            f"({stats.acceptance_rate:.0%}), {stats.mean_acceptance_length:.2f} tokens a pass"
+            f"({stats.acceptance_rate:.0%}), {stats.mean_acceptance_length:.2f} tokens per pass"
         )
     for name, source in stats.sources.items():
         lines.append(
@@ -163,12 +163,12 @@ def details(answer: Answer, figures: Figures, totals: Totals, *, idle: str) -> l
 
 def _how(stats: Stats) -> str:
     if stats.plain_cycles >= ENOUGH:
-        return f"by {stats.plain_cycles} of them in this answer"
-    return "measured here before, and corrected by every pass since"
+        return f"measured {stats.plain_cycles} times in this answer"
+    return "measured earlier and updated by every pass since"
 
 
 def runs(model: Model, tokens: Sequence[int], sources: Sequence[str]) -> list[tuple[str, str]]:
-    """(source, text) of neighbouring tokens from the same source."""
+    """(source, text) for each run of tokens from the same source."""
     decoder = StreamDecoder(model)
     pieces = [(source, decoder.feed(token)) for token, source in zip(tokens, sources, strict=True)]
     if pieces:

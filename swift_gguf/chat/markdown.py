@@ -1,6 +1,7 @@
-"""Markdown as it comes in: finished blocks are printed for good, the last one is redrawn.
+"""Markdown while it is generated: complete blocks are printed once, the last one is redrawn.
 
-Colours are the terminal's own sixteen, without backgrounds, so that light and dark look right.
+Only the terminal's own sixteen colours are used, and no backgrounds.  This suits light and dark
+terminals.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ CODE = ANSISyntaxTheme(
 
 
 class _Heading(rich_markdown.Heading):
-    """At the left, like the text."""
+    """A heading aligned left."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         self.text.justify = "left"
@@ -66,7 +67,7 @@ class _Heading(rich_markdown.Heading):
 
 
 class _CodeBlock(rich_markdown.CodeBlock):
-    """Without a background; indented, so that it can be told from the text."""
+    """A code block without a background; it is indented instead."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         code = Syntax(str(self.text).rstrip("\n"), self.lexer_name, theme=CODE, word_wrap=True)
@@ -74,7 +75,7 @@ class _CodeBlock(rich_markdown.CodeBlock):
 
 
 class Markdown(rich_markdown.Markdown):
-    """Keeps lines as the model broke and indented them, and shows HTML instead of swallowing it."""
+    """Markdown that keeps the model's line breaks and shows HTML as text."""
 
     elements: ClassVar = {
         **rich_markdown.Markdown.elements,
@@ -90,7 +91,7 @@ class Markdown(rich_markdown.Markdown):
 
 
 def parse(text: str) -> list[Token]:
-    """CommonMark with tables and strikethrough; HTML is text, and a line break is one."""
+    """Parses CommonMark with tables and strikethrough.  HTML is text; line breaks are kept."""
     parser = MarkdownIt().enable(["strikethrough", "table"]).disable(["html_block", "html_inline"])
     parser.inline.ruler.at("newline", _newline)
     return parser.parse(text)
@@ -106,7 +107,7 @@ def _newline(state: StateInline, silent: bool) -> bool:
 
 
 def split(text: str) -> tuple[list[str], str]:
-    """The blocks that no further text can change, and the rest: the last block."""
+    """The blocks that more text cannot change, and the last block."""
     starts = [
         token.map[0]
         for token in parse(text)
@@ -120,9 +121,9 @@ def split(text: str) -> tuple[list[str], str]:
 
 
 def rendered(console: Console, renderable: Any, width: int | None = None) -> list[list[Segment]]:
-    """Lines of segments, without the blanks that fill them up to the width of the terminal.
+    """A renderable's lines as segments, without trailing blanks.
 
-    width: in columns, if it is another than the terminal's.
+    width: columns; None: the terminal's width.
     """
     options = console.options.update(width=width) if width else None
     lines = console.render_lines(renderable, options, pad=False)

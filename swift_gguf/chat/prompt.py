@@ -1,4 +1,4 @@
-"""Where a person types: several lines, history across sessions, completion, a footer."""
+"""The chat's input line: several lines, history across sessions, completion, a footer."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ STYLE = Style.from_dict(
     }
 )
 REFRESH_S = 1.0
-"""How often the footer looks for news."""
+"""How often the footer is updated."""
 
 
 def data_dir() -> Path:
-    """Where what a person typed is kept: `$SWIFT_GGUF_DATA`, or the user's data folder."""
+    """The folder of the chat history: `$SWIFT_GGUF_DATA`, or the user's data folder."""
     if folder := os.environ.get("SWIFT_GGUF_DATA"):
         return Path(folder).expanduser()
     import platformdirs
@@ -47,9 +47,9 @@ def data_dir() -> Path:
 
 
 class Prompt:
-    """Asks for lines.
+    """Reads messages from the user.
 
-    footer: lines shown below, for a width in columns.
+    footer: returns the lines of the footer, for a width in columns.
     """
 
     def __init__(self, footer: Callable[[int], list[str]]) -> None:
@@ -73,7 +73,7 @@ class Prompt:
         )
 
     def ask(self) -> str:
-        """What was typed, several lines at once where they were quoted, pasted or broken by hand.
+        """A message from the user; it may have several lines.
 
         Raises:
             EOFError: Ctrl-D.
@@ -88,7 +88,7 @@ class Prompt:
 
 
 def bindings() -> KeyBindingsBase:
-    """Enter sends, but not inside quotes; Alt-Enter breaks the line."""
+    """Enter sends the message, except inside triple quotes; Alt-Enter breaks the line."""
     keys = KeyBindings()
 
     @keys.add("enter")
@@ -107,7 +107,7 @@ def bindings() -> KeyBindingsBase:
 
 
 class PrivateHistory(FileHistory):
-    """A file that only its owner reads; a full disk costs a line of history, not the chat."""
+    """A history that ignores write errors such as a full disk."""
 
     def store_string(self, string: str) -> None:
         """See `History`."""
@@ -116,18 +116,18 @@ class PrivateHistory(FileHistory):
 
 
 def history(path: Path) -> History:
-    """What was typed in earlier sessions, or nothing where that cannot be kept."""
+    """The history in a file that only its owner can read; in memory if that is impossible."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        path.chmod(0o600)  # one that others could read
+        path.chmod(0o600)  # in case an existing file was readable for others
     except OSError:
         return InMemoryHistory()
     return PrivateHistory(str(path))
 
 
 class ChatCompleter(Completer):
-    """Commands, what they take, and paths."""
+    """Completes commands, their arguments, and paths."""
 
     def __init__(self) -> None:
         self._paths = PathCompleter(expanduser=True)

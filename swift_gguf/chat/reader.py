@@ -1,4 +1,4 @@
-"""Reads the pieces of an answer as thoughts and what is said."""
+"""Separates an answer into thoughts and text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ _CONTROLS = frozenset({"<think>", "</think>", "[THINK]", "[/THINK]"}) | frozense
 
 
 class Reader:
-    """Reads pieces of an answer as parts, and notes where the answer proper begins."""
+    """Turns the pieces of an answer into parts, and counts the tokens of its thoughts.
+
+    is_open: the prompt has already begun the thoughts.
+    """
 
     def __init__(self, model: Model, *, is_open: bool = False) -> None:
         self.thoughts = Thoughts(is_open=is_open)
@@ -32,28 +35,28 @@ class Reader:
         return parts
 
     def finish(self, rest: str = "") -> list[Part]:
-        """What is left when no piece follows."""
+        """The remaining parts, after the last piece."""
         return self.thoughts.feed(rest) + self.thoughts.finish()
 
     @property
     def thought_n(self) -> int:
-        """How many tokens come before the answer proper; 0 where there were no thoughts."""
+        """Number of tokens before the text of the answer; 0 if there are no thoughts."""
         if not self.thoughts.thought:
             return 0
         return self._n if self._begin is None else self._begin
 
 
 def _control(model: Model, token: int) -> str:
-    """A control token that has a part in marks; others are never seen."""
+    """The text of a control token that marks thoughts; empty for all others."""
     text = piece(model, token, special=True).decode("utf-8", "replace")
     return text if text in _CONTROLS else ""
 
 
 def read(model: Model, tokens: Sequence[int]) -> tuple[list[Part], int]:
-    """A whole answer's parts, and how many of its tokens are thoughts."""
+    """The parts of a complete answer, and the number of tokens that are thoughts."""
     decoder = StreamDecoder(model)
     text = "".join(map(decoder.feed, tokens)) + decoder.finish()
-    # where the prompt has opened the thoughts, they only end
+    # if the prompt has begun the thoughts, the answer has only the mark that ends them
     is_open = any(end in text and begin not in text for begin, end in MARKS[:2])
     reader, decoder = Reader(model, is_open=is_open), StreamDecoder(model)
     parts: list[Part] = []

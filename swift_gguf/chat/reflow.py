@@ -1,7 +1,7 @@
-"""Where the rest of a text begins when it is laid out anew for another width.
+"""Finds what is still to be printed after the width of the window has changed.
 
-Lines break elsewhere then, so that how many were printed says nothing. What stays the same is the
-order of characters, blanks apart.
+With another width, lines break at other places, so the number of printed lines is no guide.  The
+order of the characters stays the same, except for blanks.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ Line = list[Segment]
 
 
 def place(lines: Sequence[Line], printed: Sequence[Line]) -> tuple[int, int, bool]:
-    """How much of `lines` was printed already, in lines that broke elsewhere.
+    """How much of `lines` was already printed as `printed`, with other line breaks.
 
-    Returns how many lines, how many characters (blanks not counted) of the next one, and whether
-    that is all that was printed; it is not where the layout changes the text itself, as that of
-    tables does.
+    Returns the number of complete lines, the number of characters of the next line (without
+    blanks), and whether this covers all that was printed.  It does not if the layout changes the
+    text itself, as in tables.
     """
     wanted, i = "".join(map(_letters, printed)), 0
     while wanted and i < len(lines):
@@ -30,7 +30,7 @@ def place(lines: Sequence[Line], printed: Sequence[Line]) -> tuple[int, int, boo
         if n < len(here):
             return i, n, not wanted
         i += 1
-    for line in reversed(printed):  # empty lines at the end
+    for line in reversed(printed):  # count the empty lines at the end
         if _letters(line) or i == len(lines) or _letters(lines[i]):
             break
         i += 1
@@ -38,7 +38,7 @@ def place(lines: Sequence[Line], printed: Sequence[Line]) -> tuple[int, int, boo
 
 
 def without(line: Line, n: int) -> Line:
-    """What follows the first `n` characters of a line, blanks not counted."""
+    """A line without its first `n` characters; blanks do not count."""
     found = re.match(rf"(?:\s*\S){{{n}}}\s*", _text(line))
     cut, rest = found.end() if found else 0, []
     for segment in line:
@@ -49,12 +49,12 @@ def without(line: Line, n: int) -> Line:
 
 
 def text_of(line: Line) -> Text:
-    """Something that can be wrapped."""
+    """A line as a `Text`, which can be wrapped."""
     return Text.assemble(*((segment.text, segment.style or "") for segment in line))
 
 
 def _n_common(a: str, b: str) -> int:
-    """Characters that both begin with."""
+    """Length of the common prefix."""
     differing = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
     return next(differing, min(len(a), len(b)))
 

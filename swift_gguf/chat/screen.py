@@ -1,4 +1,4 @@
-"""Where a chat shows itself: what it needs of a screen, and the one for pipes and files."""
+"""The interface of a chat's screen, and the screen for pipes and files."""
 
 from __future__ import annotations
 
@@ -13,35 +13,42 @@ from swift_gguf.text.thinking import Part
 
 
 class View(Protocol):
-    """An answer while it comes in."""
+    """Shows an answer while it is generated."""
 
     def feed(self, text: str, parts: Sequence[Part]) -> None:
-        """A token's text, and the same as parts, from which marks are gone."""
+        """Adds a token.
+
+        text: its text.
+        parts: the same text as parts, without the marks around thoughts.
+        """
         ...
 
 
 class Screen(Protocol):
-    """Where a chat shows itself."""
+    """Shows a chat."""
 
     def note(self, text: str) -> None:
-        """A line on what has happened."""
+        """Shows a line of information."""
         ...
 
     def lines(self, lines: Sequence[str]) -> None:
-        """What was asked for."""
+        """Shows the output of a command."""
         ...
 
     def sources(self, runs: Sequence[tuple[str, str]], legend: str) -> None:
-        """An answer by who proposed it: (source, text)."""
+        """Shows an answer by its sources.
+
+        runs: (source, text) pairs.
+        """
         ...
 
     def answer(self, settings: Settings) -> AbstractContextManager[View]:
-        """An answer begins; it ends with the context."""
+        """A context manager for one answer."""
         ...
 
 
 class Plain:
-    """Answers to standard output as they come, notes to standard error."""
+    """Writes answers to standard output and notes to standard error."""
 
     def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
         self._out, self._err = out or sys.stdout, err or sys.stderr
@@ -55,7 +62,7 @@ class Plain:
         print("\n".join(lines), file=self._out, flush=True)
 
     def sources(self, runs: Sequence[tuple[str, str]], legend: str) -> None:
-        """See `Screen`; drafted text in braces."""
+        """See `Screen`.  Draft tokens are in braces."""
         shown = (text if source == TARGET else f"{{{source}:{text}}}" for source, text in runs)
         self.lines(["".join(shown), legend])
 

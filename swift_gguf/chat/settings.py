@@ -1,4 +1,4 @@
-"""What `/set` changes."""
+"""The settings that `/set` changes."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ CONTEXT = ("shift", "stop")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How answers are drawn and shown."""
+    """How answers are sampled and shown."""
 
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     n_predict: int = -1
-    """Tokens of an answer at most; below 0: to the end."""
+    """Maximum number of tokens per answer; below 0: no limit."""
     thinking: str = "fold"
-    """``fold``: thoughts are seen while they come and give way to a line; ``show``; ``hide``."""
+    """``fold``: show thoughts only while they are generated; ``show``; ``hide``."""
     markdown: bool = True
     context: str = "shift"
-    """When the context is full: ``shift``: the oldest turns leave it; ``stop``."""
+    """When the context is full: ``shift`` drops the oldest turns; ``stop``."""
 
     reasoning: str = "auto"
-    """Does the model think first?  ``on``, ``off``, or as its template has it."""
+    """Whether the model thinks first: ``on``, ``off``, or ``auto`` (the template decides)."""
 
     @property
     def max_tokens(self) -> int | None:
         return self.n_predict if self.n_predict >= 0 else None
 
     def set(self, key: str, value: str) -> Settings:
-        """With another value, given as text.
+        """The settings with another value, given as text.
 
         Raises:
-            SwiftError: there is no such key, or this is no value for it.
+            SwiftError: there is no such key, or the value is not valid.
         """
         key = key.lower().replace("_", "-")
         if key not in KEYS:
-            raise SwiftError(f"there is nothing to set by the name {key!r}; {', '.join(KEYS)}")
+            raise SwiftError(f"there is no setting {key!r}; use one of {', '.join(KEYS)}")
         parsed = _parsed(key, value)
         if key in _SAMPLING:
             changed = replace(self.sampling, **{_SAMPLING[key]: parsed})
@@ -50,7 +50,7 @@ class Settings:
         return replace(self, **{key.replace("-", "_"): parsed})
 
     def values(self) -> dict[str, str]:
-        """What `set` would set, as text."""
+        """All settings as text, in the form that `set` takes."""
         sampling = {key: getattr(self.sampling, name) for key, name in _SAMPLING.items()}
         own = {key: getattr(self, key.replace("-", "_")) for key in KEYS if key not in _SAMPLING}
         shown = {True: "on", False: "off", None: "random"}
@@ -65,7 +65,7 @@ def _parsed(key: str, value: str) -> Any:
     try:
         return kind(value)
     except (ValueError, KeyError) as error:
-        raise SwiftError(f"{key} is {what}; {value!r} is not") from error
+        raise SwiftError(f"{key} must be {what}, not {value!r}") from error
 
 
 def _seed(value: str) -> int | None:
@@ -118,4 +118,4 @@ KEYS: dict[str, tuple[Callable[[str], Any], str]] = {
     "context": (_one_of(*CONTEXT), f"one of {', '.join(CONTEXT)}"),
     "reasoning": (_one_of(*THINKS), f"one of {', '.join(THINKS)}"),
 }
-"""Names are the command line's; how a value is read, and what it may be."""
+"""Setting name (as on the command line): the parser of its value, and a description of it."""

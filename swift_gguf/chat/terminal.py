@@ -1,4 +1,4 @@
-"""The terminal's screen: answers as Markdown, drawn while they come in."""
+"""The screen for a terminal: answers as Markdown, drawn while they are generated."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ SOURCE_STYLES = {
 }
 
 THOUGHT_LINES = 6
-"""Of thoughts under way, where they are folded afterwards."""
+"""Lines of thoughts that are shown while the model thinks, if they are folded later."""
 
 DRAWING_SHARE = 0.03
-"""Of the time; drawing takes it from decoding."""
+"""Maximum share of the time that drawing takes from decoding."""
 MIN_INTERVAL_S, MAX_INTERVAL_S = 0.04, 0.5
 
 
 def console() -> Console:
-    """Standard output, in colours that suit light and dark backgrounds; NO_COLOR is respected."""
+    """Standard output, with colours for light and dark backgrounds; respects NO_COLOR."""
     return Console(theme=THEME, highlight=False, soft_wrap=False)
 
 
 class Terminal:
-    """A `Screen` for people."""
+    """A `Screen` for a terminal."""
 
     def __init__(self, output: Console | None = None) -> None:
         self.console = output or console()
@@ -51,12 +51,12 @@ class Terminal:
         self.console.print(Text(text, style="dim"))
 
     def error(self, text: str) -> None:
-        """What went wrong, in a line."""
+        """Shows an error message."""
         self.console.print(Text(text, style="red"))
 
     @contextmanager
     def busy(self, what: str) -> Iterator[Callable[[str], None]]:
-        """Something takes a while; what that is may be said anew."""
+        """Shows a spinner with a text; yields a function that changes the text."""
         with self.console.status(Text(what, style="dim")) as status:
             yield lambda now: status.update(Text(now, style="dim"))
 
@@ -84,14 +84,14 @@ class Terminal:
 
 @contextmanager
 def _silent_keyboard() -> Iterator[None]:
-    """What is typed meanwhile is not echoed into the answer; it waits for the next prompt.
+    """Turns the echo off, so that typed keys do not appear in the answer; the prompt gets them.
 
-    Nor does Ctrl-C throw away what was drawn and is still on its way to the terminal.
+    Ctrl-C does not discard output that is still on its way to the terminal.
     """
     try:
         descriptor = sys.stdin.fileno()
         before = termios.tcgetattr(descriptor)
-    except (OSError, ValueError, AttributeError, termios.error):  # no terminal
+    except (OSError, ValueError, AttributeError, termios.error):  # not a terminal
         yield
         return
     silent = [*before]
@@ -104,10 +104,10 @@ def _silent_keyboard() -> Iterator[None]:
 
 
 class _Drawing(AbstractContextManager["_Drawing"]):
-    """An answer on the terminal: what is finished scrolls away, the rest is redrawn.
+    """Draws an answer: complete blocks are printed once, the last one is redrawn.
 
-    Of a block that is too tall to be redrawn, the first lines are printed for good before it is
-    finished.  Where its rest begins is counted in lines, and found anew when the width changes.
+    If the last block is too tall to be redrawn, its first lines are printed before it is complete.
+    The position of its rest is counted in lines, and is searched again when the width changes.
     """
 
     def __init__(self, output: Console, settings: Settings) -> None:
@@ -117,9 +117,9 @@ class _Drawing(AbstractContextManager["_Drawing"]):
         self._thought_n = 0
         self._begin_block()
         self._size = output.size
-        self._rows: list[Line] = []  # what is redrawn; the first of them are the answer's
+        self._rows: list[Line] = []  # redrawn lines; the first ones belong to the answer
         self._n_answer_rows = 0
-        self._has_gap = False  # an empty line comes before the last block
+        self._has_gap = False  # an empty line separates the last block from the text above
         self._begun = perf_counter()
         self._thought_s: float | None = None
         self._next = 0.0
@@ -131,9 +131,9 @@ class _Drawing(AbstractContextManager["_Drawing"]):
         return self
 
     def _begin_block(self) -> None:
-        self._printed: list[Line] = []  # of the last block, for good
-        self._n_lines = self._n_chars = 0  # where its rest begins: see `place`
-        self._width: int | None = None  # that it is laid out for, where it is not the window's
+        self._printed: list[Line] = []  # lines of the last block that are printed already
+        self._n_lines = self._n_chars = 0  # position of its rest: see `place`
+        self._width: int | None = None  # layout width of the last block; None: the window's
 
     def __exit__(self, *_: object) -> None:
         try:
@@ -159,7 +159,7 @@ class _Drawing(AbstractContextManager["_Drawing"]):
         now = perf_counter()
         if now < self._next:
             return
-        with self._console:  # all of it in one write: nothing flickers
+        with self._console:  # one write for everything avoids flicker
             self._refresh()
         took = perf_counter() - now
         self._next = now + min(MAX_INTERVAL_S, max(MIN_INTERVAL_S, took / DRAWING_SHARE))
@@ -167,13 +167,13 @@ class _Drawing(AbstractContextManager["_Drawing"]):
     # -- thoughts ----------------------------------------------------------------------------------
 
     def _end_thought(self) -> None:
-        """Thoughts give way to a line, or stay, as the person likes."""
+        """Replaces the thoughts by a line, or keeps them, as the settings say."""
         if not self._thought or self._thought_s is not None:
             return
         self._thought_s = perf_counter() - self._begun
         thought = self._thought.strip()
         if self._settings.thinking != "show":
-            how = "" if self._settings.thinking == "hide" else "; /show thinking unfolds it"
+            how = "" if self._settings.thinking == "hide" else "; /show thinking shows the text"
             thought = f"thought for {self._thought_s:.1f} s, {self._thought_n} tokens{how}"
         self._print(rendered(self._console, Text(thought, style="dim italic")))
         self._has_gap = True
@@ -209,7 +209,7 @@ class _Drawing(AbstractContextManager["_Drawing"]):
             self._draw(rest, n_answer=len(rest))
 
     def _print_text(self, *, final: bool = False) -> None:
-        """Blocks that are finished scroll away."""
+        """Prints the complete blocks."""
         if not self._settings.markdown:
             blocks, rest = _finished_lines(self._text)
         else:
@@ -226,7 +226,7 @@ class _Drawing(AbstractContextManager["_Drawing"]):
             self._text = rest
 
     def _lines(self, block: str) -> list[Line]:
-        """A block, after an empty line where something comes before it."""
+        """A block's lines, with an empty line before it if there is text above."""
         lines = self._laid_out(block)
         width = self._console.width
         if self._width is None or self._width <= width:
@@ -246,20 +246,20 @@ class _Drawing(AbstractContextManager["_Drawing"]):
         return [[], *lines] if self._has_gap else lines
 
     def _rest(self, lines: list[Line]) -> list[Line]:
-        """What is not printed yet of a block."""
+        """The lines of a block that are not printed yet."""
         rest = lines[self._n_lines :]
         if rest and self._n_chars:
             rest[0] = without(rest[0], self._n_chars)
         return rest
 
     def _print(self, lines: Sequence[Line]) -> None:
-        """For good, above what is redrawn."""
-        self._live.update(Text(""), refresh=True)  # or what was drawn last would stay below
+        """Prints lines above the area that is redrawn."""
+        self._live.update(Text(""), refresh=True)  # removes what was drawn last
         self._rows, self._n_answer_rows = [[]], 0
         self._console.print(_segments(lines), end="")
 
     def _draw(self, rows: list[Line], *, n_answer: int = 0) -> None:
-        """n_answer: how many of the rows are the answer's."""
+        """Redraws the rows; the first `n_answer` of them belong to the answer."""
         if self._n:
             seconds = perf_counter() - self._begun
             status = Text(f"{self._n} tokens, {seconds:.0f} s; Ctrl-C stops", style="dim")
@@ -267,14 +267,14 @@ class _Drawing(AbstractContextManager["_Drawing"]):
         self._live.update(_segments(rows), refresh=True)
         self._rows, self._n_answer_rows = rows, n_answer
 
-    # -- another size ------------------------------------------------------------------------------
+    # -- changes of the window's size --------------------------------------------------------------
 
     def _fit(self) -> None:
-        """After the window's size has changed.
+        """Adapts to a new size of the window.
 
-        Terminals wrap long rows anew where the window got narrower, or cut them, and move the
-        first ones out of reach where it got lower.  What is left of the rows that were to be
-        redrawn is what surely is one row each; the others stay as they are.
+        In a narrower window, terminals wrap or cut long rows; in a lower one, the first rows scroll
+        out of reach.  So only rows that surely fit one line are redrawn.  The others stay as they
+        are.
         """
         if self._console.size == self._size:
             return
@@ -284,13 +284,16 @@ class _Drawing(AbstractContextManager["_Drawing"]):
             if Segment.get_line_length(row) > self._size.width:
                 break
             n_kept += 1
-        self._live._live_render._shape = (self._size.width, n_kept)  # how far it moves up
+        self._live._live_render._shape = (self._size.width, n_kept)  # how far the cursor moves up
         n_staying = min(len(self._rows) - n_kept, self._n_answer_rows)
         self._printed += self._rows[:n_staying]
         self._find_rest(before)
 
     def _find_rest(self, before: int) -> None:
-        """before: the width that the last block was laid out for."""
+        """Finds the rest of the last block in the new layout.
+
+        before: the width of the old layout.
+        """
         if not self._printed:
             return
         for width in (None, before):
@@ -310,7 +313,7 @@ def _segments(lines: Sequence[Line]) -> Segments:
 
 
 def harmless(text: str) -> str:
-    """Without control characters, which a terminal would obey."""
+    """Text without control characters, which could control the terminal."""
     return text.translate(_CONTROLS)
 
 
@@ -318,7 +321,7 @@ _CONTROLS = {n: "\ufffd" for n in (*range(32), *range(0x7F, 0xA0)) if chr(n) not
 
 
 def is_usable() -> bool:
-    """Are both ends a terminal that can move its cursor?"""
+    """True if standard input and output are a terminal that can move its cursor."""
     ends = (sys.stdin, sys.stdout)
     if not all(end is not None and end.isatty() for end in ends):
         return False

@@ -1,4 +1,4 @@
-"""Chat templates: programs of strangers that make a prompt of messages, run in a sandbox."""
+"""Chat templates: they turn messages into a prompt.  Untrusted, so they run in a sandbox."""
 
 from swift_gguf.templates.template import (
     THINKS,

@@ -1,10 +1,11 @@
-"""Runs functions of ours on what strangers wrote, in a process with an end to time and memory.
+"""Runs our functions on untrusted input, in a process with limits of time and memory.
 
-Most of what takes for ever, or makes text without end, happens inside single operations of
-Python's, which nothing within a process can break off.  Here the system does: a timer ends the
-process, and more memory is not to be had.  The process sees no files.
+Untrusted input can cause endless loops or endless text inside a single Python operation, which
+nothing in the same process can interrupt.  Here the operating system does it: a timer ends the
+process, and its memory is limited.  The process cannot write files.
 
-Requests are lines of JSON, the function's keywords; answers are {"text"} or {"error"}.
+A request is a line of JSON with the function's keyword arguments.  The answer is {"text"} or
+{"error"}.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from importlib import import_module
 from typing import Any
 
 CPU_S = 2.0
-"""Seconds of the processor's for one request; an ordinary one takes thousandths."""
+"""Seconds of CPU time per request; an ordinary request takes milliseconds."""
 MEMORY = 512 << 20
-"""Bytes of addresses, some 50 MB of them Python's own."""
+"""Bytes of address space; Python itself uses about 50 MB of them."""
 
-# `-m` and `-c` would put the working directory first, and a json.py there would be run
+# `-m` and `-c` put the working directory first in the path, and would run a json.py there
 _START = (
     "import json, runpy, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
     "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
@@ -34,25 +35,25 @@ _START = (
 
 
 def command(module: str, *arguments: str) -> list[str]:
-    """Runs `module` as `python -m` does, but with this process's search path, and with nothing of
-    the folder that one happens to be in."""
+    """A command like `python -m module`, with this process's search path and without the working
+    directory."""
     return [sys.executable, "-I", "-c", _START, json.dumps(sys.path), module, *arguments]
 
 
 def environment() -> dict[str, str]:
-    """For a process with little memory: what a user preloads (an allocator, a sanitizer) may need
-    more addresses than it gets."""
+    """The environment without preloaded libraries: an allocator or a sanitizer may need more
+    address space than the limit."""
     preloads = ("LD_PRELOAD", "DYLD_INSERT_LIBRARIES")
     return {name: value for name, value in os.environ.items() if name not in preloads}
 
 
 class Sandbox:
-    """Asks a process for what a function returns.  It starts when it is needed, and anew after it
-    was ended.
+    """Calls a function in a process of its own, which starts when needed and restarts after it was
+    ended.
 
-    Threads may share one; they wait for each other.
+    Threads may share a sandbox; they wait for each other.
 
-    module, function: a function that takes keywords which JSON can carry, and returns text.
+    module, function: the function; it takes keyword arguments in JSON and returns text.
     """
 
     def __init__(self, module: str, function: str) -> None:
@@ -62,14 +63,14 @@ class Sandbox:
         self._owner = 0
 
     def ask(self, **arguments: Any) -> Mapping[str, str]:
-        """{"text": ...}, or {"error": ...} in one line: also where it takes more than it gets.
+        """{"text": ...}, or {"error": ...} in one line, also if it exceeds a limit.
 
         Raises:
-            TypeError, ValueError, RecursionError: the arguments are no JSON.
+            TypeError, ValueError, RecursionError: the arguments cannot be written as JSON.
         """
         line = json.dumps(arguments).encode()
         if getattr(sys, "frozen", False):
-            # an application that carries its Python: its executable runs nothing but itself
+            # a frozen application: its executable cannot start another Python program
             return _answer(_find(self._module, self._function), json.loads(line))
         with self._lock:
             return self._ask(line + b"\n")
@@ -87,7 +88,7 @@ class Sandbox:
             line = process.stdout.readline()
         except BrokenPipeError:
             line = b""
-        except BaseException:  # interrupted: its answer would be taken for the next one's
+        except BaseException:  # interrupted: the next request must not get this answer
             self.close()
             raise
         if line.endswith(b"\n"):
@@ -99,7 +100,7 @@ class Sandbox:
         return {"error": f"its process ended ({process.returncode}), likely for want of memory"}
 
     def _running(self) -> subprocess.Popen[bytes]:
-        """A process that is ours: a fork's parent has the same pipes, and must not share them."""
+        """This process's own sandbox: after a fork, parent and child must not share its pipes."""
         process = self._process
         if process is not None and self._owner == os.getpid() and process.poll() is None:
             return process
@@ -109,14 +110,14 @@ class Sandbox:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for the other processes
+            start_new_session=True,  # so that Ctrl-C does not reach it
         )
         self._process, self._owner = process, os.getpid()
         self._end = weakref.finalize(self, _end, process)
         return process
 
     def close(self) -> None:
-        """Ends the process; another one starts when it is needed.  Safe to call twice."""
+        """Ends the process; a new one starts when needed.  May be called twice."""
         if self._process is not None and self._owner == os.getpid():
             self._end()
         self._process = None
@@ -130,7 +131,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             stream.close()
 
 
-# -- in the process --------------------------------------------------------------------------------
+# -- inside the process ----------------------------------------------------------------------------
 
 
 def _find(module: str, function: str) -> Callable[..., str]:
@@ -139,7 +140,7 @@ def _find(module: str, function: str) -> Callable[..., str]:
 
 
 def _answer(function: Callable[..., str], arguments: Mapping[str, Any]) -> dict[str, str]:
-    """Whatever the function trips over is an error of its own."""
+    """The function's result; every exception becomes an {"error": ...}."""
     try:
         return {"text": function(**arguments)}
     except MemoryError:
@@ -151,7 +152,7 @@ def _answer(function: Callable[..., str], arguments: Mapping[str, Any]) -> dict[
 
 
 def _limit_resources() -> None:
-    """For good: what comes later starts with what this leaves."""
+    """Sets limits that cannot be raised again."""
     for name, value in (("AS", MEMORY), ("FSIZE", 0), ("NPROC", 0), ("CORE", 0)):
         kind = getattr(resource, f"RLIMIT_{name}", None)
         if kind is not None:

@@ -1,9 +1,8 @@
-"""Chat templates: programs that come with a model's file, whose author nobody knows.
+"""Renders chat templates: untrusted programs that come with a model file.
 
-They are rendered in jinja2's sandbox, which keeps a template from attributes that lead out of it,
-and that in a process of its own (`sandbox`), which keeps it from running for ever or making text
-without end.  Everything that renders a template does it here: `text.render_chat`, and the drop-in
-`Llama` with the server on it.
+Two sandboxes protect against them.  jinja2's own keeps a template away from Python's internals.
+The process around it (`sandbox`) limits its time and its memory.  All templates are rendered here:
+for `text.render_chat`, for the drop-in `Llama`, and for the server.
 """
 
 from __future__ import annotations
@@ -27,59 +26,61 @@ from swift_gguf.errors import TemplateError
 from swift_gguf.templates.sandbox import Sandbox
 
 Continued = Literal["content", "reasoning_content"]
-"""What of an answer goes on: what it says, or what it thinks."""
+"""The part of an unfinished answer that is continued: its text or its thoughts."""
 
 THINKS = {"on": True, "off": False, "auto": None}
-"""Does a model think before it answers?  None: as its template has it."""
+"""Whether the model thinks before it answers; None: the template decides."""
 
 RESERVED = frozenset(
     {"messages", "add_generation_prompt", "bos_token", "eos_token"}
     | {"tools", "tool_choice", "functions", "function_call"}
 )
-"""Variables of a template that are no one's to set: a prompt says what the messages say."""
+"""Template variables that users cannot set, because they come from the messages and the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompting:
-    """How a template makes a prompt of messages."""
+    """Options for rendering messages into a prompt."""
 
     variables: Mapping[str, Any] = field(default_factory=dict)
-    """Further ones that the template may read: ``enable_thinking``, ``reasoning_effort``, ..."""
+    """More template variables: ``enable_thinking``, ``reasoning_effort``, ..."""
     opens_answer: bool = True
-    """Does the prompt end where an answer begins?  Templates' `add_generation_prompt`."""
+    """The prompt ends where an answer begins: the template's `add_generation_prompt`."""
     continues: Continued | None = None
-    """The last message is an answer, and the prompt ends in it: behind what it says or thinks."""
+    """The last message is an unfinished answer: the prompt ends after this part of it."""
 
     def __post_init__(self) -> None:
         check_variables(self.variables)
 
 
 def check_variables(variables: Mapping[str, Any]) -> None:
-    """Variables for a template, as somebody wants to set them.
+    """Checks variables that a user sets.
 
     Raises:
-        TemplateError: they would put another prompt in the place of the messages.
+        TemplateError: a name is reserved, or `enable_thinking` is not a boolean.
     """
     taken = sorted(RESERVED.intersection(variables))
     if taken:
-        raise TemplateError(f"{taken[0]!r} is not to be set: the prompt is made of the messages")
+        raise TemplateError(f"{taken[0]!r} cannot be set: it comes from the messages")
     thinks = variables.get("enable_thinking", True)
-    if not isinstance(thinks, bool):  # to a template, "false" is true
+    if not isinstance(thinks, bool):  # in a template, the string "false" is true
         raise TemplateError(f"enable_thinking must be true or false, not {thinks!r}")
 
 
 def parse_variables(text: str) -> dict[str, Any]:
-    """Variables for a template, as a JSON object in text.
+    """Template variables from the text of a JSON object.
 
     Raises:
-        TemplateError: it is none, or sets what is not to be set.
+        TemplateError: it is not a JSON object, or sets a reserved name.
     """
     try:
         variables = json.loads(text)
     except (ValueError, RecursionError):
         variables = None
     if not isinstance(variables, dict):
-        raise TemplateError(f'{text[:80]!r} is no JSON object such as {{"enable_thinking": false}}')
+        raise TemplateError(
+            f'{text[:80]!r} is not a JSON object such as {{"enable_thinking": false}}'
+        )
     check_variables(variables)
     return variables
 
@@ -87,12 +88,13 @@ def parse_variables(text: str) -> dict[str, Any]:
 def with_reasoning(
     variables: Mapping[str, Any], *, thinks: bool | None = None, effort: str | None = None
 ) -> dict[str, Any]:
-    """Variables that also tell the template whether the model is to think, and how hard.
+    """The variables, with those that control thinking.
 
-    thinks: None: as the variables, or the template, have it.
-    effort: ``low``, ``high``, ...; ``none``: without thoughts, unless `thinks` says otherwise.
+    thinks: whether the model thinks; None: the variables or the template decide.
+    effort: ``low``, ``high``, ...; ``none``: no thoughts, unless `thinks` is true.
 
-    Templates have two names for each: Qwen's and most others', DeepSeek's and a few others'.
+    Each setting has two names: one in Qwen's and most other templates, one in DeepSeek's and a few
+    others.
     """
     told = dict(variables)
     if effort == "none":
@@ -110,8 +112,8 @@ def with_reasoning(
 class ChatTemplate:
     """A template, and the process that renders it.
 
-    source: Jinja.
-    bos_token, eos_token: their text, for the template.
+    source: the template in Jinja.
+    bos_token, eos_token: the text of these tokens.
     """
 
     def __init__(self, source: str, *, bos_token: str = "", eos_token: str = "") -> None:
@@ -125,11 +127,13 @@ class ChatTemplate:
         prompting: Prompting | None = None,
         **more: Any,
     ) -> str:
-        """The prompt; `more` is what chat templates expect beside the messages: tools, ...
+        """The prompt for the messages.
+
+        more: further variables that chat templates expect: tools, ...
 
         Raises:
-            TemplateError: the template refuses them, is none, or wants more than it gets; or it
-                does not show the answer that is to go on.
+            TemplateError: the template is invalid, rejects the messages, exceeds a limit, or does
+                not show the answer to be continued.
         """
         prompting = prompting or Prompting()
         values = {
@@ -154,28 +158,28 @@ class ChatTemplate:
         try:
             answer = self._process.ask(source=self._source, variables=variables)
         except (TypeError, ValueError, RecursionError) as error:
-            raise TemplateError(f"the messages are no JSON: {error}") from error
+            raise TemplateError(f"the messages cannot be written as JSON: {error}") from error
         if "text" not in answer:
             raise TemplateError(f"the chat template fails: {answer['error']}")
         return str(answer["text"])
 
     def close(self) -> None:
-        """Ends the process; another one starts when it is needed.  Safe to call twice."""
+        """Ends the process; a new one starts when needed.  May be called twice."""
         self._process.close()
 
 
 def _marked(
     messages: Sequence[Mapping[str, Any]], continues: Continued, mark: str
 ) -> list[Mapping[str, Any]]:
-    """The messages, with a mark where the last one is to be continued.
+    """The messages, with a mark where the last one is continued.
 
     Raises:
-        TemplateError: it is no answer, or one that calls tools, or has no text.
+        TemplateError: the last message is not an answer, or it calls tools.
     """
     *before, last = messages or [{}]
     if last.get("role") != "assistant" or last.get("tool_calls"):
         raise TemplateError(
-            "only an assistant's message without tool calls can be continued, as the last one"
+            "only an assistant's message without tool calls can be continued; it must be the last"
         )
     value = last.get(continues) or ""
     if isinstance(value, list):  # parts
@@ -183,14 +187,14 @@ def _marked(
     return [*before, {**last, continues: f"{value}{mark}"}]
 
 
-# -- in the process of its own --------------------------------------------------------------------
+# -- inside the sandbox's process ------------------------------------------------------------------
 
 MAX_TEXT = 8 << 20
-"""Characters of a prompt: more than the longest context takes, and little to read."""
+"""Maximum characters of a prompt; more than the longest context holds."""
 
 
 class _Generation(Extension):
-    """``{% generation %}`` marks what a model is trained on; for a prompt it means nothing."""
+    """Ignores ``{% generation %}``, which marks text for training."""
 
     tags = {"generation"}  # noqa: RUF012 (so in jinja2)
 
@@ -201,8 +205,8 @@ class _Generation(Extension):
 
 class _Sandbox(ImmutableSandboxedEnvironment):
     def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
-        # jinja2 goes on with nothing instead; who reaches for such names wants out
-        raise SecurityError(f"it reaches for {attribute!r}, which templates may not")
+        # jinja2 would return an undefined value; but such a name is an attempt to escape
+        raise SecurityError(f"it uses {attribute!r}, which is not allowed in templates")
 
 
 def _raise(message: str) -> None:
@@ -216,7 +220,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """As chat templates expect it: unlike jinja2's own, nothing is escaped for HTML."""
+    """JSON as chat templates expect it; unlike jinja2's filter, it does not escape HTML."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,
@@ -238,11 +242,11 @@ def _compiled(source: str) -> jinja2.Template:
 
 
 def render(source: str, variables: Mapping[str, Any]) -> str:
-    """The prompt.
+    """Renders a template; runs in the sandbox's process.
 
     Raises:
-        ValueError: it is too long.
-        Exception: whatever the template trips over.
+        ValueError: the prompt is too long.
+        Exception: any error of the template.
     """
     text = _compiled(source).render(variables)
     if len(text) > MAX_TEXT:

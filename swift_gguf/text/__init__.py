@@ -1,4 +1,4 @@
-"""Tokens to text and text to tokens; prompts; thoughts told from answers."""
+"""Tokenizer and detokenizer, chat prompts, and the separation of thoughts from answers."""
 
 from swift_gguf.text.text import (
     MOST_BYTES,

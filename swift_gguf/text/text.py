@@ -1,4 +1,4 @@
-"""Text in, token ids out, and back: tokenizer, streaming detokenizer, chat template."""
+"""Tokenizer, streaming detokenizer, and chat prompts."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from swift_gguf.templates import ChatTemplate, Prompting
 from swift_gguf.text_files import read_text
 
 MOST_BYTES = 4 * MOST
-"""Of a text that can be split into tokens."""
+"""Maximum size in bytes of a text that can be tokenised."""
 
 Message = Mapping[str, str]
 """``{"role": "system" | "user" | "assistant", "content": ...}``."""
 
 
 def encode(model: Model, text: str, *, special: bool = True, start: bool = True) -> list[int]:
-    """Token ids of `text`, with the model's own start token.
+    """Token ids of `text`, with the BOS token if the model has one.
 
-    special: read ``<|im_start|>`` and the like as the control tokens they name.
-    start: False for text that goes on after other tokens.
+    special: parse control tokens such as ``<|im_start|>``.
+    start: False for text that follows other tokens: no BOS token.
     """
     ids = library().tokenize(
         model.vocab,
@@ -35,22 +35,25 @@ def encode(model: Model, text: str, *, special: bool = True, start: bool = True)
     )
     api, vocab = library().api, model.vocab
     if start and api.llama_vocab_get_add_eos(vocab) and ids[-1:] == [api.llama_vocab_eos(vocab)]:
-        ids.pop()  # what is to be gone on with has not ended
+        ids.pop()  # the text will be continued, so it must not end with EOS
     return one_bos(ids, api.llama_vocab_bos(vocab))
 
 
 def one_bos(ids: list[int], bos: int) -> list[int]:
-    """Tokens of a text that may write the start token itself, where the vocabulary adds one."""
+    """Removes the second BOS token: the text may contain one, and the tokenizer adds one."""
     return ids[1:] if ids[:2] == [bos, bos] else ids
 
 
 def piece(model: Model, token: int, *, special: bool = False) -> bytes:
-    """The bytes a token stands for; special: show control tokens too."""
+    """The bytes of a token.
+
+    special: also return the text of control tokens.
+    """
     return library().token_bytes(model.vocab, token, special=special)
 
 
 class StreamDecoder:
-    """Tokens to text; a character split over several tokens comes with the last of them."""
+    """Turns tokens into text.  A character of several tokens comes with its last token."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
@@ -61,12 +64,12 @@ class StreamDecoder:
         return self._utf8.decode(piece(self._model, token))
 
     def finish(self) -> str:
-        """What is left when no token follows: a replacement character for a torn one."""
+        """The rest after the last token: a replacement character if a character is incomplete."""
         return self._utf8.decode(b"", final=True)
 
 
 def chat_template(model: Model) -> str | None:
-    """The Jinja template in the model's file, or None for a base model."""
+    """The Jinja template in the model's file; None if there is none (a base model)."""
     return model.metadata("tokenizer.chat_template")
 
 
@@ -77,14 +80,15 @@ def render_chat(
     template: str | None = None,
     prompting: Prompting | None = None,
 ) -> str:
-    """The prompt for these messages, ready for the assistant's answer.
+    """The prompt for the assistant's answer to these messages.
 
-    template: a Jinja template instead of the model's own.
-    prompting: what else the template is told, and where the prompt ends.
+    template: a Jinja template that replaces the model's own.
+    prompting: the template's other variables, and where the prompt ends.
 
     Raises:
         ModelError: the model has no template.
-        TemplateError: it is none, refuses the messages, or wants more time or memory than it gets.
+        TemplateError: the template is invalid, rejects the messages, or exceeds its time or memory
+            limit.
     """
     source = template or chat_template(model)
     if source is None:
@@ -102,13 +106,13 @@ def render_chat(
         raise TemplateError(f"{error}; try --raw or --chat-template") from error
 
 
-@lru_cache(maxsize=4)  # each keeps a process
+@lru_cache(maxsize=4)  # each entry keeps a process
 def _template(source: str, start: str, end: str) -> ChatTemplate:
     return ChatTemplate(source, bos_token=start, eos_token=end)
 
 
 def read_template(value: str) -> str:
-    """A template given as text, or as the path of a file that holds it."""
+    """A template, given as text or as the path of a file."""
     if "{" in value:
         return value
     try:
@@ -120,25 +124,25 @@ def read_template(value: str) -> str:
 
 
 def read_prompt(path: Path, *, pipes: bool = True) -> str:
-    """A text file whose text can be split into tokens; see `read_text`.
+    """The text of a file that is short enough to be tokenised; see `read_text`.
 
     Raises:
-        SwiftError: it cannot be read, or is longer than any text that can be split.
+        SwiftError: the file cannot be read, or its text is too long.
     """
     return splittable(read_text(path, limit=MOST_BYTES, pipes=pipes), str(path))
 
 
 def splittable(text: str, name: str) -> str:
-    """The text.
+    """Returns the text if it is short enough to be tokenised.
 
-    name: what it is from, for the message.
+    name: the source of the text, for the error message.
 
     Raises:
-        SwiftError: it is too long to be split into tokens.
+        SwiftError: the text is too long.
     """
     if len(text) > MOST:
         raise SwiftError(
-            f"{name} is too long: it has {len(text)} characters, and at most {MOST} can be split "
-            "into tokens; give a part of it"
+            f"{name} is too long: it has {len(text)} characters, but at most {MOST} can be "
+            "tokenised; give a part of it"
         )
     return text

@@ -1,4 +1,4 @@
-"""Tells what a reasoning model thinks from what it answers, while the text comes in."""
+"""Separates a reasoning model's thoughts from its answer while the text is generated."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ MARKS = (
     ("[THINK]", "[/THINK]"),
     ("<|channel|>analysis<|message|>", "<|start|>assistant<|channel|>final<|message|>"),
 )
-"""Where thoughts begin and end: Qwen, DeepSeek, SmolLM and most others; Magistral; gpt-oss."""
+"""Marks around thoughts: Qwen, DeepSeek, SmolLM and most others (two forms); Magistral; gpt-oss."""
 
 SILENT = ("<|channel|>final<|message|>", "<|end|>")
-"""Of gpt-oss, beside these: around an answer that needed no thoughts."""
+"""gpt-oss's marks around an answer without thoughts."""
 
 
 @dataclass(frozen=True)
@@ -25,31 +25,31 @@ class Part:
 
 
 class Thoughts:
-    """Splits a stream of text.  An answer thinks once at most, before it says anything.
+    """Splits a stream of text.  An answer has thoughts at most once, at its beginning.
 
-    is_open: the prompt itself has opened the thoughts.
+    is_open: the prompt has already begun the thoughts.
     """
 
     def __init__(self, *, is_open: bool = False) -> None:
         self._end: str | None = None
         self._rest = ""  # text that may be the beginning of a mark
-        self._is_waiting = True  # nothing was said yet: thoughts may begin
-        self._trims = False  # blanks around marks are no part of what they mark
+        self._is_waiting = True  # no text so far: thoughts may still begin
+        self._trims = False  # remove the blanks after a mark
         self.thought = False
-        """Were there thoughts?"""
+        """True if there were thoughts."""
         if is_open:
             self._open(MARKS[0][1])
 
     @property
     def is_open(self) -> bool:
-        """Is it thinking just now?"""
+        """True inside thoughts."""
         return self._end is not None
 
     def _open(self, end: str) -> None:
         self._end, self._trims, self._is_waiting, self.thought = end, True, False, True
 
     def feed(self, text: str) -> list[Part]:
-        """The parts that `text` completes; what may still turn out to be a mark is held back."""
+        """The parts that `text` completes; holds back text that may begin a mark."""
         self._rest += text
         parts: list[Part] = []
         while self._advance(parts):
@@ -57,20 +57,17 @@ class Thoughts:
         return parts
 
     def skip(self, text: str) -> str:
-        """Text that was there before: it is no part of what comes, which begins where it ends.
-
-        Returns what of it was said.
-        """
+        """Reads text that precedes the stream; returns it without the thoughts."""
         parts = self.feed(text) + self.finish()
         return "".join(part.text for part in parts if not part.is_thought)
 
     def finish(self) -> list[Part]:
-        """What was held back, when no text follows."""
+        """The text that was held back, after the end of the stream."""
         rest, self._rest = self._rest, ""
         return self._part(rest)
 
     def _advance(self, parts: list[Part]) -> bool:
-        """One mark or the text before it; False when more text is needed."""
+        """Reads one mark or the text before it; False if more text is needed."""
         if self._end is not None:
             return self._think(self._end, parts)
         if self._is_waiting:
@@ -82,13 +79,13 @@ class Thoughts:
     def _think(self, end: str, parts: list[Part]) -> bool:
         thought, mark, after = self._rest.partition(end)
         if mark:
-            # gpt-oss ends the message of its thoughts before it begins the other
+            # gpt-oss ends the message with its thoughts before it begins the answer
             parts += self._part(thought.removesuffix("<|end|>").rstrip())
             self._end, self._rest, self._trims = None, after, True
             return True
         held = max(_overlap(self._rest, end), _overlap(self._rest, "<|end|>" + end))
         cut = len(self._rest) - held
-        cut = len(self._rest[:cut].rstrip())  # blanks may turn out to be the last
+        cut = len(self._rest[:cut].rstrip())  # hold back blanks: the mark may follow
         parts += self._part(self._rest[:cut])
         self._rest = self._rest[cut:]
         return False
@@ -118,6 +115,6 @@ class Thoughts:
 
 
 def _overlap(text: str, mark: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `mark`."""
+    """Number of characters at the end of `text` that may begin `mark`."""
     lengths = range(min(len(text), len(mark) - 1), 0, -1)
     return next((n for n in lengths if text.endswith(mark[:n])), 0)

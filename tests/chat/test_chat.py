@@ -231,7 +231,7 @@ def test_models_without_rollback_chat_too(tiny: Callable[..., Path], open_model:
 # -- commands --------------------------------------------------------------------------------------
 
 
-def test_regen_answers_anew_and_undo_takes_back(talk: Talk) -> None:
+def test_regen_answers_again_and_undo_removes(talk: Talk) -> None:
     first = talk.say("Hello")
     again = talk.say("/regen")
     assert again != first
@@ -243,13 +243,13 @@ def test_regen_answers_anew_and_undo_takes_back(talk: Talk) -> None:
     talk.say("/undo")
     talk.say("/undo")
     assert talk.turns == []
-    assert "taken back: More\ntaken back: Hello" in talk.notes
+    assert "removed: More\nremoved: Hello" in talk.notes
     assert talk.say("Hello") == first
     talk.say("/clear")
     assert talk.turns == []
-    with pytest.raises(SwiftError, match="nothing to take back"):
+    with pytest.raises(SwiftError, match="nothing to undo"):
         talk.say("/undo")
-    with pytest.raises(SwiftError, match="say something first"):
+    with pytest.raises(SwiftError, match="send a message first"):
         talk.say("/regen")
 
 
@@ -292,7 +292,7 @@ def test_a_file_stays_until_it_was_said(
     assert [turn.user for turn in talk.turns] == ["notes.txt:\n```\nall\n```\n\nWell?", "And?"]
     talk.say(f"/read {path}")
     talk.say("/undo")  # a file that is too long must not be in the way for ever
-    assert "taken back: the file that goes with your next message" in talk.notes
+    assert "removed: the attached file" in talk.notes
     assert len(talk.turns) == 2
     talk.say("So?")
     assert talk.turns[-1].user == "So?"
@@ -314,7 +314,7 @@ def test_settings_hold_for_the_next_answer(talk: Talk) -> None:
     talk.say("/set temp 0")
     talk.say("Hello")
     assert len(talk.turns[0].tokens) == 3
-    assert "n-predict is 3\ntemp is 0.0\nended after 3 tokens" in talk.notes
+    assert "n-predict is 3\ntemp is 0.0\nstopped after 3 tokens" in talk.notes
     assert "seed                 7" in talk.say("/set")
     talk.say("/system Answer in German.")
     assert "system\nAnswer in German.<|im_end|>" in spelt(talk)
@@ -326,7 +326,7 @@ def test_figures_and_sources_are_shown(model: Model) -> None:
     talk = Talk(model, mode="layer-skip")
     talk.say("Hello")
     stats = talk.say("/stats")
-    for figure in ("seed 7", "layer-skip", "x plain decoding", "tokens a pass", "of 512 tokens"):
+    for figure in ("seed 7", "layer-skip", "speed-up", "tokens per pass", "of 512 tokens"):
         assert figure in stats
     shown, _, legend = talk.say("/show").rpartition("\nproposed by: ")
     assert "layer-skip" in legend
@@ -370,18 +370,18 @@ def test_speculation_changes_between_answers_and_the_text_does_not(talk: Talk) -
     ("line", "says"),
     [
         ("/nonsense", "/help lists them"),
-        ("/read", "needs the name of a file"),
+        ("/read", "needs a file name"),
         ("/read /no/such/file", "cannot be read: No such file"),
         ("/read /", "cannot be read: Is a directory"),
-        ("/read /dev/zero", "/dev/zero cannot be read: it is no regular file"),
-        ("/load /dev/zero", "/dev/zero cannot be read: it is no regular file"),
+        ("/read /dev/zero", "/dev/zero cannot be read: it is not a regular file"),
+        ("/load /dev/zero", "/dev/zero cannot be read: it is not a regular file"),
         ("/read ~nobody-has-this-name/x", "cannot be read"),
         ("/load /no/such/file", "cannot be read"),
         ("/save /no/such/folder/x", "cannot be written: No such file"),
         ("/set temp", "needs a key and a value"),
-        ("/stats", "say something first"),
-        ("/show", "say something first"),
-        ("/show thinking", "no thoughts"),
+        ("/stats", "send a message first"),
+        ("/show", "send a message first"),
+        ("/show thinking", "has no thoughts"),
         ("/show me", "/show thinking"),
     ],
 )
@@ -466,7 +466,7 @@ def test_an_answer_goes_on_when_turns_have_left(small: Model) -> None:
     turn = talk.turns.pop()
     assert len(turn.tokens) == 180
     assert turn.stop_reason == "length"
-    assert "the oldest turn has left it" in talk.notes
+    assert "the oldest turn is dropped" in talk.notes
     assert small.tokens == talk.conversation.prompt("two", said=turn.tokens[:-1])
     assert len(small.tokens) < 256 < len(small.tokens) + 100
 
@@ -694,7 +694,7 @@ def test_tokens_of_another_vocabulary_are_made_anew(model: Model, tmp_path: Path
 def test_other_files_are_not_replaced(talk: Talk, tmp_path: Path) -> None:
     path = tmp_path / "program.py"
     path.write_text("print()")
-    with pytest.raises(SwiftError, match="no saved conversation; choose another name"):
+    with pytest.raises(SwiftError, match="not a saved conversation; choose another name"):
         talk.say(f"/save {path}")
     assert path.read_text() == "print()"
 
@@ -707,19 +707,22 @@ TURN = {"user": "a", "assistant": "b", "tokens": [98], "sources": ["target"], "s
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("", "no saved conversation"),
-        ("{", "no saved conversation"),
-        ("[" * 100_000, "no saved conversation"),
+        ("", "not a saved conversation"),
+        ("{", "not a saved conversation"),
+        ("[" * 100_000, "not a saved conversation"),
         ("[]", "/save writes one"),
         ({**SAVED, "version": 9, "turns": []}, "another version"),
         (SAVED, "'turns' is missing"),
         ({**SAVED, "turns": {}}, "not a list"),
         ({**SAVED, "turns": [1]}, "not an object"),
         ({**SAVED, "turns": [], "system": 1}, "not a text"),
-        ({**SAVED, "turns": [{**TURN, "tokens": [-1]}]}, "number of a token"),
-        ({**SAVED, "turns": [{**TURN, "tokens": [True]}]}, "number of a token"),
-        ({**SAVED, "turns": [{**TURN, "tokens": [1e400]}]}, "number of a token"),
-        ({**SAVED, "turns": [{**TURN, "sources": ["a", "b"]}]}, "different numbers"),
+        ({**SAVED, "turns": [{**TURN, "tokens": [-1]}]}, "not a token id"),
+        ({**SAVED, "turns": [{**TURN, "tokens": [True]}]}, "not a token id"),
+        ({**SAVED, "turns": [{**TURN, "tokens": [1e400]}]}, "not a token id"),
+        (
+            {**SAVED, "turns": [{**TURN, "sources": ["a", "b"]}]},
+            "the numbers of tokens and sources differ",
+        ),
         ({**SAVED, "turns": [{**TURN, "user": None}]}, "not a text"),
         ({**SAVED, "turns": [{"user": "a"}]}, "is missing"),
     ],
@@ -871,7 +874,7 @@ def test_better_drafts_are_told_of_once_they_are_worth_it(
         (None, ""),
         (0.97, ""),  # plain decoding is faster still
         (1.01, ""),
-        (1.3, "better drafts, 1.30x plain expected"),
+        (1.3, "better drafts, predicted speed-up 1.30x"),
     ]:
         expected.append(value)
         talk.chat.on_idle_step()
@@ -880,4 +883,4 @@ def test_better_drafts_are_told_of_once_they_are_worth_it(
     assert talk.chat.current_figures().found == ""
     expected.append(1.5)
     talk.chat.on_idle_step()
-    assert talk.chat.current_figures().found.endswith("1.50x plain expected, before 1.30x")
+    assert talk.chat.current_figures().found.endswith("speed-up 1.50x, before 1.30x")

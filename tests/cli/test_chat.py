@@ -179,7 +179,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(
     chat.wait("tokens, ")
     time.sleep(0.5)
     chat.type(CTRL_C, enter=False)
-    chat.wait("stopped; what was said stays")
+    chat.wait("stopped; the text so far is kept")
     (turn,) = saved(chat, tmp_path / "talk.json")
     assert turn["stop_reason"] == "stopped"
     assert len(turn["tokens"]) > 5
@@ -188,7 +188,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(
     chat.type("and on")  # the conversation goes on
     chat.wait(lambda: chat.text.count("tokens, "))
     chat.type(CTRL_C, enter=False)
-    chat.wait(lambda: chat.text.count("stopped; what was said stays") == 2)
+    chat.wait(lambda: chat.text.count("stopped; the text so far is kept") == 2)
     chat.ask("half a message" + CTRL_C, enter=False)
     assert "Ctrl-D or /exit leaves" in chat.text
     assert chat.leave() == 0
@@ -256,7 +256,7 @@ def test_a_saved_conversation_goes_on_in_another_session(
     damaged.write_text(path.read_text()[:-40])
     again = terminal(model, *QUICK)
     again.ask(f"/load {damaged}")
-    again.wait("is no saved conversation")
+    again.wait("is not a saved conversation")
     again.ask(f"/load {path}")
     again.ask("And then?")
     # a prompt of less than 64 tokens: decoded at once it is the same, to the bit, as bit by bit
@@ -292,7 +292,7 @@ def test_errors_are_a_line_and_the_chat_goes_on(
     for line, says in [
         ("/nonsense", "there is no command /nonsense; /help lists them"),
         ("/load /no/such/file", "/no/such/file cannot be read: No such file or directory"),
-        ("/set temp hot", "temp is a number; 'hot' is not"),
+        ("/set temp hot", "temp must be a number, not 'hot'"),
         ("/speculation magic", "there is no source of drafts 'magic'"),
         ("x" * 600, "the message is too long"),
     ]:
@@ -382,7 +382,9 @@ def test_thoughts_are_folded_and_unfolded(
     grammar = 'root ::= "<think>carry the one</think>" "It is 12."'
     chat = terminal(model, "-c", 512, "-ngl", 0, "--grammar", grammar)
     chat.ask("7 and 5?")
-    assert re.search(r"thought for [0-9.]+ s, [0-9]+ tokens; /show thinking unfolds it", chat.text)
+    assert re.search(
+        r"thought for [0-9.]+ s, [0-9]+ tokens; /show thinking shows the text", chat.text
+    )
     assert "carry the one" not in chat.text
     assert "It is 12." in chat.text
     chat.ask("/show thinking")
@@ -458,7 +460,7 @@ def test_ctrl_c_ends_a_script(model: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert b"stopped; what was said stays" in err
+    assert b"stopped; the text so far is kept" in err
     assert b"Traceback" not in err
 
 

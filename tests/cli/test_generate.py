@@ -177,10 +177,10 @@ def test_limits(cli: Cli, model: Path) -> None:
         (("-p", "x", "--chat-template", "{{ nothing.at.all }}"), "chat template"),
         (("-p", "x", "--chat-template", "{% for %}"), "chat template"),
         (("-p", "x", "--chat-template", "missing.jinja"), "neither Jinja text nor a file"),
-        (("-p", "x", "--chat-template-kwargs", "{"), "no JSON object"),
-        (("-p", "x", "--chat-template-kwargs", '{"messages": []}'), "'messages' is not to be set"),
+        (("-p", "x", "--chat-template-kwargs", "{"), "not a JSON object"),
+        (("-p", "x", "--chat-template-kwargs", '{"messages": []}'), "'messages' cannot be set"),
         (("-f", "missing.txt"), "missing.txt"),
-        (("-f", "/dev/zero"), "/dev/zero cannot be read: it is no regular file"),
+        (("-f", "/dev/zero"), "/dev/zero cannot be read: it is not a regular file"),
         (("-p", "", "--raw"), "empty"),
     ],
 )
@@ -310,8 +310,8 @@ def test_compare_says_what_limits_a_small_gain(speed: float, says_why: bool) -> 
 
     speculation: Any = SimpleNamespace(row_share=0.85, options=SimpleNamespace(sampled=False))
     text = "\n".join(_comparison(answer(speed), answer(100.0), speculation))
-    assert f"{speed / 100:.2f}x plain" in text
-    assert ("to verify one more token takes 85% of a pass" in text) == says_why
+    assert f"{speed / 100:.2f}x" in text
+    assert ("verifying one more token costs 85% of a forward pass" in text) == says_why
 
 
 def test_a_json_schema(cli: Cli, model: Path, tmp_path: Path) -> None:

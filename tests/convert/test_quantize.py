@@ -246,5 +246,7 @@ def test_importance_changes_what_is_rounded(converted: Callable[..., Path], tmp_
 
 def test_a_device_is_no_importance_matrix() -> None:
     for device in ("/dev/zero", "/dev"):
-        with pytest.raises(ConvertError, match=f"{device} cannot be read: it is no regular file"):
+        with pytest.raises(
+            ConvertError, match=f"{device} cannot be read: it is not a regular file"
+        ):
             imatrix.read(Path(device))

@@ -278,7 +278,7 @@ def test_in_process_too(tiny: Callable[..., Path]) -> None:
     chunks = llama.create_chat_completion([HELLO], **QUICK, chat_template_kwargs=told, stream=True)
     text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
     assert text == completed(f"{TURN}<think>\n\n</think>\n\n")
-    with pytest.raises(ValueError, match="'messages' is not to be set"):
+    with pytest.raises(ValueError, match="'messages' cannot be set"):
         llama.create_chat_completion([HELLO], chat_template_kwargs={"messages": []})
     llama.chat_format = "llama-2"
     with pytest.raises(ValueError, match="do not go by a chat template"):

@@ -58,7 +58,7 @@ def test_lines_end_where_json_lines_do(tmp_path: Path) -> None:
 def test_no_file_and_no_prompts(tmp_path: Path) -> None:
     with pytest.raises(SuiteError, match="No such file"):
         read_suite(tmp_path / "none.jsonl")
-    with pytest.raises(SuiteError, match="holds no prompts"):
+    with pytest.raises(SuiteError, match="has no prompts"):
         read_suite(write(tmp_path))
 
 

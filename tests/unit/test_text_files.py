@@ -57,13 +57,13 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
 
 def test_devices_are_not_read(tmp_path: Path) -> None:
     for device in ("/dev/zero", "/dev/null"):
-        assert "no regular file" in refusal(Path(device))
+        assert "not a regular file" in refusal(Path(device))
 
 
 def test_no_more_is_read_than_is_wanted(tmp_path: Path) -> None:
     path = tmp_path / "long.txt"
     path.write_text("a" * (1 << 20) + "b")
-    assert "at most 1 MiB" in refusal(path, limit=1 << 20)
+    assert "the limit is 1 MiB" in refusal(path, limit=1 << 20)
     assert len(read_text(path)) == 1 + (1 << 20)
     film = tmp_path / "film.mp4"
     with film.open("wb") as file:
@@ -75,7 +75,7 @@ def test_no_more_is_read_than_is_wanted(tmp_path: Path) -> None:
 def test_pipes_are_read_where_they_may_be(tmp_path: Path) -> None:
     path = tmp_path / "pipe"
     os.mkfifo(path)
-    assert "no regular file" in refusal(path, pipes=False)  # and does not wait for a writer
+    assert "not a regular file" in refusal(path, pipes=False)  # and does not wait for a writer
     writer = threading.Thread(target=path.write_bytes, args=(MARK + b"from a pipe",))
     writer.start()
     assert read_text(path) == "from a pipe"
@@ -90,7 +90,7 @@ def test_a_prompt_can_be_split_into_tokens(tmp_path: Path) -> None:
     with pytest.raises(SwiftError, match=r"prompt\.txt is too long: it has 1048577 characters"):
         read_prompt(path)
     path.write_text("a" * 5 * deep_stack.MOST)
-    with pytest.raises(SwiftError, match=r"prompt\.txt is too long: at most 4 MiB are read"):
+    with pytest.raises(SwiftError, match=r"prompt\.txt is too long: the limit is 4 MiB"):
         read_prompt(path)
 
 

@@ -140,7 +140,7 @@ def test_settings_of_the_chats_own() -> None:
     ("key", "value", "says"),
     [
         ("temperature", "1", "temp, top-k"),
-        ("temp", "hot", "'hot' is not"),
+        ("temp", "hot", "must be a number, not 'hot'"),
         ("temp", "nan", "finite"),
         ("top-k", "-1", "whole number"),
         ("seed", "x", "random"),
@@ -209,8 +209,8 @@ IDLE = Figures(
 
 def test_the_footer_says_what_was_gained_and_how_that_is_known() -> None:
     text = " ".join(footer(GAINING, width=80))
-    for figure in ("31.2 tok/s", "1.42x plain (by plain passes of 45.5 ms here)", "accepted 74%",
-                   "2.91 tokens a pass", "target 40%, ngram 35%", "context 812/4096"):  # fmt: skip
+    for figure in ("31.2 tok/s", "speed-up 1.42x (a plain pass takes 45.5 ms)", "accepted 74%",
+                   "2.91 tokens per pass", "target 40%, ngram 35%", "context 812/4096"):  # fmt: skip
         assert figure in text
     assert "no drafts" not in text
 

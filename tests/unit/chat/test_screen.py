@@ -148,7 +148,7 @@ def test_thoughts_fold_show_and_hide() -> None:
     folded = drawn(texts, height=24, parts=parts)
     assert "first thought" not in folded
     assert "thought for" in folded
-    assert "2 tokens; /show thinking unfolds it" in folded
+    assert "2 tokens; /show thinking shows the text" in folded
     assert folded.endswith("Answer.")
     kept = drawn(texts, height=24, parts=parts, settings=Settings(thinking="show"))
     assert "first thought, second" in kept

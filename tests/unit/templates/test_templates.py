@@ -46,7 +46,7 @@ def test_whether_and_how_hard_a_model_thinks() -> None:
     "name", ["messages", "tools", "add_generation_prompt", "bos_token", "eos_token"]
 )
 def test_what_makes_the_prompt_is_not_to_be_set(name: str) -> None:
-    with pytest.raises(TemplateError, match=f"'{name}' is not to be set"):
+    with pytest.raises(TemplateError, match=f"'{name}' cannot be set"):
         Prompting(variables={name: []})
 
 
@@ -56,7 +56,7 @@ def test_variables_in_text() -> None:
         "n": 1,
     }
     for text in ("", "[]", "enable_thinking=false", '{"a": ', "[" * 99999):
-        with pytest.raises(TemplateError, match="is no JSON object"):
+        with pytest.raises(TemplateError, match="is not a JSON object"):
             parse_variables(text)
     for text in ('{"messages": []}', '{"enable_thinking": "false"}'):
         with pytest.raises(TemplateError):
