@@ -69,6 +69,7 @@ def test_what_tune_finds_generate_uses_and_info_shows(
 
 
 def test_the_papers_search(cli: Cli, model: Path, suite: Path, profiles: Path) -> None:
+    pytest.importorskip("bayes_opt", reason="needs the extra search")
     done = cli(
         *("tune", model, "--suite", suite, "--minutes", 1, "--search", "paper", "--json"),
         *("--skip-ratio", 0.5, "--bayes-interval", 3, "--max-opt-iter", 8, "--max-score", 1, *FEW),

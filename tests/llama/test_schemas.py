@@ -180,7 +180,7 @@ def test_what_cannot_be_held_is_told(swift: SwiftLlama, form: Any, message: str)
 def test_a_real_model(real: Callable[..., Path], open_llama: Callable[..., Any]) -> None:
     llama = open_llama(SwiftLlama, str(real("smollm2-135m")), n_ctx=1024, n_threads=2)
     accepted = 0
-    for name in ("greedy", "seed", "hot"):
+    for name in ("greedy", "hot"):
         plain, drafted = both(llama, response_format=FORM, max_tokens=60, **SAMPLING[name])
         assert drafted == plain
         accepted += llama.swift.stats.accepted

@@ -323,6 +323,7 @@ def test_knowledge_is_of_the_portfolio_incumbent_first() -> None:
 
 
 def test_swift_s_sources_can_be_used_too() -> None:
+    pytest.importorskip("bayes_opt", reason="needs the extra search")
     space = Space(6, range(6), range(6))
     model = SyntheticModel.plant(space, 0)
     search = Search(space, model.costs, weights={"random": 1.0, "bayesian": 1.0})

@@ -49,6 +49,7 @@ def run(options: PaperOptions, window: Scripted, space: Space = SPACE) -> PaperS
 
 
 def test_the_start_is_uniform_and_never_scored() -> None:
+    pytest.importorskip("bayes_opt", reason="needs the extra search")
     search = PaperSearch(SPACE)
     assert (search.best, search.best_score) == (SubNetwork.uniform(12), 0.0)
     window = Scripted(lambda _: 0.01)
@@ -94,6 +95,7 @@ def test_it_stops_as_published(options: PaperOptions, matchness: float, n_steps:
 
 def test_every_so_many_candidates_one_is_the_gaussian_process_s() -> None:
     """It must see every result: with one sub-layer that matters it learns to keep it."""
+    pytest.importorskip("bayes_opt", reason="needs the extra search")
     options = PaperOptions(bayes_interval=8, max_steps=31, max_score=2)
     window = Scripted(lambda s: 0.2 if 2 in s.skip_ffn else 0.8)
     run(options, window, SMALL)
@@ -105,6 +107,7 @@ def test_every_so_many_candidates_one_is_the_gaussian_process_s() -> None:
 
 
 def test_it_takes_repeated_points_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("bayes_opt", reason="needs the extra search")
     rng = np.random.default_rng(0)
     scored = [(SPACE.every(ffn=2), 0.5), (SPACE.every(ffn=2), 0.7), (SPACE.every(attn=2), 0.6)]
     found = gaussian_process(SPACE, scored, 7, rng)
