@@ -49,6 +49,7 @@ def read(path: Path) -> Any:
 
 
 def test_a_run(cli: Cli, model: Path, suite: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     out, figure = tmp_path / "run.json", tmp_path / "run.png"
     modes = "auto,layer-skip:3,llama-cpp-python,prompt-lookup"
     done = cli(

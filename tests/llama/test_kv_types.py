@@ -35,16 +35,17 @@ def answers(path: Path, mode: str, **options: Any) -> list[str]:
     def say(prompt: str, temperature: float) -> None:
         choice = llama.create_completion(prompt, max_tokens=24, temperature=temperature, seed=2)
         said.append(choice["choices"][0]["text"])
+        used.update(name for name, source in llama.swift.stats.sources.items() if source.drafted)
 
     said: list[str] = []
+    used: set[str] = set()
     say(COLOURS, 1.0)
     say(CODE, 1.0)
     state = llama.save_state()
     say(COLOURS, 0.0)
     llama.load_state(state)
     say(CODE + said[1] + "then", 0.0)
-    drafted = {name for name, source in llama.swift.stats.sources.items() if source.drafted}
-    assert drafted == set() if mode == "off" else {"layer-skip"} < drafted
+    assert used >= {"ngram", "layer-skip"} if mode != "off" else not used
     llama.close()
     return said
 
