@@ -1,4 +1,4 @@
-"""Which sub-layers a draft pass leaves out, and which it runs narrower: an immutable value."""
+"""`SubNetwork`: the sub-layers that a draft pass skips or runs with fewer neurons."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from swift_gguf.errors import SubnetworkError
 
 @dataclass(frozen=True, kw_only=True)
 class SubNetwork:
-    """A sub-network of a model with `n_layer` layers: everything but the named sub-layers.
+    """A sub-network of a model with `n_layer` layers: all sub-layers except the skipped ones.
 
     Raises:
-        SubnetworkError: a layer outside [0, n_layer), or an FFN both left out and narrow.
+        SubnetworkError: a layer outside [0, n_layer), or an FFN both skipped and narrow.
     """
 
     n_layer: int
     skip_attn: frozenset[int] = field(default_factory=frozenset)
     skip_ffn: frozenset[int] = field(default_factory=frozenset)
     narrow_ffn: frozenset[int] = field(default_factory=frozenset)
-    """Run with the sidecar's neurons (`swift_gguf.sidecar`); of a mixture, half of the experts."""
+    """FFNs that run with the sidecar's neurons only; in a mixture of experts, half the experts."""
     draft_head: bool = False
-    """Logits of the sidecar's tokens only."""
+    """Compute logits only for the tokens of the sidecar's head."""
 
     def __post_init__(self) -> None:
         for layer in self.skip_attn | self.skip_ffn | self.narrow_ffn:
@@ -31,7 +31,7 @@ class SubNetwork:
                     f"layer {layer} does not exist; the model has layers 0 to {self.n_layer - 1}"
                 )
         if both := self.skip_ffn & self.narrow_ffn:
-            raise SubnetworkError(f"FFN {format_layers(both)} cannot be both left out and narrow")
+            raise SubnetworkError(f"FFN {format_layers(both)} cannot be both skipped and narrow")
 
     def __str__(self) -> str:
         skipped = {"attention": self.skip_attn, "FFN": self.skip_ffn}
@@ -45,17 +45,17 @@ class SubNetwork:
 
     @property
     def is_whole(self) -> bool:
-        """Is this the model itself?"""
+        """True if nothing is skipped or narrow: this is the model itself."""
         return not (self.skip_attn or self.skip_ffn or self.narrow_ffn or self.draft_head)
 
     @property
     def attn_mask(self) -> list[bool]:
-        """[n_layer], True where attention is left out."""
+        """[n_layer], True where attention is skipped."""
         return [layer in self.skip_attn for layer in range(self.n_layer)]
 
     @property
     def ffn_shares(self) -> list[float]:
-        """[n_layer], how much of each FFN runs: 0.0, 1.0, or between where it is narrow."""
+        """[n_layer], share of each FFN that runs: 0.0 skipped, 0.5 narrow, 1.0 whole."""
         return [
             0.0 if layer in self.skip_ffn else 0.5 if layer in self.narrow_ffn else 1.0
             for layer in range(self.n_layer)
@@ -63,16 +63,16 @@ class SubNetwork:
 
     @classmethod
     def uniform(cls, n_layer: int) -> SubNetwork:
-        """Every second sub-layer of both kinds, first and last layer kept: SWIFT's start (§4.1)."""
+        """SWIFT's start (§4.1): every second layer is skipped, except the first and the last."""
         skip = frozenset(range(1, n_layer - 1, 2))
         return cls(n_layer=n_layer, skip_attn=skip, skip_ffn=skip)
 
 
 def parse_layers(text: str) -> frozenset[int]:
-    """Layers from a list of numbers and ranges, as in ``3,5-9``.
+    """Parses a list of layers and ranges, as in ``3,5-9``.
 
     Raises:
-        SubnetworkError: the text is something else.
+        SubnetworkError: the text has another form.
     """
     layers: set[int] = set()
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -83,7 +83,7 @@ def parse_layers(text: str) -> frozenset[int]:
             raise SubnetworkError(f"{part!r} is not a layer; write layers as in 3,5-9") from None
         if high < low:
             raise SubnetworkError(f"the range {part!r} runs backwards; write {high}-{low}")
-        if high > 10_000:  # keeps a slip of the hand from becoming gigabytes
+        if high > 10_000:  # so that a typing error does not use gigabytes
             raise SubnetworkError(f"there is no layer {high}")
         layers.update(range(low, high + 1))
     return frozenset(layers)

@@ -1,1 +1,1 @@
-"""GGUF files before libllama sees them: headers, checks, identity, sidecars."""
+"""Reads and checks GGUF files without libllama: headers, identity, sidecars."""

@@ -1,8 +1,8 @@
-"""Looks at a GGUF file before llama.cpp does.
+"""Checks a GGUF file before llama.cpp loads it.
 
-llama.cpp refuses most damaged files politely, but some make it abort (and so end the process of
-whoever loaded it) or loop for ever.  `check` finds those by the header alone.  The rules are
-assertions of the pinned llama.cpp and the needs of its CPU kernels.
+llama.cpp rejects most damaged files with an error.  But some files make it abort, which ends the
+process, or loop forever.  `check` finds them by the header alone.  The rules come from assertions
+in the pinned llama.cpp and from the limits of its CPU kernels.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from pathlib import Path
 from swift_gguf.errors import ModelError
 from swift_gguf.gguf.header import F32, STRING, U16, Header, Problem, read
 
-# Integers, F64, and the blocks of activations: no operation takes them as weights.
+# Integers, F64, and block types for activations: no operation accepts them as weights.
 _NO_WEIGHTS = frozenset({9, 15, 24, 25, 26, 27, 28})
-# What is added, scaled with or convolved: the CPU has kernels for F32 alone.
+# Operands of additions, scalings and convolutions: the CPU kernels accept only F32.
 _ONLY_F32 = re.compile(r"norm(_\d)?\.weight$|\.bias$|\.ssm_(a|d|conv1d\.weight)$|shortconv\.conv\.")
 
 _MAX_LAYERS = 512
 _MAX_EXPERTS = 1024
 _ROPE_SCALING = ("none", "linear", "yarn", "longrope")
 
-# Architectures whose graphs assert that RoPE turns the whole head (and what _EQUAL_KV says).
+# Architectures whose graphs assert that RoPE rotates the whole head (and what _EQUAL_KV says).
 _FULL_ROPE = frozenset({
     "apertus", "arcee", "arctic", "baichuan", "chameleon", "codeshell", "cogvlm", "cohere2moe",
     "dbrx", "deci", "deepseek", "dots1", "dream", "ernie4_5", "ernie4_5-moe", "exaone",
@@ -34,7 +34,7 @@ _FULL_ROPE = frozenset({
     "qwen2vl", "qwen3", "qwen3moe", "qwen3vl", "qwen3vlmoe", "rnd1", "seed_oss", "smallthinker",
     "smollm3", "starcoder2", "talkie", "xverse",
 })  # fmt: skip
-# These assert no more than that keys and values are equally long.
+# These assert only that keys and values have the same length.
 _EQUAL_KV = _FULL_ROPE | {
     "afmoe", "bailingmoe2", "bert", "bitnet", "bloom", "chatglm", "cohere2", "command-r",
     "eurobert", "glm4moe", "glm4", "gpt2", "gptneox", "granitehybrid", "jais", "minimax-m2",
@@ -42,13 +42,13 @@ _EQUAL_KV = _FULL_ROPE | {
     "openelm", "phi2", "phi3", "qwen", "qwen35", "qwen35moe", "qwen3next", "refact", "stablelm",
     "starcoder",
 }  # fmt: skip
-# Architectures that may leave out RoPE, so that their number of rotated dimensions means nothing.
+# Architectures that may have no RoPE, so that the number of rotated dimensions is meaningless.
 _MAYBE_NO_ROPE = frozenset({
     "gpt2", "gptj", "mpt", "refact", "bloom", "mamba", "mamba2", "jamba", "jina-bert-v2", "t5",
     "t5encoder", "jais", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7", "wavtokenizer-dec", "nemotron_h",
     "nemotron_h_moe", "kimi-linear", "kimi-k3", "glm5-next", "bert", "nomic-bert", "granitehybrid",
 })  # fmt: skip
-# llama.cpp's own token ids for these where the file names none
+# llama.cpp's default token ids if the file has none
 _DEFAULT_BOS_EOS = {"gpt2": (11, 11), "llama": (1, 2), "gemma4": (-1, -1), "t5": (-1, 1)}
 
 _ADAPTER = {"general.architecture": STRING, "adapter.type": STRING, "adapter.lora.alpha": F32}
@@ -90,7 +90,7 @@ def _check_experts(header: Header) -> None:
 def _check_heads(header: Header) -> None:
     heads = header.numbers("attention.head_count")
     if not heads or not heads[0]:
-        return  # no attention, or none in the first layer: llama.cpp derives nothing from it
+        return  # no attention, or none in the first layer: llama.cpp does not use the number
     kv = header.numbers("attention.head_count_kv")
     if len(heads) == 1:
         heads *= max(1, len(kv))
@@ -99,12 +99,12 @@ def _check_heads(header: Header) -> None:
             raise Problem(f"{query} attention heads cannot share {shared} key-value heads")
     width = header.integer("embedding_length")
     if width % heads[0] and header.get("attention.key_length") is None:
-        raise Problem(f"its width {width} is no multiple of its {heads[0]} attention heads")
+        raise Problem(f"its width {width} is not a multiple of its {heads[0]} attention heads")
     key = header.integer("attention.key_length", width // heads[0])
     value = header.integer("attention.value_length", width // heads[0])
     full = header.architecture in _FULL_ROPE
     if header.architecture in _EQUAL_KV and key != value:
-        raise Problem(f"its keys are {key} long and its values {value}")
+        raise Problem(f"its keys have the length {key}, but its values have {value}")
     if header.architecture in _MAYBE_NO_ROPE:
         return
     for suffix in ("", "_swa"):
@@ -116,13 +116,13 @@ def _check_heads(header: Header) -> None:
             or rotated > length
             or (full and not suffix and rotated != length)
         ):
-            raise Problem(f"RoPE turns {rotated} of {length} dimensions of a head")
+            raise Problem(f"RoPE rotates {rotated} of {length} dimensions of a head")
 
 
 def _check_recurrent(header: Header) -> None:
     width, inner = header.integer("embedding_length"), header.integer("ssm.inner_size")
     if header.architecture in ("jamba", "granitehybrid") and inner != 2 * width:
-        raise Problem(f"its state is {inner} wide, not twice its width {width}")
+        raise Problem(f"its state has the width {inner}, not twice its embedding size {width}")
     for key in ("ssm.conv_kernel", "ssm.time_step_rank", "shortconv.l_cache"):
         if header.integer(key, 1) == 0:
             raise Problem(f"{key} is 0")
@@ -131,9 +131,9 @@ def _check_recurrent(header: Header) -> None:
 def _check_weights(header: Header) -> None:
     for name, tensor in header.tensors.items():
         if tensor.type and _ONLY_F32.search(name):
-            raise Problem(f"tensor '{name}' is not stored as F32, as llama.cpp needs it")
+            raise Problem(f"tensor '{name}' is not F32, but llama.cpp needs F32 here")
         if tensor.type in _NO_WEIGHTS and name.endswith(".weight"):
-            raise Problem(f"tensor '{name}' has the type {tensor.type}, which holds no weights")
+            raise Problem(f"tensor '{name}' has the type {tensor.type}, which is not for weights")
 
 
 def _check_tokenizer(header: Header) -> None:
@@ -147,14 +147,14 @@ def _check_tokenizer(header: Header) -> None:
     if len(set(tokens)) != len(tokens):
         seen: set[bytes] = set()
         for token in tokens:
-            if token and token in seen:  # empty ones get names from llama.cpp
+            if token and token in seen:  # llama.cpp gives names to empty ones
                 text = token.decode("utf-8", "replace")
                 raise Problem(f"its vocabulary has the token {text!r} twice")
             seen.add(token)
     embeddings = header.tensors.get("token_embd.weight")
     if embeddings and embeddings.shape[-1] != len(tokens):
         raise Problem(
-            f"its vocabulary has {len(tokens)} tokens and {embeddings.shape[-1]} embeddings",
+            f"its vocabulary has {len(tokens)} tokens but {embeddings.shape[-1]} embeddings",
             "convert the model again from matching files",
         )
     for index, what in enumerate(("bos", "eos")):
@@ -163,17 +163,17 @@ def _check_tokenizer(header: Header) -> None:
             token_id = _DEFAULT_BOS_EOS.get(str(model), (-1, -1))[index]
         wanted = header.metadata.get(f"tokenizer.ggml.add_{what}_token", False)
         if wanted and not 0 <= token_id < len(tokens):
-            raise Problem(f"it adds a {what.upper()} token to each text and has none")
+            raise Problem(f"it adds a {what.upper()} token to each text but has none")
     if model == "llama":
         known = frozenset(tokens)
         for byte in range(256):
-            # Text with an unknown character is spelled in bytes, by a lookup that must succeed.
+            # llama.cpp writes unknown characters as byte tokens and aborts if one is missing
             if b"<0x%02X>" % byte not in known and bytes([byte]) not in known:
                 raise Problem(f"its vocabulary lacks the byte token <0x{byte:02X}>")
 
 
 def _check_splits(header: Header, path: Path) -> None:
-    """llama.cpp opens the first of several parts and finds the others by its name."""
+    """Checks a split model: llama.cpp opens the first part and finds the others by its name."""
     count, number = header.metadata.get("split.count", 0), header.metadata.get("split.no", 0)
     if not isinstance(count, int) or count < 2:
         return
@@ -184,14 +184,14 @@ def _check_splits(header: Header, path: Path) -> None:
         raise Problem(f"it is part {number + 1} of {count} of a model", f"name the first, {first}")
     if header.n_after:
         raise Problem(
-            f"the {count} parts of a model were joined as they are, which makes no model",
-            f"keep them apart and name the first, {first}, or join them by llama-gguf-split "
+            f"the {count} parts of a model were concatenated, which does not give a model",
+            f"keep them apart and name the first, {first}, or join them with llama-gguf-split "
             "--merge",
         )
     if path.name != first:
         raise Problem(
             f"it is the first of {count} parts of a model, and the others are found by its name",
-            f"name it {first} beside them, links will do; or join all by llama-gguf-split --merge",
+            f"rename it to {first} (a link is enough), or join all with llama-gguf-split --merge",
         )
     for other in others:
         part = path.with_name(other)
@@ -202,12 +202,16 @@ def _check_splits(header: Header, path: Path) -> None:
 
 
 def check_adapter(path: Path | str) -> None:
-    """Raise ModelError, in one line, if this is no LoRA adapter that llama.cpp can read."""
+    """Checks a LoRA adapter.
+
+    Raises:
+        ModelError: llama.cpp cannot read it.
+    """
     header = read(path)
     try:
         if header.metadata.get("general.type") != "adapter":
             raise Problem(
-                "this is no adapter", "convert the adapter with llama.cpp's convert_lora_to_gguf.py"
+                "this is not an adapter", "convert one with llama.cpp's convert_lora_to_gguf.py"
             )
         for key, kind in _ADAPTER.items():  # llama.cpp aborts on others
             if header.types.get(key, kind) != kind:
@@ -217,13 +221,16 @@ def check_adapter(path: Path | str) -> None:
 
 
 def check(path: Path | str, *, tokenizer: bool = True) -> Header:
-    """The header; ModelError, in one line, if llama.cpp could not load this file or would crash.
+    """Checks a model file and returns its header.
 
-    tokenizer=False allows models that come without a vocabulary.
+    tokenizer: False accepts a model without a vocabulary.
+
+    Raises:
+        ModelError: llama.cpp cannot load this file, or would crash.
     """
     header = read(path)
     try:
-        _check_splits(header, Path(path))  # parts but the first have no more than their weights
+        _check_splits(header, Path(path))  # parts after the first have only weights
         if not header.architecture:
             raise Problem("it does not name its architecture")
         if header.architecture == "clip":

@@ -1,7 +1,7 @@
-"""Which token ends an answer, where the file does not say so.
+"""Finds the EOS token if the file does not name one.
 
-llama.cpp then takes the token 11 of a BPE vocabulary, GPT-4's: in most others that is a comma, and
-each answer ends at its first one.
+For BPE vocabularies llama.cpp then takes token 11, which is GPT-4's.  In most other vocabularies it
+is a comma, and every answer would end at its first comma.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from swift_gguf.gguf.header import Header
 EOS_KEY = "tokenizer.ggml.eos_token_id"
 
 _DEFAULT = 11
-# Ends of a turn by name, those of whole texts last.
+# end tokens by name: first those that end a turn, then those that end a text
 _ENDS = (
     b"<|im_end|>",
     b"<|eot_id|>",
@@ -33,8 +33,7 @@ _log = logging.getLogger("swift_gguf")
 
 
 def end_token(header: Header) -> int | None:
-    """The token that ends answers instead of llama.cpp's default; None: that is right, or nothing
-    better is known."""
+    """The EOS token to use instead of llama.cpp's default; None: keep the default."""
     if _names_one(header):
         return None
     template = header.metadata.get("tokenizer.chat_template")
@@ -46,25 +45,25 @@ def end_token(header: Header) -> int | None:
 
 
 def overrides(header: Header, path: Path | str) -> dict[str, int]:
-    """What llama.cpp is told instead of the file, with a line of warning."""
+    """Metadata that overrides the file's, and logs a warning."""
     if _names_one(header) or len(header.tokens) <= _DEFAULT:
         return {}
     if (token := end_token(header)) is None:
         text = header.tokens[_DEFAULT].decode("utf-8", "replace")
         _log.warning(
-            "%s names no end token: answers end at %r, llama.cpp's default; convert it again",
+            "%s has no EOS token: answers end at %r, llama.cpp's default; convert it again",
             path,
             text,
         )
         return {}
     text = header.tokens[token].decode("utf-8", "replace")
-    _log.warning("%s names no end token: answers end at %s", path, text)
+    _log.warning("%s has no EOS token: answers end at %s", path, text)
     return {EOS_KEY: token}
 
 
 def _names_one(header: Header) -> bool:
     if header.metadata.get("tokenizer.ggml.model") != "gpt2":
-        return True  # others have a default that fits them
+        return True  # the defaults of other vocabularies are right
     token = header.metadata.get(EOS_KEY)
     if isinstance(token, int) and 0 <= token < len(header.tokens):
         return True

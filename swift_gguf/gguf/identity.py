@@ -1,4 +1,4 @@
-"""Which model a file holds: what profiles and sidecars are tied to."""
+"""The identity of a model file, to which profiles and sidecars are tied."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ SAMPLES, SAMPLE_BYTES = 256, 4096  # of the weights
 
 
 def fingerprint(path: Path) -> str:
-    """32 hex digits that tell one model from another: of the GGUF's header and its size.
+    """A model's fingerprint: 32 hex digits, from the GGUF's header and its size.
 
-    The weights are not read.  Models that differ in nothing but their weights share a profile; that
-    may cost speed, never text.  Of a split GGUF the first part counts.
+    The weights are not read.  Models that differ only in their weights share a profile, which may
+    cost speed but never changes a text.  For a split GGUF, the first part counts.
 
     Raises:
-        ModelError: this is no sound GGUF file.
+        ModelError: this is not a valid GGUF file.
     """
     length = gguf_header.read(path).length
     with path.open("rb") as file:
@@ -28,7 +28,7 @@ def fingerprint(path: Path) -> str:
 
 
 def weights_digest(model: Path) -> str:
-    """32 hex digits of pieces of the file, evenly spread: a fine-tuned model is not its base."""
+    """32 hex digits from evenly spread samples of the file; tells a fine-tune from its base."""
     size = model.stat().st_size
     digest = hashlib.sha256()
     with model.open("rb") as file:
@@ -39,7 +39,7 @@ def weights_digest(model: Path) -> str:
 
 
 def profile_key(model: Path, sidecar: Path | None) -> str:
-    """What a model's profile goes by: 32 hex digits, others with a sidecar than without."""
+    """The key of a model's profile: 32 hex digits.  A sidecar gives another key."""
     if sidecar is None:
         return fingerprint(model)
     both = fingerprint(model) + fingerprint(sidecar) + weights_digest(sidecar)

@@ -1,9 +1,9 @@
-"""Sidecars: weights derived from a model for its own draft passes, in a GGUF beside it.
+"""Sidecars: a GGUF beside a model, with weights for its draft passes.
 
-``model.gguf`` may have a ``model.swift.gguf`` (`swift-gguf prepare`): for every FFN the neurons
-that matter most, with down columns refitted to what the whole FFN puts out, an output head over the
-tokens that are used, and attention's matrices in fewer bits where the model has many.  All else
-that a draft pass needs is the model's own, its KV included.
+`swift-gguf prepare` writes ``model.swift.gguf`` beside ``model.gguf``.  For each FFN it has the
+most important neurons, with down columns fitted to the output of the whole FFN.  It also has an
+output head for the most used tokens, and copies of large attention matrices with fewer bits.  A
+draft pass takes everything else from the model, including the KV cache.
 
 Keys: ``swift.version``, ``swift.fingerprint`` and ``swift.weights`` (of the model, see
 `identity`), ``swift.n_narrow`` ([n_layer], 0: that FFN is whole), ``swift.n_head``.
@@ -30,13 +30,13 @@ PREPARE = "run swift-gguf prepare again"
 
 @dataclass(frozen=True, kw_only=True)
 class Sidecar:
-    """What a sidecar holds, as its header says."""
+    """The contents of a sidecar, from its header."""
 
     path: Path
     n_narrow: tuple[int, ...]
-    """[n_layer], neurons of each narrow FFN; 0: there is none."""
+    """[n_layer], number of neurons of each narrow FFN; 0: the layer has none."""
     n_head: int
-    """Tokens of the draft head; 0: there is none."""
+    """Number of tokens of the draft head; 0: there is none."""
 
     @property
     def narrow_layers(self) -> frozenset[int]:
@@ -44,20 +44,20 @@ class Sidecar:
 
 
 def path_beside(model: Path) -> Path:
-    """Where a model's sidecar is looked for: model.gguf -> model.swift.gguf."""
+    """The path of a model's sidecar: model.gguf -> model.swift.gguf."""
     return model.with_name(model.name.removesuffix(".gguf") + SUFFIX)
 
 
 def identity(model: Path) -> dict[str, str]:
-    """The keys that tie a sidecar to the very file it was derived from."""
+    """The keys that tie a sidecar to its model file."""
     return {"swift.fingerprint": fingerprint(model), "swift.weights": weights_digest(model)}
 
 
 def read(path: Path, *, model: Path) -> Sidecar:
-    """The sidecar at `path`, of the model file `model`.
+    """Reads the sidecar at `path` of the model file `model`.
 
     Raises:
-        SidecarError: it is missing, damaged, of another version, or derived from another model.
+        SidecarError: it is missing, damaged, of another version, or from another model.
     """
     try:
         header = gguf_header.read(path)
@@ -65,18 +65,20 @@ def read(path: Path, *, model: Path) -> Sidecar:
         raise SidecarError(f"no sidecar: {error}") from error
     data = header.metadata
     if header.architecture != ARCHITECTURE:
-        raise SidecarError(f"{path} is no sidecar but a {header.architecture or 'GGUF'}; {PREPARE}")
+        raise SidecarError(
+            f"{path} is not a sidecar but a {header.architecture or 'GGUF'}; {PREPARE}"
+        )
     if data.get("swift.version") != VERSION:
         raise SidecarError(f"{path} has a version that this swift-gguf does not read; {PREPARE}")
     if any(data.get(key) != value for key, value in identity(model).items()):
         raise SidecarError(f"{path} was derived from another model than {model.name}; {PREPARE}")
     n_narrow, n_head = data.get("swift.n_narrow"), data.get("swift.n_head")
     if not (isinstance(n_narrow, gguf_header.Array) and isinstance(n_head, int)):
-        raise SidecarError(f"{path} lacks what a sidecar says of itself; {PREPARE}")
+        raise SidecarError(f"{path} lacks a sidecar's metadata; {PREPARE}")
     widths = tuple(_width(item) for item in n_narrow.items)
     has = [f"blk.{layer}.ffn_down.weight" in header.tensors for layer in range(len(widths))]
     if has != [width > 0 for width in widths] or (n_head > 0) != ("output.ids" in header.tensors):
-        raise SidecarError(f"{path} lacks tensors that it speaks of; {PREPARE}")
+        raise SidecarError(f"{path} lacks tensors that its metadata names; {PREPARE}")
     return Sidecar(path=path, n_narrow=widths, n_head=n_head)
 
 

@@ -1,4 +1,4 @@
-"""Models by name or address: the registry, Hugging Face, downloads."""
+"""Finds and downloads models: the registry and Hugging Face."""
 
 from swift_gguf.hub.models import cache_dir, registry, resolve
 

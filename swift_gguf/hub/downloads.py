@@ -1,4 +1,4 @@
-"""What all downloads share: progress, error messages."""
+"""Progress and error messages, shared by all downloads."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _POLL = 0.1  # seconds
 
 
 class Progress(Protocol):
-    """Called while a model is fetched, from another thread too; `done_bytes` never falls."""
+    """Called during a download, possibly from another thread; `done_bytes` never decreases."""
 
     def __call__(self, done_bytes: int, total_bytes: int, /) -> None: ...
 
 
 class Meter:
-    """Passes bytes on to the caller; never goes back and never beyond the total."""
+    """Reports downloaded bytes to a `Progress`; they never decrease or exceed the total."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
         self._progress, self._total, self._high = progress, total, -1
@@ -48,7 +48,7 @@ def not_downloaded(ref: str) -> ModelError:
 
 @contextlib.contextmanager
 def watch(folder: Path, pattern: str, done: int, meter: Meter) -> Iterator[None]:
-    """Report the growth of the newest file below `folder`, which someone else writes."""
+    """Reports the growth of the newest file below `folder`, which another program writes."""
 
     def look() -> None:
         while not finished.wait(_POLL):

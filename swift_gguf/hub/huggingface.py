@@ -19,9 +19,9 @@ _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
 def fetch(ref: str, *, download: bool, progress: Progress | None) -> Path:
-    """The file that ``hf:owner/repo[/file.gguf]`` names, from the hub or from its cache.
+    """The path of ``hf:owner/repo[/file.gguf]``, from the cache or after a download.
 
-    Raises ModelError if the reference is not clear, DownloadError if the file cannot be had.
+    Raises ModelError if the reference is invalid or ambiguous, DownloadError if the download fails.
     """
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/(.+\.gguf))?", ref.removeprefix(PREFIX))
     if match is None:
@@ -38,24 +38,24 @@ def fetch(ref: str, *, download: bool, progress: Progress | None) -> Path:
 
 
 def fetch_folder(ref: str, patterns: Sequence[str], *, progress: Progress | None) -> Path:
-    """The folder with the files of ``hf:owner/repo`` whose names fit one of `patterns`.
+    """Downloads the files of ``hf:owner/repo`` that match a pattern; returns their folder.
 
-    patterns: of names at the top, or in a folder that the pattern names.
+    patterns: file names, or paths with as many folders as the file has.
 
-    Raises ModelError if the reference is not clear, DownloadError if the files cannot be had.
+    Raises ModelError if the reference is invalid, DownloadError if the download fails.
     """
     hub = _folder(ref)
     names = _fitting(hub, patterns)
     if not any("/" not in name for name in names):
-        raise ModelError(f"{ref} holds no checkpoint")
+        raise ModelError(f"{ref} has no checkpoint")
     paths = zip(names, hub.fetch(names, progress), strict=True)
     return next(path.parent for name, path in paths if "/" not in name)
 
 
 def list_folder(ref: str) -> dict[str, int]:
-    """The files at the top of ``hf:owner/repo``, with their sizes in bytes; none is fetched.
+    """The files in the top folder of ``hf:owner/repo``, with sizes in bytes.  Downloads nothing.
 
-    Raises as `fetch_folder` does.
+    Raises like `fetch_folder`.
     """
     return _top(_folder(ref))
 
@@ -72,7 +72,7 @@ def _top(hub: _Repository) -> dict[str, int]:
 
 
 def _fitting(hub: _Repository, patterns: Sequence[str]) -> list[str]:
-    """Files that fit a pattern with as many folders as it names."""
+    """Files that match a pattern with the same number of folders."""
     return [
         name
         for name in sorted(hub.sizes)
@@ -81,7 +81,7 @@ def _fitting(hub: _Repository, patterns: Sequence[str]) -> list[str]:
 
 
 class _Repository:
-    """A repository of the hub, or what its cache holds where there is no connection."""
+    """A repository on the hub; without a connection, its files in the cache."""
 
     def __init__(self, ref: str, repo: str, *, download: bool) -> None:
         import huggingface_hub
@@ -92,9 +92,9 @@ class _Repository:
         self._storage = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
         self._ref, self._repo = ref, repo
         self.local: ModelError = not_downloaded(ref)
-        """To raise where only this machine can be asked."""
+        """The error to raise if a file is not in the cache and the hub cannot be reached."""
         self._commit: str | None = None
-        """One for all files, whatever is pushed meanwhile; None: the one that the cache has."""
+        """The commit to take all files from; None: the one in the cache."""
         self.is_online = download
         if download:
             try:
@@ -106,14 +106,14 @@ class _Repository:
                 self.local = _hub_failure(ref, error, self._storage)
                 if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
                     raise self.local from error
-                self.is_online = False  # no connection: what was fetched before still serves
+                self.is_online = False  # no connection: use the files in the cache
         if not self.is_online:
             self.sizes = _hub_cached(self._storage)
             if not self.sizes:
                 raise self.local
 
     def fetch(self, names: Sequence[str], progress: Progress | None) -> list[Path]:
-        """Where these files are, once they are there."""
+        """Downloads these files if necessary; returns their paths."""
         import huggingface_hub
 
         if self.is_online:
@@ -135,14 +135,18 @@ class _Repository:
             paths.append(Path(path))
             done += self.sizes[name]
             meter(done)
-        if self._commit:  # the hub notes by itself only what a branch was asked for
+        if self._commit:  # huggingface_hub records a commit only if a branch was requested
             branch = self._storage / "refs" / "main"
             branch.parent.mkdir(parents=True, exist_ok=True)
             branch.write_text(self._commit)
         return paths
 
     def _require_space(self, names: Sequence[str]) -> None:
-        """For what is not in the cache yet, of this commit or another."""
+        """Checks the free disk space for the files that the cache does not have.
+
+        Raises:
+            DownloadError: there is not enough.
+        """
         have = {
             (path.name, path.stat().st_size)
             for path in self._storage.glob("snapshots/**/*")
@@ -155,7 +159,7 @@ class _Repository:
         free = shutil.disk_usage(where).free
         if missing - begun > free:
             reason = (
-                f"it takes {missing / 1e9:.2f} GB in {where}, where {free / 1e9:.2f} GB are free; "
+                f"it needs {missing / 1e9:.2f} GB in {where}, but {free / 1e9:.2f} GB are free; "
                 "free some space, or set HF_HOME to another folder"
             )
             raise failed(self._ref, reason)
@@ -164,10 +168,10 @@ class _Repository:
 def _hub_failure(ref: str, error: Exception, storage: Path) -> DownloadError:
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-    if isinstance(error, (RepositoryNotFoundError, HFValidationError)):  # the first: gated, too
-        reason = (
-            "no such repository, or not open to you; check the name, or log in: `hf auth login`"
-        )
+    if isinstance(
+        error, (RepositoryNotFoundError, HFValidationError)
+    ):  # the first: also a gated repository
+        reason = "no such repository, or no access; check the name, or log in with `hf auth login`"
         return failed(ref, reason)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
         return failed(ref, disk_reason(error, storage, "HF_HOME"))
@@ -186,7 +190,7 @@ def _hub_cached(storage: Path) -> dict[str, int]:
 
 
 def _choose(ref: str, sizes: Mapping[str, int]) -> str:
-    """The one GGUF to take: the only one, else the only Q4_K_M."""
+    """The GGUF to download: the only one, or else the only Q4_K_M."""
     names = sorted(
         name
         for name in sizes
@@ -213,7 +217,7 @@ def _pieces(file: str) -> list[str]:
 
 @contextlib.contextmanager
 def _quiet_hub() -> Iterator[None]:
-    """The hub draws bars of its own unless told not to, and that for the whole process."""
+    """Turns huggingface_hub's own progress bars off, which is a setting of the whole process."""
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,

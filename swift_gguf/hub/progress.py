@@ -1,4 +1,4 @@
-"""Progress of downloads on the terminal."""
+"""A progress bar for downloads."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def download_progress(label: str = "downloading") -> Iterator[Progress]:
-    """A `Progress` that draws a bar on stderr if that is a terminal, and else does nothing.
+    """A `Progress` that draws a bar on stderr; it does nothing if stderr is not a terminal.
 
-    The bar appears with the first report, so nothing is drawn for a model that is here already,
-    and it is wiped at the end, also after an error.
+    The bar appears with the first report, so a model in the cache shows none.  It is erased at the
+    end, also after an error.
     """
     if not sys.stderr.isatty():
         yield lambda done_bytes, total_bytes: None
@@ -42,7 +42,7 @@ def download_progress(label: str = "downloading") -> Iterator[Progress]:
 
 
 def _bar() -> rich.progress.Progress:
-    # rich takes a tenth of a second to import: not for those who need no bar
+    # the import of rich takes a tenth of a second; do it only if a bar is drawn
     from rich.console import Console
     from rich.progress import (
         BarColumn,

@@ -1,4 +1,4 @@
-"""llama.cpp's library: finding it, calling it, its structs.  ctypes lives here and nowhere else."""
+"""Finds, loads and calls llama.cpp's library.  Only this package uses ctypes."""
 
 from swift_gguf.native.binding import (
     SUBLAYER_STATUS,

@@ -1,4 +1,4 @@
-"""What native code prints instead of logging it."""
+"""Captures what native code prints to standard error."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _STDERR = threading.Lock()
-"""There is one such descriptor: who saved another one's replacement would restore that."""
+"""The process has one standard error, so only one thread at a time may replace it."""
 
 
 @contextmanager
 def captured_stderr() -> Iterator[list[str]]:
-    """Lines that native code writes straight to standard error inside the block.
+    """Yields a list; at the end of the block it has the lines written to standard error.
 
-    llama.cpp's grammar parser does, and ggml's check of weights.  The descriptor is the process's
-    own, so this must stay around short calls; what other threads write is among them.
+    llama.cpp's grammar parser and ggml's check of weights print there directly.  The descriptor is
+    shared by the whole process, so use this only around short calls.  Lines from other threads are
+    captured too.
     """
     lines: list[str] = []
     with _STDERR:
         try:
             saved = os.dup(2)
-        except OSError:  # closed: nothing can be written there anyway
+        except OSError:  # standard error is closed
             yield lines
             return
         with tempfile.TemporaryFile() as file:

@@ -1,9 +1,9 @@
-"""Calls into llama.cpp that recurse once for every character, on a stack as deep as that takes.
+"""Runs calls that recurse once per character in a thread with a large stack.
 
-Most vocabularies split text by `std::regex`, which GNU's library matches by recursion
-(`unicode_regex_split_stl`, unicode.cpp): 20,000 letters, digits or spaces without a break take
-between 4 and 8 MB, and where the stack ends, so does the process.  A thread's stack can be as large
-as is asked for, and only what is used of it takes memory.
+For most vocabularies llama.cpp splits text with `std::regex` (`unicode_regex_split_stl`,
+unicode.cpp), which GNU's library matches by recursion.  20,000 letters, digits or spaces without a
+break need 4 to 8 MB of stack, and a stack overflow ends the process.  A thread can have a larger
+stack, and only the used part of it takes memory.
 """
 
 from __future__ import annotations
@@ -15,27 +15,29 @@ from typing import TypeVar
 from swift_gguf.errors import ContextFullError, SwiftError
 
 BYTES_EACH = 1024
-"""Of stack a character: at most 420 were needed by any of llama.cpp's patterns."""
+"""Bytes of stack per character; llama.cpp's patterns need at most 420."""
 SHALLOW = 2048
-"""Characters that any thread's own stack is enough for."""
+"""Characters for which the normal stack of every thread is large enough."""
 MOST = 1 << 20
-"""Characters; a stack of 1 GB."""
+"""Maximum number of characters; they need a stack of 1 GB."""
 
 T = TypeVar("T")
 _starting = threading.Lock()  # the size is one setting for all threads of the process
 
 
 def on_deep_stack(n_characters: int, call: Callable[[], T]) -> T:
-    """What `call` returns or raises, which may recurse as deep as a text has characters.
+    """Calls `call` with enough stack to recurse `n_characters` deep; returns its result.
 
     Raises:
         ContextFullError: the text is too long.
-        SwiftError: there is no memory for such a stack.
+        SwiftError: there is not enough memory for the stack.
     """
     if n_characters <= SHALLOW:
         return call()
     if n_characters > MOST:
-        raise ContextFullError(f"a text of {n_characters} characters; at most {MOST} can be split")
+        raise ContextFullError(
+            f"the text has {n_characters} characters; at most {MOST} can be split"
+        )
     done: list[T] = []
     failed: list[BaseException] = []
 
@@ -57,7 +59,7 @@ def _start(thread: threading.Thread, stack: int) -> threading.Thread:
         try:
             thread.start()
         except RuntimeError as error:
-            raise SwiftError("there is no memory to split so long a text into tokens") from error
+            raise SwiftError("there is not enough memory to tokenise such a long text") from error
         finally:
             threading.stack_size(usual)
     return thread

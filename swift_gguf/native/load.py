@@ -1,4 +1,4 @@
-"""Finds the native library, and makes `llama_cpp` load this very file."""
+"""Finds the native library, and makes `llama_cpp` load the same file."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ REINSTALL = "reinstall swift-gguf (pip install --force-reinstall swift-gguf, or 
 
 
 def built_folders(name: str) -> list[Path]:
-    """Where a folder of built files may be: in the package, or where the package is installed.
+    """The possible paths of a folder of built files.
 
-    An editable install has two roots, the sources and the built files in site-packages; and in a
-    checkout Python finds the sources first, which have no built files beside them.
+    An editable install has two roots: the sources, and site-packages with the built files.  In a
+    checkout, Python finds the sources first, and they have no built files beside them.
     """
     roots = [Path(root) for root in sys.modules["swift_gguf"].__path__]
     with suppress(PackageNotFoundError):
@@ -37,7 +37,7 @@ def find_library() -> Path:
     """The folder of our libllama.
 
     Raises:
-        NativeLibraryError: nothing is built, or SWIFT_GGUF_LIB_DIR leads nowhere.
+        NativeLibraryError: nothing is built, or SWIFT_GGUF_LIB_DIR has no library.
     """
     tried = _library_folders()
     for folder in tried:
@@ -49,10 +49,10 @@ def find_library() -> Path:
 
 
 def import_llama_cpp(folder: Path) -> ModuleType:
-    """llama-cpp-python's ctypes binding, over the library in this folder.
+    """Imports llama-cpp-python's ctypes binding with the library in this folder.
 
     Raises:
-        NativeLibraryError: the library does not load, or the binding has loaded another.
+        NativeLibraryError: the library does not load, or the binding has already loaded another.
     """
     loaded = sys.modules.get("llama_cpp.llama_cpp")
     if loaded is not None:

@@ -1,4 +1,4 @@
-"""What the C library is told about memory."""
+"""Settings of glibc's allocator."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import sys
 from collections.abc import Callable
 
 LARGE = 4 << 20
-"""Bytes of a buffer that gets pages of its own; what sampling a token takes stays below."""
+"""Buffers of this many bytes or more get their own pages; those for sampling are smaller."""
 KEPT = 16 << 20
-"""Bytes at the heap's end that are not given back at once."""
+"""Free bytes at the end of the heap that are not returned to the system at once."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def _libc(name: str) -> Callable[..., int] | None:
-    """A function of glibc's; None elsewhere."""
+    """A function of glibc; None on other systems."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def give_back_large_buffers() -> None:
-    """For processes that run for days: large buffers leave nothing behind when they are freed.
+    """Makes large buffers return to the system when they are freed; for long-running processes.
 
-    glibc raises its limit for pages of their own to the largest buffer freed so far, up to 32 MB
-    (mallopt(3)): states of conversations would come and go on the heap, and leave holes there.
-    Other C libraries have no such call, and need none.
+    By default, glibc raises the size from which a buffer gets its own pages to the largest buffer
+    freed so far, up to 32 MB (mallopt(3)).  The states of conversations would then be on the heap
+    and leave holes there.  Other C libraries have no such call and do not need it.
     """
     if mallopt := _libc("mallopt"):
         mallopt(_M_MMAP_THRESHOLD, LARGE)
@@ -32,9 +32,9 @@ def give_back_large_buffers() -> None:
 
 
 def give_back_free_pages() -> None:
-    """What lies free between buffers in use, where it fills pages; takes milliseconds.
+    """Returns free pages inside the heap to the system (malloc_trim(3)); takes milliseconds.
 
-    Requests that overlap leave holes of all sizes, more with every hour (malloc_trim(3)).
+    Overlapping requests leave more and more holes in the heap.
     """
     if trim := _libc("malloc_trim"):
         trim(0)

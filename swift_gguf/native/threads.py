@@ -1,4 +1,4 @@
-"""How many threads to decode with."""
+"""The default number of threads."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 ROOT = Path("/")
-"""Of `proc` and `sys`; tests have their own."""
+"""The root of `proc` and `sys`; tests use another one."""
 
 
 def default_threads(root: Path = ROOT) -> int:
-    """Physical cores this process may use, performance cores only where there are two kinds, and no
-    more than its container's quota of CPU time is worth.
+    """One thread per physical core that this process may use, within its container's CPU quota.
 
-    Decoding is bound by memory: a second hardware thread a core gains nothing, and one slow core
-    holds all others up at every operation.  Threads beyond the quota use it up early in every
-    period, and all of them stand still for the rest.
+    If there are performance and efficiency cores, only performance cores count.  Decoding is bound
+    by memory, so a second hardware thread per core gains nothing.  A slow core delays all others at
+    every operation.  More threads than the quota use it up early in each period, and then all of
+    them wait.
     """
     cores, quota = _cores(root), quota_cpus(root)
     return max(1, cores if quota is None else min(cores, int(quota)))
@@ -41,7 +41,7 @@ def _cores(root: Path) -> int:
 
 
 def _performance_cpus(root: Path) -> set[int]:
-    """Linux' list of performance cores on processors with two kinds; empty on others."""
+    """Linux's list of performance cores; empty on processors with only one kind of core."""
     try:
         return cpu_list((root / "sys/devices/cpu_core/cpus").read_text())
     except (OSError, ValueError):
@@ -49,10 +49,10 @@ def _performance_cpus(root: Path) -> set[int]:
 
 
 def cpu_list(text: str) -> set[int]:
-    """The CPUs of a list as Linux writes it: "0-3,8".
+    """Parses a CPU list as Linux writes it: "0-3,8".
 
     Raises:
-        ValueError: it is no such list.
+        ValueError: the text is not such a list.
     """
     cpus = set[int]()
     for part in filter(None, text.strip().split(",")):
@@ -65,16 +65,15 @@ def cpu_list(text: str) -> set[int]:
 
 
 def quota_cpus(root: Path = ROOT) -> float | None:
-    """CPUs' worth of time that this process' control group and those above it leave to it; None
-    where there is no limit, or no control groups.
+    """The CPU quota of this process's control groups, in CPUs; None if there is no limit.
 
-    Linux' cgroups(7): `cpu.max` in version 2, `cpu.cfs_quota_us` of `cpu.cfs_period_us` in 1.
+    See cgroups(7): `cpu.max` in version 2, `cpu.cfs_quota_us` and `cpu.cfs_period_us` in version 1.
     """
     if not sys.platform.startswith("linux"):
         return None
     try:
         return min(_quotas(root), default=None)
-    except (OSError, ValueError, ArithmeticError):  # no such system, or other files
+    except (OSError, ValueError, ArithmeticError):  # no control groups, or an unknown format
         return None
 
 
@@ -91,7 +90,7 @@ def _quotas(root: Path) -> Iterator[float]:
         else:
             continue
         top = root / mount.lstrip("/")
-        # inside a container the mount may show the container's own group as the top of all
+        # inside a container, the mount may show the container's own group as its root
         inside = PurePosixPath(group)
         below = inside.relative_to(shown) if inside.is_relative_to(shown) else PurePosixPath()
         for folder in (below, *below.parents):
@@ -100,7 +99,7 @@ def _quotas(root: Path) -> Iterator[float]:
 
 
 def _groups(text: str) -> dict[str, str]:
-    """proc/self/cgroup: this process' group by controller; under "" that of version 2."""
+    """This process's groups from proc/self/cgroup, by controller; "" is that of version 2."""
     groups = dict[str, str]()
     for line in text.splitlines():
         _, controllers, group = line.split(":", 2)
@@ -109,7 +108,7 @@ def _groups(text: str) -> dict[str, str]:
 
 
 def _unescaped(path: str) -> str:
-    """mountinfo writes spaces in octal."""
+    """A path from mountinfo, which writes spaces in octal."""
     return path.replace("\\040", " ")
 
 
@@ -124,7 +123,7 @@ def _quota_v1(folder: Path) -> float | None:
 
 
 def _read(path: Path) -> str:
-    """Empty where there is none: the topmost group has no limits."""
+    """A file's text; empty if there is no file: the topmost group has no limits."""
     try:
         return path.read_text()
     except FileNotFoundError:

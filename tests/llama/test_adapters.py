@@ -93,7 +93,7 @@ def test_what_is_no_adapter_of_the_model(
     for path, says in (
         (tmp_path / "none.gguf", "No such file"),
         (text, "not a GGUF file"),
-        (tiny_path, "this is no adapter"),
+        (tiny_path, "this is not an adapter"),
         (write(architecture="qwen2"), "model arch and LoRA arch mismatch"),
         (write(n_extra=32), "incorrect shape"),
     ):

@@ -423,7 +423,7 @@ def test_a_retrained_models_old_sidecar_is_refused(
 
 def test_a_model_is_no_sidecar(pair: tuple[Path, Path], tiny: Tiny, open_model: Opener) -> None:
     shutil.copy(tiny("qwen2"), pair[1])
-    refused(pair[0], open_model, "no sidecar but a qwen2")
+    refused(pair[0], open_model, "not a sidecar but a qwen2")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.7, 0.999])

@@ -209,8 +209,9 @@ IDLE = Figures(
 
 def test_the_footer_says_what_was_gained_and_how_that_is_known() -> None:
     text = " ".join(footer(GAINING, width=80))
-    for figure in ("31.2 tok/s", "speed-up 1.42x (a plain pass takes 45.5 ms)", "accepted 74%",
-                   "2.91 tokens per pass", "target 40%, ngram 35%", "context 812/4096"):  # fmt: skip
+    for figure in ("31.2 tok/s", "speed-up 1.42x (a plain pass takes 45.5 ms)",
+                   "accepted 74%", "2.91 tokens per pass",
+                   "target 40%, ngram 35%", "context 812/4096"):  # fmt: skip
         assert figure in text
     assert "no drafts" not in text
 

@@ -93,7 +93,7 @@ def test_messages_say_what_is_wrong(tmp_path: Path) -> None:
         "version_99": "GGUF version 99",
         "no_tokenizer": "no tokenizer",
         "tokens_duplicate": "twice",
-        "tokens_fewer": f"{N_VOCAB - 1} tokens and {N_VOCAB} embeddings",
+        "tokens_fewer": f"{N_VOCAB - 1} tokens but {N_VOCAB} embeddings",
         "rope_scaling_unknown": "mystery",
         "type_unknown": "type 999",
     }.items():
@@ -146,9 +146,9 @@ def test_parts_of_a_model_have_a_way_out(tmp_path: Path) -> None:
     assert said.endswith("it is part 2 of 2 of a model; name the first, big-00001-of-00002.gguf")
     assert "NAME-00001-of-00002.gguf" in refused(tmp_path / "x.gguf", second.read_bytes())
     joined = refused(tmp_path / "joined.gguf", first.read_bytes() + second.read_bytes())
-    assert "joined as they are, which makes no model; keep them apart" in joined
+    assert "concatenated, which does not give a model; keep them apart" in joined
     assert "llama-gguf-split --merge" in joined
-    assert "joined as they are" in refused(first, first.read_bytes() + second.read_bytes())
+    assert "concatenated" in refused(first, first.read_bytes() + second.read_bytes())
 
 
 def test_a_blob_of_a_model_in_parts_needs_its_name(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_blob_of_a_model_in_parts_needs_its_name(tmp_path: Path) -> None:
     gguf_check.check(first)
     blob = first.resolve()
     said = refused(blob, blob.read_bytes())
-    assert "name it NAME-00001-of-00002.gguf beside them, links will do" in said
+    assert "rename it to NAME-00001-of-00002.gguf (a link is enough)" in said
 
 
 def test_large_vocabularies_are_read_quickly(tmp_path: Path) -> None:
