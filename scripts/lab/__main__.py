@@ -16,6 +16,7 @@ EXPERIMENTS = {
     "mechanism": "what passes, skipped sub-layers, graph switches and the engine cost",
     "reference": "the patched library against llama.cpp as it came: speed, and every bit",
     "busy": "answers beside other programs that compute, against stock llama.cpp",
+    "servers": "everyday requests to stock llama-server and to `swift-gguf serve`",
     "front": "what drafts cost against how often they are right",
     "search": "searches for sub-networks at equal time, and their estimates against real drafts",
     "drafting": "ways of drafting with one sub-network, and what the first answers cost",

@@ -73,16 +73,17 @@ def finish(
     report: Any,
     *,
     run: Callable[[], None],
-    plot: Callable[[Any, Path], None],
     render: Callable[[Any], str],
+    plot: Callable[[Any, Path], None] | None = None,
 ) -> int:
     """Fills the report by `run` and writes what there is of it, after a Ctrl-C, too.
 
     Returns the exit status.
     """
     require_folder(args.json)
-    require_folder(args.plot)
-    if args.plot:
+    picture: Path | None = args.plot if plot else None
+    if picture:
+        require_folder(picture)
         require_matplotlib()
     status = 0
     try:
@@ -92,7 +93,7 @@ def finish(
     finally:
         if args.json:
             write_json(args.json, report.as_dict())
-    if args.plot:
-        plot(report, args.plot)
+    if plot and picture:
+        plot(report, picture)
     print(render(report))
     return status
