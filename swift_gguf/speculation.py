@@ -1,4 +1,4 @@
-"""From what the user asked for to a drafter and a search, or to the reason why there is none."""
+"""Turns the user's options into a drafter and a search, or into the reason why there is none."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ TREES = {
     "caterpillar": Shape(n_nodes=0, branching=caterpillar, only_first_extends=True),
     "best-first": Shape(n_nodes=0, branching=lambda top: 3),
 }
-"""Shapes of drafts by name; how many nodes they get is the engine's to say."""
+"""Shapes of drafts by name; the engine sets the number of nodes."""
 
 MOST_DRAFTED = 64
-"""The kernels that round alike at every width (native/cpu) take a few columns more at most."""
+"""Our kernels (native/cpu), whose results do not depend on the width, take few columns more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,32 +60,32 @@ class SpeculationOptions:
     """What the user asked for.
 
     Raises:
-        SwiftError: a source that does not exist, or one that lacks what it needs; too long drafts.
+        SwiftError: a source does not exist or lacks its model file, or drafts are too long.
     """
 
     mode: str = "auto"
-    """``off``; ``auto``: every source the model allows, where it pays; or sources by name, joined
-    by commas (`SOURCES`), which then draft whether it pays or not."""
+    """``off``; ``auto``: every source that the model allows, where drafts save time; or names of
+    sources (`SOURCES`), joined by commas, which then always draft."""
     skip_attn: frozenset[int] | None = None
     skip_ffn: frozenset[int] | None = None
-    """A sub-network of the user's own; both None: the profile's, and what the search finds."""
+    """The user's own sub-network; both None: from the profile and the search."""
     draft_model: Path | None = None
     """A smaller model of the same family, for the source ``draft-model``."""
     search: str = "auto"
     """``auto``; ``paper``: SWIFT's, to compare with; ``off``."""
     paper: PaperOptions = field(default_factory=PaperOptions)
     draft_max: int | None = None
-    """At most `MOST_DRAFTED`; None: the planner's to say."""
+    """At most `MOST_DRAFTED`; None: the planner decides."""
     p_min: float | None = None
-    """Stop drafting below this probability; None: where a token costs more than it promises."""
+    """Stop drafting below this probability; None: where a draft token no longer saves time."""
     tree: str | None = None
-    """One of `TREES`; None: the planner's to say."""
+    """One of `TREES`; None: the planner decides."""
     fixed: bool = False
-    """Draft `draft_max` tokens where there are so many, whatever they cost; to compare with."""
+    """Draft up to `draft_max` tokens whatever they cost; for comparisons."""
     sidecar: bool = True
-    """Draft with the model's sidecar, if it has one; False: to compare with."""
+    """Draft with the model's sidecar, if it has one; False is for comparisons."""
     sampled: bool = False
-    """Drafts are drawn, for speculative sampling; by layer-skip alone."""
+    """Sample the draft tokens, for speculative sampling; layer-skip only."""
 
     def __post_init__(self) -> None:
         unknown = set(self.sources) - set(SOURCES)
@@ -101,7 +101,7 @@ class SpeculationOptions:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """What may draft."""
+        """Names of the sources that may draft."""
         if self.mode != "auto":
             return tuple(dict.fromkeys(name.strip() for name in self.mode.split(",")))
         speaks_of_it = (self.p_min, self.tree, self.skip_attn, self.skip_ffn)
@@ -111,7 +111,7 @@ class SpeculationOptions:
 
     @property
     def is_auto(self) -> bool:
-        """May the planner decode plainly?"""
+        """Whether the planner may choose plain decoding."""
         return self.mode == "auto" and len(self.sources) > 1
 
     @property
@@ -120,43 +120,44 @@ class SpeculationOptions:
 
 
 _WHY_NOT = {
-    "absent": "the model has none there",
-    "unshared": "this architecture builds it in its own way",
-    "useless": "that would save nothing",
+    "absent": "the model has none in this layer",
+    "unshared": "this architecture does not support it",
+    "useless": "that would save no time",
 }
 
 JOINT_MIN = 0.05
-"""With a fixed threshold, a tree's tokens beside the likeliest one must be this likely."""
+"""With a fixed threshold, the path to a tree's less likely tokens must be this probable."""
 
 SEARCHED_LENGTH = 8
-"""Draft tokens that a sub-network is judged by, where the user sets no limit."""
+"""Draft length for which a sub-network is judged, unless the user sets a limit."""
 
 SEARCH_SHARE, SEARCH_SHARE_AUTO = 0.05, 0.01
-"""Of the generation's time: where layer-skip was asked for, and where it may turn out useless."""
+"""Share of the generation's time for the search: layer-skip was asked for, or is one of several
+sources."""
 
 WINDOW = 16
-"""Positions scored between two cycles: the shortest pass that is cheap by the position."""
+"""Positions scored between two cycles: a shorter pass costs more per position."""
 IDLE_WINDOW = 32
 IDLE_HEAD_MS = 40.0
-"""A pass stops between two operations; the head is the longest, and must not take longer."""
+"""Milliseconds for the head, the longest operation: a pass can stop only between operations."""
 
 SAVE_EVERY_S = 60.0
 
-NOT_MEASURED = "what passes cost here is not measured yet: drafts begin later"
+NOT_MEASURED = "pass costs are not measured on this machine yet; drafts begin later"
 
 _log = logging.getLogger("swift_gguf")
 
 
 class Speculation:
-    """What drafts for a model, why, and the search that goes on beside it.
+    """The drafter of a model, the reason for it, and the search that runs beside it.
 
-    on_measuring: called before what passes cost is measured, which takes up to two seconds.
+    on_measuring: called before passes are timed, which takes up to two seconds.
 
     Raises:
         UnsupportedModelError: a source is asked for by name, and the model cannot be rolled back.
         SubnetworkError: a named sub-layer does not exist or cannot be skipped.
         ModelError: the draft model cannot draft for this one.
-        SidecarError: the sidecar that was asked for makes no numbers.
+        SidecarError: the sidecar that was asked for gives NaN or infinite logits.
     """
 
     def __init__(
@@ -184,7 +185,7 @@ class Speculation:
         self._saved_at = -math.inf
         try:
             self._why = self._set_up(store)
-        except SpoiledError as error:  # measured, they made no numbers
+        except SpoiledError as error:  # the sidecar gave NaN or infinite logits when it was timed
             if model.sidecar is None:
                 raise
             model.leave_sidecar_aside(SidecarError(str(error)))
@@ -192,14 +193,14 @@ class Speculation:
 
     @property
     def enabled(self) -> bool:
-        """Are drafts made, or where that depends, were there some lately?"""
+        """Whether drafts are made; with ``auto``, whether there was one recently."""
         if isinstance(self.drafter, Planner) and self.options.is_auto:
             return self.drafter.active
         return self.drafter is not None
 
     @property
     def why(self) -> str:
-        """The reason for what drafts, or for why nothing does."""
+        """Which sources draft, or the reason why none does."""
         if isinstance(self.drafter, Planner) and self.options.is_auto:
             if self.enabled:
                 return f"{self._why}: where they pay"
@@ -211,7 +212,7 @@ class Speculation:
 
     @property
     def row_share(self) -> float | None:
-        """What verifying a first draft token takes, in plain passes; None: nothing is drafted."""
+        """Cost of verifying one draft token, in plain passes; None: nothing is drafted."""
         return self.drafter.row_share if isinstance(self.drafter, Planner) else None
 
     @property
@@ -222,14 +223,14 @@ class Speculation:
     # -- setting up --------------------------------------------------------------------------------
 
     def _set_up(self, store: Store | None) -> str:
-        """Returns what drafts, or why nothing does."""
+        """Returns which sources draft, or the reason why none does."""
         model, options = self._model, self.options
         if options.mode == "off":
             return "switched off"
         if model.only_chains and options.tree not in (None, "chain"):
             raise SwiftError(
-                f"drafts of the shape {options.tree} need flash attention: without it a branch's "
-                "sums are rounded otherwise than plain decoding's; draft chains, or switch it on"
+                f"drafts of the shape {options.tree} need flash attention: without it a branch is "
+                "rounded differently from plain decoding; use --tree chain, or switch it on"
             )
         if refusal := model.rollback_refusal:
             if options.mode != "auto" or options.is_by_hand:
@@ -238,7 +239,7 @@ class Speculation:
         can_skip = layer_skip.NAME in options.sources and self._can_skip()
         others = [name for name in options.sources if name != layer_skip.NAME]
         if not can_skip and not others:
-            return "nothing to skip: a draft would cost a full pass"
+            return "no layer can be skipped: a draft would cost a full pass"
         self.learning = self._learn(can_skip, store)
         what = [*others]
         if can_skip:
@@ -278,7 +279,7 @@ class Speculation:
         )
 
     def _set_up_layer_skip(self, learning: Learning) -> str:
-        """Returns where the sub-network comes from."""
+        """Returns the origin of the sub-network."""
         self._skipping = Passes(layer_skip.NAME, self._model, self._subnetwork)
         if learning.searcher is None:
             return f"{layer_skip.NAME} as given: {self._subnetwork}"
@@ -325,12 +326,12 @@ class Speculation:
             forced=not options.is_auto,
             fixed=self._threshold() if is_fixed else None,
             shape=WIDE if is_wide else TREES[options.tree or "chain"],
-            # a source asked for by name says what it holds likeliest, and how often that is right
+            # a source that was asked for by name offers its likeliest token only
             n_offers=None if options.is_auto or options.tree else 1,
         )
 
     def _drawing(self, learning: Learning) -> LayerSkip:
-        """For speculative sampling, whose trees are drawn by one source."""
+        """The drafter for speculative sampling, where one source draws the whole tree."""
         if not self._skipping:
             raise SwiftError("--speculative-sampling drafts by layer-skip; leave other sources out")
         is_fixed = self.options.p_min is not None
@@ -356,16 +357,16 @@ class Speculation:
     # -- while it is used --------------------------------------------------------------------------
 
     def begin(self, prompt_n: int, *, sampler: SpeculativeSampler | None = None) -> OnTheFly | None:
-        """For every generation: the search to run beside it, for `engine.generate`.
+        """Starts a generation; returns the search to run beside it, for `engine.generate`.
 
-        prompt_n: where the generated text will begin.
-        sampler: draws the drafts, for speculative sampling.
+        prompt_n: tokens before the generated text.
+        sampler: draws the draft tokens, for speculative sampling.
         """
         if self.learning:
             self.learning.begin()
         searcher = self.learning.searcher if self.learning else None
         if isinstance(searcher, Search) and searcher.done:
-            searcher.reopen()  # of another kind of text there may be more to learn
+            searcher.reopen()  # another kind of text may give better results
         if isinstance(self.drafter, LayerSkip):
             self.drafter.sampler = sampler
         if isinstance(self.drafter, Planner):
@@ -376,11 +377,12 @@ class Speculation:
         return self._on_the_fly if self._is_promising else None
 
     def idle_search(self, *, on_step: Callable[[], None] = lambda: None) -> IdleSearch | None:
-        """A search on the model's live context for the time in which nobody uses the model.
+        """A search on the model's live context while the model is idle.
 
-        The caller uses the model inside `IdleSearch.paused` only, and closes it before the model.
+        The caller uses the model only inside `IdleSearch.paused`, and closes the search before the
+        model.
 
-        on_step: called after every step, in the search's thread, while the model is its own.
+        on_step: called after every step, in the search's thread, while it holds the model.
         """
         if not self._on_the_fly or self.learning is None or self.learning.searcher is None:
             return None
@@ -403,20 +405,20 @@ class Speculation:
 
     @property
     def _is_promising(self) -> bool:
-        """Is a search worth the user's time?  Where layer-skip is one source of several, only if it
-        nearly pays; else `tune` and idle time are soon enough."""
+        """Whether a search is worth the user's time.  Where layer-skip is one source of several,
+        only if it nearly saves time; otherwise `tune` and idle time are enough."""
         if self._skipping and self._skipping.is_broken:
             return False
         known = self.learning.best_known if self.learning and self.learning.searcher else None
         return not self.options.is_auto or (known is not None and known.rate.speedup > 0.9)
 
     def _observe(self, cycle: Cycle) -> None:
-        """Tells the search how its sub-network fares."""
+        """Reports the acceptance of its sub-network to the search."""
         searcher = self.learning.searcher if self.learning else None
         if not isinstance(searcher, Search):
             return
         tree = cycle.tree
-        is_ours = [  # what stands beside the likeliest says nothing of the sub-network
+        is_ours = [  # the search rates the likeliest tokens only
             offer.source == layer_skip.NAME and offer.rank == 0
             for offer in map(tree.offer, range(len(tree)))
         ]
@@ -424,14 +426,14 @@ class Speculation:
             searcher.observe(sum(is_ours[node] for node in cycle.verdict.accepted), sum(is_ours))
 
     def _draft_ms(self) -> float:
-        """A pass of the sub-network; endless while nothing is known that speaks for it."""
+        """Cost of a pass of the sub-network; infinite while too little is known about it."""
         assert self.learning is not None
         if self._is_unknown:
             return math.inf
         return self.learning.here.draft_ms(self._subnetwork)
 
     def _refresh(self) -> None:
-        """Drafts with what the search holds best."""
+        """Switches to the best sub-network that the search knows."""
         learning = self.learning
         if learning is None or learning.searcher is None:
             return
@@ -449,18 +451,18 @@ class Speculation:
                 self._calibration.recall(layer_skip.NAME, outcome.agrees, outcome.confidence)
 
     def save(self) -> None:
-        """Keeps what was learned."""
+        """Saves what was learned to the profile."""
         if self.learning:
             self.learning.save(self._recycling)
         self._saved_at = monotonic()
 
     @property
     def is_save_due(self) -> bool:
-        """Would much be lost if the machine were switched off?"""
+        """Whether the last save is more than `SAVE_EVERY_S` ago."""
         return monotonic() - self._saved_at >= SAVE_EVERY_S
 
     def retire(self) -> None:
-        """Keeps what was learned, and closes; if it cannot be kept, that is logged."""
+        """Saves what was learned and closes; logs a failure to save."""
         try:
             self.save()
         except (SwiftError, OSError) as error:
@@ -469,7 +471,7 @@ class Speculation:
             self.close()
 
     def close(self) -> None:
-        """Frees the draft model, if there is one; safe to call twice."""
+        """Frees the draft model, if there is one; may be called twice."""
         if self._draft_model:
             self._draft_model.close()
 

@@ -1,7 +1,7 @@
-"""What passes cost on this machine, in milliseconds: what planner and search count in.
+"""What forward passes cost on this machine, in milliseconds.
 
-Cost curves are not even monotone (repacked matrices are multiplied in groups of rows, the head is
-often not batched at all), so nothing is derived from sizes that a pass of that size can tell.
+Costs are measured for every width, not derived from sizes: they do not even grow with the width
+everywhere (repacked matrices are multiplied in groups of rows; the head is often not batched).
 """
 
 from __future__ import annotations
@@ -19,46 +19,47 @@ from swift_gguf.native import library
 from swift_gguf.subnetwork import SubNetwork
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
-LONG_CONTEXT = 1024  # tokens; what attention takes there is worth measuring
+LONG_CONTEXT = 1024  # tokens; from here on, attention takes enough time to be measured
 PARTS = ("passes", "sub-layers", "sidecar", "rows", "switch")
-"""What a measurement is made of."""
+"""Parts of a measurement."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Times of passes at one length of context, all in milliseconds.
+    """Times of passes at one context length, all in milliseconds.
 
     Raises:
-        ValueError: a time is negative or not finite, or the lengths make no sense.
+        ValueError: a time is negative or not finite, or lengths do not match.
     """
 
     pass_ms: tuple[tuple[int, float], ...]
-    """(width, ms) of full passes with logits for every row; widths ascend from 1."""
+    """(width, ms) of full passes with logits for every row; widths ascend from 1.  The width of a
+    pass is its number of tokens."""
     attention_ms: tuple[float, ...]
-    """[n_layer], of each attention in a one-token pass; 0 where it cannot be skipped."""
+    """[n_layer], each attention in a one-token pass; 0 where it cannot be skipped."""
     ffn_ms: tuple[float, ...]
-    """[n_layer], likewise."""
+    """[n_layer], each FFN, likewise."""
     kv_ms: tuple[float, ...]
-    """[n_layer], of which each attention takes for every token the context holds."""
+    """[n_layer], the part of `attention_ms` that each token of the context adds."""
     head_ms: float
     """The logits of one row in a one-token pass."""
     n_kv: int
-    """Tokens the context held."""
+    """Context length of the measurement, in tokens."""
     row_ms: float = 0.0
-    """What the logits of a further row add to a pass of several tokens."""
+    """The logits of one more row, in a pass of several tokens."""
     switch_ms: float = 0.0
-    """What a one-token pass takes longer after a pass of another width, whose graph is another."""
+    """Extra time of a one-token pass after a pass of another width, which has another graph."""
     narrow_ms: tuple[float, ...] = ()
-    """[n_layer], of `ffn_ms` what the sidecar's narrow FFN saves; empty: there is no sidecar."""
+    """[n_layer], the part of `ffn_ms` that the sidecar's narrow FFN saves; empty: no sidecar."""
     draft_head_ms: float = 0.0
-    """What the sidecar's head saves."""
+    """Time that the sidecar's head saves."""
     untimed: tuple[str, ...] = ()
-    """What no time was left for (of `PARTS`): taken from the bytes that passes read, or as nothing.
+    """Those of `PARTS` that were not timed: estimated from the bytes that passes read, or 0.
     Widths that were not timed are not in `pass_ms`."""
     is_provisional: bool = False
-    """Measured in a hurry: to be measured again at the next chance."""
+    """A quick measurement, to be repeated when there is time."""
     is_busy: bool = False
-    """Measured while other programs took the CPUs: likewise, and worth less than all others."""
+    """Measured while other programs used the CPUs: to be repeated, and trusted least."""
 
     def __post_init__(self) -> None:
         widths = [width for width, _ in self.pass_ms]
@@ -84,37 +85,37 @@ class Costs:
 
     @property
     def trust(self) -> int:
-        """0: measured on a busy machine; 1: in a hurry; 2: neither.  What is trusted more is never
-        replaced by what is trusted less."""
+        """0: measured on a busy machine; 1: provisional; 2: neither.  Costs are never replaced by
+        less trusted ones."""
         return 0 if self.is_busy else 2 - self.is_provisional
 
     @property
     def n_timed(self) -> int:
-        """How much was measured: grows until all was."""
+        """Number of timed parts: grows until everything is measured."""
         return len(self.pass_ms) - len(self.untimed)
 
     @property
     def is_guess(self) -> bool:
-        """Is it unknown what several tokens take?  They are taken for as many passes then."""
+        """Whether the cost of several tokens is unknown; each then counts as one full pass."""
         return self.is_provisional and len(self.pass_ms) == 1
 
     @property
     def is_sure(self) -> bool:
-        """Need they not be measured again?"""
+        """Whether these costs are final."""
         return not (self.is_busy or self.is_provisional)
 
     def draft_ms(self, subnetwork: SubNetwork) -> float:
-        """A one-token pass under this sub-network.
+        """A one-token pass of this sub-network.
 
         Raises:
-            SubnetworkError: it belongs to a model with another number of layers.
+            SubnetworkError: it is for a model with another number of layers.
         """
         if subnetwork.n_layer != self.n_layer:
             raise SubnetworkError(
                 f"a sub-network of {subnetwork.n_layer} layers has no cost in a model of "
                 f"{self.n_layer}; use one made for this model"
             )
-        saved = math.fsum(  # the same sum in any order: sets have none
+        saved = math.fsum(  # sets have no order; this sum does not depend on it
             [self.attention_ms[layer] for layer in subnetwork.skip_attn]
             + [self.ffn_ms[layer] for layer in subnetwork.skip_ffn]
             + [self.narrow_ms[layer] for layer in subnetwork.narrow_ffn if self.narrow_ms]
@@ -125,8 +126,8 @@ class Costs:
     def verify_ms(self, width: int) -> float:
         """A full pass of `width` tokens with logits for every row.
 
-        Between measured widths on a straight line; beyond the last one as from the last but one to
-        it, or as on average if that is more.
+        Linear between measured widths.  Beyond the last one, the slope is that of the last two
+        widths or the average slope, whichever is larger.
         """
         if width < 1:
             raise ValueError(f"a pass of {width} tokens")
@@ -135,18 +136,18 @@ class Costs:
         right = min(bisect_left(points, (width, 0.0)), len(points) - 1)
         (low, low_ms), (high, high_ms) = points[right - 1 : right + 1]
         slope = (high_ms - low_ms) / (high - low)
-        if width > high:  # a last step that happens to be flat promises nothing
+        if width > high:  # the last step may be flat by chance
             slope = max(slope, (high_ms - self.pass_ms[0][1]) / high, 0.0)
         return high_ms + (width - high) * slope
 
     def at(self, n_kv: int) -> Costs:
-        """The costs at another length of context: attention reads more or less of the cache.
+        """The costs at another context length, where attention reads more or less of the KV cache.
 
-        Analytic, by bytes: every row of a pass is taken to read it by itself, as on a CPU.
+        Computed from bytes: every row of a pass is assumed to read the cache itself, as on a CPU.
         """
         more = n_kv - self.n_kv
         growth = more * math.fsum(self.kv_ms)
-        least = self.pass_ms[0][1] / 10  # far shorter contexts are an extrapolation
+        least = self.pass_ms[0][1] / 10  # extrapolated to a much shorter context
         return replace(
             self,
             pass_ms=tuple((w, max(least, ms + w * growth)) for w, ms in self.pass_ms),
@@ -221,33 +222,33 @@ def _real(value: object) -> float:
 
 
 class CostsHere:
-    """The costs at the length that a model's context has just now, and as passes take at present.
+    """The costs at the current context length, corrected by live timings.
 
-    Cheap to ask.  Live timings correct what was measured once: a speed that all passes share (the
-    machine is busy, or hot), what further tokens take beside that (memory that became faster helps
-    a single token most), and what a width takes beside both.
+    There are three corrections, all factors: the speed of all passes (the machine is busy, or
+    hot), the cost of several tokens relative to one (faster memory helps a single token most), and
+    the cost of each width relative to both.
     """
 
-    STEP = 256  # tokens; llama.cpp pads what attention reads to as many
+    STEP = 256  # tokens; llama.cpp pads what attention reads to a multiple of this
     MAX_WIDTH = 65
-    KEPT = 255 / 256  # of what several took longer, for each that ran alone: who never looks errs
-    NOISE = 0.3  # what a pass may take more or less for no reason; a logarithm
-    LOADED = math.log(1.25)  # so much slower than measured, the machine has other work
+    KEPT = 255 / 256  # per one-token pass, so that a width that was given up is tried again
+    NOISE = 0.3  # a larger surprise counts as this much: it may be a hiccup; natural logarithm
+    LOADED = math.log(1.25)  # slower than measured by this much: other programs use the machine
 
     def __init__(self, model: Model, costs: Costs) -> None:
         self._model = model
         self.update(costs)
 
     def update(self, costs: Costs) -> None:
-        """Counts in newly measured costs from now on."""
+        """Starts again from new measurements."""
         self._costs = costs
-        self._speed = self._together = 0.0  # logarithms of how much longer passes take
+        self._speed = self._together = 0.0  # natural logarithms of the corrections
         self._beside: dict[int, float] = {}
         self._set(costs)
 
     @property
     def measured(self) -> Costs:
-        """What is corrected here."""
+        """The measured costs, without corrections."""
         return self._costs
 
     def _set(self, costs: Costs) -> None:
@@ -283,25 +284,25 @@ class CostsHere:
         return self._table[width]
 
     def observe(self, width: int, ms: float) -> None:
-        """A full pass of `width` tokens, all with logits, took so long."""
+        """A full pass of `width` tokens, all with logits, took `ms`."""
         self._now()
         if not 1 <= width <= self.MAX_WIDTH or ms <= 0.0:
             return
         surprise = math.log(ms / self._table[width])
-        surprise = max(-self.NOISE, min(self.NOISE, surprise))  # a hiccup counts little
-        if width == 1:  # what the others are compared with: it tells of the machine alone
+        surprise = max(-self.NOISE, min(self.NOISE, surprise))
+        if width == 1:  # the other widths are compared with it
             self._speed += surprise / 16
             self._together *= self.KEPT
         else:
-            # most of it to all widths: else drafts that do not pay go on at the next, unseen one
+            # mostly to all widths: otherwise drafts that lose time move on to an untried width
             self._together += surprise / 24
             self._beside[width] = self._beside.get(width, 0.0) + surprise / 32
             self._speed += surprise / 64
         self._correct()
 
     def refreshed(self) -> Costs:
-        """The measured costs, with the widths corrected that take otherwise by now; as they were
-        measured while the machine has other work: it would mislead when that is done."""
+        """The measured costs with the corrections by width.  Without them while other programs use
+        the machine, as they would be wrong afterwards."""
         if self._speed > self.LOADED:
             return self._costs
         pass_ms = tuple(
@@ -315,8 +316,8 @@ class CostsHere:
 
 
 def machine_key(model: Model) -> str:
-    """What the costs of a model depend on, beside itself and the length of the context: backend,
-    offloaded layers, threads, flash attention."""
+    """What costs depend on besides the model and the context length: backend, offloaded layers,
+    threads, flash attention."""
     gpus = [device.name for device in library().devices() if device.is_gpu]
     n_layers = model.options.n_gpu_layers
     backend = f"{gpus[0]}-{n_layers}l" if gpus and n_layers != 0 else "cpu"
@@ -325,24 +326,24 @@ def machine_key(model: Model) -> str:
 
 
 def context_bucket(n_kv: int) -> int:
-    """Lengths of context that share measured costs: up to this power of two."""
+    """Context lengths up to this power of two share measured costs."""
     return max(CostsHere.STEP, 1 << (n_kv - 1).bit_length())
 
 
 def costs_key(model: Model, costs: Costs) -> str:
-    """The name that costs go by in a profile."""
+    """The key of these costs in a profile."""
     return f"{machine_key(model)}@{context_bucket(costs.n_kv)}"
 
 
 NEAR = 2
-"""Buckets of context apart, the better measured costs count rather than the nearer ones."""
+"""Within so many buckets, better measured costs are preferred to nearer ones."""
 
 
 def stored_costs(model: Model, profile_costs: Mapping[str, Mapping[str, Any]]) -> Costs | None:
-    """Of what a profile holds, the costs measured here at the context nearest to the present one.
+    """The costs in a profile that were measured on this machine at the nearest context length.
 
-    Where the context is long, a short one's say too little of its attention: None then, too, if
-    there is room to measure.
+    None if there are none.  Also None if the context is long, the costs are from a much shorter
+    one (whose attention takes less), and there is room to measure.
     """
     prefix = f"{machine_key(model)}@"
     measured = [
@@ -354,7 +355,7 @@ def stored_costs(model: Model, profile_costs: Mapping[str, Mapping[str, Any]]) -
         return abs(math.log2(context_bucket(costs.n_kv) / context_bucket(n_past)))
 
     def rank(costs: Costs) -> tuple[float, ...]:
-        """Lengths that are not far apart differ by less than what was measured in a hurry."""
+        """Nearby context lengths differ by less than the error of a quick measurement."""
         is_far = distance(costs) > NEAR
         return (distance(costs) if is_far else 0.0, -costs.trust, distance(costs))
 

@@ -1,4 +1,4 @@
-"""Times real passes, to say what they cost on this machine."""
+"""Times real forward passes on this machine."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from swift_gguf.planning.cost import WIDTHS, Costs
 from swift_gguf.planning.waiting import waited_s
 from swift_gguf.subnetwork import SubNetwork
 
-ROWS_WIDTH = 8  # of the pass that tells what rows of logits cost
+ROWS_WIDTH = 8  # width of the pass that shows what rows of logits cost
 STABLE = 0.015
-"""The share that times may be off, by the gaps between the fastest and the next."""
+"""Times are sure when the fastest and the next one differ by at most this share."""
 BUSY = 0.15
-"""Of the time that the fastest passes took, what their threads waited for a CPU: more is others'
-load."""
+"""The machine is busy if threads waited for a CPU for more than this share of the fastest passes'
+time."""
 GUESSED_BYTES_PER_MS = 1e7
-"""What an ordinary machine reads; counts only where not even one pass was timed."""
+"""Memory speed of an ordinary machine; used only if not even one pass was timed."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class _Case:
     width: int = 1
     subnetwork: SubNetwork | None = None
     rows: int | None = None
-    """With logits; None: all of them."""
+    """Rows with logits; None: all rows."""
     is_switch: bool = False
-    """One token, after whatever ran before; else one-token passes follow their like."""
+    """One token, right after a pass of another kind; others run after a pass of their own kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Wall-clock time for a measurement; what measures keeps to it, within one operation of a pass.
+    """Wall-clock time for a measurement, kept to within one operation of a pass.
 
     clock, waited: seconds; see `waiting.waited_s`.
     """
@@ -56,7 +56,7 @@ class Budget:
 
     @contextmanager
     def stopping(self, model: Model) -> Iterator[None]:
-        """Inside, a pass that is under way when the time is over is stopped, and the block left."""
+        """When the time is over, stops the pass that is running and leaves the block."""
         if self.seconds == math.inf:
             yield
             return
@@ -73,7 +73,7 @@ class Budget:
         try:
             yield
         except StoppedError:
-            if self.left_s > 0 and not is_over:  # somebody else wants an end
+            if self.left_s > 0 and not is_over:  # someone else asked to stop
                 raise
         finally:
             timer.cancel()
@@ -89,9 +89,9 @@ def measure(
     rounds: int = 3,
     budget: Budget | None = None,
 ) -> Costs:
-    """Times real passes at the end of the present context and takes each of them back.
+    """Times forward passes at the end of the current context and rolls each of them back.
 
-    See `Measurement`, also for what is raised.
+    See `Measurement`, which also lists the errors.
     """
     measurement = Measurement(model, widths=widths)
     measurement.run(budget or Budget(), rounds=rounds)
@@ -99,13 +99,13 @@ def measure(
 
 
 class Measurement:
-    """Passes at the end of the present context, which are timed and taken back.
+    """Forward passes at the end of the current context, timed and rolled back.
 
-    The context and `model.tokens` stay as they are, whatever is raised; the logits of the last
-    decode are lost, and a tree that is not kept yet.
+    The context and `model.tokens` stay as they are, even after an error.  The logits of the last
+    decode are lost, and so is a tree that is not committed yet.
 
-    widths: those that do not fit the context or a batch are left out; 1 is always measured.
-    known: what an earlier measurement in a hurry found, which this one goes on with.
+    widths: widths that do not fit the context or a batch are left out; 1 is always measured.
+    known: an earlier provisional measurement to continue.
 
     Raises:
         ContextFullError: not even one token fits.
@@ -150,13 +150,13 @@ class Measurement:
 
     @property
     def has_timed(self) -> bool:
-        """Was any pass timed?"""
+        """Whether any pass was timed."""
         return any(self._times.values())
 
     def _by_worth(self) -> list[_Case]:
-        """All cases, the most telling first: there may not be time for all.
+        """All cases, the most useful first, as there may not be time for all.
 
-        What an earlier measurement has timed comes last.
+        Cases that an earlier measurement timed come last.
         """
         small = [case for case in self._wide if case.width <= 2]
         widest, *others = reversed(self._wide)
@@ -165,15 +165,15 @@ class Measurement:
         return sorted(cases, key=lambda case: self._known_s(case) is not None)
 
     def run(self, budget: Budget, *, rounds: int) -> None:
-        """Times the cases in rounds until the times are sure, or there is no time left.
+        """Times the cases in rounds until the times are sure or the budget is spent.
 
-        All cases are in every round, so that a slow spell hits all alike.  Disturbances only ever
-        add, on a busy machine to two rounds of three: the fastest counts, a median would remember
-        them for many runs to come.
+        Every round has all cases, so a slow spell affects all of them.  Disturbances only add
+        time, on a busy machine in two rounds of three.  So the fastest time counts; a median would
+        carry the disturbance into many later runs.
 
-        rounds: at least; on a noisy machine up to three times as many.
+        rounds: the minimum; on a noisy machine up to three times as many.
 
-        May be interrupted; what was timed until then is kept.
+        May be interrupted; times measured until then are kept.
 
         Raises:
             ValueError: the context is empty, or there are no rounds.
@@ -191,11 +191,11 @@ class Measurement:
             self._is_settled = True
 
     def _is_sure(self) -> bool:
-        """Are the fastest times right within `STABLE`?
+        """Whether the fastest times are right within `STABLE`.
 
-        Where times crowd at the fastest possible one, the fastest of some is off by about the gap
-        to the next.  Three cases of four must have a small one: of a single case it is a matter of
-        luck, and to wait for all, each round with luck of its own, is to wait to the limit.
+        The fastest of a few times is off by about its gap to the next one.  Three cases of four
+        need a small gap: one case may have it by luck, and waiting for all four would mostly run
+        into the limit.
         """
         gaps = []
         for times in self._times.values():
@@ -206,8 +206,8 @@ class Measurement:
     def _time(self, case: _Case, budget: Budget) -> None:
         model = self._model
         if case.width == 1 and not case.is_switch:
-            # Plain decoding and drafts repeat one graph; a verification follows a draft and
-            # pays for the change.
+            # Plain decoding and drafts reuse the last graph.  A verification follows a draft and
+            # has to switch graphs.
             _run(model, case)
         waited, start = budget.waited(), budget.clock()
         _run(model, case)
@@ -215,7 +215,7 @@ class Measurement:
         self._times[case].append(_Time(seconds, budget.waited() - waited))
 
     def _known_s(self, case: _Case) -> float | None:
-        """What the earlier measurement found, if it timed this."""
+        """The time from the earlier measurement, if it has one."""
         known = self._known
         if known is None or self._part(case) in known.untimed:
             return None
@@ -239,12 +239,12 @@ class Measurement:
     # -- what it comes to --------------------------------------------------------------------------
 
     def costs(self) -> Costs:
-        """By what was timed so far: whole, whatever there was no time for."""
+        """Complete costs from what was timed so far; the rest is estimated."""
         model, attention, ffn = self._model, self._attention, self._ffn
         found = self._fastest()
         ms = {case: 1e3 * seconds for case, seconds in found.items()}
         missing = [case for case in self._times if case not in found]
-        # of the widths, those that were timed tell the others
+        # widths without a time are interpolated from the others
         untimed = {self._part(case) for case in missing if case not in self._wide[1:]}
         full_bytes = _pass_bytes(model, None)
         full_ms = ms.setdefault(self._full, full_bytes / GUESSED_BYTES_PER_MS)
@@ -254,12 +254,12 @@ class Measurement:
         both, no_attention, no_ffn = (ms[case] for case in self._without)
         narrow, narrow_head = (ms[case] for case in self._narrow)
         saved = max(0.0, full_ms - both)
-        # The mean over both orders of leaving the kinds out (a Shapley value), so that they add up
-        # to what leaving out both saves.  Noise may make either negative.
+        # The mean over both orders of leaving out the two kinds (a Shapley value): they add up to
+        # what leaving out both saves.  Noise may make either one negative.
         alone = (full_ms - no_attention + no_ffn - both) / 2
         attention_ms = min(max(0.0, alone), saved)
-        # Of the rest, the head has its share in the bytes: to time a pass without logits would
-        # leave a GPU running, and where sub-layers cannot be skipped they are in the rest, too.
+        # The head gets its share of the rest by bytes.  A pass without logits cannot be timed (a
+        # GPU would still be running), and the rest includes sub-layers that cannot be skipped.
         rest = model.pass_cost(self._without[0].subnetwork)
         rest_bytes = rest.weight_bytes + rest.kv_bytes
         attention_per_layer = _spread(attention_ms, attention, model)
@@ -281,13 +281,13 @@ class Measurement:
             narrow_ms=_spread_narrow(max(0.0, full_ms - narrow), ffn, model),
             draft_head_ms=max(0.0, narrow - narrow_head),
             untimed=tuple(sorted(untimed)),
-            # a second hurry that times the rest is enough: what errs is corrected while it runs
+            # a second quick measurement of the rest is enough: live timings correct the errors
             is_provisional=bool(missing) or not (self._is_settled or self._known),
             is_busy=self._is_busy(),
         )
 
     def _fastest(self) -> dict[_Case, float]:
-        """Seconds, of the cases that were timed, now or earlier."""
+        """Seconds of each case that was timed now or earlier."""
         seconds = {}
         for case, times in self._times.items():
             known = self._known_s(case)
@@ -297,7 +297,7 @@ class Measurement:
         return seconds
 
     def _is_busy(self) -> bool:
-        """Did others take the CPUs even from the fastest passes?"""
+        """Whether other programs used the CPUs even during the fastest passes."""
         fastest = [
             min(times, key=lambda time: time.seconds) for times in self._times.values() if times
         ]
@@ -312,7 +312,7 @@ class _Time:
 
 
 def _narrow(model: Model, *, head: bool) -> _Case:
-    """A one-token pass with every FFN as narrow as the sidecar has it; the whole model without."""
+    """A one-token pass with the sidecar's narrow FFNs; without a sidecar, the full model."""
     if model.sidecar is None:
         return _Case()
     return _Case(
@@ -325,7 +325,7 @@ def _narrow(model: Model, *, head: bool) -> _Case:
 
 
 def _spread_narrow(total_ms: float, ffn: Sequence[Sublayer], model: Model) -> tuple[float, ...]:
-    """As `_spread`, over the FFNs that the sidecar has."""
+    """Like `_spread`, over the FFNs in the sidecar."""
     if model.sidecar is None:
         return ()
     n_bytes = [
@@ -339,7 +339,7 @@ def _spread_narrow(total_ms: float, ffn: Sequence[Sublayer], model: Model) -> tu
 def _without(
     model: Model, *, attention: Sequence[Sublayer] = (), ffn: Sequence[Sublayer] = ()
 ) -> _Case:
-    """A one-token pass without those of the sub-layers that can be skipped."""
+    """A one-token pass without the given sub-layers, as far as they can be skipped."""
     skip_attn, skip_ffn = (
         frozenset(i for i, sublayer in enumerate(kind) if sublayer.status == "ok")
         for kind in (attention, ffn)
@@ -353,19 +353,19 @@ def _without(
 
 def _run(model: Model, case: _Case) -> None:
     n_past = model.n_past
-    # A mixture of experts reads more for different tokens: take those of the text itself.
+    # A mixture of experts reads more weights for different tokens: use tokens of the text.
     tokens = (model.tokens[-case.width :] * case.width)[-case.width :]
     try:
         model.decode(tokens, n_outputs=case.rows or case.width, subnetwork=case.subnetwork)
-        model.top(0)  # waits for a GPU, which is still at work when decode returns
+        model.top(0)  # waits for the GPU, which may still be running when decode returns
     finally:
         model.rollback(n_past)
 
 
 def _spread(total_ms: float, sublayers: Sequence[Sublayer], model: Model) -> tuple[float, ...]:
-    """[n_layer]: the time of a kind by the bytes that each skippable sub-layer reads.
+    """[n_layer]: the time of one kind of sub-layer, divided by the bytes that each reads.
 
-    To time each by itself would take long, and the difference would drown in the noise.
+    Timing each one would take long, and the differences would be smaller than the noise.
     """
     n_bytes = [
         _bytes(sublayer, model) if sublayer.status == "ok" else 0.0 for sublayer in sublayers
@@ -375,7 +375,7 @@ def _spread(total_ms: float, sublayers: Sequence[Sublayer], model: Model) -> tup
 
 
 def _pass_bytes(model: Model, subnetwork: SubNetwork | None) -> float:
-    """What a one-token pass reads."""
+    """Bytes that a one-token pass reads."""
     cost = model.pass_cost(subnetwork)
     return float(cost.weight_bytes + cost.kv_bytes)
 
@@ -385,5 +385,5 @@ def _kv_bytes_per_token(sublayer: Sublayer, model: Model) -> float:
 
 
 def _bytes(sublayer: Sublayer, model: Model) -> float:
-    """What a one-token pass at the present length of context reads of a sub-layer."""
+    """Bytes of a sub-layer that a one-token pass reads at the current context length."""
     return sublayer.weight_bytes + _kv_bytes_per_token(sublayer, model) * model.n_past

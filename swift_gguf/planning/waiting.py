@@ -1,4 +1,4 @@
-"""How long this process' threads waited for a CPU: the sign of a machine that others use, too."""
+"""How long the threads of this process waited for a CPU: tells whether the machine is busy."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import sys
 from pathlib import Path
 
 SLICE_S = 0.01
-"""About what a thread waits that had to leave its CPU to another."""
+"""About how long a thread waits after it was preempted."""
 
 
 def waited_s(tasks: Path = Path("/proc/self/task")) -> float:
-    """Seconds that the threads were ready to run and did not, all of them together; only
-    differences mean something.
+    """Seconds that the threads were ready to run but did not, summed over threads.
 
-    On Linux the scheduler's own count (proc(5), schedstat; a quota that is used up counts, too).
-    Elsewhere by how often a thread had to leave its CPU (getrusage(2)).  The time that threads do
-    run tells nothing: those that wait for each other may sleep meanwhile on a quiet machine, too,
-    and the load average remembers minutes.
+    Only differences between two calls mean something.  On Linux the scheduler counts it (proc(5),
+    schedstat; an exhausted CPU quota counts too).  Elsewhere it is estimated from the number of
+    preemptions (getrusage(2)).  CPU time would not tell: threads that wait for each other may
+    sleep on a quiet machine too.  Nor would the load average, which lags by minutes.
     """
     if sys.platform.startswith("linux"):
         return sum(map(_run_delay_s, tasks.glob("*/schedstat")))
