@@ -1,4 +1,4 @@
-"""How often draft tokens of a given confidence are accepted, and how far that makes drafts go."""
+"""Measured acceptance rates of draft tokens, by source and confidence."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from dataclasses import dataclass, field
 from swift_gguf.drafting.tree import ROOT, Offer, Tree
 
 BANDS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
-"""Lower ends of the bands of confidence; probabilities crowd towards 1."""
-
+"""Lower ends of the bands of confidence; most probabilities are close to 1."""
 
 RANKS = 4
-"""Offers of a pass that are told apart by their order."""
+"""The likeliest offers of a pass, counted separately by rank."""
 
 
 @dataclass(frozen=True)
 class Prior:
-    """What is believed of a source before anything was seen of it."""
+    """What is assumed of a source before any of its tokens was judged."""
 
     acceptance: Sequence[float]
-    """[len(BANDS)], of the tokens of each band."""
+    """[len(BANDS)], acceptance rate of each band."""
     weight: float = 2.0
-    """As if so many tokens had been seen."""
+    """Counts as much as this number of judged tokens."""
 
 
 @dataclass
@@ -31,7 +30,7 @@ class _Band:
     accepted: float = 0.0
     judged: float = 0.0
     at: int = 0
-    """When the two were last brought up to date."""
+    """When the counts were last updated, in generated tokens."""
 
 
 @dataclass
@@ -39,36 +38,36 @@ class _Source:
     prior: Prior
     bands: list[_Band] = field(default_factory=lambda: [_Band() for _ in BANDS])
     others: list[_Band] = field(default_factory=lambda: [_Band() for _ in BANDS])
-    """Of offers that are not the likeliest."""
+    """By confidence, for offers of rank 1 and above."""
     ranks: list[_Band] = field(default_factory=lambda: [_Band() for _ in range(RANKS)])
-    """Of the likeliest offers, the second likeliest, .., whatever their confidence."""
+    """By rank, at any confidence."""
 
 
 class Calibration:
-    """How often tokens that a source offers with a given confidence are accepted.
+    """Acceptance rate of the tokens that a source offers with a given confidence.
 
-    A token counts only where the target really chose after its path: of a draft that was accepted
-    to its end nothing is assumed about what it would have offered next (it is censored).  Evidence
-    fades with the tokens generated, used or not: texts change, what was given up is tried again.
+    A token is judged only if the target chose a token right after its path; all others are
+    unknown (censored).  Counts decay with every generated token, whether the source drafts or not:
+    texts change, and a source that was given up is tried again.
     """
 
     OPTIMISM = Prior((1.0,) * len(BANDS))
-    """For drafts by passes: a band that is never tried would never be known, and a draft's own
-    probability says little of it (a sub-network that differs in nothing is always right, however
-    unsure)."""
+    """For sources without a prior: a band that is never tried would stay unknown.  A draft's
+    own probability says little: a sub-network that changes nothing is always right, however
+    unsure."""
 
     def __init__(self, priors: Mapping[str, Prior] | None = None, *, memory: float = 400.0) -> None:
-        """memory: tokens after which evidence has faded to 1/e."""
+        """memory: generated tokens after which a count has decayed to 1/e."""
         self._priors = dict(priors or {})
         self._fade = 1.0 - 1.0 / memory
         self._sources: dict[str, _Source] = {}
         self._now = 0
 
     def acceptance(self, probability: float, source: str = "", *, rank: int = 0) -> float:
-        """The share of such tokens that are accepted, between 0 and 1.
+        """The acceptance rate of such tokens, between 0 and 1.
 
-        rank: see `Offer`; offers beside the likeliest count only where no source that was asked
-            before has offered the same.
+        rank: see `Offer`; above 0, an offer counts as accepted only if no earlier source made the
+            same offer.
         """
         known = self._source(source)
         weight = known.prior.weight
@@ -82,8 +81,8 @@ class Calibration:
         return self.acceptance(offer.probability, offer.source, rank=offer.rank)
 
     def acceptance_by_rank(self, source: str = "") -> list[float]:
-        """[RANKS], the same of a source's likeliest offers, the second likeliest, .., before their
-        confidence is known; of others than the likeliest nothing is expected until it is seen."""
+        """[RANKS], acceptance rate of a source's offers by rank, before their confidence is known.
+        For ranks above 0 it is 0 until some were judged."""
         known = self._source(source)
         first = sum(known.prior.acceptance) / len(BANDS)
         priors = (first, *(0.0,) * (RANKS - 1))
@@ -93,12 +92,12 @@ class Calibration:
         ]
 
     def evidence(self, source: str) -> float:
-        """How many of a source's likeliest offers were judged, as far as they still count."""
+        """How many of a source's rank-0 offers were judged, with decay."""
         first = self._source(source).ranks[0]
         return first.judged * self._faded(first)
 
     def judge(self, offers: Sequence[Offer], token: int) -> None:
-        """The target chose `token` where these were offered, each source's likeliest first."""
+        """The target chose `token` where these were offered; each source's likeliest come first."""
         seen: set[tuple[str, int]] = set()
         told: set[int] = set()
         for offer in offers:
@@ -112,7 +111,7 @@ class Calibration:
                 self._count(known.ranks[rank], is_right)
 
     def observe(self, tree: Tree, accepted: Sequence[int]) -> None:
-        """Learns from one verification what can be read off the tree alone."""
+        """Judges the tokens of one verified tree."""
         for parent in (ROOT, *accepted):
             children = tree.children(parent)
             token = next((tree.tokens[child] for child in children if child in accepted), -1)
@@ -120,16 +119,16 @@ class Calibration:
         self.passed(len(accepted) + 1)
 
     def recall(self, source: str, agrees: Iterable[bool], confidence: Iterable[float]) -> None:
-        """What was seen of a source's likeliest offers at another time."""
+        """Judges rank-0 offers of a source that were recorded earlier."""
         for is_right, probability in zip(agrees, confidence, strict=True):
             self.judge([Offer(0, float(probability), source)], 0 if is_right else -1)
 
     def forget(self, source: str) -> None:
-        """It is another source from now on, by the same name."""
+        """Drops all counts of a source, for example when its sub-network changes."""
         self._sources.pop(source, None)
 
     def passed(self, n_tokens: int) -> None:
-        """So many tokens were generated."""
+        """`n_tokens` were generated."""
         self._now += n_tokens
 
     def _source(self, name: str) -> _Source:
@@ -138,7 +137,7 @@ class Calibration:
         return self._sources[name]
 
     def _faded(self, band: _Band) -> float:
-        """The share of what was seen that still counts."""
+        """The decay since the last update."""
         return self._fade ** (self._now - band.at)
 
     def _share(self, band: _Band, prior: float, weight: float) -> float:
@@ -153,16 +152,16 @@ class Calibration:
 
 
 class Adaptive:
-    """Goes on while a token is expected to save more time than it takes.
+    """Drafts while a token is expected to save more time than it costs.
 
-    For a source that drafts by itself: a token accepted with probability J (its whole path
-    included) saves J plain passes.  To verify it takes `verify_share` of one, to draft what comes
-    after it `draft_share`.
+    For speculative sampling, with one source.  A token whose whole path is accepted with
+    probability J saves J plain passes.  Verifying it costs `verify_share` of a plain pass, drafting
+    the next one `draft_share`.
     """
 
     CEILING = 0.95
-    """A token this certain is always drafted, or there would be nothing to learn from where drafts
-    look too dear."""
+    """A token this likely is always drafted; otherwise a source that seems too expensive would
+    never be tried again."""
 
     def __init__(
         self,
@@ -175,13 +174,13 @@ class Adaptive:
         self._draft_share, self._verify_share = draft_share, verify_share
 
     def joint(self, joint: float, offer: Offer) -> float:
-        """The product of the measured acceptances."""
+        """The product of the measured acceptance rates."""
         return joint * self._calibration.acceptance_of(offer)
 
     def includes(self, probability: float, joint: float) -> bool:
-        """Its place in the verification pays."""
+        """Whether verifying the token saves time."""
         return joint >= min(self._verify_share(), self.CEILING)
 
     def extends(self, probability: float, joint: float) -> bool:
-        """The pass that drafts what comes after it, and the place of that, pay."""
+        """Whether drafting and verifying one more token after it saves time."""
         return joint >= min(self._draft_share() + self._verify_share(), self.CEILING)

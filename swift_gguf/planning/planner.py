@@ -1,6 +1,6 @@
-"""What to do next: which sources draft, how much of it is verified, or plain decoding.
+"""Decides before each pass which sources draft and how many draft tokens are verified, if any.
 
-What drafts are worth is `economy`'s to say.
+`economy` computes what drafts are worth.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from swift_gguf.planning.calibration import Calibration
 from swift_gguf.planning.economy import PRIORS, Economy, Guard, Pace, Prices
 
 LAG_DISCOUNT = 4.0
-"""By which tokens decoded together are cheaper than one by one."""
+"""How much cheaper a token is in the batch with which a source catches up with the text."""
 
 WIDE = Shape(n_nodes=0, branching=lambda top: 3)
 
 
 @dataclass(frozen=True)
 class Drafts:
-    """A source that runs passes, and what one of them costs."""
+    """A source that runs passes, and the cost of one of them."""
 
     passes: Passes
     cost_ms: Callable[[], float]
 
 
 def measured_ms(model: Model) -> Callable[[], float]:
-    """What a one-token pass of a model takes, found out on the spot and once."""
+    """The cost of a one-token pass of a model, measured once, now."""
     if not model.tokens:
         model.decode([0])
     n_past, fastest = model.n_past, math.inf
@@ -48,23 +48,23 @@ def measured_ms(model: Model) -> Callable[[], float]:
 
 
 class Planner:
-    """Drafts by whatever promises most tokens a second, or not at all.
+    """Drafts from the sources that promise most tokens per second, or decodes plainly.
 
     lookups: asked at every node; they cost nothing.
-    drafts: passes, run where they pay.
-    forced: draft in every cycle, whether it pays or not; for those who ask for sources by name.
-    fixed: how much to draft, whatever it costs; to compare with.
-    shape: how many tokens may stand beside each other.
-    n_offers: of a pass, at most; None: as many as may stand beside each other.
+    drafts: sources that run passes, where these save time.
+    forced: draft in every cycle even if it costs time, for sources that the user names.
+    fixed: a policy that ignores costs, for comparisons.
+    shape: how many children a node of the draft tree may have.
+    n_offers: maximum number of offers of one pass; None: as many as a node may have children.
     """
 
     LATELY = 64
-    """Cycles."""
+    """Cycles without a draft after which drafts count as off."""
 
     HICCUP = 1.0
-    """Plain passes that a draft may take beyond what is expected of it; what is more is another
-    program's doing, and no reason to give drafts up: what two seconds lose would take thousands of
-    tokens to earn back."""
+    """Drafting time beyond the expected time counts up to this, in plain passes.  More is caused by
+    other programs: if it counted, drafts would stop for the thousands of tokens that it takes to
+    earn back two seconds."""
 
     name = "planner"
 
@@ -95,23 +95,23 @@ class Planner:
         self._n_offers = shape.branching(0.0) if n_offers is None else n_offers
         self._offered: dict[int, list[Offer]] = {}
         self._pending = 0
-        self._passed = False  # for the latest draft
+        self._passed = False  # whether the latest draft ran passes
         self._is_new = True
         self._prompt_s = 0.0
-        self._credit_ms = 0.0  # what it may still lose
+        self._credit_ms = 0.0  # what the draft may still lose
         self._priced: list[tuple[Passes, float]] = []
         self._paces = {each.passes.name: Pace() for each in self.drafts}
         self._expected_ms: dict[str, float] = {}  # of the latest draft's passes, by source
         self._n_max = 0
-        self._worth = 0.1  # of what recycling offers where it knows something, in tokens
-        self._reading_ms = 0.0  # to read the likeliest tokens off a row
+        self._worth = 0.1  # tokens that an offer of recycling gains, on average
+        self._reading_ms = 0.0  # time to read the likeliest tokens of a row
         self._turn = 0
 
     ENOUGH = 64.0
-    """Tokens judged, by which a source's worth is known within a twentieth or so."""
+    """Judged tokens after which a source's acceptance rate is known within about .06."""
 
     NEW_TEXT = 200
-    """Tokens that evidence fades by between two answers, which differ more than parts of one."""
+    """Between two answers counts decay as by so many tokens: answers differ from each other."""
 
     def begin(self) -> None:
         """Another answer."""
@@ -121,12 +121,12 @@ class Planner:
         self._forget_draft()
 
     def _forget_draft(self) -> None:
-        """What is remembered of the latest draft until its verdict comes."""
+        """Clears what is remembered of the latest draft until its verdict comes."""
         self._offered, self._expected_ms = {}, {}
         self._passed, self._prompt_s = False, 0.0
 
     def _is_trusted(self, drafts: Drafts) -> bool:
-        """Is its worth known, and more than it costs?"""
+        """Whether many of its tokens were judged, and by those it saves time."""
         name, economy = drafts.passes.name, self.economy
         is_known = economy.calibration.evidence(name) >= self.ENOUGH
         ms = self._pass_ms(drafts)
@@ -147,7 +147,7 @@ class Planner:
         n_max = self.economy.affordable(n_max, self._credit_ms)
         self._n_max = n_max
         if n_max == 0:
-            self._look_up(Tree(), ROOT)  # to learn what it would have been worth
+            self._look_up(Tree(), ROOT)  # to judge the offers all the same
             return Tree()
         if not self._forced:
             self.economy.look()
@@ -173,7 +173,8 @@ class Planner:
         return tree.cut(max(best, min(1, len(tree), self._forced)))
 
     def _catch_up(self) -> None:
-        """Another answer: sources that may pay read the prompt, which is part of getting ready."""
+        """In a new answer, sources that may save time process the prompt.  This counts as prompt
+        processing."""
         if not self._is_new:
             return
         self._is_new = False
@@ -194,24 +195,24 @@ class Planner:
 
     @property
     def active(self) -> bool:
-        """Were there drafts lately?"""
+        """Whether there was a draft in the last `LATELY` cycles."""
         return self._since_draft < self.LATELY
 
     @property
     def row_share(self) -> float:
-        """What verifying a first draft token takes, in plain passes; noise takes none away."""
+        """Cost of verifying one draft token, in plain passes; at least 0."""
         return max(0.0, self._prices.verify_ms(2) / self.economy.plain_ms - 1.0)
 
     @property
     def why_plain(self) -> str:
-        """Why there were none."""
+        """Why there was none."""
         return (
-            f"plain decoding is faster here: to verify one more token takes {self.row_share:.0%} "
-            "of a pass, and no guess is likely enough"
+            f"plain decoding is faster here: verifying a draft token costs {self.row_share:.0%} "
+            "of a forward pass, and no draft token is likely enough"
         )
 
     def watch(self, observer: Callable[[Cycle], None]) -> None:
-        """`observer` will hear what becomes of every draft."""
+        """Calls `observer` after every cycle."""
         self._observers.append(observer)
 
     def _look_up(self, tree: Tree, node: int) -> list[Offer]:
@@ -225,7 +226,7 @@ class Planner:
         return offers
 
     def _expand(self, tree: Tree, node: int, begun: list[Passes]) -> list[Offer]:
-        """What may follow a node, likeliest first: free offers, and those of passes that pay."""
+        """Offers after a node, likeliest first: of lookups, and of passes that save time."""
         economy = self.economy
         offers = self._look_up(tree, node)
         covered = max((economy.joint(1.0, offer) for offer in offers), default=0.0)
@@ -236,7 +237,7 @@ class Planner:
             ms = n_missing * cost_ms
             if passes not in begun:
                 ms += passes.lag() * cost_ms / LAG_DISCOUNT
-            n = len(tree) + 1  # with what it will offer
+            n = len(tree) + 1  # with at least one offer of this pass
             within = economy.affordable(n, self._credit_ms - ms) == n
             places = max(1, min(self._n_offers - len(offers), self._n_max - len(tree)))
             if must or (
@@ -261,34 +262,34 @@ class Planner:
         n_tokens, width = len(verdict.tokens), len(tree) + 1
         calibration.passed(n_tokens)
         self._prices.observe(width, 1e3 * cycle.verify_s)
-        # what such a pass takes rather than what this one took: a hiccup is nobody's fault
+        # the expected time rather than the measured one: the draft did not cause a hiccup
         ms = self._prices.verify_ms(width) + self._drafting_ms(cycle)
         economy.took(n_tokens, ms)
         self.guard.count(n_tokens, ms, economy.plain_ms, drafted=len(tree) > 0 or self._passed)
         self._since_draft = 0 if len(tree) else self._since_draft + 1
         if self._recycling is not None:
             self._recycle(self._recycling, verdict)
-        self._forget_draft()  # nothing may be drafted before the next cycle
+        self._forget_draft()  # the next cycle may have no draft
         for observer in self._observers:
             observer(cycle)
 
     def _drafting_ms(self, cycle: Cycle) -> float:
-        """What the draft took, but for hiccups; corrects what its passes are expected to take."""
+        """The time of the draft without hiccups.  Also corrects the expected cost of its passes."""
         took_ms = 1e3 * cycle.draft_s
         expected_ms = sum(self._expected_ms.values())
         for name, pace in self._paces.items():
             if name not in self._expected_ms:
                 pace.rest()
-            elif len(self._expected_ms) == 1:  # of several, who took how long?
+            elif len(self._expected_ms) == 1:  # with several sources, each one's time is unknown
                 pace.observe(took_ms, expected_ms)
         hiccup_ms = self.HICCUP * self.economy.plain_ms
         return min(took_ms, expected_ms * math.exp(Pace.NOISE) + hiccup_ms)
 
     def _recycle(self, table: Recycling, verdict: Verdict) -> None:
-        """The table learns what the target said where it was asked.
+        """The table learns the target's likeliest tokens on the accepted path.
 
-        Reading the likeliest tokens off the logits takes time, too: where the table has nothing to
-        give, it learns from a few cycles only.
+        Reading them from the logits takes time.  Where the table gains nothing, it learns from
+        every eighth cycle only.
         """
         plain_ms = self.economy.plain_ms
         offers = [each for each in self._offered.get(ROOT, ()) if each.source == table.name]
