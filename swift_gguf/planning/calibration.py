@@ -66,8 +66,7 @@ class Calibration:
     def acceptance(self, probability: float, source: str = "", *, rank: int = 0) -> float:
         """The acceptance rate of such tokens, between 0 and 1.
 
-        rank: see `Offer`; above 0, an offer counts as accepted only if no earlier source made the
-            same offer.
+        rank: see `Offer`.
         """
         known = self._source(source)
         weight = known.prior.weight
@@ -99,11 +98,9 @@ class Calibration:
     def judge(self, offers: Sequence[Offer], token: int) -> None:
         """The target chose `token` where these were offered; each source's likeliest come first."""
         seen: set[tuple[str, int]] = set()
-        told: set[int] = set()
         for offer in offers:
             known, rank = self._source(offer.source), offer.rank
-            is_right = offer.token == token and not (rank and token in told)
-            told.add(offer.token)
+            is_right = offer.token == token
             band = bisect_right(BANDS, offer.probability, lo=1) - 1
             self._count((known.others if rank else known.bands)[band], is_right)
             if rank < RANKS and (offer.source, rank) not in seen:

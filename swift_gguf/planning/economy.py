@@ -24,9 +24,6 @@ from swift_gguf.planning.calibration import Calibration, Prior
 MAX_NODES = 32
 """Maximum number of draft tokens, unless the user sets one."""
 
-WIDTHS = (2, 3, 4, 6, 8, 12, 16, 24, MAX_NODES)
-"""Widths at which costs are compared."""
-
 FLOOR = 0.02
 """Less likely tokens are not considered."""
 
@@ -72,10 +69,8 @@ class Economy:
 
     @property
     def rate(self) -> float:
-        """Tokens per millisecond of plain decoding, or of recent cycles if that is more."""
-        # starts with some cycles of plain decoding
-        tokens, ms = self._tokens + self.MEMORY / 4, self._ms + self.MEMORY / 4 * self.plain_ms
-        return max(1.0 / self.plain_ms, tokens / ms)
+        """Tokens per millisecond of recent cycles; of plain decoding before the first."""
+        return (self._tokens + 1.0) / (self._ms + self.plain_ms)
 
     def took(self, n_tokens: int, ms: float) -> None:
         """A cycle of `ms` yielded `n_tokens`."""
@@ -129,7 +124,7 @@ class Economy:
         """What one more row adds to a pass of `width`.  Where several rows are cheaper together
         (four may take less than three), this is their average."""
         price = self._prices.verify_ms
-        wider = {width + 1, *(each for each in WIDTHS if each > width)}
+        wider = range(width + 1, max(width, MAX_NODES) + 2)
         return max(0.0, min((price(each) - price(width)) / (each - width) for each in wider))
 
     def affordable(self, n_max: int, credit_ms: float) -> int:

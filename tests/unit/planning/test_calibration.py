@@ -181,14 +181,6 @@ def test_a_lookup_s_offers_are_told_apart_by_confidence_alone() -> None:
     assert calibration.acceptance_by_rank("a")[0] == pytest.approx(8 * believed / 9)
 
 
-def test_a_less_likely_offer_that_repeats_another_s_is_no_merit() -> None:
-    calibration = Calibration(memory=1e12)
-    calibration.judge([Offer(5, 0.3, "b"), Offer(1, 0.6, "a"), Offer(5, 0.2, "a", rank=1)], 5)
-    assert calibration.acceptance_by_rank("a")[1] == 0.0
-    calibration.judge([Offer(1, 0.6, "a"), Offer(5, 0.2, "a", rank=1)], 5)
-    assert calibration.acceptance_by_rank("a")[1] == pytest.approx(1 / (2 + 2))
-
-
 def test_nothing_offered_teaches_nothing() -> None:
     calibration = Calibration({"a": LOW})
     calibration.judge([], 1)
