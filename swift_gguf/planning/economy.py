@@ -69,8 +69,10 @@ class Economy:
 
     @property
     def rate(self) -> float:
-        """Tokens per millisecond of recent cycles; of plain decoding before the first."""
-        return (self._tokens + 1.0) / (self._ms + self.plain_ms)
+        """Tokens per millisecond of plain decoding, or of recent cycles if that is more."""
+        # averaged with some cycles of plain decoding
+        tokens, ms = self._tokens + self.MEMORY / 4, self._ms + self.MEMORY / 4 * self.plain_ms
+        return max(1.0 / self.plain_ms, tokens / ms)
 
     def took(self, n_tokens: int, ms: float) -> None:
         """A cycle of `ms` yielded `n_tokens`."""
