@@ -56,8 +56,6 @@ if TYPE_CHECKING:
 @click.option("--calibration-tokens", metavar="N", type=click.IntRange(1),
               help="Number of tokens for --imatrix auto and --prepare.  [default: 6000; 12000 "
               "for --prepare]")  # fmt: skip
-@click.option("--sort-neurons", is_flag=True,
-              help="Put neurons of FFNs in order of importance; changes no answer.")  # fmt: skip
 @click.option("--keep-intermediate", is_flag=True, help="Keep the unquantised file.")
 @click.option("--model-name", metavar="NAME",
               help="Name in the model's metadata.  [default: the checkpoint's]")  # fmt: skip
@@ -161,7 +159,6 @@ def _options(checkpoint: Checkpoint, values: dict[str, Any]) -> ConvertOptions:
         imatrix=Path(imatrix) if imatrix not in (None, "auto") else None,
         auto_imatrix=imatrix == "auto",
         calibration_tokens=values["calibration_tokens"] or N_TOKENS,
-        sort_neurons=values["sort_neurons"],
         keep_intermediate=values["keep_intermediate"],
         name=values["model_name"],
         prepares=values["prepares"],

@@ -15,7 +15,6 @@ from swift_gguf.model import Model, ModelOptions
 from swift_gguf.native.convert import ProductWatch
 from swift_gguf.prepare.calibration import TEMPERATURE, answer
 from swift_gguf.prepare.prompts import PROMPTS
-from swift_gguf.prepare.statistics import Energy
 from swift_gguf.prepare.texts import Text, load_texts, save_texts
 from swift_gguf.sampling import Sampler, SamplingOptions
 from swift_gguf.text import encode, render_chat
@@ -106,12 +105,3 @@ def collect(
     if not collector.usage:
         raise ConvertError("nothing could be seen of the model's products; leave out --imatrix")
     return collector
-
-
-def neuron_energy(model: Model, texts: Sequence[Text], report: Report) -> Energy:
-    """How active every neuron is."""
-    energy = Energy(model.n_layer)
-    with model.observe_ffn(energy):
-        for _ in _replay(model, texts, "weighing neurons", report):
-            pass
-    return energy

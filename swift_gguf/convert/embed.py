@@ -1,9 +1,7 @@
 """Adds keys to a GGUF's metadata, all else being copied byte by byte.
 
-Keys that begin with ``swift.`` mean nothing to llama.cpp, which skips keys that it does not know:
-
-    swift.profile      what was learned of the model (`profile.portable`); a first run begins there
-    swift.ffn_sorted   the neurons of every FFN lie in order of importance
+The key ``swift.profile`` holds what was learned of the model (`profile.portable`): a first run
+begins there.  llama.cpp skips keys that it does not know.
 """
 
 from __future__ import annotations
@@ -17,12 +15,11 @@ from pathlib import Path
 from swift_gguf.errors import ConvertError
 from swift_gguf.gguf import header as gguf_header
 
-SORTED_KEY = "swift.ffn_sorted"
-_BOOL, _STRING = 7, 8
+_STRING = 8
 _ALIGNMENT = 32
 
 
-def embed(source: Path, out: Path, keys: Mapping[str, str | bool]) -> None:
+def embed(source: Path, out: Path, keys: Mapping[str, str]) -> None:
     """Writes `source` with more keys to `out`, which is not whole before the end.
 
     Raises:
@@ -49,10 +46,8 @@ def embed(source: Path, out: Path, keys: Mapping[str, str | bool]) -> None:
         os.fsync(target.fileno())
 
 
-def _pair(key: str, value: str | bool) -> bytes:
-    name = key.encode()
-    head = struct.pack("<Q", len(name)) + name
-    if isinstance(value, bool):
-        return head + struct.pack("<I?", _BOOL, value)
-    text = value.encode()
-    return head + struct.pack("<IQ", _STRING, len(text)) + text
+def _pair(key: str, value: str) -> bytes:
+    name, text = key.encode(), value.encode()
+    return b"".join(
+        (struct.pack("<Q", len(name)), name, struct.pack("<IQ", _STRING, len(text)), text)
+    )

@@ -18,11 +18,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from swift_gguf.convert import converter, imatrix, steps
 from swift_gguf.convert.checkpoint import Checkpoint
-from swift_gguf.convert.embed import SORTED_KEY, embed
+from swift_gguf.convert.embed import embed
 from swift_gguf.convert.marks import without_marks
 from swift_gguf.convert.plan import OUTTYPES, SIDECAR_SHARE, Plan, expected_bytes
 from swift_gguf.convert.steps import Report
@@ -30,10 +29,6 @@ from swift_gguf.errors import ConvertError, ModelError
 from swift_gguf.gguf.identity import fingerprint
 from swift_gguf.native import library
 from swift_gguf.native.convert import Quantization
-
-if TYPE_CHECKING:
-    from swift_gguf.model import Model
-    from swift_gguf.prepare.texts import Text
 
 SUFFIX = ".convert"
 N_TOKENS = 6000
@@ -57,7 +52,6 @@ class ConvertOptions:
     """Computed on the model's own answers."""
     calibration_tokens: int = N_TOKENS
     """Of the model's own answers."""
-    sort_neurons: bool = False
     keep_intermediate: bool = False
     name: str | None = None
     """general.name; None: what the converter makes of the checkpoint."""
@@ -70,8 +64,6 @@ class ConvertOptions:
     def __post_init__(self) -> None:
         if self.outtype not in OUTTYPES:
             raise ConvertError(f"no type {self.outtype!r:.20}; use one of {', '.join(OUTTYPES)}")
-        if self.sort_neurons and self.outtype == "q8_0":
-            raise ConvertError("quantised weights cannot be sorted; use --outtype bf16 or f16")
         if (self.imatrix or self.auto_imatrix) and self.quantization is None:
             raise ConvertError("an importance matrix is for --quantize; give that, too")
         needs = self.quantization.needs_imatrix if self.quantization else None
@@ -169,27 +161,17 @@ class Conversion:
             model=model,
             sidecar=round(SIDECAR_SHARE * model) if options.prepares else 0,
             folder=self.out.parent,
-            has_intermediate=any(
-                path.exists() for path in (self._plain, self._sorted, self._model)
-            ),
+            has_intermediate=self._intermediate.exists() or self._model.exists(),
             has_model=self._model.exists(),
             quantizes=quantization is not None,
-            copies=options.embeds or options.sort_neurons,
+            copies=options.embeds,
         )
 
     @cached_property
-    def _plain(self) -> Path:
+    def _intermediate(self) -> Path:
         found, options = self.checkpoint, self.options
         source = [found.key, found.trusts_code, options.outtype, options.name]
         return self._named("intermediate", [*source, library().llama_commit])
-
-    @cached_property
-    def _sorted(self) -> Path:
-        return self._named("sorted", [self._plain.name, self.options.calibration_tokens])
-
-    @property
-    def _intermediate(self) -> Path:
-        return self._sorted if self.options.sort_neurons else self._plain
 
     @cached_property
     def _matrix(self) -> Path:
@@ -213,7 +195,7 @@ class Conversion:
 
     def _tidy(self) -> None:
         """Removes what runs with other options, or killed ones, left."""
-        wanted = {self._plain, self._sorted, self._matrix, self._model}
+        wanted = {self._intermediate, self._matrix, self._model}
         for path in self.work.iterdir():
             if path.name != "lock" and path.suffix != ".json" and path not in wanted:
                 path.unlink()
@@ -229,21 +211,15 @@ class Conversion:
         options = self.options
         if not self._model.exists():
             if not self._intermediate.exists():
-                if not self._plain.exists():
-                    self._convert(report)
-                if options.sort_neurons:
-                    self._sort(report)
+                self._convert(report)
             if options.quantization:
                 if options.auto_imatrix and not self._matrix.exists():
                     self._weigh(report)
                 self._quantize(options.quantization, report)
         return self._model
 
-    def finish(self, keys: Mapping[str, str | bool] | None = None) -> None:
+    def finish(self, keys: Mapping[str, str]) -> None:
         """Puts the model under its name, with `keys` added to its metadata."""
-        keys = dict(keys or {})
-        if self.options.sort_neurons:
-            keys[SORTED_KEY] = True
         whole = self._model
         if keys:
             whole = self.work / "whole.gguf"
@@ -266,7 +242,8 @@ class Conversion:
             "name": self.options.name,
             "trust_code": self.checkpoint.trusts_code,
         }
-        with without_marks(self.checkpoint.folder) as folder, self._making(self._plain) as part:
+        made = self._making(self._intermediate)
+        with without_marks(self.checkpoint.folder) as folder, made as part:
             done = steps.run(
                 "convert",
                 {**job, "folder": str(folder), "out": str(part)},
@@ -279,44 +256,21 @@ class Conversion:
             self._try_out(part, "converting", report)
         self.peak_bytes = max(self.peak_bytes, done.peak_bytes)
 
-    def _sort(self, report: Report) -> None:
-        from swift_gguf.convert import calibrate, neurons
-        from swift_gguf.model import Model
-        from swift_gguf.prepare.weights import Weights
-
-        with Model(self._plain, calibrate.options(self.options.n_threads)) as model:
-            weights, n_layer = Weights(self._plain), model.n_layer
-            neurons.sortable(weights, n_layer)
-            texts = self._answers(model, report)
-            energy = calibrate.neuron_energy(model, texts, report)
-            orders = neurons.orders(weights, energy, n_layer)
-        del weights  # its map of the file
-        with self._making(self._sorted) as part:
-            os.replace(self._plain, part)  # in its place: a copy could be too large for the disk
-            neurons.sort_file(part, orders, report=report)
-            self._try_out(part, "sorting neurons", report)
-
     def _weigh(self, report: Report) -> None:
         from swift_gguf.convert import calibrate
         from swift_gguf.model import Model
 
         threads = self.options.n_threads
         with Model(self._intermediate, calibrate.options(threads)) as model:
-            texts = self._answers(model, report)
+            texts = calibrate.answers(
+                model,
+                self.work / "texts.json",
+                key=self._intermediate.name,
+                n_tokens=self.options.calibration_tokens,
+                report=report,
+            )
         found = calibrate.collect(self._intermediate, texts, n_threads=threads, report=report)
         imatrix.write(self._matrix, found.usage, text="the model's own answers")
-
-    def _answers(self, model: Model, report: Report) -> list[Text]:
-        """The same before and after sorting, which changes nothing that a model says."""
-        from swift_gguf.convert import calibrate
-
-        return calibrate.answers(
-            model,
-            self.work / "texts.json",
-            key=self._plain.name,
-            n_tokens=self.options.calibration_tokens,
-            report=report,
-        )
 
     def _quantize(self, quantization: Quantization, report: Report) -> None:
         matrix = self._matrix if self.options.auto_imatrix else self.options.imatrix

@@ -18,8 +18,6 @@ BLOCK = 256  # weights in a block of the k-quants
 KindOf = Callable[[int], GGMLQuantizationType]
 """The type for draft weights in rows of a length."""
 
-PLAIN = frozenset({GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16})
-
 
 def bytes_each(kind: GGMLQuantizationType) -> float:
     """Bytes a weight."""

@@ -23,7 +23,6 @@ import transformers
 from swift_gguf.cli.convert_command import _amount
 from swift_gguf.convert import checkpoint as checkpoints
 from swift_gguf.convert import plan
-from swift_gguf.convert.embed import SORTED_KEY
 from swift_gguf.convert.run import Conversion, ConvertOptions
 from swift_gguf.errors import ConvertError
 from swift_gguf.gguf import check as gguf_check
@@ -104,7 +103,7 @@ def test_all_of_it_at_once_is_ready_to_use(
 ) -> None:
     out = tmp_path / "model.gguf"
     profiles = {"SWIFT_GGUF_PROFILES": str(tmp_path / "profiles")}
-    asked = ["--quantize", "IQ4_XS", "--imatrix", "auto", "--sort-neurons", "--keep-intermediate"]
+    asked = ["--quantize", "IQ4_XS", "--imatrix", "auto", "--keep-intermediate"]
     asked += ["--prepare", "--tune", "--minutes", "0.05", "--embed-profile"]
     asked += ["--calibration-tokens", "300", "--outtype", "f16"]
     done = cli("convert", folder, "-o", out, *asked, **profiles)
@@ -113,7 +112,6 @@ def test_all_of_it_at_once_is_ready_to_use(
     assert {out.name, kept.name, path_beside(out).name} <= set(left(out))
     assert not any("convert" in name for name in left(out))
     metadata = gguf_header.read(out).metadata
-    assert metadata[SORTED_KEY] is True
     assert json.loads(metadata[EMBEDDED])["known"]
     info = cli("info", out, "--json", **profiles)
     assert info.returncode == 0, info.stderr
@@ -248,7 +246,6 @@ def test_a_dry_run_writes_nothing(
         (["--quantize", "IQ1_S"], "--imatrix auto"),
         (["--quantize", "Q4_0", "--tensor-type", "ffn=Q9"], "no type 'Q9' of tensors"),
         (["--quantize", "Q4_0", "--imatrix", "/nowhere"], "/nowhere cannot be read"),
-        (["--outtype", "q8_0", "--sort-neurons"], "cannot be sorted"),
         (["-o", "/nowhere/model.gguf"], "no such folder"),
     ],
 )

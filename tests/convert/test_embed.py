@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
-from swift_gguf.convert.embed import SORTED_KEY, embed
+from swift_gguf.convert.embed import embed
 from swift_gguf.errors import ConvertError
 from swift_gguf.gguf import check as gguf_check
 from swift_gguf.gguf.identity import fingerprint
@@ -31,23 +31,19 @@ def profile_of(n_layer: int) -> Profile:
 
 def test_all_else_stays_as_it_is(tiny: Callable[..., Path], tmp_path: Path) -> None:
     source, out = tiny("llama", quant="Q4_0"), tmp_path / "out.gguf"
-    embed(source, out, {EMBEDDED: "{}", SORTED_KEY: True})
+    embed(source, out, {EMBEDDED: "{}"})
     before, after = GGUFReader(source), GGUFReader(out)
     assert after.fields[EMBEDDED].contents() == "{}"
-    assert after.fields[SORTED_KEY].contents() is True
     theirs = {name for name in before.fields if not name.startswith("GGUF.")}
-    assert {name for name in after.fields if not name.startswith("GGUF.")} == theirs | {
-        EMBEDDED,
-        SORTED_KEY,
-    }
+    assert {name for name in after.fields if not name.startswith("GGUF.")} == theirs | {EMBEDDED}
     for name in theirs:
         assert after.fields[name].contents() == before.fields[name].contents(), name
     for a, b in zip(before.tensors, after.tensors, strict=True):
         assert (a.name, a.tensor_type) == (b.name, b.tensor_type)
         assert np.array_equal(a.data, b.data)
     gguf_check.check(out)
-    with pytest.raises(ConvertError, match=r"has the key swift\.ffn_sorted already"):
-        embed(out, tmp_path / "again.gguf", {SORTED_KEY: True})
+    with pytest.raises(ConvertError, match=r"has the key swift\.profile already"):
+        embed(out, tmp_path / "again.gguf", {EMBEDDED: "{}"})
 
 
 def test_llama_cpp_skips_the_keys(
@@ -55,7 +51,7 @@ def test_llama_cpp_skips_the_keys(
 ) -> None:
     """Its own loader, which no patch of ours touches; without a word of warning."""
     out = tmp_path / "out.gguf"
-    embed(tiny("llama"), out, {EMBEDDED: portable(profile_of(4)), SORTED_KEY: True})
+    embed(tiny("llama"), out, {EMBEDDED: portable(profile_of(4))})
     patches = Path(__file__).parents[2] / "native" / "patches"
     assert not any("llama-model-loader" in path.read_text() for path in patches.glob("*.patch"))
     api = library().api
