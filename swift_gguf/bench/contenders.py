@@ -20,6 +20,7 @@ from swift_gguf.speculation import Speculation, SpeculationOptions
 from swift_gguf.stats import SourceStats, Stats
 from swift_gguf.tokens import common_prefix
 
+DEFAULTS = SpeculationOptions()
 LOOKUP_TOKENS = 10
 """The `num_pred_tokens` of LlamaPromptLookupDecoding, and its default."""
 
@@ -61,6 +62,7 @@ def opened(
     sampling: SamplingOptions,
     *,
     draft_model: Path | None = None,
+    layer_skip: SpeculationOptions = DEFAULTS,
     cold: bool = False,
 ) -> Iterator[dict[str, Contender]]:
     """The contenders by the names of their modes.
@@ -86,7 +88,7 @@ def opened(
                 closing(
                     Ours(
                         model,
-                        speculation_options(mode, draft_model=draft_model),
+                        speculation_options(mode, layer_skip, draft_model=draft_model),
                         sampling,
                         store=store,
                     )
@@ -103,8 +105,13 @@ def _copy_but_texts(model: Model, store: Store) -> None:
             store.add(replace(known, recycling=()))
 
 
-def speculation_options(mode: Mode, *, draft_model: Path | None) -> SpeculationOptions:
-    """What a mode of ours asks of `Speculation`."""
+def speculation_options(
+    mode: Mode, layer_skip: SpeculationOptions = DEFAULTS, *, draft_model: Path | None
+) -> SpeculationOptions:
+    """What a mode of ours asks of `Speculation`.
+
+    layer_skip: options of the modes with that source.
+    """
     if mode.base == PLAIN:
         return SpeculationOptions(mode="off")
     if mode.base == AUTO:
@@ -114,11 +121,11 @@ def speculation_options(mode: Mode, *, draft_model: Path | None) -> SpeculationO
     names = ",".join(mode.sources)
     if "draft-model" not in mode.sources:
         draft_model = None
+    given = layer_skip if "layer-skip" in mode.sources else DEFAULTS
+    options = replace(given, mode=names, draft_model=draft_model)
     if mode.draft_max is None:
-        return SpeculationOptions(mode=names, draft_model=draft_model)
-    return SpeculationOptions(
-        mode=names, draft_max=mode.draft_max, draft_model=draft_model, search="off", fixed=True
-    )
+        return options
+    return replace(options, draft_max=mode.draft_max, search="off", fixed=True)
 
 
 class Ours:

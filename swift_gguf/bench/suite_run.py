@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from swift_gguf import __version__
-from swift_gguf.bench.contenders import Answer, Contender, opened
+from swift_gguf.bench.contenders import DEFAULTS, Answer, Contender, opened
 from swift_gguf.bench.modes import PLAIN, Mode, sweep
 from swift_gguf.bench.subject import machine, subject
 from swift_gguf.bench.suite_report import Progress, Report, Result
@@ -23,6 +23,7 @@ from swift_gguf.engine import generate
 from swift_gguf.gguf.identity import fingerprint
 from swift_gguf.model import Model
 from swift_gguf.sampling import Sampler, SamplingOptions
+from swift_gguf.speculation import SpeculationOptions
 from swift_gguf.suite import Row
 from swift_gguf.text import Message, StreamDecoder, chat_template, encode, render_chat
 from swift_gguf.tokens import common_prefix
@@ -48,6 +49,8 @@ class BenchOptions:
     oracle: bool = False
     """Sweep fixed settings, too."""
     draft_model: Path | None = None
+    layer_skip: SpeculationOptions = DEFAULTS
+    """Of the modes with that source."""
     cold: bool = False
     """Every mode begins without what is known of the model."""
 
@@ -80,6 +83,7 @@ def _settings(model: Model, rows: Sequence[Row], options: BenchOptions) -> dict[
         "repeat": options.repeat,
         "oracle": options.oracle,
         "draft_model": str(options.draft_model) if options.draft_model else None,
+        "layer_skip": str(options.layer_skip),
         "cold": options.cold,
         **sampling,
         **asdict(model.options),
@@ -112,6 +116,7 @@ def measure(
             report.modes,
             options.sampling,
             draft_model=options.draft_model,
+            layer_skip=options.layer_skip,
             cold=options.cold,
         ) as contenders:
             for name, contender in contenders.items():

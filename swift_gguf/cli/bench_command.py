@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from swift_gguf.cli.help import examples, model_argument
-from swift_gguf.cli.options import load_model, model_flags, sampling_flags, sampling_options
+from swift_gguf.cli.options import (
+    layer_skip_flags,
+    layer_skip_options,
+    load_model,
+    model_flags,
+    sampling_flags,
+    sampling_options,
+)
 from swift_gguf.errors import SwiftError
 
 if TYPE_CHECKING:
@@ -67,6 +74,7 @@ def _modes(ctx: click.Context, parameter: click.Parameter, value: str) -> list[M
 @click.option("--restart", is_flag=True, help="Ignore what is in the --json file, and start again.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), metavar="FILE.png",
               help="Draw the speed-ups as a PNG file.")  # fmt: skip
+@layer_skip_flags
 @sampling_flags
 @model_flags
 def bench(
@@ -114,6 +122,7 @@ def _options(values: dict[str, Any]) -> BenchOptions:
         repeat=values["repeat"],
         oracle=values["oracle"],
         draft_model=values["draft_model"],
+        layer_skip=layer_skip_options(values),
         cold=values["cold"],
     )
 

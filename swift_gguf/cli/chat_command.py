@@ -17,7 +17,6 @@ from swift_gguf.cli.options import (
     model_flags,
     sampling_flags,
     sampling_options,
-    search_flags,
     speculation_flags,
     speculation_options,
     template_variables,
@@ -51,7 +50,6 @@ BUSY = "the machine is busy; its speed will be measured again later"
               show_default=True, help="When the context is full: drop the oldest turns (shift), "
               "or stop.")  # fmt: skip
 @speculation_flags
-@search_flags
 @sampling_flags
 @model_flags
 def chat(model: str, **values: Any) -> None:

@@ -23,7 +23,6 @@ from swift_gguf.cli.options import (
     sampling_flags,
     sampling_options,
     schema_flags,
-    search_flags,
     speculation_flags,
     speculation_options,
     template_variables,
@@ -60,7 +59,6 @@ LITTLE = 1.1
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 @click.option("--compare", is_flag=True, help="Decode again without drafts, and show both speeds.")
 @speculation_flags
-@search_flags
 @sampling_flags
 @schema_flags
 @model_flags

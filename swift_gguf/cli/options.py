@@ -109,17 +109,13 @@ speculation_flags = _all(
                  "list of ngram, recycling, layer-skip, draft-model."),
     click.option("--draft-model", type=click.Path(path_type=Path), metavar="PATH",
                  help="A smaller model with the same vocabulary, used for drafts."),
-    click.option("--skip-attn", metavar="LAYERS",
-                 help="Skip attention in these layers when drafting: 3,5-9."),
-    click.option("--skip-ffn", metavar="LAYERS",
-                 help="Skip the FFN in these layers when drafting: 4,6."),
     click.option("--draft-max", metavar="N", type=click.IntRange(1, 64),
                  help="Maximum number of draft tokens.  [default: chosen by measured cost]"),
     click.option("--draft-p-min", metavar="P", type=click.FloatRange(0, 1),
                  help="Stop drafting below this probability.  [default: chosen by measured "
                  "acceptance]"),
-    click.option("--draft-tree", type=click.Choice(["chain", "caterpillar", "best-first"]),
-                 help="Shape of layer-skip drafts.  [default: chain]"),
+    click.option("--search", default="auto", show_default=True, type=click.Choice(["auto", "off"]),
+                 help="Search for layers to skip."),
     click.option("--speculative-sampling", is_flag=True,
                  help="Sample drafts and accept them with probability min(1, p/q).  Texts have the "
                  "same distribution, but a seed gives another text than plain decoding."),
@@ -127,7 +123,7 @@ speculation_flags = _all(
 
 search_flags = _all(
     click.option("--search", default="auto", show_default=True,
-                 type=click.Choice(["auto", "paper", "off"]),
+                 type=click.Choice(["auto", "paper"]),
                  help="Search for layers to skip; paper: SWIFT's own search, set by the next "
                  "flags."),
     click.option("--skip-ratio", default=0.45, show_default=True,
@@ -150,8 +146,33 @@ search_flags = _all(
 )  # fmt: skip
 
 
+layer_skip_flags = _all(
+    click.option("--skip-attn", metavar="LAYERS",
+                 help="Skip attention in these layers in layer-skip drafts: 3,5-9."),
+    click.option("--skip-ffn", metavar="LAYERS",
+                 help="Skip the FFN in these layers in layer-skip drafts: 4,6."),
+    click.option("--draft-tree", type=click.Choice(["chain", "caterpillar", "best-first"]),
+                 help="Shape of layer-skip drafts.  [default: chain]"),
+    search_flags,
+)  # fmt: skip
+
+
 def speculation_options(values: dict[str, Any]) -> SpeculationOptions:
-    """`SpeculationOptions` from the values of `speculation_flags` and `search_flags`."""
+    """`SpeculationOptions` from the values of `speculation_flags`."""
+    from swift_gguf.speculation import SpeculationOptions
+
+    return SpeculationOptions(
+        mode=values["speculation"],
+        search=values["search"],
+        draft_max=values["draft_max"],
+        p_min=values["draft_p_min"],
+        draft_model=values["draft_model"],
+        sampled=values["speculative_sampling"],
+    )
+
+
+def layer_skip_options(values: dict[str, Any]) -> SpeculationOptions:
+    """`SpeculationOptions` of a bench's layer-skip, from the values of `layer_skip_flags`."""
     from swift_gguf.speculation import SpeculationOptions
     from swift_gguf.subnetwork import parse_layers
 
@@ -160,16 +181,11 @@ def speculation_options(values: dict[str, Any]) -> SpeculationOptions:
         for name in ("skip_attn", "skip_ffn")
     )
     return SpeculationOptions(
-        mode=values["speculation"],
         skip_attn=skip_attn,
         skip_ffn=skip_ffn,
+        tree=values["draft_tree"],
         search=values["search"],
         paper=paper_options(values),
-        draft_max=values["draft_max"],
-        p_min=values["draft_p_min"],
-        tree=values["draft_tree"],
-        draft_model=values["draft_model"],
-        sampled=values["speculative_sampling"],
     )
 
 

@@ -16,7 +16,6 @@ from swift_gguf.cli.options import (
     read_text,
     sampling_flags,
     sampling_options,
-    search_flags,
     speculation_flags,
     speculation_options,
     template_flags,
@@ -81,7 +80,6 @@ if TYPE_CHECKING:
               help="Memory to cache the KV state of earlier conversations; 0: off.")  # fmt: skip
 @template_flags
 @speculation_flags
-@search_flags
 @sampling_flags
 @model_flags
 def serve(model: str, **values: Any) -> None:

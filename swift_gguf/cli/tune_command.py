@@ -50,8 +50,6 @@ def tune(model: str, reset: bool, as_json: bool, **values: Any) -> None:
     if reset:
         _reset(model)
         return
-    if values["search"] == "off":
-        raise click.UsageError("with --search off there is nothing to do; use auto or paper")
     with load_model(model, values) as loaded:
         report = _tune(loaded, values)
     click.echo(json.dumps(report) if as_json else _lines(report))

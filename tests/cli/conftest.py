@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from swift_gguf.gguf import header
+from swift_gguf.gguf.identity import fingerprint
+from swift_gguf.learning import Known, Profile, Seen, Store
+from swift_gguf.subnetwork import SubNetwork
+
 COMMAND = [sys.executable, "-m", "swift_gguf"]
 
 
@@ -46,3 +51,21 @@ def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "profiles"
     monkeypatch.setenv("SWIFT_GGUF_PROFILES", str(folder))
     return folder
+
+
+@pytest.fixture
+def knowing(profiles: Path) -> Callable[..., Path]:
+    """`knowing(path, {1})`: a model whose profile says that drafts do best without these FFNs."""
+
+    def know(path: Path, skip_ffn: set[int]) -> Path:
+        metadata = header.read(path).metadata
+        n_layer = metadata[f"{metadata['general.architecture']}.block_count"]
+        subnetwork = SubNetwork(n_layer=n_layer, skip_ffn=frozenset(skip_ffn))
+        seen = {"a window": Seen(agrees=(True,) * 80, confidence=(0.9,) * 80)}
+        known = (Known(subnetwork=subnetwork, seen=seen),)
+        Store(profiles).add(
+            Profile(fingerprint=fingerprint(path), model="a test", n_layer=n_layer, known=known)
+        )
+        return path
+
+    return know

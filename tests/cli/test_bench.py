@@ -184,6 +184,26 @@ def test_a_verification_that_accepts_everything_fails(
     assert "a bug" in capsys.readouterr().err
 
 
+def test_a_sub_network_of_ones_own(cli: Cli, model: Path, suite: Path, tmp_path: Path) -> None:
+    """And SWIFT's own search, on the fly."""
+    out = tmp_path / "run.json"
+    command = ("bench", model, "--suite", suite, "--modes", "layer-skip", "--limit", 1, *FEW)
+    for research, shown, searches in (
+        (("--skip-ffn", 2, "--draft-tree", "caterpillar"), "as given: without FFN 2", False),
+        (("--search", "paper", "--context-window", 8, "--skip-ratio", 0.5), "a first guess", True),
+    ):
+        done = cli(*command, *research, "--json", out, "--restart")
+        assert done.returncode == 0, done.stderr
+        assert shown in done.stdout
+        (request,) = (r for r in read(out)["requests"] if r["mode"] == "layer-skip")
+        assert request["sources"]["layer-skip"]["drafted"] > 0
+        assert (request["search_s"] > 0) is searches
+    for wrong, words in (("9", "layers 0 to 5"), ("a-b", "3,5-9")):
+        done = cli(*command, "--skip-ffn", wrong)
+        assert_one_line_failure(done)
+        assert words in done.stderr
+
+
 def test_models_that_cannot_draft(cli: Cli, tiny: Callable[..., Path], suite: Path) -> None:
     done = cli("bench", tiny("mamba"), "--suite", suite, "--category", "chat", *FEW)
     assert done.returncode == 0, done.stderr

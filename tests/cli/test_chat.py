@@ -312,7 +312,7 @@ def test_colours_and_width(
     terminal: Callable[..., Terminal], model: Path, columns: int, environment: dict[str, str]
 ) -> None:
     """No background is ever painted; with NO_COLOR there are no colours at all."""
-    chat = terminal(model, *QUICK, "--skip-ffn", 1, columns=columns, **environment)
+    chat = terminal(model, *QUICK, "--speculation", "layer-skip", columns=columns, **environment)
     chat.ask("Hello")
     chat.ask("/show")
     chat.ask("/nonsense")
@@ -402,7 +402,7 @@ def test_thoughts_are_folded_and_unfolded(
 
 def test_the_same_text_as_generate(cli: Cli, model: Path) -> None:
     flags = ("-n", 40, "-c", 512, "--temp", 1.1, "-ngl", 0)
-    for more in (("-s", 1), ("-s", 2, "-sys", "Be brief."), ("-s", 1, "--skip-ffn", 1)):
+    for more in (("-s", 1), ("-s", 2, "-sys", "Be brief."), ("-s", 1, "--speculation", "ngram")):
         chat = cli("chat", model, *flags, *more, stdin="Grüße, 漢字\n")
         answer = cli("generate", model, "-p", "Grüße, 漢字", *flags, *more)
         assert chat.returncode == answer.returncode == 0

@@ -21,6 +21,7 @@ from tests.cli.conftest import COMMAND, assert_one_line_failure
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 QUICK = ("-n", 24, "-c", 256, "--temp", 0, "-ngl", 0)
+LAYER_SKIP = ("--speculation", "layer-skip", "--search", "off")
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +29,10 @@ def model(tiny: Callable[..., Path]) -> Path:
     return tiny("llama", noop_ffn=(1,))
 
 
-def test_streams_text_and_shows_figures_apart(cli: Cli, model: Path) -> None:
-    done = cli("generate", model, "-p", "hello", "--skip-ffn", 1, *QUICK)
+def test_streams_text_and_shows_figures_apart(
+    cli: Cli, model: Path, knowing: Callable[..., Path]
+) -> None:
+    done = cli("generate", knowing(model, {1}), "-p", "hello", *LAYER_SKIP, *QUICK)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert "tok/s" not in done.stdout
@@ -37,9 +40,10 @@ def test_streams_text_and_shows_figures_apart(cli: Cli, model: Path) -> None:
         assert figure in done.stderr
 
 
-def test_json(cli: Cli, model: Path) -> None:
+def test_json(cli: Cli, model: Path, knowing: Callable[..., Path]) -> None:
     done = cli(
-        "generate", model, "-p", "hello", "--json", "--skip-ffn", 1, "--draft-p-min", 0, *QUICK
+        *("generate", knowing(model, {1}), "-p", "hello", "--json"),
+        *(*LAYER_SKIP, "--draft-p-min", 0, *QUICK),
     )
     assert done.stderr == ""
     report = json.loads(done.stdout)
@@ -60,13 +64,16 @@ def test_json(cli: Cli, model: Path) -> None:
     assert set(speculation["seconds"]) == {"draft", "verify", "search", "other"}
 
 
-def test_speculation_does_not_change_the_text(cli: Cli, model: Path) -> None:
+def test_speculation_does_not_change_the_text(
+    cli: Cli, model: Path, knowing: Callable[..., Path]
+) -> None:
     """The same tokens with and without, greedy and sampled, and `--compare` says so."""
+    knowing(model, {1, 2})
     for sampling in (("--temp", 0), ("--temp", 1.3, "--seed", 11), ("--seed", 4, "--top-k", 3)):
         arguments = ("-p", "tell me", "--json", "-n", 40, "-c", 256, "-ngl", 0, *sampling)
         plain, skipped = (
             json.loads(cli("generate", model, *arguments, *mode).stdout)
-            for mode in (("--speculation", "off"), ("--skip-ffn", "1-2", "--draft-p-min", 0))
+            for mode in (("--speculation", "off"), (*LAYER_SKIP, "--draft-p-min", 0))
         )
         assert plain["tokens"] == skipped["tokens"]
         assert plain["speculation"]["why"] == "switched off"
@@ -169,8 +176,6 @@ def test_limits(cli: Cli, model: Path) -> None:
     ("arguments", "message"),
     [
         (("-p", "x" * 2000, "-c", 64), "ctx-size"),
-        (("-p", "x", "--skip-ffn", "9"), "layers 0 to 3"),
-        (("-p", "x", "--skip-ffn", "a-b"), "3,5-9"),
         (("-p", "x", "--grammar", "root ::= ["), "grammar"),
         (("-p", "x", "--repeat-penalty", "0"), "above 0"),
         (("-p", "x", "--temp", "nan"), "finite"),
@@ -225,12 +230,6 @@ def test_models_without_rollback_run_plainly(cli: Cli, tiny: Callable[..., Path]
         done = cli("generate", tiny(family), "-p", "x", "--speculation", "layer-skip", *QUICK)
         assert_one_line_failure(done)
         assert "--speculation off" in done.stderr
-
-
-def test_sublayers_that_cannot_be_skipped_are_named(cli: Cli, tiny: Callable[..., Path]) -> None:
-    done = cli("generate", tiny("apertus"), "-p", "x", "--skip-ffn", "1-2", *QUICK)
-    assert_one_line_failure(done)
-    assert "cannot skip FFN 1-2" in done.stderr
 
 
 def test_a_small_context_holds_a_full_draft(cli: Cli, model: Path) -> None:
@@ -321,7 +320,7 @@ def test_a_json_schema(cli: Cli, model: Path, tmp_path: Path) -> None:
     for flags in (("-j", json.dumps(schema)), ("-jf", path), ("--json-schema-file", path)):
         done = cli("generate", model, "-p", "x", *flags, "-n", 100, "-c", 256, "-ngl", 0)
         assert json.loads(done.stdout)["a"] in (1, 2), done.stderr
-    sampled = ("--temp", 1.5, "-s", 3, "--speculative-sampling", "--skip-ffn", 1)
+    sampled = ("--temp", 1.5, "-s", 3, "--speculative-sampling")
     done = cli("generate", model, "-p", "x", "-j", json.dumps(schema), *sampled, "-n", 100)
     assert json.loads(done.stdout)["a"] in (1, 2), done.stderr
 

@@ -77,11 +77,6 @@ def test_the_papers_search(cli: Cli, model: Path, suite: Path, profiles: Path) -
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert 8 <= report["evaluations"] <= 9
-    answer = cli(
-        *("generate", model, "-p", "x", "-n", 60, "--temp", 0, "--json", *FEW),
-        *("--search", "paper", "--speculation", "layer-skip", "--context-window", 8),
-    )
-    assert json.loads(answer.stdout)["speculation"]["seconds"]["search"] > 0
 
 
 def _evaluations(profiles: Path) -> int:
@@ -109,7 +104,6 @@ def test_ctrl_c_keeps_the_best(tiny: Callable[..., Path], suite: Path, profiles:
     ("arguments", "code", "words"),
     [
         (("--suite", "/nowhere.jsonl"), 1, "cannot be read"),
-        (("--search", "off"), 2, "nothing to do"),
         (("--minutes", 0), 2, "minutes"),
     ],
 )

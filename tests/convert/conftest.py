@@ -73,6 +73,6 @@ def convert(folder: Path, out: Path, **options: object) -> Path:
     # llama.cpp expects Phi's own tokens of a model with "phi3" in its name
     with Conversion(found, out, ConvertOptions(name="tiny", **options)) as conversion:  # type: ignore[arg-type]
         conversion.run()
-        conversion.finish()
+        conversion.finish({})
         conversion.forget()
     return out

@@ -496,7 +496,7 @@ def test_other_options_begin_where_they_differ(folder: Path, tmp_path: Path) -> 
     steps.clear()
     with Conversion(checkpoints.read(folder), out, ConvertOptions()) as run:
         run.run(report)
-        run.finish()
+        run.finish({})
         run.forget()
     assert steps == ["converting"]
     assert left(out) == ["model.gguf"]
@@ -508,7 +508,7 @@ def test_what_else_is_wanted_tells_whether_it_is_done(folder: Path, tmp_path: Pa
     q8_0 = Quantization(name="Q8_0")
     with Conversion(found, out, ConvertOptions(quantization=q8_0, prepares=True)) as run:
         run.run()
-        run.finish()
+        run.finish({})
     for same in (True, False):
         options = ConvertOptions(quantization=q8_0, prepares=same)
         assert Conversion(found, out, options).is_done
@@ -601,7 +601,7 @@ def test_a_disk_that_is_full_in_the_end_costs_one_line(
     assert not [path for path in small_disk.rglob("*") if path.match("whole*")]
     with Conversion(checkpoints.read(folder), out, options) as conversion:
         conversion.run(lambda *_: pytest.fail("it began anew"))
-        conversion.finish()  # nothing to add: no copy
+        conversion.finish({})  # nothing to add: no copy
     gguf_check.check(out)
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from swift_gguf.bench.suite_table import plot, render
 from swift_gguf.bench.suites import CODE_EDITING, EVERYDAY, load, pick
 from swift_gguf.bench.ties import explain, is_bit_invariant
 from swift_gguf.errors import SuiteError, SwiftError
+from swift_gguf.speculation import SpeculationOptions
 from swift_gguf.stats import SourceStats, Stats
 from swift_gguf.suite import Row
 
@@ -54,10 +56,15 @@ def test_a_sweep_is_of_fixed_modes_that_have_names() -> None:
     assert all(mode.is_fixed for mode in sweep())
 
 
-def test_a_fixed_mode_does_not_search() -> None:
+def test_what_a_mode_asks_of_speculation() -> None:
     options = speculation_options(Mode("layer-skip", 4), draft_model=None)
     assert (options.mode, options.draft_max, options.search) == ("layer-skip", 4, "off")
     assert speculation_options(Mode("auto"), draft_model=None).search == "auto"
+    own = SpeculationOptions(skip_ffn=frozenset({1}), tree="caterpillar", search="paper")
+    options = speculation_options(Mode("layer-skip"), own, draft_model=None)
+    assert options == replace(own, mode="layer-skip")
+    options = speculation_options(Mode("ngram"), own, draft_model=None)
+    assert options == SpeculationOptions(mode="ngram")
     assert speculation_options(Mode("plain"), draft_model=None).mode == "off"
 
 
