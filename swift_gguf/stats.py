@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,6 +27,13 @@ class SourceStats:
         self.accepted += accepted
         self.accepted_lengths[accepted] += 1
 
+    def add(self, other: SourceStats) -> None:
+        """Another generation's."""
+        self.drafts += other.drafts
+        self.drafted += other.drafted
+        self.accepted += other.accepted
+        self.accepted_lengths += other.accepted_lengths
+
     def as_dict(self) -> dict[str, Any]:
         lengths = range(max(self.accepted_lengths, default=-1) + 1)
         return {
@@ -39,7 +46,8 @@ class SourceStats:
 
 @dataclass
 class Stats:
-    """Statistics of one generation.  Times are in seconds and exclude the consumer's own time."""
+    """Statistics of one generation, or of several added up.  Times are in seconds and exclude the
+    consumer's own time."""
 
     prompt_n: int = 0
     """Prompt tokens decoded, without those that the KV cache already held."""
@@ -70,6 +78,13 @@ class Stats:
             source = self.sources.setdefault(name, SourceStats())
             of_it = sum(tree.sources[node] == name for node in accepted)
             source.count(drafted=drafted, accepted=of_it)
+
+    def add(self, other: Stats) -> None:
+        """The counts and seconds of another generation."""
+        for name in _SUMS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name, source in other.sources.items():
+            self.sources.setdefault(name, SourceStats()).add(source)
 
     @property
     def drafted(self) -> int:
@@ -124,3 +139,6 @@ class Stats:
                 "other": self.sample_s + self.overhead_s,
             },
         }
+
+
+_SUMS = tuple(field.name for field in fields(Stats) if field.name not in ("sources", "stop_reason"))

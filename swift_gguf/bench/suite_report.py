@@ -105,14 +105,7 @@ def total(stats: Iterable[Stats]) -> Stats:
     """Counts and seconds of several generations, added up; it stopped for no reason."""
     result = Stats()
     for one in stats:
-        for name in (*_COUNTS, *_SECONDS):
-            setattr(result, name, getattr(result, name) + getattr(one, name))
-        for name, source in one.sources.items():
-            into = result.sources.setdefault(name, SourceStats())
-            into.drafts += source.drafts
-            into.drafted += source.drafted
-            into.accepted += source.accepted
-            into.accepted_lengths += source.accepted_lengths
+        result.add(one)
     return result
 
 

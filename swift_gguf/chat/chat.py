@@ -9,7 +9,7 @@ from pathlib import Path
 
 from swift_gguf.chat import archive
 from swift_gguf.chat.conversation import Conversation, Turn
-from swift_gguf.chat.figures import Figures, Totals, details, runs, shares
+from swift_gguf.chat.figures import Figures, details, runs, shares
 from swift_gguf.chat.reader import Reader
 from swift_gguf.chat.screen import Screen, View
 from swift_gguf.chat.settings import Settings
@@ -17,6 +17,7 @@ from swift_gguf.errors import ContextFullError, SwiftError
 from swift_gguf.sampling import SamplingOptions
 from swift_gguf.session import Answer, Piece, Session, stopped_by_ctrl_c
 from swift_gguf.speculation import Speculation, SpeculationOptions
+from swift_gguf.stats import Stats
 from swift_gguf.templates import THINKS
 from swift_gguf.text import encode, read_prompt
 
@@ -88,7 +89,7 @@ class Chat:
         self.session, self.conversation, self.screen = session, conversation, screen
         self.settings = settings or Settings()
         self.figures = Figures(n_ctx=session.model.n_ctx)
-        self.totals = Totals()
+        self.n_answers, self.total = 0, Stats()
         self.interrupted = False
         """True if Ctrl-C ended the latest answer."""
         self._attached: list[str] = []
@@ -182,7 +183,8 @@ class Chat:
     def _close(self, answer: Answer, said: _Reply) -> None:
         self.interrupted = answer.interrupted
         self._latest = answer
-        self.totals.count(answer)
+        self.n_answers += 1
+        self.total.add(answer.stats)
         with self.session.exclusive():
             self.figures = Figures.of(self.session, answer, said.sources)
             self._expected, self._found = self._expectation(), ""
@@ -315,7 +317,13 @@ class Chat:
         """The latest answer's statistics, in lines."""
         if self._latest is None:
             raise SwiftError("there are no statistics yet; send a message first")
-        return details(self._latest, self.figures, self.totals, idle=self._idle())
+        return details(
+            self._latest,
+            self.figures,
+            n_answers=self.n_answers,
+            total=self.total,
+            idle=self._idle(),
+        )
 
     def show(self) -> tuple[list[tuple[str, str]], str]:
         """The latest answer as (source, text) runs, and a legend."""
@@ -343,7 +351,7 @@ class Chat:
 
     def current_figures(self) -> Figures:
         """The figures, with what the idle search has found since the latest answer."""
-        return self.figures.with_found(self._found)
+        return replace(self.figures, found=self._found)
 
     def _idle(self) -> str:
         idle = self.session.idle

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from textwrap import wrap
 
@@ -54,9 +54,6 @@ class Figures:
             n_ctx=session.model.n_ctx,
         )
 
-    def with_found(self, found: str) -> Figures:
-        return replace(self, found=found)
-
 
 def shares(sources: Sequence[str]) -> tuple[tuple[str, float], ...]:
     """(source, share of the tokens); the target first, the others by share."""
@@ -101,30 +98,12 @@ def _cut(line: str, width: int) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
-@dataclass
-class Totals:
-    """Sums over a session's answers."""
-
-    answers: int = 0
-    tokens: int = 0
-    prompt_tokens: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    seconds: float = 0.0
-
-    def count(self, answer: Answer) -> None:
-        stats = answer.stats
-        self.answers += 1
-        self.tokens += stats.predicted_n
-        self.prompt_tokens += stats.prompt_n
-        self.drafted += stats.drafted
-        self.accepted += stats.accepted
-        self.seconds += stats.prompt_s + stats.cycle_s
-
-
-def details(answer: Answer, figures: Figures, totals: Totals, *, idle: str) -> list[str]:
+def details(
+    answer: Answer, figures: Figures, *, n_answers: int, total: Stats, idle: str
+) -> list[str]:
     """The lines of `/stats`.
 
+    n_answers, total: the session's answers, and their statistics added up.
     idle: the state of the idle search.
     """
     stats = answer.stats
@@ -155,8 +134,8 @@ def details(answer: Answer, figures: Figures, totals: Totals, *, idle: str) -> l
         f"source     {figures.why}",
         f"idle       {idle}",
         f"context    {figures.n_past} of {figures.n_ctx} tokens",
-        f"session    {totals.answers} answers, {totals.tokens} tokens, {totals.accepted} of "
-        f"{totals.drafted} draft tokens accepted, {totals.seconds:.1f} s",
+        f"session    {n_answers} answers, {total.predicted_n} tokens, {total.accepted} of "
+        f"{total.drafted} draft tokens accepted, {total.prompt_s + total.cycle_s:.1f} s",
     ]
     return lines
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import pairwise
 
 import pytest
@@ -223,7 +223,7 @@ def test_the_footer_says_why_nothing_drafts_and_claims_no_gain_then() -> None:
 
 
 def test_the_footer_says_what_the_idle_search_found() -> None:
-    assert footer(GAINING.with_found("better drafts"), width=80)[0].startswith(
+    assert footer(replace(GAINING, found="better drafts"), width=80)[0].startswith(
         "idle search: better drafts"
     )
 
@@ -231,7 +231,7 @@ def test_the_footer_says_what_the_idle_search_found() -> None:
 @pytest.mark.parametrize("width", [20, 40, 80, 200])
 @pytest.mark.parametrize("figures", [GAINING, IDLE, Figures()])
 def test_the_footer_keeps_within_the_terminal(width: int, figures: Figures) -> None:
-    lines = footer(figures.with_found("better drafts, 1.31x plain expected"), width=width)
+    lines = footer(replace(figures, found="better drafts, 1.31x plain expected"), width=width)
     assert len(lines) <= 4
     assert all(0 < len(line) <= width for line in lines)
 
