@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from swift_gguf.errors import DownloadError, ModelError
+from swift_gguf.errors import DownloadError
 
 _POLL = 0.1  # seconds
 
@@ -40,10 +40,6 @@ def disk_reason(error: OSError, folder: Path, variable: str) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full; free some space for {folder} or set {variable} to another folder"
     return f"{error.strerror or error} ({folder}); set {variable} to a folder you can write to"
-
-
-def not_downloaded(ref: str) -> ModelError:
-    return ModelError(f"{ref} is not downloaded; run `swift-gguf models pull {ref}` first")
 
 
 @contextlib.contextmanager

@@ -12,13 +12,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from swift_gguf.errors import DownloadError, ModelError
-from swift_gguf.hub.downloads import Meter, Progress, disk_reason, failed, not_downloaded, watch
+from swift_gguf.hub.downloads import Meter, Progress, disk_reason, failed, watch
 
 PREFIX = "hf:"
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
-def fetch(ref: str, *, download: bool, progress: Progress | None) -> Path:
+def fetch(ref: str, *, progress: Progress | None) -> Path:
     """The path of ``hf:owner/repo[/file.gguf]``, from the cache or after a download.
 
     Raises ModelError if the reference is invalid or ambiguous, DownloadError if the download fails.
@@ -27,11 +27,11 @@ def fetch(ref: str, *, download: bool, progress: Progress | None) -> Path:
     if match is None:
         raise ModelError(f"{ref} is not of the form hf:owner/repo or hf:owner/repo/file.gguf")
     repo, file = match.groups()
-    hub = _Repository(ref, repo, download=download)
+    hub = _Repository(ref, repo)
     names = _pieces(file or _choose(ref, hub.sizes))
     if missing := [name for name in names if name not in hub.sizes]:
-        if not hub.is_online:
-            raise hub.local
+        if hub.offline:
+            raise hub.offline
         has = ", ".join(sorted(name for name in hub.sizes if name.endswith(".gguf"))) or "no GGUF"
         raise ModelError(f"{ref}: the repository has no {missing[0]}; it has {has}")
     return hub.fetch(names, progress)[0]
@@ -57,18 +57,14 @@ def list_folder(ref: str) -> dict[str, int]:
 
     Raises like `fetch_folder`.
     """
-    return _top(_folder(ref))
+    return {name: size for name, size in _folder(ref).sizes.items() if "/" not in name}
 
 
 def _folder(ref: str) -> _Repository:
     match = re.fullmatch(r"[\w.-]+/[\w.-]+", ref.removeprefix(PREFIX))
     if match is None:
         raise ModelError(f"{ref} is not of the form hf:owner/repo")
-    return _Repository(ref, match[0], download=True)
-
-
-def _top(hub: _Repository) -> dict[str, int]:
-    return {name: size for name, size in hub.sizes.items() if "/" not in name}
+    return _Repository(ref, match[0])
 
 
 def _fitting(hub: _Repository, patterns: Sequence[str]) -> list[str]:
@@ -83,7 +79,7 @@ def _fitting(hub: _Repository, patterns: Sequence[str]) -> list[str]:
 class _Repository:
     """A repository on the hub; without a connection, its files in the cache."""
 
-    def __init__(self, ref: str, repo: str, *, download: bool) -> None:
+    def __init__(self, ref: str, repo: str) -> None:
         import huggingface_hub
         from huggingface_hub import constants, errors
 
@@ -91,32 +87,27 @@ class _Repository:
         self._endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
         self._storage = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
         self._ref, self._repo = ref, repo
-        self.local: ModelError = not_downloaded(ref)
-        """The error to raise if a file is not in the cache and the hub cannot be reached."""
+        self.offline: DownloadError | None = None
+        """Why the hub cannot be reached: only files in the cache can be used then."""
         self._commit: str | None = None
         """The commit to take all files from; None: the one in the cache."""
-        self.is_online = download
-        if download:
-            try:
-                api = huggingface_hub.HfApi(endpoint=self._endpoint)
-                info = api.model_info(repo, files_metadata=True)
-                self.sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-                self._commit = info.sha
-            except Exception as error:  # the HTTP library, hence its errors, differs by version
-                self.local = _hub_failure(ref, error, self._storage)
-                if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
-                    raise self.local from error
-                self.is_online = False  # no connection: use the files in the cache
-        if not self.is_online:
+        try:
+            api = huggingface_hub.HfApi(endpoint=self._endpoint)
+            info = api.model_info(repo, files_metadata=True)
+            self.sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+            self._commit = info.sha
+        except Exception as error:  # the HTTP library, hence its errors, differs by version
+            self.offline = _hub_failure(ref, error, self._storage)
             self.sizes = _hub_cached(self._storage)
-            if not self.sizes:
-                raise self.local
+            is_refused = (errors.RepositoryNotFoundError, errors.HFValidationError)
+            if isinstance(error, is_refused) or not self.sizes:
+                raise self.offline from error
 
     def fetch(self, names: Sequence[str], progress: Progress | None) -> list[Path]:
         """Downloads these files if necessary; returns their paths."""
         import huggingface_hub
 
-        if self.is_online:
+        if not self.offline:
             self._require_space(names)
         meter = Meter(progress, sum(self.sizes[name] for name in names))
         paths, done = [], 0
@@ -128,7 +119,7 @@ class _Repository:
                         name,
                         revision=self._commit,
                         endpoint=self._endpoint,
-                        local_files_only=not self.is_online,
+                        local_files_only=self.offline is not None,
                     )
             except Exception as error:
                 raise _hub_failure(self._ref, error, self._storage) from error

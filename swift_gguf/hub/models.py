@@ -26,7 +26,7 @@ from typing import BinaryIO
 
 from swift_gguf.errors import ModelError
 from swift_gguf.hub import huggingface as hub
-from swift_gguf.hub.downloads import Meter, Progress, disk_reason, failed, not_downloaded, watch
+from swift_gguf.hub.downloads import Meter, Progress, disk_reason, failed, watch
 
 _CHUNK = 1 << 20  # bytes
 _STALE = 24 * 3600.0  # seconds; a running download writes much more often
@@ -118,8 +118,8 @@ def installed(entry: RegistryEntry) -> Path | None:
     return path if path.is_file() and path.stat().st_size == entry.size else None
 
 
-def resolve(ref: str, *, download: bool = True, progress: Progress | None = None) -> Path:
-    """The GGUF file of a reference; downloads it if necessary, unless `download` is false.
+def resolve(ref: str, *, progress: Progress | None = None) -> Path:
+    """The path of the GGUF file that `ref` names, downloaded first if necessary.
 
     An existing file comes first, then `hf:`, then the registry.  A split GGUF gives the path of
     its first part.  Raises ModelError if `ref` names nothing, DownloadError if the download fails.
@@ -131,14 +131,10 @@ def resolve(ref: str, *, download: bool = True, progress: Progress | None = None
     if path.is_file():
         return path
     if ref.startswith(hub.PREFIX):
-        return hub.fetch(ref, download=download, progress=progress)
+        return hub.fetch(ref, progress=progress)
     for entry in _REGISTRY:
         if entry.name == ref.casefold():
-            if (cached := installed(entry)) is not None:
-                return cached
-            if not download:
-                raise not_downloaded(ref)
-            return fetch(entry, progress=progress)
+            return installed(entry) or fetch(entry, progress=progress)
     if path.is_dir():
         raise ModelError(f"{ref} is a directory; give the path of a GGUF file in it")
     raise _unknown(ref, path)

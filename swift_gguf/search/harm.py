@@ -22,16 +22,14 @@ from swift_gguf.search.space import Space
 from swift_gguf.subnetwork import SubNetwork
 
 
-@dataclass(frozen=True)
+@dataclass
 class Scored:
     """What is known of one sub-network."""
 
     subnetwork: SubNetwork
-    positions: float
+    positions: float = 0.0
     """How many were seen; a fraction where evidence has aged."""
-    agreements: float
-    value: float
-    """The rate on the latest windows."""
+    agreements: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -20,27 +20,16 @@ import numpy as np
 from swift_gguf.search.drift import DriftWatch
 from swift_gguf.search.harm import Evidence, Scored
 from swift_gguf.search.objective import Comparison, Costs, Objective, Outcome, Rate, Window
-from swift_gguf.search.proposals import (
-    Bayesian,
-    HarmModel,
-    LocalMove,
-    Proposer,
-    RandomSubset,
-    check_bayes_opt,
-)
+from swift_gguf.search.proposals import HarmModel, LocalMove, RandomSubset
 from swift_gguf.search.space import Space
 from swift_gguf.subnetwork import SubNetwork
 
-PROPOSERS: Mapping[str, Proposer] = {
-    "random": RandomSubset(0.3),
-    "local": LocalMove(),
-    "model": HarmModel(),
-    "bayesian": Bayesian(0.45),
-}
 # On synthetic models (tests/unit/search_model.py) the harm model is quick to find the region and
 # local moves go on where it does not add up.  Random subsets never beat the even patterns there,
 # but on a real model one in a hundred did (docs/lab/search.md): harms add up less than planted.
-DEFAULT_WEIGHTS: Mapping[str, float] = {"local": 0.4, "model": 0.4, "random": 0.2}
+PROPOSERS = (LocalMove(), HarmModel(), RandomSubset(0.3))
+SHARES = (0.4, 0.4, 0.2)
+"""How often each of them is asked."""
 
 MAX_WINDOWS = 16  # whose outcomes a record keeps
 MAX_RECORDS = 1000
@@ -55,6 +44,8 @@ SECOND_CHANCES = 3
 MIN_POSITIONS = 96
 PROMOTE_Z = 2.0
 MAX_POSITIONS = 192
+# The share of the rate by which a new incumbent must certainly be faster to count as a gain.
+TOLERANCE = 0.005
 # What evidence is worth after the text has changed, and how much of it is kept as it is.
 AGED = 0.25
 KEPT_WINDOWS = 4
@@ -82,13 +73,10 @@ class Knowledge:
 
 
 @dataclass
-class _Record:
+class _Record(Scored):
     """All that was seen of a sub-network; outcomes of the latest windows only."""
 
-    subnetwork: SubNetwork
     outcomes: dict[Hashable, Outcome] = field(default_factory=dict)
-    positions: float = 0.0
-    agreements: float = 0.0
     value: float = 0.0  # the rate over the outcomes that are kept
 
     def add(self, key: Hashable, outcome: Outcome) -> None:
@@ -113,17 +101,11 @@ class Search:
         starts with the best of some even patterns.
     seen: outcomes of earlier searches; what they scored is not scored again to begin with.
     draft_max, p_min: see `Objective`.
-    weights: how often each of `PROPOSERS` is asked, by name.
     patience: the search is done when this many proposals in a row brought no certain gain.
-    tolerance: the share of the rate by which a new incumbent must certainly be faster for that.
 
     A window should serve for several steps: the first measures the incumbent again, the next ones
     the challengers (at most 4), and only then come new proposals.  Deterministic given the seed,
     the windows and the outcomes.
-
-    Raises:
-        ValueError: no or unknown proposers.
-        SwiftError: a package is missing that one of them needs.
     """
 
     def __init__(
@@ -135,21 +117,13 @@ class Search:
         seen: Mapping[SubNetwork, Mapping[Hashable, Outcome]] | None = None,
         draft_max: int = 8,
         p_min: float | None = None,
-        weights: Mapping[str, float] = DEFAULT_WEIGHTS,
         patience: int = 200,
-        tolerance: float = 0.005,
         seed: int = 0,
     ) -> None:
-        if not weights or not weights.keys() <= PROPOSERS.keys() or min(weights.values()) <= 0:
-            raise ValueError(f"weights must be above 0, of {', '.join(PROPOSERS)}; got {weights}")
-        if "bayesian" in weights:
-            check_bayes_opt()
         self.space = space
         self.objective = Objective(costs=costs, draft_max=draft_max, p_min=p_min)
         self.patience = patience
-        self.tolerance = tolerance
         self.seed = seed
-        self._weights = dict(weights)
         # a profile may be of a build that could skip more
         self._known = [subnetwork for subnetwork in known if subnetwork in space]
         self._records: dict[SubNetwork, _Record] = {}
@@ -258,11 +232,15 @@ class Search:
 
     def _propose(self, key: Hashable) -> SubNetwork | None:
         rng = np.random.default_rng((self.seed, self._steps))
-        evidence = self._evidence()
-        names = list(self._weights)
-        shares = np.array([self._weights[name] for name in names])
-        for name in rng.choice(names, 8, p=shares / shares.sum()):
-            candidate = PROPOSERS[str(name)].propose(evidence, rng)
+        evidence = Evidence(
+            space=self.space,
+            costs=self.objective.costs,
+            incumbent=self._incumbent,
+            scored=list(self._records.values()),
+            draft_max=self.objective.draft_max,
+        )
+        for number in rng.choice(len(PROPOSERS), 8, p=SHARES):
+            candidate = PROPOSERS[number].propose(evidence, rng)
             if candidate is not None and self._is_worth_scoring(candidate, key):
                 return candidate
         for _ in range(32):  # everything the sources can think of is known
@@ -274,23 +252,6 @@ class Search:
     def _is_worth_scoring(self, candidate: SubNetwork, key: Hashable) -> bool:
         outcomes = self._record(candidate).outcomes
         return not candidate.is_whole and key not in outcomes and len(outcomes) < SECOND_CHANCES
-
-    def _evidence(self) -> Evidence:
-        return Evidence(
-            space=self.space,
-            costs=self.objective.costs,
-            incumbent=self._incumbent,
-            scored=[
-                Scored(
-                    subnetwork=record.subnetwork,
-                    positions=record.positions,
-                    agreements=record.agreements,
-                    value=record.value,
-                )
-                for record in self._records.values()
-            ],
-            draft_max=self.objective.draft_max,
-        )
 
     # -- what it means -----------------------------------------------------------------------------
 
@@ -326,7 +287,7 @@ class Search:
         if enough and trial.difference > PROMOTE_Z * trial.standard_error:
             del self._challengers[challenger]
             certain = trial.difference - PROMOTE_Z * trial.standard_error
-            if certain > self.tolerance * self._records[self._incumbent].value:
+            if certain > TOLERANCE * self._records[self._incumbent].value:
                 self._fruitless = 0
             self._incumbent = challenger
             self._drift = DriftWatch()

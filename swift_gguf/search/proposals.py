@@ -99,19 +99,6 @@ class HarmModel:
         return best
 
 
-@dataclass(frozen=True)
-class Bayesian:
-    """SWIFT's second source: what a Gaussian process over all that was scored suggests (§4.1)."""
-
-    skip_ratio: float
-
-    def propose(self, evidence: Evidence, rng: np.random.Generator) -> SubNetwork | None:
-        """See `Proposer.propose`."""
-        values = [(item.subnetwork, item.value) for item in evidence.scored]
-        space = evidence.space
-        return gaussian_process(space, values, int(space.size * self.skip_ratio), rng)
-
-
 def check_bayes_opt() -> None:
     """To be called before a search begins, so that it does not fail on the way.
 

@@ -154,12 +154,6 @@ def test_an_unknown_name_gives_one_line_with_the_nearest(
         assert f"did you mean {suggestion}?" in message
 
 
-def test_nothing_is_downloaded_unless_asked(cache: Path) -> None:
-    with pytest.raises(ModelError, match="swift-gguf models pull smollm2-135m"):
-        models.resolve("smollm2-135m", download=False)
-    assert not cache.exists()
-
-
 def test_a_file_of_another_size_does_not_count_as_installed(cache: Path) -> None:
     entry = tiny()
     assert models.installed(entry) is None
@@ -535,13 +529,10 @@ def test_without_the_hub_what_was_fetched_still_serves(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.files = {"a-Q4_K_M.gguf": b"four", "a-Q8_0.gguf": b"eight"}
-    with pytest.raises(ModelError, match="run `swift-gguf models pull hf:owner/repo` first"):
-        models.resolve("hf:owner/repo", download=False)
     first = models.resolve("hf:owner/repo")
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_port()}")
-    for download in (True, False):
-        assert models.resolve("hf:owner/repo", download=download) == first
-        assert models.resolve("hf:owner/repo/a-Q4_K_M.gguf", download=download) == first
+    assert models.resolve("hf:owner/repo") == first
+    assert models.resolve("hf:owner/repo/a-Q4_K_M.gguf") == first
     with pytest.raises(DownloadError, match="no connection to the model hub") as caught:
         models.resolve("hf:owner/repo/a-Q8_0.gguf")
     one_line(caught.value)

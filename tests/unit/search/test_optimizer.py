@@ -322,24 +322,6 @@ def test_knowledge_is_of_the_portfolio_incumbent_first() -> None:
     assert knowledge[0].rate.positions >= 128
 
 
-def test_swift_s_sources_can_be_used_too() -> None:
-    pytest.importorskip("bayes_opt", reason="needs the extra search")
-    space = Space(6, range(6), range(6))
-    model = SyntheticModel.plant(space, 0)
-    search = Search(space, model.costs, weights={"random": 1.0, "bayesian": 1.0})
-    window = CountingWindow(SyntheticWindow(model, 0))
-    for _ in range(12):
-        search.step(window)
-    sizes = {int(0.3 * space.size), int(0.45 * space.size)}
-    assert {space.mask(s).sum() for s in window.asked[-4:]} <= sizes
-
-
-@pytest.mark.parametrize("weights", [{}, {"local": 0.0}, {"luck": 1.0}])
-def test_weights_that_make_no_sense_are_refused(weights: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="local"):
-        Search(SPACE, SyntheticModel.plant(SPACE, 0).costs, weights=weights)
-
-
 # -- proposals and the harm model ------------------------------------------------------------------
 
 
@@ -348,7 +330,7 @@ def evidence(model: SyntheticModel, n: int, *, seed: int = 0) -> Evidence:
     for i in range(n):
         subnetwork = SPACE.random(rng, 5)
         outcome = model.outcome(subnetwork, 200, i)
-        scored.append(Scored(subnetwork, 200, float(outcome.agrees.sum()), 1.0))
+        scored.append(Scored(subnetwork, 200, float(outcome.agrees.sum())))
     return Evidence(SPACE, model.costs, SPACE.every(ffn=3), scored, 8)
 
 
