@@ -28,7 +28,7 @@ class SourceStats:
         self.accepted_lengths[accepted] += 1
 
     def add(self, other: SourceStats) -> None:
-        """Another generation's."""
+        """Adds the counts of another generation."""
         self.drafts += other.drafts
         self.drafted += other.drafted
         self.accepted += other.accepted
@@ -80,7 +80,7 @@ class Stats:
             source.count(drafted=drafted, accepted=of_it)
 
     def add(self, other: Stats) -> None:
-        """The counts and seconds of another generation."""
+        """Adds the counts and seconds of another generation."""
         for name in _SUMS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name, source in other.sources.items():
