@@ -329,8 +329,8 @@ def test_a_json_schema_that_is_none(cli: Cli, model: Path, tmp_path: Path) -> No
     (tmp_path / "bad.json").write_text("{", encoding="utf-8")
     for flags, why in (
         (("-j", '{"type": "array", "uniqueItems": true}'), "uniqueItems"),
-        (("-j", "{"), "no JSON"),
-        (("-jf", tmp_path / "bad.json"), "no JSON"),
+        (("-j", "{"), "not JSON"),
+        (("-jf", tmp_path / "bad.json"), "not JSON"),
         (("-jf", tmp_path / "missing.json"), "missing.json"),
     ):
         done = cli("generate", model, "-p", "x", *flags)
