@@ -1,4 +1,4 @@
-"""The HTTP side: routes, and how a job's events become a response."""
+"""The HTTP routes, and how the events of a job become a response."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ PAGE_POLICY = (
 
 
 def create_app(service: Service) -> FastAPI:
-    """The application; its lifespan is the model's."""
+    """The application.  It loads the model when it starts and frees it when it ends."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -72,7 +72,7 @@ def create_app(service: Service) -> FastAPI:
         )
     openai = _openai_routes(service)
     app.include_router(openai, prefix="/v1")
-    app.include_router(openai, include_in_schema=False)  # as llama-server has them, too
+    app.include_router(openai, include_in_schema=False)  # llama-server has both paths
     app.include_router(_native_routes(service))
     app.include_router(_page_route())
     app.add_exception_handler(ApiError, _told)
@@ -145,7 +145,10 @@ def _native_routes(service: Service) -> APIRouter:
 
 
 def _page_route() -> APIRouter:
-    """The built-in page; read once, from the package.  It may run what it holds, nothing else."""
+    """The built-in page, read once from the package.
+
+    The browser runs only the scripts that are inside the page.
+    """
     router = APIRouter(include_in_schema=False)
     page = (files("swift_gguf.server") / "page.html").read_text(encoding="utf-8")
     policy = PAGE_POLICY.format(**{tag: _hash(page, tag) for tag in ("script", "style")})
@@ -159,18 +162,18 @@ def _page_route() -> APIRouter:
 
 
 def _hash(page: str, tag: str) -> str:
-    """Of what an element holds, as Content-Security-Policy names it."""
+    """The hash of an element's content, in the form of Content-Security-Policy."""
     text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
     return f"'sha256-{base64.b64encode(sha256(text.encode()).digest()).decode()}'"
 
 
 def _tokenize(service: Service, body: TokenizeRequest) -> Response:
-    """A whole response: the loop has none of its JSON to make."""
+    """The whole response, because the event loop should not spend time on its JSON."""
     text = _utf8(body.content)
     with service.vocabulary() as model:
         ids = model.tokenize(text, add_bos=body.add_special, special=body.parse_special)
         ids = one_bos(ids, model.token_bos()) if body.add_special else ids
-        # a long text has many tokens, of which few are different: each is put into JSON once
+        # a long text has many tokens but few different ones: convert each to JSON once
         shown = {id: _shown(model, id) if body.with_pieces else str(id) for id in set(ids)}
     return _ready(f'{{"tokens":[{",".join(map(shown.__getitem__, ids))}]}}')
 
@@ -181,10 +184,10 @@ def _shown(model: ServedLlama, id: int) -> str:
 
 
 def _detokenize(service: Service, body: DetokenizeRequest) -> Response:
-    """As `_tokenize`."""
+    """The whole response, as in `_tokenize`."""
     with service.vocabulary() as model:
         if any(token >= model.n_vocab() for token in body.tokens):
-            raise bad_request("there is no such token", param="tokens")
+            raise bad_request("a token id is not in the vocabulary", param="tokens")
         pieces = [library().token_bytes(model.vocab, id, special=True) for id in body.tokens]
     return _ready(_json({"content": b"".join(pieces).decode("utf-8", "replace")}))
 
@@ -193,7 +196,7 @@ def _utf8(text: str) -> bytes:
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError:
-        raise bad_request("a lone surrogate is no character", param="content") from None
+        raise bad_request("a lone surrogate is not a character", param="content") from None
 
 
 def _text_or_bytes(piece: bytes) -> str | list[int]:
@@ -209,12 +212,12 @@ def _text_or_bytes(piece: bytes) -> str | list[int]:
 async def _answer(
     service: Service, job: Job[ServedLlama], request: Request, *, stream: bool
 ) -> Response:
-    """The job's response; the job ends when the client leaves."""
+    """The job's response.  The job ends when the client disconnects."""
     events = job.events()
     try:
         first = await _unless_gone(request, anext(events))
         if stream:
-            # from here on the response itself watches the client
+            # from here on the response itself notices when the client disconnects
             return EventSourceResponse(_sse(service, job, events), sep="\n")
         async with aclosing(events):
             while isinstance(first, Started):
@@ -246,20 +249,20 @@ async def _sse(
 
 
 def _ready(text: str) -> Response:
-    """JSON as a response."""
+    """A response with this JSON."""
     return Response(text, media_type="application/json")
 
 
 def _json(value: object) -> str:
-    """llama_cpp's log-probabilities are numpy's numbers."""
+    """Compact JSON.  `default` converts the numpy numbers of llama_cpp's log-probabilities."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=float)
 
 
 async def _unless_gone(request: Request, awaitable: Awaitable[_T]) -> _T:
-    """What is awaited, unless the client leaves first.
+    """Awaits `awaitable`, unless the client disconnects first.
 
     Raises:
-        ApiError: GONE, then.
+        ApiError: the client has disconnected (status GONE).
     """
     wanted = asyncio.ensure_future(awaitable)
     gone = asyncio.ensure_future(_until_gone(request))
@@ -276,8 +279,8 @@ async def _unless_gone(request: Request, awaitable: Awaitable[_T]) -> _T:
 
 
 def _gone() -> ApiError:
-    """A new one each time: an exception that is raised again keeps the frames of every time."""
-    return ApiError(GONE, "the client has gone", code="client_gone")
+    """A new exception each time, because one that is raised twice keeps the frames of both."""
+    return ApiError(GONE, "the client has disconnected", code="client_gone")
 
 
 async def _until_gone(request: Request) -> None:
@@ -305,14 +308,14 @@ _IN_PLAIN_WORDS = {
     "model_type": "must be an object",
     "model_attributes_type": "must be an object",
 }
-"""Where pydantic speaks of Python's types."""
+"""Replaces messages of pydantic that name Python's types."""
 
 
 async def _invalid(_: Request, error: Exception) -> Response:
-    """OpenAI says 400 where FastAPI says 422."""
+    """Status 400 as in OpenAI's API, where FastAPI has 422."""
     assert isinstance(error, RequestValidationError)
     errors = error.errors()
-    # of what a field may be, kinds that this was not are told of first
+    # a field may have several types, and pydantic lists the wrong types first: prefer another error
     told = next((e for e in errors if not e["type"].endswith(("_type", "_parsing"))), errors[0])
     if told["type"] == "json_invalid":
         return _response(bad_request("the body is not valid JSON"))
@@ -326,7 +329,7 @@ async def _invalid(_: Request, error: Exception) -> Response:
 
 
 def _place(names: Sequence[str | int], body: Any, *, is_missing: bool) -> str:
-    """What of the body is meant; pydantic's names of kinds, which are no part of it, are cut."""
+    """The place in the body that an error is about, without pydantic's names of types."""
     place: list[str] = []
     for name in names:
         try:

@@ -1,4 +1,4 @@
-"""An answer, read by llama.cpp's reader for the model's template, as it comes."""
+"""Parses an answer while it is generated, with llama.cpp's parser for the chat template."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from swift_gguf.server.syntax import Syntax
 from swift_gguf.server.tools import MARKS
 
 _MARKING = frozenset("<>[]{}`|")
-"""Marks begin with one of these, or as the template's own do."""
+"""A mark begins with one of these characters, or with the first character of a template's mark."""
 _GROWTH = 512
-"""Of what has come, a part of this size must be new before all is read again..."""
+"""The text is parsed again when it has grown by 1/512, so that all parses together read at most
+512 times the answer."""
 _GROWTH_OF_CALLS = 16
-"""...and one of this while a call comes, of which nothing is told before its end: so all readings
-together read no more than so many times the answer."""
+"""Inside a call it is 1/16, because nothing of a call is sent before its end."""
 
 
 class ByTemplate:
-    """What of an answer is thought, said and called; all of it only grows."""
+    """The reasoning, the text and the tool calls of an answer.  All three only grow."""
 
     def __init__(self, syntax: Syntax) -> None:
         self.thought = self.said = ""
         self.calls: list[dict[str, str]] = []
-        """Whole ones."""
+        """Finished calls."""
         self._syntax = syntax
         self._text = ""
         self._n_read = 0
-        self._grows: str | None = None  # which of the two texts goes on
+        self._grows: str | None = None  # which of the two texts new tokens belong to
         self._is_calling = False
         firsts = {mark[:1] for mark in (*syntax.shown, syntax.thinking) if mark}
         self._marking = _MARKING | firsts
 
     def feed(self, text: str) -> None:
-        """Some more of the answer."""
+        """Adds the next text of the answer."""
         self._text += text
         if self._grows and not text[-1:].isspace() and self._marking.isdisjoint(text):
             setattr(self, self._grows, getattr(self, self._grows) + text)
@@ -42,7 +42,7 @@ class ByTemplate:
             return
         new = self._text[self._n_read :]
         if len(new) * (_GROWTH_OF_CALLS if self._is_calling else _GROWTH) < len(self._text):
-            self._grows = None  # what was left out may have been a mark
+            self._grows = None  # the text that is not parsed yet may be a mark
             return
         self._n_read = len(self._text)
         before = {"said": self.said, "thought": self.thought}
@@ -51,12 +51,12 @@ class ByTemplate:
             self._take(self._read(is_partial=True), is_over=False)
         for name, earlier in before.items():
             if new and not self._is_calling and getattr(self, name) == earlier + new:
-                self._grows = name  # all that is new belongs to it: no mark has begun
+                self._grows = name  # all new text belongs to it, so no mark has begun
 
     def finish(self, *, is_cut: bool) -> bool:
-        """The answer is over; is it one of this syntax, all in all?
+        """Ends the answer.  True if the whole answer follows the syntax.
 
-        is_cut: it was ended from outside; its last call may be unfinished.
+        is_cut: generation was stopped, so the last call may be unfinished.
         """
         try:
             said = self._read(is_partial=False)
@@ -73,8 +73,8 @@ class ByTemplate:
         return read
 
     def _to_its_end(self, said: str) -> str:
-        """What is said at the end of an answer, too, which the reader has taken for the beginning
-        of a mark, or for blanks before one."""
+        """`said` with the end of the answer, which the parser may take for the beginning of a mark
+        or for whitespace before one."""
         if said.strip() == self._text.strip():
             return self._text
         at = self._text.rfind(said) + len(said) if said else 0
@@ -84,7 +84,7 @@ class ByTemplate:
         return said + rest if is_half or is_no_call else said
 
     def _take(self, read: dict[str, Any], *, is_over: bool) -> bool:
-        """Takes what was read if it goes on from what was read before."""
+        """Takes the result of a parse if it continues the result of the last one."""
         thought, said, calls = read["reasoning_content"], read["content"], read["tool_calls"]
         whole = calls if is_over else calls[:-1]
         fits = bool(
@@ -101,7 +101,7 @@ class ByTemplate:
 
 
 def is_object(text: str) -> bool:
-    """Is it the JSON of an object?"""
+    """True if the text is a JSON object."""
     try:
         return isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):

@@ -1,7 +1,7 @@
-"""Calls as models write them, whatever their templates say: what stands between two marks, or is a
-whole answer.
+"""The forms in which models write tool calls, whatever their chat template says.
 
-Pure functions of text.  None: it is no call.
+A call stands between two marks, or it is the whole answer.  All functions are pure functions of
+text.  They return None if the text is not a call.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 
 FENCE = "```"
 _LANGUAGES = ("", "json", "tool_call")
-"""Of a fence that may hold a call."""
+"""Languages of a code fence that may hold a call."""
 _KEYS = ("name", "arguments", "parameters", "type", "function", "id")
-"""A call begins with one of these."""
+"""A call begins with one of these keys."""
 _ARGUMENTS = ("arguments", "parameters")
 _decoder = json.JSONDecoder()
 _SEPARATORS = " \t\r\n,;"
 _NAMED = re.compile(r"\s*(?:\[TOOL_CALLS\]\s*)?([A-Za-z0-9_.:/-]+)\s*(?:\[[A-Z_]+\]\s*)?(?=\{)")
-"""Mistral's newer form: a name, perhaps ``[ARGS]``, and the arguments."""
+"""Mistral's newer form: a name, ``[ARGS]`` in some versions, and the arguments."""
 _CUT = re.compile(
     r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")(?:\s*,\s*"(?:arguments|parameters)"\s*:\s*)?',
 )
@@ -31,7 +31,7 @@ _CUT = re.compile(
 class Form:
     """A call.
 
-    arguments: the text of a JSON object, of which a call that was cut has a part.
+    arguments: the text of a JSON object.  In a call that was cut off, it is incomplete.
     """
 
     name: str
@@ -39,10 +39,12 @@ class Form:
 
 
 def calls_in(text: str, tools: Mapping[str, Mapping[str, Any]]) -> list[Form] | None:
-    """The calls that are all of `text`: JSON objects, a list of them, one of Qwen3-Coder's or
-    Mistral's forms; perhaps in a fence.
+    """The calls in `text`, if it consists of calls only.
 
-    tools: schemas of parameters, by name.
+    A call is a JSON object, alone or in a list, or has Qwen3-Coder's or Mistral's form.  A code
+    fence around the calls is allowed.
+
+    tools: the schemas of the parameters, by the tool's name.
     """
     text = _without_fence(text.strip())
     try:
@@ -58,7 +60,10 @@ def calls_in(text: str, tools: Mapping[str, Mapping[str, Any]]) -> list[Form] | 
 
 
 def bare_calls(text: str, tools: Mapping[str, Mapping[str, Any]]) -> list[Form] | None:
-    """The calls that are a whole answer without marks: of tools there are, with arguments."""
+    """The calls of an answer that has no marks and consists of calls only.
+
+    Each must name one of the tools and have arguments.
+    """
     try:
         objects = list(_objects(_without_fence(text.strip())))
     except (ValueError, RecursionError):
@@ -70,7 +75,7 @@ def bare_calls(text: str, tools: Mapping[str, Mapping[str, Any]]) -> list[Form] 
 
 
 def cut_call(text: str) -> Form | None:
-    """A call that was cut, as soon as its name is known, with the arguments so far."""
+    """A call that was cut off after its name, with the arguments as far as they go."""
     match = _CUT.match(text)
     if match is None:
         return None
@@ -79,14 +84,14 @@ def cut_call(text: str) -> Form | None:
     try:
         name = json.loads(match[1])
         if has_arguments:
-            rest = rest[: _decoder.raw_decode(rest)[1]]  # what follows them is the wrapper's
+            rest = rest[: _decoder.raw_decode(rest)[1]]  # without the closing braces
     except (ValueError, RecursionError):
         pass
     return Form(str(name), rest if has_arguments else "")
 
 
 def may_be_bare(text: str, names: Sequence[str]) -> bool | None:
-    """Does an answer that begins like this call something without marks?  None: not known yet."""
+    """True if an answer that begins with `text` is a call without marks.  None: not known yet."""
     rest = text.lstrip()
     if FENCE.startswith(rest[:3]):
         if len(rest) < 3:
@@ -132,10 +137,10 @@ def _without_fence(text: str) -> str:
 
 
 def _objects(text: str) -> Iterator[Any]:
-    """JSON values one after the other; those of lists one by one.
+    """The JSON values in the text, one after the other.  Lists are flattened.
 
     Raises:
-        ValueError: there is something else.
+        ValueError: the text has something else in it.
     """
     at = 0
     while at < len(text):
@@ -148,7 +153,7 @@ def _objects(text: str) -> Iterator[Any]:
 def _call(value: Any, *, needs_arguments: bool = False) -> Form | None:
     if not isinstance(value, dict):
         return None
-    if isinstance(inner := value.get("function"), dict):  # as OpenAI has it
+    if isinstance(inner := value.get("function"), dict):  # OpenAI's form
         value = inner
     name = value.get("name", value.get("function"))
     given = next((value[key] for key in _ARGUMENTS if key in value), None)
@@ -161,8 +166,7 @@ def _call(value: Any, *, needs_arguments: bool = False) -> Form | None:
 
 
 def object_text(arguments: Any) -> str | None:
-    """Arguments as the text of a JSON object, which is what clients take apart; None: they are
-    none."""
+    """Arguments as the text of a JSON object, which clients expect.  None: not valid arguments."""
     if isinstance(arguments, str):
         if arguments.strip() in ("", "null"):
             return "{}"
@@ -186,8 +190,10 @@ def _named(text: str, match: re.Match[str] | None) -> list[Form] | None:
 
 
 def _tagged(text: str, tools: Mapping[str, Mapping[str, Any]]) -> list[Form] | None:
-    """``<function=name><parameter=key>value</parameter></function>``, or with the JSON of the
-    arguments inside (Llama 3.1), once or more."""
+    """Calls of the form ``<function=name><parameter=key>value</parameter></function>``.
+
+    Llama 3.1 writes the arguments as JSON inside ``<function=name>``.
+    """
     calls = []
     while text:
         head, begin, text = text.partition("<function=")
@@ -223,7 +229,7 @@ def _parameters(text: str, schema: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _value(text: str, schema: Any) -> Any:
-    """A value that stands between tags as it is: JSON, unless it is to be a text."""
+    """A value between tags.  It is read as JSON, unless the schema says that it is a string."""
     if isinstance(schema, dict) and schema.get("type") == "string":
         return text
     try:

@@ -1,4 +1,4 @@
-"""What clients may ask of a chat."""
+"""The request of POST /v1/chat/completions."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from swift_gguf.templates import Continued, Prompting, check_variables, with_rea
 
 
 def _object(value: Any) -> Any:
-    """Some clients send an object as text."""
+    """An object, which some clients send as a JSON text."""
     if isinstance(value, str):
         try:
             return json.loads(value)
         except (ValueError, RecursionError):
-            raise ValueError("it is neither an object nor the JSON text of one") from None
+            raise ValueError("must be an object, or the JSON text of an object") from None
     return value
 
 
@@ -50,11 +50,11 @@ def _variables(value: dict[str, Any]) -> dict[str, Any]:
 
 
 Variables = Annotated[Json, BeforeValidator(_object), AfterValidator(_variables)]
-"""Of a chat template."""
+"""Variables of a chat template."""
 
 
 class Thinking(Body):
-    """As DeepSeek's, GLM's and Kimi's APIs have it; a budget of tokens cannot be held."""
+    """The field of DeepSeek's, GLM's and Kimi's APIs.  A token budget is not supported."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -62,7 +62,7 @@ class Thinking(Body):
 
     @property
     def wanted(self) -> bool | None:
-        """None: as the template has it."""
+        """None: the template's default."""
         return {"enabled": True, "disabled": False}.get(self.type)
 
 
@@ -79,25 +79,25 @@ class ChatRequest(Sampling):
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool = True
     functions: Annotated[list[Function], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
-    """What tools were before; an answer then has a `function_call`."""
+    """The old form of `tools`.  The answer then has a `function_call`."""
     function_call: Literal["none", "auto"] | FunctionName | None = None
     chat_template_kwargs: Variables = Field(default_factory=dict)
     enable_thinking: bool | None = None
     thinking: Thinking | None = None
     reasoning_effort: Name | None = None
     reasoning_format: Literal["none", "auto", "deepseek"] = "auto"
-    """none: thoughts are part of the content, as the model writes them."""
+    """none: the reasoning stays in the content, as the model writes it."""
     continue_final_message: bool | Continued | None = None
-    """None: if it is an answer, and calls nothing; llama-server's choice, too."""
+    """None: continue the last message if it is an answer without calls, as llama-server does."""
     add_generation_prompt: bool | None = None
     echo: bool = False
-    """Does what is continued come again, before what is new?"""
+    """True: the answer begins with the text that it continues."""
 
     @field_validator("add_generation_prompt")
     @classmethod
     def _new_or_old(cls, wanted: bool | None, info: ValidationInfo) -> bool | None:
         if wanted and info.data.get("continue_final_message"):
-            raise ValueError("a message is continued or a new one begun, not both")
+            raise ValueError("cannot be combined with continue_final_message")
         return wanted
 
     @field_validator("functions")
@@ -109,12 +109,12 @@ class ChatRequest(Sampling):
 
     @property
     def is_legacy(self) -> bool:
-        """Does it have `functions` for tools?"""
+        """True if the request has `functions` instead of `tools`."""
         return self.functions is not None
 
     @property
     def choice(self) -> Literal["none", "auto", "required"] | ToolChoice | None:
-        """`tool_choice`, however it is said."""
+        """`tool_choice`, or the old `function_call`."""
         if isinstance(self.function_call, FunctionName):
             return ToolChoice(function=self.function_call)
         return self.function_call if self.is_legacy else self.tool_choice
@@ -128,17 +128,17 @@ class ChatRequest(Sampling):
 
     @property
     def must_call(self) -> bool:
-        """Is the answer a call, and nothing else?"""
+        """True if the answer must be a call."""
         return bool(self.offered) and self.choice not in (None, "auto")
 
     @property
     def calls_once(self) -> bool:
-        """May there be one call at most?"""
+        """True if the answer may have at most one call."""
         return self.is_legacy or not self.parallel_tool_calls
 
     @property
     def continued(self) -> Continued | None:
-        """What of the last message goes on, if it does."""
+        """The part of the last message that the answer continues, if there is one."""
         last, wanted = self.messages[-1], self.continue_final_message
         if isinstance(wanted, str):
             return wanted
@@ -151,8 +151,8 @@ class ChatRequest(Sampling):
 
     @property
     def prompted(self) -> list[Message]:
-        """The messages that the prompt is made of: an answer that says nothing yet is none, unless
-        it is to be continued."""
+        """The messages of the prompt.  An empty answer at the end is dropped, unless the request
+        says that it is to be continued."""
         last = self.messages[-1]
         is_blank = last.role == "assistant" and not (last.content or last.thought or last.calls)
         begins = is_blank and self.continued is None and self.add_generation_prompt is not False
@@ -160,16 +160,16 @@ class ChatRequest(Sampling):
 
     @property
     def prefix(self) -> str:
-        """The text that goes on."""
+        """The text that the answer continues."""
         last = self.messages[-1]
         if self.continued is None:
             return ""
         return last.thought if self.continued == "reasoning_content" else last.text
 
     def prompting(self, defaults: Mapping[str, Any]) -> Prompting:
-        """How the template makes the prompt.
+        """How the template renders the prompt.
 
-        defaults: its variables that the server was started with.
+        defaults: the template variables that the server was started with.
         """
         thinks = self.enable_thinking
         if thinks is None and self.thinking is not None:
@@ -182,6 +182,6 @@ class ChatRequest(Sampling):
         )
 
     def limit(self, n_predict: int | None) -> int | None:
-        """Of tokens, for each choice."""
+        """The limit of tokens for each choice."""
         asked = self.max_completion_tokens
         return lesser(self.max_tokens if asked is None else asked, n_predict)

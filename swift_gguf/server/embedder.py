@@ -1,4 +1,4 @@
-"""Embeddings from the model's own weights, in a small context beside the one that generates."""
+"""Embeddings with the model's own weights, in a small context of their own."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from swift_gguf.errors import DecodeError, ModelError
 from swift_gguf.native import StopFlag, library
 
 MAX_TOKENS = 2048
-"""Of one text: a mean needs all of them in one pass, and memory for that."""
+"""Tokens of a text.  Pooling needs the whole text in one batch, and that takes memory."""
 MEAN = 1  # LLAMA_POOLING_TYPE_MEAN
 
 
 class Embedder:
-    """A context for embeddings.  llama.cpp pools: as the model says, else the mean of all tokens.
+    """A context for embeddings.  llama.cpp pools them.
 
-    model: llama.cpp's, which stays its owner's.
+    model: llama.cpp's model.  `close` does not free it.
+    pools: the model has a pooling type of its own.  False: the mean of all tokens.
     """
 
     def __init__(self, model: Any, *, n_threads: int, pools: bool, stop: StopFlag) -> None:
@@ -34,12 +35,12 @@ class Embedder:
             params.pooling_type = MEAN
         self._ctx = api.llama_init_from_model(model, params)
         if not self._ctx:
-            raise ModelError("no context for embeddings; is there memory left?")
+            raise ModelError("cannot create a context for embeddings: free some memory")
         library().set_stop_flag(self._ctx, stop)
         self._batch = api.llama_batch_init(self.n_max, 0, 1)
 
     def embed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Of length 1, float32 [n_embd].
+        """The embedding as a vector of length 1, float32 [n_embd].
 
         Raises:
             DecodeError: llama.cpp failed.
@@ -60,7 +61,7 @@ class Embedder:
         return vector / np.float32(norm) if norm else vector
 
     def close(self) -> None:
-        """Frees the context; safe to call twice."""
+        """Frees the context.  May be called twice."""
         if self._ctx:
             self._api.llama_batch_free(self._batch)
             self._api.llama_free(self._ctx)

@@ -52,15 +52,15 @@ def _tokens(text: str | list[int], llama: ServedLlama, n_max: int) -> list[int]:
         try:
             tokens: list[int] = llama.tokenize(text.encode("utf-8"), add_bos=True)
         except UnicodeEncodeError:
-            raise bad_request("a lone surrogate is no character", param="input") from None
+            raise bad_request("a lone surrogate is not a character", param="input") from None
         except ContextFullError as error:
             raise bad_request(one_line(error), param="input") from error
     else:
         tokens = text
         if any(token >= llama.n_vocab() for token in tokens):
-            raise bad_request("there is no such token", param="input")
+            raise bad_request("a token id is not in the vocabulary", param="input")
     if not 0 < len(tokens) <= n_max:
         raise bad_request(
-            f"a text has {len(tokens)} tokens; from 1 to {n_max} can be embedded", param="input"
+            f"a text has {len(tokens)} tokens; it must have 1 to {n_max}", param="input"
         )
     return tokens

@@ -10,7 +10,7 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 
 
 class ApiError(SwiftError):
-    """What a client is told: an HTTP status and OpenAI's `error` object."""
+    """An error for the client: an HTTP status and OpenAI's `error` object."""
 
     def __init__(
         self,
@@ -48,15 +48,15 @@ class ApiError(SwiftError):
 
 
 def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
-    """The client's fault, status 400."""
+    """Status 400: the request is wrong."""
     return ApiError(400, message, param=param, code=code)
 
 
 def unavailable(message: str, *, code: str, retry_s: float) -> ApiError:
-    """503: the same request may succeed later."""
+    """Status 503: the same request may succeed later."""
     return ApiError(503, message, code=code, retry_s=retry_s)
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, in a line."""
+    """The message of an exception in one line."""
     return " ".join(str(error).split())[:500] or type(error).__name__

@@ -10,8 +10,10 @@ PACKAGES = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client")
 
 
 def require() -> None:
-    """Raises:
-    SwiftError: one is missing.
+    """Checks that they are installed.
+
+    Raises:
+        SwiftError: one is missing.
     """
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:

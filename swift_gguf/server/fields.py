@@ -1,8 +1,8 @@
-"""Fields of requests that are not held here, and what becomes of them.
+"""Fields of requests that the server does not support.
 
-A field that would change the answer is refused by its name, unless it says what is so anyway.  One
-that changes nothing of the answer is taken.  What is in neither list is nobody's that we know:
-clients send much of their own, and it is let pass.
+A field that would change the answer is refused, unless its value is the server's own behaviour.
+A field that does not change the answer is ignored.  Unknown fields are ignored too, because many
+clients send fields of their own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from swift_gguf.server.errors import bad_request
 HARMLESS = frozenset(
     {
         "metadata",
-        "prediction",  # a guess at the answer, which stays what it is
+        "prediction",  # a guess at the answer, which does not change the answer
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
@@ -24,7 +24,7 @@ HARMLESS = frozenset(
         "user",
     }
 )
-"""Of OpenAI's, those that change nothing of an answer."""
+"""Fields of OpenAI's API that do not change the answer."""
 
 UNHELD: dict[str, tuple[Any, ...]] = {
     # OpenAI's
@@ -89,10 +89,10 @@ INSTEAD = {
 
 
 def refuse_unheld(given: Mapping[str, Any]) -> None:
-    """Of a request's fields as they came.
+    """Checks the fields of a request.
 
     Raises:
-        ApiError: one of them cannot be held.
+        ApiError: one of them is not supported.
     """
     for name, neutral in UNHELD.items():
         value = given.get(name)
@@ -103,5 +103,5 @@ def refuse_unheld(given: Mapping[str, Any]) -> None:
 
 
 def _kind(value: Any) -> type:
-    """0 is 0.0, and not False."""
+    """The type of a value, where 0 equals 0.0 but not False."""
     return float if type(value) is int else type(value)

@@ -1,4 +1,4 @@
-"""Calls as clients had them before there were tools: `function_call`, one an answer."""
+"""The old form of tool calls in OpenAI's API: one `function_call` in an answer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Choice = dict[str, Any]
 
 
 def first_in_message(choice: Choice) -> Choice:
-    """A choice of a chat completion, with the first of its calls alone."""
+    """A choice of a chat completion with its first call only."""
     message = choice["message"]
     if not message.get("tool_calls"):
         return choice
@@ -17,7 +17,7 @@ def first_in_message(choice: Choice) -> Choice:
 
 
 def first_in_stream(choices: Iterator[Choice]) -> Iterator[Choice]:
-    """Choices of chunks, with the parts of the first call alone."""
+    """Choices of chunks with the parts of the first call only."""
     for choice in choices:
         calls = choice["delta"].get("tool_calls")
         if not calls:
@@ -27,12 +27,12 @@ def first_in_stream(choices: Iterator[Choice]) -> Iterator[Choice]:
 
 
 def in_message(choice: Choice) -> Choice:
-    """A choice with one call, as `function_call`."""
+    """A choice with its one call as `function_call`."""
     return _renamed(choice, "message")
 
 
 def in_stream(choices: Iterator[Choice]) -> Iterator[Choice]:
-    """Choices of chunks with one call, as `function_call`."""
+    """Choices of chunks with their one call as `function_call`."""
     return (_renamed(choice, "delta") for choice in choices)
 
 

@@ -1,7 +1,7 @@
-"""Grammars from clients, checked before llama.cpp meets them.
+"""Checks the grammars of clients before llama.cpp parses them.
 
-What a few bytes could blow up to is limited here: the repetitions of a grammar, which llama.cpp
-writes out, are counted.
+llama.cpp writes out the repetitions of a grammar, so a few bytes may need much memory.  The size
+with all repetitions written out is limited here.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from swift_gguf.server.options import (
     MAX_REPETITION,
 )
 
-# comments, literals, classes, repetitions; anything else a character at a time.  What is not closed
-# goes to the end: to look for it from every bracket would take for ever.
+# Comments, literals, character classes, repetitions, and any other character.  An unclosed literal
+# or class goes to the end of the text.  To look for its end from every bracket would take too long.
 _TOKEN = re.compile(
     r"""#[^\n]*|"(?:[^"\\]|\\.)*"?|\[(?:[^\]\\]|\\.)*\]?|\{[^}]*\}?|\S""", re.DOTALL
 )
@@ -29,22 +29,23 @@ _COUNT = re.compile(r"\d+")
 
 
 def check(vocab: Any, gbnf: str, *, param: str) -> None:
-    """Does llama.cpp take the grammar?  In the model's thread.
+    """Checks that llama.cpp accepts the grammar.  Called in the model's thread.
 
     Raises:
-        ApiError: it does not parse, or is too large when repetitions are written out.
+        ApiError: it does not parse, or it is too large with its repetitions written out.
     """
     depth, size = 0, 0
-    for character in gbnf:  # brackets in literals count too: the parser's stack is finite
+    # llama.cpp's parser recurses into groups, and its stack is finite; literals count, too
+    for character in gbnf:
         depth += (character == "(") - (character == ")")
         if depth > MAX_DEPTH * 32:
-            raise bad_request("the grammar is nested too deep", param=param)
+            raise bad_request("the grammar is nested too deep; make it flatter", param=param)
     for count, length in _repetitions(gbnf):
         size += count * length
         if count > MAX_REPETITION:
-            raise bad_request(f"repetitions may not go beyond {MAX_REPETITION}", param=param)
+            raise bad_request(f"a repetition may be at most {MAX_REPETITION}", param=param)
         if size > MAX_GRAMMAR_SIZE:
-            raise bad_request("the grammar's repetitions come to too much", param=param)
+            raise bad_request("the grammar has too many repetitions; use fewer", param=param)
     try:
         library().api.llama_sampler_free(grammar_sampler(vocab, gbnf))
     except GrammarError as error:
@@ -52,7 +53,7 @@ def check(vocab: Any, gbnf: str, *, param: str) -> None:
 
 
 def _repetitions(gbnf: str) -> Iterator[tuple[int, int]]:
-    """How often something is repeated, and its length at most, in characters."""
+    """Yields the count of each repetition, and the greatest length of its item in characters."""
     length = 0
     for token in map(str, _TOKEN.findall(gbnf)):
         if token.startswith("{"):

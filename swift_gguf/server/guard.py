@@ -1,4 +1,4 @@
-"""What every request must pass before it is looked at: who asks, from where, and how much."""
+"""Checks every request before it is handled: API key, origin, content type and size."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ BUSY_RETRY_S = 5.0
 
 
 class ClientGone(Exception):
-    """The client left before its request was there."""
+    """The client disconnected before its request had arrived."""
 
 
 class Room:
-    """Bytes that all requests share."""
+    """Memory in bytes that the bodies of all requests share."""
 
     def __init__(self, size: int) -> None:
         self.left = size
 
 
 class Share:
-    """What one request has of a room."""
+    """The memory that one request uses of a `Room`."""
 
     def __init__(self, room: Room) -> None:
         self._room, self._size = room, 0
 
     def take(self, n: int) -> bool:
-        """So many bytes more; False: there are not as many left."""
+        """Takes `n` more bytes.  False: too few are left."""
         if n > self._room.left:
             return False
         self._room.left -= n
@@ -44,13 +44,13 @@ class Share:
         return True
 
     def give_back(self) -> None:
-        """All of it."""
+        """Gives all bytes back."""
         self._room.left += self._size
         self._size = 0
 
 
 class Guard:
-    """ASGI middleware: key, origin, size and patience; and headers on whatever leaves."""
+    """ASGI middleware that checks requests, limits their time, and sets a header on responses."""
 
     def __init__(self, app: ASGIApp, *, options: ServerOptions) -> None:
         self._app, self._options = app, options
@@ -97,10 +97,10 @@ class Guard:
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
     def _check_origin(self, headers: Headers) -> None:
-        """A page that the person visits must not talk to a server that needs no key.
+        """Without a key, web pages of other sites must not use the server.
 
-        Browsers say where a page comes from; and a foreign name that leads to this machine (DNS
-        rebinding) shows in Host.
+        Browsers send the page's origin.  The Host header shows another site's name that resolves
+        to this machine (DNS rebinding).
         """
         if self._key is not None:
             return
@@ -118,16 +118,16 @@ class Guard:
             )
 
     def _check_kind(self, scope: Scope, headers: Headers) -> None:
-        """Other sites' pages may send anything but JSON unasked.
+        """Requires JSON: browsers let other sites' pages send any other type without asking.
 
-        Who has the key is none of them: `curl -d` is taken as it comes.
+        A client with the key is not such a page, so `curl -d` works without a content type.
         """
         kind = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
         if self._key is not None:
             MutableHeaders(scope=scope)["content-type"] = "application/json"
         elif kind != "application/json":
             raise ApiError(
-                415, f"send JSON, as Content-Type: application/json; this is {kind}", code="no_json"
+                415, f"send JSON with Content-Type: application/json, not {kind}", code="no_json"
             )
 
     async def _whole_body(self, headers: Headers, receive: Receive, share: Share) -> Receive:
@@ -145,7 +145,9 @@ class Guard:
 
     async def _read(self, headers: Headers, receive: Receive, share: Share) -> bytes:
         limit = self._options.max_body
-        too_large = ApiError(413, f"more than {limit} bytes; see --max-body", code="too_large")
+        too_large = ApiError(
+            413, f"the request has more than {limit} bytes; see --max-body", code="too_large"
+        )
         length = headers.get("content-length", "")
         if length.isdigit() and int(length[:20]) > limit:
             raise too_large
@@ -161,22 +163,22 @@ class Guard:
                 raise too_large
             if fits := fits and share.take(len(part)):
                 parts.append(part)
-            else:  # the rest is read all the same: who still sends does not hear an answer
+            else:  # read the rest, because a client reads the response only after it has sent all
                 share.give_back()
                 parts.clear()
             more = message.get("more_body", False)
         if not fits:
-            raise _busy("the requests under way are too large together")
+            raise _busy("the current requests together are too large")
         return b"".join(parts)
 
 
 def refusal(error: ApiError) -> JSONResponse:
-    """For a request whose body may not have been read: its connection ends."""
+    """The response to a request whose body may be unread: it closes the connection."""
     return JSONResponse(error.body, error.status, {**error.headers, "Connection": "close"})
 
 
 async def too_many(scope: Scope, receive: Receive, send: Send) -> None:
-    """The ASGI application of connections that are too many."""
+    """The ASGI application of connections beyond the limit."""
     await refusal(_busy("there are too many connections"))(scope, receive, send)
 
 

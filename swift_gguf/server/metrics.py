@@ -1,4 +1,4 @@
-"""What the server did, in Prometheus' form and by llama-server's names."""
+"""Metrics for Prometheus, with llama-server's names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WAITS_S = (0.001, 0.01, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 class Metrics(Collector):
     """Sums over all requests.
 
-    waiting, running: how many requests do so now.
+    waiting, running: the number of requests that wait or run now.
     """
 
     def __init__(self, *, waiting: Callable[[], int], running: Callable[[], int]) -> None:
@@ -28,7 +28,7 @@ class Metrics(Collector):
         self._registry.register(self)
         self._wait = Histogram(
             "swift_gguf:queue_seconds",
-            "Time requests waited for their turn.",
+            "Time requests waited in the queue.",
             buckets=_WAITS_S,
             registry=self._registry,
         )
@@ -64,7 +64,7 @@ class Metrics(Collector):
             ("prompt_seconds", "Prompt process time.", total.prompt_s),
             ("tokens_predicted", "Number of generation tokens processed.", total.predicted_n),
             ("tokens_predicted_seconds", "Predict process time.", total.predicted_s),
-            ("n_decode", "Passes of the whole model.", total.passes),
+            ("n_decode", "Forward passes of the full model.", total.passes),
             ("n_drafted", "Number of tokens drafted.", total.drafted),
             ("n_drafted_accepted", "Number of draft tokens accepted.", total.accepted),
         ):

@@ -1,9 +1,8 @@
-"""An answer's text as what is thought, said and called: `reasoning_content`, `content` and
-`tool_calls`.
+"""Splits an answer into `reasoning_content`, `content` and `tool_calls`.
 
-Three readers, one after the other: llama.cpp's for the model's template, where it has a syntax
-(`by_template`); the marks around thoughts (`Thoughts`); calls in any form (`tools`).  What turns
-out to be no answer of the template's syntax is read by the other two alone.
+Three parsers read the answer, one after the other: llama.cpp's parser for the chat template
+(`by_template`), the one for marks around the reasoning (`Thoughts`), and the one for calls in any
+form (`tools`).  If the answer does not follow the template's syntax, only the last two read it.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ from swift_gguf.text.thinking import Thoughts
 Choice = dict[str, Any]
 
 OPEN = "<think>"
-"""Thoughts begin; what opens them in a prompt may be another mark."""
+"""Opens the reasoning in an answer.  A template may use another mark in the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What an answer may be made of.
+    """What an answer may consist of.
 
-    tools: those that may be called; without any, calls are not looked for.
-    must_call: it is the JSON of a call, and nothing else.
-    splits: are thoughts told apart?
-    before: what of the answer the prompt has already.
-    syntax: how the template has answers written.
+    tools: the tools that may be called.  Without tools the answer is not searched for calls.
+    must_call: the answer is the JSON of a call, and nothing else.
+    splits: the reasoning is split from the content.
+    before: the beginning of the answer that is already in the prompt.
+    syntax: the template's syntax of answers.
     """
 
     tools: Sequence[Tool] = ()
@@ -43,12 +42,12 @@ class Expected:
 
 
 class Answer:
-    """Reads an answer as it comes.  What is thought, said and called only grows."""
+    """Parses an answer while it is generated.  Its reasoning, text and calls only grow."""
 
     def __init__(self, expected: Expected) -> None:
         self.thought = self.said = ""
         self.calls: list[dict[str, Any]] = []
-        """OpenAI's `tool_calls`, each as soon as it is whole."""
+        """OpenAI's `tool_calls`, each as soon as it is finished."""
         self._expected = expected
         self._text = ""
         self._calls = Calls(expected.tools, bare=expected.must_call) if expected.tools else None
@@ -58,14 +57,14 @@ class Answer:
         if expected.splits and not (expected.syntax and expected.syntax.thinking):
             self._thoughts = Thoughts()
             before = self._thoughts.skip(before)
-        # a call that has begun before: as text, that part of it would be told again
+        # the prompt may end inside a call; if it turns out to be text, do not send that part again
         self._n_before = len(before) - len(self._calls.feed(before)) if self._calls else 0
-        self._n_said = 0  # of what the template's reader says
-        self._n_loose = self._n_by_template = 0  # calls that each reader has found
+        self._n_said = 0  # characters taken from the template's parser
+        self._n_loose = self._n_by_template = 0  # calls that each parser has found
         self._is_over = False
 
     def feed(self, text: str) -> None:
-        """Some more of the answer."""
+        """Adds the next text of the answer."""
         self._text += text
         if self._thoughts:
             self._sort(self._thoughts.feed(text))
@@ -73,9 +72,9 @@ class Answer:
             self._read(text)
 
     def finish(self, *, is_cut: bool) -> None:
-        """The answer is over.
+        """Ends the answer.
 
-        is_cut: it was ended from outside; the last call may be unfinished.
+        is_cut: generation was stopped, so the last call may be unfinished.
         """
         self._is_over = True
         if self._thoughts:
@@ -90,12 +89,12 @@ class Answer:
 
     @property
     def is_whole(self) -> bool:
-        """Has the last call its end?"""
+        """True if the last call is finished."""
         return not self.calls or is_object(self.calls[-1]["function"]["arguments"])
 
     @property
     def shown(self) -> str:
-        """What can be shown of what is said: blanks before a call are no part of it."""
+        """The text to send.  Whitespace before a call is not part of it."""
         is_open = bool(self._calls) and not self._is_over
         return self.said.rstrip() if is_open or self.calls else self.said
 
@@ -114,7 +113,7 @@ class Answer:
             self._say(text)
 
     def _look(self) -> None:
-        """Takes what the template's reader has found."""
+        """Takes what the template's parser has found."""
         assert self._template
         if self._template.thought:
             self.thought = self._template.thought.strip()
@@ -138,7 +137,7 @@ class Answer:
         self._add()
 
     def _add(self) -> None:
-        """Calls that were found since."""
+        """Adds the calls that were found since the last time."""
         if self._calls is None:
             return
         for call in self._calls.found[self._n_loose :]:
@@ -151,18 +150,18 @@ class Answer:
         self._n_by_template = len(given)
 
     def _read_plainly(self, *, is_cut: bool) -> None:
-        """Reads all of it again, without the template; what is told already stays told."""
+        """Parses the whole answer again without the template.  What was sent stays as it is."""
         plain = Answer(replace(self._expected, syntax=None))
         plain.feed(self._text)
         plain.finish(is_cut=is_cut)
         self.thought = _going_on(self.thought, plain.thought)
-        # the template's reader tells no blanks that come first
+        # the template's parser drops leading whitespace
         self.said = _going_on(self.shown, plain.said.lstrip())
         self.calls += plain.calls[len(self.calls) :]
 
 
 def _going_on(told: str, text: str) -> str:
-    """`text`, in so far as it goes on from what is told."""
+    """`told`, continued by what follows it in `text`, if `text` contains it."""
     at = text.find(told.strip())
     return (
         told
@@ -172,7 +171,7 @@ def _going_on(told: str, text: str) -> str:
 
 
 def in_message(choice: Choice, expected: Expected) -> Choice:
-    """A choice of a chat completion whose content is the whole answer, read."""
+    """Parses a choice of a chat completion whose content is the whole answer."""
     answer = Answer(expected)
     answer.feed(choice["message"]["content"] or "")
     answer.finish(is_cut=choice["finish_reason"] == "length")
@@ -188,9 +187,9 @@ def in_message(choice: Choice, expected: Expected) -> Choice:
 
 
 def in_stream(choices: Iterator[Choice], expected: Callable[[], Expected]) -> Iterator[Choice]:
-    """Choices of chunks, read; each call comes in one chunk.
+    """Parses choices of chunks.  Each call comes in one chunk.
 
-    expected: asked when the first chunk is there.
+    expected: called when the first chunk arrives.
     """
     answer: Answer | None = None
     told = {"reasoning_content": 0, "content": 0, "tool_calls": 0}
@@ -200,7 +199,7 @@ def in_stream(choices: Iterator[Choice], expected: Callable[[], Expected]) -> It
         answer.feed(choice["delta"].get("content") or "")
         if choice["finish_reason"]:
             answer.finish(is_cut=choice["finish_reason"] == "length")
-        logprobs = choice["logprobs"]  # a token's, once
+        logprobs = choice["logprobs"]  # sent only once for each token
         plain = {**choice, "finish_reason": None}
         for new in _told_now(answer, told):
             yield {**plain, "delta": {**delta, **new}, "logprobs": logprobs}
@@ -213,7 +212,7 @@ def in_stream(choices: Iterator[Choice], expected: Callable[[], Expected]) -> It
 
 
 def _told_now(answer: Answer, told: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """Deltas of what is new; counts it as told."""
+    """Yields the deltas of what is new, and counts it as sent in `told`."""
     texts = (("reasoning_content", answer.thought), ("content", answer.shown))
     for name, text in texts:
         if new := text[told[name] :]:
@@ -225,5 +224,5 @@ def _told_now(answer: Answer, told: dict[str, int]) -> Iterator[dict[str, Any]]:
 
 
 def _reason(choice: Choice, answer: Answer) -> Any:
-    """Why the answer ended: a call that was cut did not end it."""
+    """The finish reason.  A call that was cut off does not count."""
     return "tool_calls" if answer.calls and answer.is_whole else choice["finish_reason"]

@@ -1,4 +1,4 @@
-"""What clients may ask for: OpenAI's requests, with limits, as arguments of `llama_cpp.Llama`."""
+"""OpenAI's requests with limits, and their conversion to arguments of `llama_cpp.Llama`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SAMPLED = (
 
 
 def _plain_json(value: Any) -> Any:
-    """Refuses what JSON text can hold and UTF-8 or a number cannot, and what is nested too deep."""
+    """Refuses lone surrogates, numbers that are not finite, and values that are nested too deep."""
 
     def depth(item: Any, left: int) -> None:
         if left == 0:
@@ -60,7 +60,7 @@ def _plain_json(value: Any) -> Any:
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError("a lone surrogate is no character") from None
+        raise ValueError("a lone surrogate is not a character") from None
     return value
 
 
@@ -78,7 +78,7 @@ Grammar = Annotated[
 ]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
-# a list fails with its first bad item: pydantic would tell of each of a million
+# `fail_fast`, because pydantic would list every bad item of a million
 Prompts = (
     str
     | TokenIds
@@ -94,11 +94,11 @@ Texts = (
 
 
 TEXT_PARTS = ("text", "refusal")
-"""Of a message."""
+"""Types of a message's parts that have text."""
 
 
 class Body(BaseModel):
-    """JSON from a client.  A field that is null is one that is not there, as OpenAI has it."""
+    """JSON from a client.  A field that is null counts as missing, as in OpenAI's API."""
 
     @model_validator(mode="before")
     @classmethod
@@ -109,7 +109,7 @@ class Body(BaseModel):
 
 
 class Message(Body):
-    """One of a conversation; further fields are the chat template's business."""
+    """A message of a conversation.  Other fields are passed on to the chat template."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -124,7 +124,7 @@ class Message(Body):
         # a part's text has the name of its type
         texts = [part.get(part["type"]) for part in content if part.get("type") in TEXT_PARTS]
         if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
-            raise ValueError("only text parts are understood; this model sees no images or sound")
+            raise ValueError("only text parts are supported, not images or audio")
         return "".join(map(str, texts))
 
     @model_validator(mode="after")
@@ -137,13 +137,13 @@ class Message(Body):
         return self
 
     def as_dict(self, *, calls_as_text: bool = False) -> dict[str, Any]:
-        """For a template, which knows no ``developer``.
+        """The message for a template.  Its role becomes one that templates know.
 
-        calls_as_text: of calls, it wants the arguments as clients send them.
+        calls_as_text: the template expects the arguments of calls as text.
         """
         role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
         more = dict(self.model_extra or {})
-        if "function_call" in more:  # what calls of tools were before
+        if "function_call" in more:  # the old form of tool calls
             more["tool_calls"] = [{"type": "function", "function": more.pop("function_call")}]
         if isinstance(calls := more.get("tool_calls"), list):
             more["tool_calls"] = [_called(call, as_text=calls_as_text) for call in calls]
@@ -151,28 +151,28 @@ class Message(Body):
 
     @property
     def text(self) -> str:
-        """What it says."""
+        """The message's text."""
         return self.content if isinstance(self.content, str) else ""
 
     @property
     def thought(self) -> str:
-        """What an answer gives as its thoughts."""
+        """The reasoning of an answer."""
         thought = (self.model_extra or {}).get("reasoning_content")
         return thought if isinstance(thought, str) else ""
 
     @property
     def calls(self) -> bool:
-        """Is it an answer that calls something?"""
+        """True if it is an answer with tool calls."""
         more = self.model_extra or {}
         return bool(more.get("tool_calls") or more.get("function_call"))
 
 
 def _called(call: dict[str, Any], *, as_text: bool) -> dict[str, Any]:
-    """A call of an earlier answer: of its arguments, clients have the text, most templates want
-    the object."""
+    """A call of an earlier answer.  Clients send its arguments as text, but most templates expect
+    an object."""
     arguments = call["function"]["arguments"]
     if arguments is None or (isinstance(arguments, str) and arguments.strip() in ("", "null")):
-        arguments = "{}"  # as clients write that there are none
+        arguments = "{}"  # clients write this for no arguments
     if isinstance(arguments, str) and not as_text:
         try:
             read = _plain_json(json.loads(arguments))
@@ -183,18 +183,18 @@ def _called(call: dict[str, Any], *, as_text: bool) -> dict[str, Any]:
 
 
 def _check_calls(field: str, calls: Any) -> None:
-    """Templates would trip over a call that is none, and not say where it is."""
+    """Refuses a malformed call, because a template's error would not say where it is."""
     if calls is not None and not isinstance(calls, list):
-        raise ValueError(f"its {field} are no list")
+        raise ValueError(f"{field} is not a list")
     for call in calls or ():
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict):
-            raise ValueError(f"one of its {field} has no function")
+            raise ValueError(f"a call in {field} has no function")
         for name in ("name", "arguments"):
             if name not in function:
-                raise ValueError(f"one of its {field} has no {name}")
+                raise ValueError(f"a call in {field} has no {name}")
         if not isinstance(function["name"], str):
-            raise ValueError(f"the name in one of its {field} is no text")
+            raise ValueError(f"the name of a call in {field} is not a string")
 
 
 class StreamOptions(Body):
@@ -202,18 +202,18 @@ class StreamOptions(Body):
 
 
 def names(*names: str) -> AliasChoices:
-    """Of a field: other servers have other ones."""
+    """The names of a field, which differ between servers."""
     return AliasChoices(*names)
 
 
 class Sampling(Body):
-    """What completions and chat completions share; for other fields see `fields`."""
+    """Fields that completions and chat completions share.  For other fields see `fields`."""
 
     model: Name | None = None
     temperature: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
     top_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
     top_k: int | None = Field(default=None, ge=-1, lt=2**31)
-    """-1, as 0: all tokens."""
+    """-1 or 0: all tokens."""
     min_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
     typical_p: float | None = Field(
         default=None, gt=0, le=1, allow_inf_nan=False, validation_alias=names("typical_p", "typ_p")
@@ -226,14 +226,14 @@ class Sampling(Body):
         validation_alias=names("repeat_penalty", "repetition_penalty"),
     )
     repeat_last_n: int | None = Field(default=None, ge=-1, lt=2**31)
-    """Tokens that penalties look at; -1: all."""
+    """The number of latest tokens that are penalised; -1: all."""
     presence_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
     mirostat: Literal[0, 1, 2] = 0
     mirostat_tau: float = Field(default=5.0, gt=0, le=100, allow_inf_nan=False)
     mirostat_eta: float = Field(default=0.1, gt=0, le=10, allow_inf_nan=False)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
-    """-1: a new one."""
+    """-1: a random seed."""
     stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     stream: bool = False
@@ -241,7 +241,7 @@ class Sampling(Body):
     grammar: Grammar | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     cache_prompt: bool | None = None
-    """False: the whole prompt is decoded, whatever is known of it; llama-server's."""
+    """False: process the whole prompt, without the KV cache.  From llama-server."""
 
     @model_validator(mode="before")
     @classmethod
@@ -262,7 +262,7 @@ class Sampling(Body):
 
     @property
     def wants_usage(self) -> bool:
-        """In a chunk of its own, at the end of a stream."""
+        """True if a stream ends with a chunk that has the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling(self, defaults: SamplingOptions) -> dict[str, Any]:
@@ -286,7 +286,7 @@ class Sampling(Body):
         return wanted
 
     def seed_of(self, choice: int, default: int | None) -> int | None:
-        """Of the answer's choices, the first has the seed that was asked for."""
+        """The seed of a choice.  The first choice has the request's seed."""
         seed = default if self.seed is None else self.seed
         return None if seed is None or seed == -1 else seed + choice
 
@@ -306,7 +306,7 @@ def _some_tokens(value: int | None) -> int | None:
 
 
 TokenLimit = Annotated[MaxTokens | None, AfterValidator(_some_tokens)]
-"""-1, as None: no limit."""
+"""-1 or None: no limit."""
 
 
 class JsonSchema(Body):
@@ -320,7 +320,7 @@ ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 
 class ResponseFormat(Body):
-    """``json_object`` may carry a schema, as in llama-server."""
+    """The form of the answer.  ``json_object`` may have a schema, as in llama-server."""
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -331,7 +331,7 @@ class ResponseFormat(Body):
     @model_validator(mode="after")
     def _has_schema(self) -> ResponseFormat:
         if self.type == "json_schema" and self._given is None:
-            raise ValueError("a json_schema needs a schema; any object is a json_object")
+            raise ValueError("a json_schema needs a schema; use json_object for any object")
         return self
 
     @property
@@ -394,7 +394,7 @@ class CompletionRequest(Sampling):
         return list(prompt)
 
     def limit(self, n_predict: int | None) -> int | None:
-        """Of tokens, for each choice."""
+        """The limit of tokens for each choice."""
         return lesser(self.max_tokens, n_predict)
 
 
@@ -414,7 +414,7 @@ class EmbeddingRequest(Body):
 
 
 class TokenizeRequest(Body):
-    """POST /tokenize; llama-server's names."""
+    """POST /tokenize, with llama-server's names."""
 
     content: Annotated[str, StringConstraints(max_length=MAX_CONTENT_LENGTH)]
     add_special: bool = False

@@ -1,4 +1,4 @@
-"""Listening, signals and the end: uvicorn with our manners."""
+"""Runs the server with uvicorn: the socket, signals and the shutdown."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from swift_gguf.server.service import Service
 _log = logging.getLogger("swift_gguf")
 
 FAREWELL_S = 5.0
-"""For the last words to reach clients, after `drain_s`."""
+"""Time after `drain_s` in which clients receive the end of their responses."""
 
 
 def serve(
@@ -37,20 +37,21 @@ def serve(
     on_ready: Callable[[ServedLlama], None] = lambda model: None,
     stop_loading: Callable[[], None] = lambda: None,
 ) -> None:
-    """Listens, loads the model behind, and serves until SIGTERM or Ctrl-C.
+    """Listens, loads the model in the background, and serves until SIGTERM or Ctrl-C.
 
-    Running answers then have `drain_s` to finish; what waits is told at once; a load ends.  A
-    second signal ends everything.
+    After the signal, running answers have `drain_s` to finish.  Waiting requests are refused at
+    once, and loading stops.  A second signal ends everything.
 
-    on_listening: called with the address; on_ready: called in the model's thread.
+    If the model's thread is still inside llama.cpp at the end, the process exits without a return,
+    because unloading the library under that thread would crash.
+
+    on_listening: called with the address.
+    on_ready: called in the model's thread.
     stop_loading: makes `load` end early; called from any thread.
 
-    Does not return, but ends the process, where the model's thread is still inside llama.cpp then:
-    to take the libraries down under it would be a crash.
-
     Raises:
-        SwiftError: the address cannot be had.
-        KeyboardInterrupt: it was Ctrl-C, at the end.
+        SwiftError: the server cannot listen on the address.
+        KeyboardInterrupt: Ctrl-C ended the server.
         Whatever `load` raises.
     """
     listener = _bind(options)
@@ -119,8 +120,8 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Handlers of the loop's, not methods of this: sse_starlette would look for those, and cut
-        every stream at once."""
+        """Sets signal handlers on the loop.  sse_starlette looks for uvicorn's own handler method,
+        and would end every stream at once."""
         self.loop = asyncio.get_running_loop()
         numbers = (signal.SIGINT, signal.SIGTERM)
         for number in numbers:
@@ -128,8 +129,8 @@ class _Server(uvicorn.Server):
         try:
             yield
         finally:
-            # The process ends: another one would change its exit code.  asyncio restores Python's
-            # handler first, and one that comes just then must not meet it.
+            # The process ends, and another signal would change its exit code.  asyncio restores
+            # Python's handler first, so signals are blocked meanwhile.
             signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
             for number in numbers:
                 self.loop.remove_signal_handler(number)
@@ -145,19 +146,21 @@ class _Server(uvicorn.Server):
         self.leave()
 
     def leave(self) -> None:
-        """Begins the end."""
+        """Begins the shutdown."""
         if not self.should_exit and self.loop:
             self.should_exit = True
-            self._service.drain(reason="the server shuts down")
+            self._service.drain(reason="the server is shutting down")
             self.loop.call_later(self._service.options.drain_s, self._service.stop_current)
 
 
 class _PatientProtocol(H11Protocol):
-    """uvicorn waits for ever for the first request of a connection, and for a client to read its
-    answer; this one does not.
+    """uvicorn's protocol with time limits.
 
-    Connections that are too many get a 503 as every other.  (uvicorn's `limit_concurrency` answers
-    in a form of its own.)
+    uvicorn itself waits without a limit for the first request of a connection, and for a client to
+    read its response.
+
+    Connections beyond the limit get status 503 in OpenAI's form.  (uvicorn's `limit_concurrency`
+    has another form.)
     """
 
     def __init__(self, *args: Any, options: ServerOptions, **kwargs: Any) -> None:
@@ -170,7 +173,7 @@ class _PatientProtocol(H11Protocol):
         super().connection_made(transport)
         if len(self.connections) > self._options.max_connections:
             self.app = too_many
-        # so that `pause_writing` is called whenever the client does not take all, however little
+        # so that `pause_writing` is called as soon as the client does not read everything
         transport.set_write_buffer_limits(high=0)
         self._patience = self.loop.call_later(self._patience_s, self._give_up)
 
@@ -190,7 +193,7 @@ class _PatientProtocol(H11Protocol):
             self._stall.cancel()
 
     def _abort(self) -> None:
-        """`close` would wait for what was written to be read."""
+        """Ends the connection at once.  `close` would wait until the client has read everything."""
         _log.info("a client did not read its answer in %g s", self._options.timeout_s)
         self.transport.abort()
 

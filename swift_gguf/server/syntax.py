@@ -1,7 +1,7 @@
-"""How a model's chat template has answers written, as llama.cpp finds out.
+"""The syntax of answers that a chat template implies, found out by llama.cpp.
 
-It renders the template many times, which happens where templates are rendered (`sandbox`).  What
-comes back is data: a reader of answers, and the text of the tokens that readers must see.
+llama.cpp renders the template many times, in the process where templates are rendered (`sandbox`).
+The result is data: a parser of answers, and the text of the control tokens that it needs.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ from swift_gguf.templates.sandbox import Sandbox
 _log = logging.getLogger("swift_gguf")
 
 MAX_KEPT = 32
-"""Syntaxes; each belongs to a template and a set of tools."""
+"""Syntaxes that are kept; each belongs to a template and a set of tools."""
 _TYPES = ["string", "integer", "number", "boolean", "null", "array", "object"]
 _MESSAGES = [{"role": "user", "content": "Hello"}]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Syntax:
-    """What llama.cpp says of a template."""
+    """What llama.cpp found out about a template."""
 
     reader: Reader
     opening: str
-    """What the prompt has of an answer before the model says anything: its header, and what opens
-    its thoughts."""
+    """The beginning of an answer that is in the prompt: its header, and the mark that opens the
+    reasoning."""
     thinking: str
-    """What opens thoughts; empty where the template says nothing of them."""
+    """The mark that opens the reasoning; empty if the template has none."""
     shown: tuple[str, ...]
     """Control tokens that are part of the syntax, as text."""
     stops: tuple[str, ...]
 
 
 class Syntaxes:
-    """Syntaxes of templates, remembered.
+    """A cache of the syntaxes of templates.
 
-    bos_token, eos_token: their text, for the templates.
+    bos_token, eos_token: the text of these tokens, for the templates.
     """
 
     def __init__(self, *, bos_token: str = "", eos_token: str = "") -> None:
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self._known: OrderedDict[str, Syntax | None] = OrderedDict()
         self._hopeless: set[str] = set()
-        """Templates that ended the process that looked at them."""
+        """Templates that ended the process which analysed them."""
 
     def of(
         self,
@@ -58,9 +58,9 @@ class Syntaxes:
         tools: Sequence[Mapping[str, Any]],
         variables: Mapping[str, Any] | None = None,
     ) -> Syntax | None:
-        """How answers to a request with these tools are written; None where that is not known.
+        """The syntax of answers to a request with these tools; None if it is not known.
 
-        variables: what else the template is given.
+        variables: further variables of the template.
         """
         if template in self._hopeless:
             return None
@@ -84,22 +84,22 @@ class Syntaxes:
 
     def _ask(self, template: str, request: Mapping[str, Any]) -> Syntax | None:
         if getattr(sys, "frozen", False):
-            return None  # there is no process to look at it in (`Sandbox`)
+            return None  # a frozen program cannot start the process (`Sandbox`)
         process = Sandbox("swift_gguf.native.chat", "analyse")
         try:
             answer = process.ask(request=request)
         finally:
-            process.close()  # what it finds out is remembered: it has nothing more to do
+            process.close()  # the result is cached, so the process is not needed again
         if "text" not in answer:
             self._hopeless.add(template)
-            _log.warning("the chat template's syntax is not known: %s", answer["error"])
+            _log.warning("cannot analyse the chat template's syntax: %s", answer["error"])
             return None
         found = json.loads(answer["text"])
         if "error" in found:
             plain = {**request, "tools": [_plainly(tool) for tool in request["tools"]]}
-            if plain != request:  # a schema that llama.cpp does not understand, perhaps
+            if plain != request:  # llama.cpp may not understand a schema
                 return self._ask(template, plain)
-            _log.info("the chat template's syntax is not known: %s", found["error"])
+            _log.info("cannot analyse the chat template's syntax: %s", found["error"])
             return None
         return Syntax(
             reader=Reader(answer["text"]),
@@ -111,7 +111,7 @@ class Syntaxes:
 
 
 def _plainly(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool with no more of its parameters than their names and types, which a reader needs."""
+    """A tool with only the names and types of its parameters, which a parser needs."""
     function = tool["function"]
     properties = function.get("parameters", {}).get("properties")
     types = {

@@ -1,8 +1,8 @@
-"""Tool calls, read out of what an answer says.
+"""Finds tool calls in the text of an answer.
 
-llama.cpp's reader for the model's template has read it before (`by_template`).  What it does not
-find is looked for here in the forms that models have learned elsewhere: between the marks of other
-families, and as the whole of an answer.
+llama.cpp's parser for the chat template has read the answer before (`by_template`).  Models also
+use forms that are not their template's, and those are found here: calls between the marks of other
+model families, and answers that consist of calls only.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ from swift_gguf.server.requests import Tool
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 MARKS = {BEGIN: END, "<tools>": "</tools>", "[TOOL_CALLS]": "", "<|python_tag|>": ""}
-"""Where a call begins and ends; without an end it is all that follows."""
+"""The marks at the beginning and the end of a call.  Without an end mark, the call is the rest of
+the answer."""
 FUNCTION, FUNCTION_END = "<function=", "</function>"
-"""Qwen3-Coder's inner marks, which it gives without the outer ones, too."""
+"""Qwen3-Coder's inner marks, which it sometimes writes without the outer ones."""
 _OPENINGS = ("{", "[{", "```", FUNCTION)
-"""What stands between the marks begins like this."""
+"""The text between the marks begins with one of these."""
 MAX_OPENING = 80
-"""Characters that are looked at to tell."""
+"""Characters after a mark that decide whether a call begins."""
 PIECE = 256
-"""Characters that are read at once."""
+"""Characters that are parsed at once."""
 
 
 class Calls:
-    """Splits what is said, as it comes, into text and calls.
+    """Splits the answer into text and calls while it is generated.
 
-    tools: those that are offered.  Between ``<tool_call>`` marks a call may have another name (the
-        client says that there is no such tool); elsewhere that is no call.
-    bare: all of it is the JSON of a call, as `schemas.call_of` has it.
+    tools: the tools of the request.  Between ``<tool_call>`` marks a call may name another tool,
+        and the client reports the error.  Elsewhere such text is not a call.
+    bare: the whole answer is the JSON of a call, in the form of `schemas.call_of`.
     """
 
     def __init__(self, tools: Sequence[Tool], *, bare: bool = False) -> None:
@@ -40,14 +41,15 @@ class Calls:
         """OpenAI's `tool_calls`."""
         self._tools = {tool.name: tool.function.parameters for tool in tools}
         self._bare = bare
-        self._text = ""  # what is kept back
-        self._mark = ""  # that has begun
-        self._is_first = True  # nothing is said yet: the whole may be a call
-        self._holds = False  # it begins like one
+        self._text = ""  # text that is kept back
+        self._mark = ""  # the mark of the call that has begun
+        self._is_first = True  # no text yet: the whole answer may be a call
+        self._holds = False  # the answer begins like a call
 
     def feed(self, text: str) -> str:
-        """What is said of what has come; what may be a call is kept back."""
-        # a whole answer, too, comes in pieces: every mark is looked for in all that is kept
+        """Adds text of the answer and returns the part that is text.  The part that may be a call
+        is kept back."""
+        # in pieces, because every mark is searched for in all text that is kept back
         pieces = range(0, len(text), PIECE)
         return "".join(self._feed(text[at : at + PIECE]) for at in pieces)
 
@@ -61,14 +63,14 @@ class Calls:
         return said
 
     def finish(self, *, is_cut: bool = False) -> str:
-        """What is said of what was kept back.
+        """Ends the answer and returns the rest of its text.
 
-        is_cut: the answer was ended from outside: a call that has begun is one as far as it goes.
+        is_cut: generation was stopped, so an unfinished call counts as a call.
         """
         rest, self._text = self._text, ""
         if self._bare:
             self._add(calls_in(rest, self._tools) or _listed(cut_call(rest)))
-            return ""  # what is around a call is no text
+            return ""  # a bare call has no text around it
         if self._is_first and self._holds:
             self._is_first = False
             if found := bare_calls(rest, self._tools):
@@ -93,7 +95,7 @@ class Calls:
         return self._is_first
 
     def _step(self) -> str | None:
-        """What is said up to the next mark or after it; None when more text is needed."""
+        """The text up to the next mark or after it; None if more text is needed."""
         if self._mark:
             return self._inside()
         at, mark = min(
@@ -110,11 +112,12 @@ class Calls:
         return said or None
 
     def _inside(self) -> str | None:
-        """After a mark: a call, what turns out to be none, or None."""
+        """Parses the text after a mark: "" for a call, the text itself if it is not a call, None
+        if more text is needed."""
         mark = self._mark
         end = FUNCTION_END if mark == FUNCTION else MARKS[mark]
         inside = self._text[len(mark) :]
-        # a mark that only is spoken of keeps nothing back
+        # text that only mentions a mark is not kept back
         if not self._may_be_inside(inside):
             self._mark, self._text = "", inside
             return mark
@@ -136,7 +139,7 @@ class Calls:
         return any(one.startswith(begun) or begun.startswith(one) for one in _OPENINGS)
 
     def _between(self, inside: str) -> list[Form] | None:
-        """The calls between marks."""
+        """The calls between two marks."""
         if self._mark == FUNCTION:
             inside = FUNCTION + inside
         calls = calls_in(inside, self._tools)
@@ -150,7 +153,7 @@ class Calls:
 
 
 def openai_call(index: int, name: str, arguments: str, id: str = "") -> dict[str, Any]:
-    """A call as OpenAI's streams have it."""
+    """A call in the form of OpenAI's streams."""
     return {
         "index": index,
         "id": id or f"call_{uuid.uuid4().hex[:24]}",
@@ -164,5 +167,5 @@ def _listed(call: Form | None) -> list[Form]:
 
 
 def _beginning(text: str, mark: str) -> int:
-    """How much of the end of `text` may be the beginning of `mark`."""
+    """The number of characters at the end of `text` that may be the beginning of `mark`."""
     return next((n for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n])), 0)

@@ -1,7 +1,7 @@
-"""One thread owns the model; requests wait for it in a queue of limited length.
+"""The thread that owns the model, and the queue of requests that wait for it.
 
-A job's work runs in that thread and yields events; whoever submitted it awaits them on the event
-loop.  A job can be stopped at any time, from any thread, whether it waits or runs.
+The work of a job runs in that thread and yields events.  The submitter awaits them on the event
+loop.  A job can be stopped at any time from any thread, while it waits and while it runs.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ _log = logging.getLogger("swift_gguf")
 LOADING_RETRY_S = 2.0
 SHUTDOWN_RETRY_S = 10.0
 LOADING_END_S = 0.5
-"""For a load that was told to end: there is nothing to lose."""
+"""Time to wait for a load that was stopped.  It is short, because nothing can be lost."""
 
 
 class Served(Protocol):
-    """What the worker needs of a model."""
+    """The interface of a model that the worker needs."""
 
     def interrupt(self) -> None:
-        """The pass under way ends early; called from any thread."""
+        """Ends the current forward pass early.  Called from any thread."""
         ...
 
     def resume(self) -> None:
-        """Takes `interrupt` back."""
+        """Reverts `interrupt`."""
         ...
 
     def close(self) -> None: ...
@@ -49,7 +49,7 @@ class Job(Generic[M]):
     def __init__(self, work: Callable[[M, Job[M]], Iterator[object]]) -> None:
         self.work = work
         self.reason: ApiError | None = None
-        """Why it was stopped."""
+        """The reason why it was stopped."""
         self.queue_s = 0.0
         self.expiry: asyncio.TimerHandle | None = None
         self._queued = perf_counter()
@@ -57,27 +57,27 @@ class Job(Generic[M]):
         self._events: asyncio.Queue[object] = asyncio.Queue()
 
     def begin(self) -> None:
-        """Its turn has come."""
+        """Notes that the job begins to run."""
         self.queue_s = perf_counter() - self._queued
 
     def check(self) -> None:
         """Called by the work wherever it can end.
 
         Raises:
-            ApiError: it was stopped.
+            ApiError: the job was stopped.
         """
         if self.reason is not None:
             raise self.reason
 
     def post(self, event: object) -> None:
-        """Hands an event, or the exception that ends the job, to whoever awaits it."""
+        """Sends an event, or the exception that ends the job, to the submitter."""
         try:
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-        except RuntimeError:  # the loop has ended; nobody awaits anything any more
-            _log.debug("an event came after the end of the loop")
+        except RuntimeError:  # the loop has ended, so nobody awaits the event
+            _log.debug("an event came after the end of the event loop")
 
     async def events(self) -> AsyncGenerator[object, None]:
-        """What the work yields, as it comes; what it raises is raised."""
+        """Yields the events of the work, and raises its exception."""
         try:
             while (event := await self._events.get()) is not None:
                 if isinstance(event, BaseException):
@@ -91,10 +91,10 @@ class Job(Generic[M]):
 class Worker(Generic[M]):
     """The model's thread.
 
-    load: makes the model, in the thread.
-    queue_size: jobs that may wait, besides the one that runs.
-    on_loaded: called in the thread when the model is there, or could not be loaded; not if the end
-        came first.
+    load: loads the model, in the thread.
+    queue_size: the number of jobs that may wait, without the one that runs.
+    on_loaded: called in the thread when the model is loaded or could not be loaded.  Not called if
+        the worker was closed before.
     stop_loading: makes `load` end early; called from any thread.
     """
 
@@ -108,7 +108,7 @@ class Worker(Generic[M]):
     ) -> None:
         self.model: M | None = None
         self.error: BaseException | None = None
-        """Why there is no model and will be none."""
+        """The reason why the model could not be loaded."""
         self._load, self._queue_size, self._on_loaded = load, queue_size, on_loaded
         self._stop_loading, self._is_loading = stop_loading, True
         self._state = threading.Condition()
@@ -135,20 +135,26 @@ class Worker(Generic[M]):
         """The model.
 
         Raises:
-            ApiError: 503: it is still being loaded, or the server shuts down.
+            ApiError: 503, because it is still loading or the server is shutting down.
         """
         if self._closing:
             raise self._closing
         if self.model is None:
-            raise unavailable("loading the model", code="loading", retry_s=LOADING_RETRY_S)
+            raise unavailable(
+                "the model is still loading; try again later",
+                code="loading",
+                retry_s=LOADING_RETRY_S,
+            )
         return self.model
 
     @contextmanager
     def vocabulary(self) -> Iterator[M]:
-        """The model, not closed meanwhile; for what may be done beside jobs, in any thread.
+        """The model for use of its vocabulary, in any thread and while jobs run.
+
+        The model is not closed meanwhile.
 
         Raises:
-            ApiError: as `require_model`.
+            ApiError: as in `require_model`.
         """
         with self._vocabulary:
             yield self.require_model()
@@ -156,10 +162,10 @@ class Worker(Generic[M]):
     # -- the event loop's side ---------------------------------------------------------------------
 
     def submit(self, work: Callable[[M, Job[M]], Iterator[object]], *, timeout_s: float) -> Job[M]:
-        """Queues work, which is stopped after `timeout_s`, its wait included.
+        """Queues work.  It is stopped `timeout_s` after this call, even if it still waits.
 
         Raises:
-            ApiError: 503: too many wait, or as `require_model`.
+            ApiError: 503, because the queue is full, or as in `require_model`.
         """
         with self._state:
             self.require_model()
@@ -167,7 +173,7 @@ class Worker(Generic[M]):
             if not is_free and len(self._waiting) >= self._queue_size:
                 wait_s = fmean(self._durations) * (len(self._waiting) + 1)
                 raise unavailable(
-                    f"{len(self._waiting)} requests wait already; try again later",
+                    f"{len(self._waiting)} requests are already waiting; try again later",
                     code="queue_full",
                     retry_s=min(wait_s, 60.0),
                 )
@@ -180,15 +186,23 @@ class Worker(Generic[M]):
     def _expire(self, job: Job[M]) -> None:
         with self._state:
             if job in self._waiting:
-                reason = unavailable("waited too long", code="timeout", retry_s=LOADING_RETRY_S)
+                reason = unavailable(
+                    "the request waited too long in the queue; try again later",
+                    code="timeout",
+                    retry_s=LOADING_RETRY_S,
+                )
             else:
-                reason = ApiError(408, "the answer took longer than is allowed", code="timeout")
+                reason = ApiError(
+                    408,
+                    "the answer exceeded the time limit; see --timeout",
+                    code="timeout",
+                )
             self.stop(job, reason)
 
     def stop(self, job: Job[M], reason: ApiError) -> None:
-        """Ends a job, whatever it does; the first reason counts.  Nothing happens to a done one.
+        """Stops a job, waiting or running.  The first reason counts.  A finished job is unchanged.
 
-        Who awaits it hears of it at once, even if llama.cpp should not come back for long.
+        The submitter gets the reason at once, even if llama.cpp takes long to return.
         """
         with self._state:
             is_running = job is self._current and self.model is not None and job.reason is None
@@ -202,20 +216,20 @@ class Worker(Generic[M]):
                 self.model.interrupt()
 
     def drain(self, *, reason: str) -> None:
-        """No new jobs; those that wait are told; the running one goes on."""
+        """Refuses new jobs and waiting jobs.  The running job continues."""
         with self._state:
             self._closing = unavailable(reason, code="shutting_down", retry_s=SHUTDOWN_RETRY_S)
             while self._waiting:
                 self._waiting.popleft().post(self._closing)
 
     def stop_current(self) -> None:
-        """Ends the running job; after `drain`."""
+        """Stops the running job.  Called after `drain`."""
         if (job := self._current) and self._closing:
             self.stop(job, self._closing)
 
     def close(self, *, wait_s: float = 10.0) -> None:
-        """Ends all jobs, or the load, and frees the model; nobody may ask for it any more."""
-        self.drain(reason="the server shuts down")
+        """Stops loading and all jobs, and frees the model.  It may not be used afterwards."""
+        self.drain(reason="the server is shutting down")
         self.stop_current()
         with self._state:
             self._is_closed = True
@@ -228,8 +242,8 @@ class Worker(Generic[M]):
 
     @property
     def is_stuck(self) -> bool:
-        """After `close`: is the thread still inside llama.cpp, under which the interpreter must not
-        fall apart?"""
+        """True if the thread is still inside llama.cpp after `close`.  The interpreter must not be
+        shut down then."""
         return self._thread.is_alive()
 
     # -- the thread's side -------------------------------------------------------------------------
@@ -237,7 +251,7 @@ class Worker(Generic[M]):
     def _run(self) -> None:
         try:
             model = self._load()
-        except BaseException as error:  # told to whoever runs the server
+        except BaseException as error:  # reported by `serve`
             with self._state:
                 self._is_loading = False
                 if self._is_closed:
@@ -282,5 +296,5 @@ class Worker(Generic[M]):
             model.resume()
             self._durations.append(perf_counter() - start)
         job.post(end)
-        # an exception holds the frames it went through, and they, by these, the exception
+        # an exception refers to its frames, and these variables refer back: break the cycle
         end = job.reason = None

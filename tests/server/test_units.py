@@ -106,9 +106,9 @@ def test_arguments_of_earlier_calls_are_objects_for_a_template() -> None:
         ({"function": {"arguments": "{}"}}, "name"),
     ],
 )
-def test_an_earlier_call_that_is_none_is_told_with_its_message(call: object, lacks: str) -> None:
+def test_a_malformed_earlier_call_is_refused_with_its_place(call: object, lacks: str) -> None:
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
-    with pytest.raises(ValidationError, match=f"its tool_calls has no {lacks}") as told:
+    with pytest.raises(ValidationError, match=f"a call in tool_calls has no {lacks}") as told:
         ChatRequest.model_validate({"messages": turns})
     assert told.value.errors()[0]["loc"] == ("messages", 1)
 
@@ -116,10 +116,10 @@ def test_an_earlier_call_that_is_none_is_told_with_its_message(call: object, lac
 @pytest.mark.parametrize(
     ("calls", "said"),
     [
-        ({"a": 1}, "its tool_calls are no list"),
-        ("x", "its tool_calls are no list"),
-        ([{"function": {"name": 3, "arguments": "{}"}}], "the name in one of its tool_calls"),
-        ([{"function": {"name": None, "arguments": "{}"}}], "the name in one of its tool_calls"),
+        ({"a": 1}, "tool_calls is not a list"),
+        ("x", "tool_calls is not a list"),
+        ([{"function": {"name": 3, "arguments": "{}"}}], "the name of a call in tool_calls"),
+        ([{"function": {"name": None, "arguments": "{}"}}], "the name of a call in tool_calls"),
     ],
 )
 def test_earlier_calls_are_a_list_of_functions_with_names(calls: object, said: str) -> None:
@@ -183,7 +183,7 @@ def test_a_queue_of_no_length_takes_one_job_at_a_time() -> None:
         assert await asyncio.to_thread(loaded.wait, 10)
         events = worker.submit(work, timeout_s=10).events()
         assert await anext(events) == "begun"
-        with pytest.raises(ApiError, match="wait already") as refused:
+        with pytest.raises(ApiError, match="already waiting") as refused:
             worker.submit(work, timeout_s=10)
         assert refused.value.status == 503
         go_on.set()
@@ -198,7 +198,7 @@ def test_a_queue_of_no_length_takes_one_job_at_a_time() -> None:
             await anext(events)
         go_on.set()
         await asyncio.to_thread(worker.close)
-        with pytest.raises(ApiError, match="shuts down"):
+        with pytest.raises(ApiError, match="shutting down"):
             worker.submit(work, timeout_s=10)
 
     asyncio.run(run())
@@ -217,8 +217,8 @@ def test_a_model_is_closed_when_nobody_uses_it_any_more() -> None:
     worker.start()
     assert loaded.wait(10)
     with worker.vocabulary():
-        worker.drain(reason="the server shuts down")
-        with pytest.raises(ApiError, match="shuts down"):
+        worker.drain(reason="the server is shutting down")
+        with pytest.raises(ApiError, match="shutting down"):
             worker.require_model()
         assert not is_closed.wait(0.1)
         worker.close(wait_s=0.1)
