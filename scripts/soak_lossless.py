@@ -31,13 +31,11 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from swift_gguf import engine
-from swift_gguf.drafting.tree import Tree
-from swift_gguf.drafting.verification import Verdict
 from swift_gguf.engine import generate
 from swift_gguf.gguf.sidecar import path_beside
 from swift_gguf.hub.models import resolve
 from swift_gguf.learning.profile import Store
-from swift_gguf.llama import SwiftLlama
+from swift_gguf.llama import Llama
 from swift_gguf.model import Model, ModelOptions
 from swift_gguf.prepare.run import Preparation, PrepareOptions
 from swift_gguf.sampling.sampling import Sampler, SamplingOptions
@@ -45,9 +43,10 @@ from swift_gguf.session import Session
 from swift_gguf.speculation import TREES, Speculation, SpeculationOptions
 from swift_gguf.stats import Stats
 from swift_gguf.text.text import StreamDecoder, encode
+from tests.fixtures.controls import accept_drafts
 from tests.fixtures.tiny_gguf import write_tiny
 
-from llama_cpp import Llama, LlamaGrammar  # isort: skip - swift_gguf brings the library
+from llama_cpp import Llama as PlainLlama, LlamaGrammar  # isort: skip - swift_gguf brings the library
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "phi3")
 QUANTS = ("Q8_0", "Q4_1")
@@ -216,7 +215,7 @@ def plainly(model: Model, request: Request, *, n: int | None) -> Result:
             text += decoder.feed(token.id)
             if len(tokens) == n or (request.stop and request.stop in text):
                 break
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
     return Result(tokens, list(model.tokens))
 
 
@@ -310,18 +309,18 @@ def run_round(
 def llama_round(
     rng: random.Random, path: Path, options: SpeculationOptions, n_requests: int, longest: int
 ) -> Iterator[str]:
-    """The same of `SwiftLlama` against llama_cpp's `Llama`: for each completion, what is wrong."""
+    """The same of `Llama` against llama_cpp's own: for each completion, what is wrong."""
     loading: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_gpu_layers": 0, "verbose": False}
     loading["flash_attn"] = options.tree not in (None, "chain")  # which trees need
     with ExitStack() as stack:
         profiles = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(mock.patch.dict(os.environ, SWIFT_GGUF_PROFILES=profiles))
-        swift = stack.enter_context(closing(SwiftLlama(str(path), speculation=options, **loading)))
-        plain = stack.enter_context(closing(Llama(str(path), n_threads_batch=1, **loading)))
-        assert swift.swift.model is not None
+        swift = stack.enter_context(closing(Llama(str(path), speculation=options, **loading)))
+        plain = stack.enter_context(closing(PlainLlama(str(path), n_threads_batch=1, **loading)))
+        assert swift.speculation.model is not None
         before: list[int] = []
         for _ in range(n_requests):
-            request = draw_request(rng, swift.swift.model, before, longest=longest)
+            request = draw_request(rng, swift.speculation.model, before, longest=longest)
             expected, drafted = (_completion(llama, request) for llama in (plain, swift))
             before = swift.input_ids[: swift.n_tokens].tolist()
             same = drafted == expected
@@ -357,11 +356,6 @@ def _completion(llama: Any, request: Request) -> list[int]:
     return said
 
 
-def accept_everything(tree: Tree, *, choose: Callable[[int], int], **_: object) -> Verdict:
-    """In place of the verification, it must be noticed."""
-    return Verdict([*tree.tokens, choose(len(tree) - 1)], list(range(len(tree))))
-
-
 def soak(
     *,
     seed: int,
@@ -378,7 +372,7 @@ def soak(
     end = time.monotonic() + seconds
     with ExitStack() as stack:
         if control:
-            stack.enter_context(mock.patch.object(engine, "verify", accept_everything))
+            stack.enter_context(mock.patch.object(engine, "choose", accept_drafts))
         models = Models(Path(stack.enter_context(tempfile.TemporaryDirectory())), named)
         for number in numbers:
             total += run_round(

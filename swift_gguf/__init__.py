@@ -5,9 +5,25 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from swift_gguf.llama import SwiftDraftModel as SwiftDraftModel
-    from swift_gguf.llama import SwiftLlama as SwiftLlama
-    from swift_gguf.speculation import SpeculationOptions as SpeculationOptions
+    from swift_gguf.engine import generate
+    from swift_gguf.errors import SwiftError
+    from swift_gguf.llama import Llama
+    from swift_gguf.model import Model, ModelOptions
+    from swift_gguf.sampling import Sampler, SamplingOptions
+    from swift_gguf.session import Session
+    from swift_gguf.speculation import Speculation
+
+__all__ = [
+    "Llama",
+    "Model",
+    "ModelOptions",
+    "Sampler",
+    "SamplingOptions",
+    "Session",
+    "Speculation",
+    "SwiftError",
+    "generate",
+]
 
 try:
     __version__ = version("swift-gguf")
@@ -15,14 +31,20 @@ except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
 _MODULES = {
-    "SwiftLlama": "swift_gguf.llama",
-    "SwiftDraftModel": "swift_gguf.llama",
-    "SpeculationOptions": "swift_gguf.speculation",
+    "Llama": "llama",
+    "Model": "model",
+    "ModelOptions": "model",
+    "Sampler": "sampling",
+    "SamplingOptions": "sampling",
+    "Session": "session",
+    "Speculation": "speculation",
+    "SwiftError": "errors",
+    "generate": "engine",
 }
 
 
 def __getattr__(name: str) -> object:
-    """The names above, which load what they need (llama.cpp) when they are first asked for."""
+    """The names above.  Each loads what it needs (llama.cpp, numpy) when it is first asked for."""
     if name in _MODULES:
-        return getattr(import_module(_MODULES[name]), name)
+        return getattr(import_module(f"swift_gguf.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

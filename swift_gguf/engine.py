@@ -1,18 +1,18 @@
-"""The generator core: prefill, draft, verify, accept, roll back, yield.
+"""The one loop that generates: prompt, draft, forward pass, sampling, rollback.
 
-Knows token ids and a sampler, nothing about text.
+It knows token ids and a sampler, nothing about text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from swift_gguf.drafting.source import Cycle, Drafter
 from swift_gguf.drafting.tree import Tree
-from swift_gguf.drafting.verification import Verdict, verify
+from swift_gguf.drafting.verification import Walk
 from swift_gguf.errors import ContextFullError, UnsupportedModelError
 from swift_gguf.stats import Stats
 from swift_gguf.tokens import common_prefix
@@ -21,15 +21,18 @@ if TYPE_CHECKING:
     from swift_gguf.sampling.speculative import Distribution
 
 TARGET = "target"
-NO_DRAFT = Tree()
 
 
 @dataclass(frozen=True)
 class Token:
-    """A generated token and who proposed it: a source of drafts, or ``target``."""
+    """A generated token and where it came from: a source of drafts, or ``target``."""
 
     id: int
     source: str
+
+
+class ModelUsedError(Exception):
+    """Raised by a sampler when its callbacks have used the model: the tree is gone."""
 
 
 class Target(Protocol):
@@ -41,6 +44,8 @@ class Target(Protocol):
     def tokens(self) -> list[int]: ...
     @property
     def room(self) -> int: ...
+    @property
+    def is_fresh(self) -> bool: ...
     @property
     def rollback_refusal(self) -> str | None: ...
     def decode(self, tokens: Sequence[int], *, n_outputs: int) -> None: ...
@@ -67,7 +72,7 @@ class ChoosesRows(SamplesRows, Protocol):
 
 
 class Search(Protocol):
-    """Looks for better drafts while the text is generated; must leave the context as it is."""
+    """Looks for better drafts between cycles; leaves the context as it is."""
 
     def step(self, cycle_s: float) -> None:
         """Called after every cycle, with the seconds it took."""
@@ -84,16 +89,18 @@ def generate(
     draft_max: int = 8,
     max_tokens: int | None = None,
     stats: Stats | None = None,
-) -> Iterator[Token]:
+) -> Generator[Token, None, None]:
     """Yields the tokens that plain decoding would, end-of-generation tokens excluded.
 
-    Whatever the context held is kept as far as it is a prefix of the prompt.  However the generator
-    ends (end of generation, a limit, the consumer stopping, an exception), the context then holds
-    exactly what plain decoding would have decoded: the prompt and every token sampled but the last
-    (at an end of generation, the end is the last).
+    A token is sampled when the consumer asks for it, never before.  What the context holds is kept
+    as far as it is a prefix of the prompt.  However the generator ends (end of generation, a limit,
+    the consumer stopping, an exception), the context then holds exactly what plain decoding would
+    have decoded: the prompt and every token sampled but the last (at an end of generation, the end
+    is the last).
 
     max_tokens: None generates until the end or until the context is full; 0 does nothing.
-    stats: filled while the tokens flow, `stop_reason` at the end.
+    stats: filled while the tokens flow, `stop_reason` at the end.  The consumer's own time is in
+        none of its times.
 
     Raises:
         ContextFullError: the prompt does not fit; nothing is decoded.
@@ -110,40 +117,45 @@ def generate(
         stats.stop_reason = "length"
         return
     _prefill(model, prompt, stats)
-    yielded = sampled = 0  # sampled counts an end of generation too
-    cycle_s = 0.0
-    path = [Token(sampler.sample(model, 0), TARGET)]  # its last token is always the target's own
+    token = Token(sampler.sample(model, -1), TARGET)
+    n_sampled = 1
+    cycle: _Cycle | None = None
     try:
         while True:
-            for token in path:
-                sampled += 1
-                if model.is_eog(token.id):
-                    stats.stop_reason = "eos"
-                    return
-                yielded += 1
-                stats.predicted_n += 1
-                yield token
-                if yielded == max_tokens:
-                    stats.stop_reason = "length"
-                    return
-            room = model.n_ctx - len(model.tokens)
-            if room == 0:
-                stats.stop_reason = "context"
+            if model.is_eog(token.id):
+                stats.stop_reason = "eos"
                 return
-            n_max = min(draft_max, room - 1, model.room - 1)
-            if max_tokens is not None:
-                n_max = min(n_max, max_tokens - yielded - 1)
-            if search and cycle_s:
-                search_step(search, cycle_s, stats)
-            start = perf_counter()
-            path = _cycle(model, path[-1].id, sampler, drafter, n_max, stats)
-            cycle_s = perf_counter() - start
+            stats.predicted_n += 1
+            yield token
+            if n_sampled == max_tokens:
+                stats.stop_reason = "length"
+                return
+            if cycle is None or cycle.done:
+                room = model.n_ctx - len(model.tokens)
+                if room == 0:
+                    stats.stop_reason = "context"
+                    return
+                n_max = min(draft_max, room - 1, model.room - 1)
+                if max_tokens is not None:
+                    n_max = min(n_max, max_tokens - n_sampled - 1)
+                if search and cycle:
+                    _search(search, cycle.seconds, stats)
+                cycle = _Cycle(model, token.id, drafter, n_max, stats)
+            token = cycle.sample(sampler)
+            n_sampled += 1
+    except ModelUsedError:
+        cycle = None
+        raise
     finally:
-        _keep(model, len(prompt) + max(sampled - 1, 0))
+        try:
+            if cycle and not cycle.done:
+                cycle.end()
+        finally:
+            _keep(model, len(prompt) + n_sampled - 1)
 
 
-def search_step(search: Search, cycle_s: float, stats: Stats) -> None:
-    """After the tokens of the latest cycle are out, before the next begins."""
+def _search(search: Search, cycle_s: float, stats: Stats) -> None:
+    """Runs after the last token of a cycle is out, before the next cycle begins."""
     start = perf_counter()
     search.step(cycle_s)
     seconds = perf_counter() - start
@@ -152,7 +164,7 @@ def search_step(search: Search, cycle_s: float, stats: Stats) -> None:
 
 
 def _prefill(model: Target, prompt: Sequence[int], stats: Stats) -> None:
-    """Decodes what the context lacks of the prompt; the last prompt token gets the logits."""
+    """Decodes what the context lacks of the prompt; the last row of logits is the prompt's."""
     if not prompt:
         raise ValueError("an empty prompt; give at least one token")
     if len(prompt) > model.n_ctx:
@@ -160,13 +172,15 @@ def _prefill(model: Target, prompt: Sequence[int], stats: Stats) -> None:
             f"the prompt has {len(prompt)} tokens, the context {model.n_ctx}; "
             "use a larger --ctx-size or a shorter prompt"
         )
+    if model.is_fresh and model.tokens == list(prompt):
+        return
     start = perf_counter()
     common = min(common_prefix(model.tokens, prompt), len(prompt) - 1)
     _keep(model, common)
     common = len(model.tokens)
     model.decode(prompt[common:], n_outputs=1)
-    stats.prompt_n = len(prompt) - common
-    stats.prompt_s = perf_counter() - start
+    stats.prompt_n += len(prompt) - common
+    stats.prompt_s += perf_counter() - start
 
 
 def _keep(model: Target, n_past: int) -> None:
@@ -180,83 +194,75 @@ def _keep(model: Target, n_past: int) -> None:
     model.clear()
 
 
-def _cycle(
-    model: Target,
-    pending: int,
-    sampler: SamplesRows,
-    drafter: Drafter | None,
-    n_max: int,
-    stats: Stats,
-) -> list[Token]:
-    """One draft and its verification: the tokens that follow `pending`, at least one.
+class _Cycle:
+    """A draft, the forward pass over it, and the way down its tree, one token at a time."""
 
-    Afterwards the context holds `pending` and all of these but the last.
-    """
-    start = perf_counter()
-    draft = propose(model, pending, drafter, n_max=n_max)
-    tree, decoded = draft.tree, perf_counter()
-    verdict = verify(
-        tree, choose=lambda node: _choose(model, sampler, tree, node), is_eog=model.is_eog
-    )
-    stats.sample_s += perf_counter() - decoded
-    conclude(model, draft, verdict, drafter, stats)
-    stats.cycle_s += perf_counter() - start - draft.prompt_s
-    sources = [tree.sources[node] for node in verdict.accepted]
-    sources[len(verdict.tokens) - 1 :] = [TARGET]
-    return [Token(*token) for token in zip(verdict.tokens, sources, strict=True)]
+    def __init__(
+        self, model: Target, pending: int, drafter: Drafter | None, n_max: int, stats: Stats
+    ) -> None:
+        """Drafts at most `n_max` tokens after `pending`, and decodes both in one pass: output row 0
+        follows `pending`, row i + 1 node i."""
+        self._model, self._stats = model, stats
+        self._drafter = drafter
+        start = perf_counter()
+        tree, prompt_s = Tree(), 0.0
+        if drafter and n_max > 0:
+            tree = drafter.draft(pending, n_max=n_max)
+            prompt_s = drafter.prompt_s
+        drafted = perf_counter()
+        model.decode_tree([pending, *tree.tokens], [-1, *(parent + 1 for parent in tree.parents)])
+        self._draft_s = drafted - start - prompt_s
+        self._verify_s = perf_counter() - drafted
+        stats.prompt_s += prompt_s
+        self._tree, self._walk = tree, Walk(tree, is_eog=model.is_eog)
+        self.seconds = 0.0
+        """What it took so far, without sources' reading the prompt and the consumer's time."""
+        self._spent(self._draft_s + self._verify_s)
 
+    @property
+    def done(self) -> bool:
+        """Is there nothing left to sample from?  Then the context holds what was accepted."""
+        return self._walk.done
 
-@dataclass(frozen=True)
-class Draft:
-    """A tree that was drafted and decoded: output row 0 follows the pending token, row i + 1 node
-    i."""
+    def sample(self, sampler: SamplesRows) -> Token:
+        """The next token; once there is none left to sample, the drafter hears what became of its
+        draft."""
+        start = perf_counter()
+        token = choose(self._model, sampler, self._tree, self._walk.node)
+        self._stats.sample_s += perf_counter() - start
+        node = self._walk.take(token)
+        if self.done:
+            self.end()
+        self._spent(perf_counter() - start)
+        return Token(token, TARGET if node is None else self._tree.sources[node])
 
-    tree: Tree
-    prompt_s: float
-    """In which sources read the prompt; no part of `draft_s`."""
-    draft_s: float
-    verify_s: float
+    def end(self) -> None:
+        """The accepted tokens become text, the rest of the tree is gone.
 
+        The drafter is told only if the walk went to its end: one that was broken off says nothing
+        about the draft.
+        """
+        model, stats, tree, verdict = self._model, self._stats, self._tree, self._walk.verdict
+        model.keep([0, *(node + 1 for node in verdict.kept)])
+        if self._drafter and self.done:
+            cycle = Cycle(tree, verdict, draft_s=self._draft_s, verify_s=self._verify_s)
+            self._drafter.observe(cycle)
+        stats.count(tree, verdict.accepted)
+        stats.cycles += 1
+        if not tree.tokens:
+            stats.plain_cycles += 1
+            stats.plain_s += self._verify_s
+        stats.cycle_n += len(verdict.tokens)
+        stats.draft_s += self._draft_s
+        stats.verify_s += self._verify_s
 
-def propose(model: Target, pending: int, drafter: Drafter | None, *, n_max: int) -> Draft:
-    """The first half of a cycle: at most `n_max` draft tokens, and the target's pass over them."""
-    start = perf_counter()
-    tree = drafter.draft(pending, n_max=n_max) if drafter and n_max > 0 else NO_DRAFT
-    drafted = perf_counter()
-    prompt_s = drafter.prompt_s if drafter and n_max > 0 else 0.0
-    model.decode_tree([pending, *tree.tokens], [-1, *(parent + 1 for parent in tree.parents)])
-    return Draft(
-        tree,
-        prompt_s=prompt_s,
-        draft_s=drafted - start - prompt_s,
-        verify_s=perf_counter() - drafted,
-    )
-
-
-def conclude(
-    model: Target, draft: Draft, verdict: Verdict, drafter: Drafter | None, stats: Stats
-) -> None:
-    """The second half: what the target agrees with becomes text, and whoever drafted hears of it.
-
-    drafter: None where the verdict was broken off, which tells nothing of the draft.
-    """
-    tree = draft.tree
-    model.keep([0, *(node + 1 for node in verdict.kept)])
-    if drafter:
-        drafter.observe(Cycle(tree, verdict, draft_s=draft.draft_s, verify_s=draft.verify_s))
-    stats.count(tree, verdict.accepted)
-    stats.cycles += 1
-    if not tree.tokens:
-        stats.plain_cycles += 1
-        stats.plain_s += draft.verify_s
-    stats.cycle_n += len(verdict.tokens)
-    stats.prompt_s += draft.prompt_s
-    stats.draft_s += draft.draft_s
-    stats.verify_s += draft.verify_s
+    def _spent(self, seconds: float) -> None:
+        self.seconds += seconds
+        self._stats.cycle_s += seconds
 
 
-def _choose(model: Target, sampler: SamplesRows, tree: Tree, node: int) -> int:
-    """The target's next token after a node; row 0 follows the pending token."""
+def choose(model: Target, sampler: SamplesRows, tree: Tree, node: int) -> int:
+    """The target's next token after a node of a tree that was decoded after the pending token."""
     proposal = tree.proposals.get(node)
     if proposal is not None and isinstance(sampler, ChoosesRows):
         children = [tree.tokens[child] for child in tree.children(node)]

@@ -102,7 +102,7 @@ class Answer:
                 self.text += text
                 yield Piece(text, token.id, token.source)
                 if self.interrupted:
-                    stream.close()  # type: ignore[attr-defined]
+                    stream.close()
                     break
 
     def finish(self) -> str:

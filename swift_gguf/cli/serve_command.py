@@ -97,8 +97,6 @@ def serve(model: str, **values: Any) -> None:
         raise click.UsageError(
             "serve does not support --speculative-sampling: it changes the text of a seed"
         )
-    if values["sidecar"] not in (None, "none"):
-        raise click.UsageError("serve takes the draft weights beside the model, or --sidecar none")
     options = _options(model, values)
     with download_progress() as progress:
         path = resolve(model, progress=progress)
@@ -122,7 +120,7 @@ def serve(model: str, **values: Any) -> None:
         stop_loading=stop.raise_,
         on_listening=lambda url: click.echo(f"listening on {url}", err=True),
         on_ready=lambda served: click.echo(
-            f"ready: {options.alias}; speculation: {served.speculation()['why']}", err=True
+            f"ready: {options.alias}; speculation: {served.speculation.reason}", err=True
         ),
     )
 

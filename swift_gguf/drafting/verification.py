@@ -47,14 +47,15 @@ class Walk:
         self.verdict = Verdict([], [])
         self._tree, self._is_eog = tree, is_eog
 
-    def take(self, token: int) -> None:
-        """The target has chosen `token`."""
+    def take(self, token: int) -> int | None:
+        """The target has chosen `token`; returns the node that is accepted with it, if there is."""
         child = self._tree.child(self.node, token)
         self.verdict.tokens.append(token)
         if child is not None:
             self.verdict.accepted.append(child)
             self.node = child
         self.done = child is None or self._is_eog(token)
+        return child
 
 
 def verify(tree: Tree, *, choose: Callable[[int], int], is_eog: Callable[[int], bool]) -> Verdict:

@@ -24,7 +24,7 @@ from swift_gguf.hub.huggingface import PREFIX as HUB
 from swift_gguf.text_files import read_text
 
 if TYPE_CHECKING:
-    from swift_gguf.llama import SwiftLlama
+    from swift_gguf.llama import Llama
 
 PREFIX = "swift/"
 _NAMED = re.compile(rf"(?:-m|--model=)?{PREFIX}(.+)", re.DOTALL)  # -mswift/..., too
@@ -81,7 +81,7 @@ class SwiftModel(llm.Model):
     def __init__(self, reference: str) -> None:
         self.model_id = PREFIX + reference
         self._reference = reference
-        self._llama: SwiftLlama | None = None
+        self._llama: Llama | None = None
         self._ctx_size: int | None = None
 
     def execute(
@@ -123,7 +123,7 @@ class SwiftModel(llm.Model):
             text = choice["delta"].get("content") if "delta" in choice else choice["text"]
             if text:
                 yield text
-        stats = llama.swift.stats
+        stats = llama.speculation.stats
         last = stats.stop_reason != "eos"  # the last token is out, but in no context
         n_input = llama.n_tokens - stats.predicted_n + last
         response.set_usage(input=n_input, output=stats.predicted_n)
@@ -131,13 +131,13 @@ class SwiftModel(llm.Model):
             "seed": seed,
             "stop_reason": stats.stop_reason,
             "timings": stats.timings(),
-            "speculation": stats.speculation() | {"why": llama.swift.why},
+            "speculation": stats.speculation() | {"why": llama.speculation.reason},
         }
 
-    def _loaded(self, options: AnswerOptions) -> SwiftLlama:
+    def _loaded(self, options: AnswerOptions) -> Llama:
         """The model, with a context of the size that is wanted."""
         from swift_gguf.hub.progress import download_progress
-        from swift_gguf.llama import SwiftLlama
+        from swift_gguf.llama import Llama
 
         llama = self._llama
         if llama is None or self._ctx_size != options.ctx_size:
@@ -146,7 +146,7 @@ class SwiftModel(llm.Model):
                 llama.close()
             with download_progress() as progress:
                 path = resolve(self._reference, progress=progress)
-            llama = SwiftLlama(
+            llama = Llama(
                 str(path),
                 n_ctx=options.ctx_size,
                 n_gpu_layers=-1,
@@ -155,13 +155,13 @@ class SwiftModel(llm.Model):
                 verbose=False,
             )
             self._llama, self._ctx_size = llama, options.ctx_size
-        if llama.swift.speculation != options.speculation:
-            llama.swift.speculation = options.speculation
+        if llama.speculation.mode != options.speculation:
+            llama.speculation.mode = options.speculation
         return llama
 
 
 def _chunks(
-    llama: SwiftLlama, messages: list[dict[str, str]], sampling: dict[str, Any]
+    llama: Llama, messages: list[dict[str, str]], sampling: dict[str, Any]
 ) -> Iterator[Any]:
     if "tokenizer.chat_template" in llama.metadata:
         yield from llama.create_chat_completion(messages, stream=True, **sampling)

@@ -21,7 +21,7 @@ from swift_gguf.gguf.context_length import ContextLength, context_length
 from swift_gguf.gguf.end_token import overrides
 from swift_gguf.llama.adoption import AUTO, adopt, in_scope, instead_of, our_errors, refusal
 from swift_gguf.llama.chat_format import formats, templated_handler, wants_other_template
-from swift_gguf.llama.control import Swift, options_of
+from swift_gguf.llama.control import LlamaSpeculation, options_of
 from swift_gguf.llama.forms import held
 from swift_gguf.llama.one_thread import OneThread
 from swift_gguf.llama.scores import without_scores
@@ -44,9 +44,10 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
 
     n_tokens: int
     _requires_eval: bool
-    _llama_sampler: Any = None
     _goes_on: Any = None
-    _n_sampling = 0
+    _sampler: Any
+    _latest = (-1, -1)
+    """`n_passes` and the output index of the row of logits that was looked at last."""
     input_ids: NDArray[np.intc]
 
     def __init__(
@@ -54,6 +55,8 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
         model_path: str,
         *,
         speculation: str | Sequence[str] | SpeculationOptions = "auto",
+        draft_model_path: str | os.PathLike[str] | None = None,
+        sidecar: str | os.PathLike[str] | None = None,
         n_ctx: int | None = 512,
         n_batch: int = 512,
         n_ubatch: int = 512,
@@ -66,12 +69,13 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
     ) -> None:
         self._stack = ExitStack()  # what closes it must be there if anything below fails
         self._one_thread = OneThread()
-        self._old_samplers: list[Any] = []
+        self._in_use: list[Any] = []
         self._length = ContextLength(trained=None, limit=None)
         self._adopted: Model | None = None
         self._stop = self._stop_flag()
         self._flash_attn, self._keeps_all, self._options = flash_attn, logits_all, options
-        wanted = options_of(speculation)
+        wanted = options_of(speculation, draft_model_path)
+        self._sidecar = sidecar
         path = os.fspath(model_path)
         if not options.get("vocab_only"):
             header = gguf_check.check(path, tokenizer=False)
@@ -100,15 +104,14 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
             )
             if self.lora_path and not self._lora_adapter:  # llama_cpp looks for None
                 raise ModelError(f"{self.lora_path} cannot be used with {path}: {cause(messages)}")
-        self._evaluated = -1  # passes there had been after the latest `eval`
-        self._swift = self._take_over(wanted)
-        self._stack.callback(self._swift.close)
-        weakref.finalize(self, self._swift.close)  # before the interpreter falls apart
+        self._speculation = self._take_over(wanted)
+        self._stack.callback(self._speculation.close)
+        weakref.finalize(self, self._speculation.close)  # before the interpreter falls apart
 
     @property
-    def swift(self) -> Swift:
+    def speculation(self) -> LlamaSpeculation:
         """What drafts, why, and how it went."""
-        return self._swift
+        return self._speculation
 
     def n_ctx(self) -> int:
         """See `Llama.n_ctx`; not more than there are learned positions."""
@@ -145,35 +148,6 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
             swa_full = params.swa_full  # the caller's to say
             fit_context(params, model.model)
             params.swa_full = swa_full
-
-    @property
-    def _sampler(self) -> Any:
-        return self._llama_sampler
-
-    @_sampler.setter
-    def _sampler(self, sampler: Any) -> None:
-        """Frees the one before.  llama_cpp leaves its samplers to the garbage collector; where that
-        comes while Python's stack is nearly full (while JSON is read that nests a thousand deep),
-        `LlamaSampler.__del__` fails, and the native sampler is lost.
-        """
-        before, self._llama_sampler = self._llama_sampler, sampler
-        if before is not None and before is not sampler:
-            self._old_samplers.append(before)
-        self._free_samplers()
-
-    def _free_samplers(self) -> None:
-        """Not while one samples: a logits processor may ask this very llama for something else."""
-        while self._old_samplers and not self._n_sampling:
-            self._old_samplers.pop().close()
-
-    @instead_of(Llama.sample)
-    def sample(self, *args: Any, **kwargs: Any) -> int:
-        self._n_sampling += 1
-        try:
-            return int(super().sample(*args, **kwargs))
-        finally:
-            self._n_sampling -= 1
-            self._free_samplers()
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         """See `Llama.tokenize`."""
@@ -223,12 +197,16 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
             arguments["prompting"] = prompting
         return held(handler, arguments)(llama=self, **arguments)
 
-    def _take_over(self, wanted: SpeculationOptions) -> Swift:
+    def _take_over(self, wanted: SpeculationOptions) -> LlamaSpeculation:
         why = refusal(self.model, self._options)
-        model = None if why else adopt(self, flash_attn=self._flash_attn, stop=self._stop)
+        model = (
+            None
+            if why
+            else adopt(self, flash_attn=self._flash_attn, sidecar=self._sidecar, stop=self._stop)
+        )
         if model is None:
             why = why or "the model does not generate text token by token"
-            return Swift(wanted, refusal=why)
+            return LlamaSpeculation(wanted, refusal=why)
         self._adopted = model
         if self.context_params.embeddings:  # switched on in `embed`: they cost every pass
             llama_cpp.llama_set_embeddings(self.ctx, False)
@@ -236,7 +214,7 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
         if not self._keeps_all:
             self.scores = np.empty((0, self._n_vocab), np.single)
             self._logits_all = True  # or llama_cpp refuses logprobs; `Scores` has what they need
-        return Swift(wanted, model=model, settle=weakref.WeakMethod(self._settle))
+        return LlamaSpeculation(wanted, model=model, settle=weakref.WeakMethod(self._settle))
 
     # -- llama_cpp's view of the context ----------------------------------------------------------
 
@@ -249,14 +227,8 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
             model.clear()
         elif self.n_tokens < model.n_past:
             model.rollback(self.n_tokens)
-        elif self.n_tokens > model.n_past:  # an interrupt emptied a context with a running state
-            missing = self.input_ids[model.n_past : self.n_tokens].tolist()
-            model.decode(missing, exact=False)
-
-    def _append(self, tokens: Sequence[int]) -> None:
-        end = self.n_tokens + len(tokens)
-        self.input_ids[self.n_tokens : end] = tokens
-        self.n_tokens = end
+        elif self.n_tokens > model.n_past:  # what was interrupted left less
+            model.decode(self.input_ids[model.n_past : self.n_tokens].tolist())
 
     def create_completion(self, *args: Any, **kwargs: Any) -> Any:
         """See `Llama.create_completion`.
@@ -275,7 +247,7 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
         model = self._adopted
         if model is None:
             return super().save_state()
-        with self._one_thread.inside(), self._swift.busy():
+        with self._one_thread.inside(), self._speculation.busy():
             self._align(model)
             model.hand_over()
             try:
@@ -289,7 +261,8 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
         if model is None:
             super().load_state(state)
             return
-        with self._one_thread.inside(), self._swift.busy():
+        with self._one_thread.inside(), self._speculation.busy():
+            self._latest = (-1, -1)
             try:
                 super().load_state(state if self._keeps_all else without_scores(state))
                 model.assume(self.input_ids[: self.n_tokens].tolist())
@@ -303,7 +276,7 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
         model = self._adopted
         if model is None or not self.context_params.embeddings:
             return super().embed(*args, **kwargs)
-        with self._one_thread.inside(), self._swift.busy():
+        with self._one_thread.inside(), self._speculation.busy():
             model.clear()
             model.hand_over()
             llama_cpp.llama_set_embeddings(self.ctx, True)
@@ -317,7 +290,8 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         return state | {
-            "speculation": self._swift.options,
+            "speculation": self._speculation.options,
+            "sidecar": self._sidecar,
             "flash_attn": self._flash_attn,
             "logits_all": self._keeps_all,
         }

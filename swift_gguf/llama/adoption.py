@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -54,8 +55,20 @@ def refusal(model: Any, options: dict[str, Any]) -> str:
     return ""
 
 
-def adopt(llama: Any, *, flash_attn: bool | None, stop: StopFlag) -> Model | None:
-    """A llama's model and context as our `Model`; None if it does not generate text."""
+def adopt(
+    llama: Any,
+    *,
+    flash_attn: bool | None,
+    sidecar: str | os.PathLike[str] | None,
+    stop: StopFlag,
+) -> Model | None:
+    """A llama's model and context as our `Model`; None if it does not generate text.
+
+    sidecar: as `Llama` has it.
+
+    Raises:
+        SidecarError: the sidecar that was named cannot be used.
+    """
     loaded = Loaded(llama.model, llama.ctx, llama.n_threads, llama.n_ctx(), is_ours=False)
     if not generates_text(loaded):
         return None
@@ -66,6 +79,7 @@ def adopt(llama: Any, *, flash_attn: bool | None, stop: StopFlag) -> Model | Non
         n_threads=llama.n_threads,
         n_gpu_layers=-1 if n_gpu_layers == ALL_LAYERS else n_gpu_layers,
         flash_attn=flash_attn,
+        sidecar="auto" if sidecar is None else None if sidecar == "none" else Path(sidecar),
     )
     return Model(llama.model_path, options, loaded=loaded, stop=stop)
 

@@ -310,14 +310,3 @@ def _biased(biases: Mapping[int, float]) -> Callable[[Any, Any], Any]:
         return scores
 
     return processor
-
-
-class Criteria:
-    """Stopping criteria that get the logits which the latest token was sampled from; llama_cpp
-    looks for them in a matrix of all."""
-
-    def __init__(self, criteria: Callable[[Any, Any], bool], latest: Callable[[], Any]) -> None:
-        self._criteria, self._latest = criteria, latest
-
-    def __call__(self, input_ids: Any, _: Any) -> bool:
-        return self._criteria(input_ids, self._latest())

@@ -1,24 +1,34 @@
-"""What `SwiftLlama.swift` is: how answers are sped up, and how that went."""
+"""`Llama.speculation`: what drafts for a llama, why, and how it went."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
 
+from swift_gguf.engine import SamplesRows, Token, generate
 from swift_gguf.errors import SwiftError, UnsupportedModelError
-from swift_gguf.llama.generation import Generation
 from swift_gguf.model import Model
 from swift_gguf.search.drivers import IdleSearch
 from swift_gguf.speculation import Speculation, SpeculationOptions
 from swift_gguf.stats import Stats
 
 
-class Swift:
-    """Speculation for one `SwiftLlama`.
+class Rows(SamplesRows, Protocol):
+    """Samples, and adds what it sampled to the text."""
+
+    text: list[int]
+
+
+class LlamaSpeculation:
+    """Speculation for one `Llama`.
 
     model: the llama's model in our hands; None: llama_cpp decodes on its own.
     refusal: why that is so.
-    settle: breaks off what the llama is about to do with the model.
+    settle: closes the stream that is open, so that the context holds the text alone.
 
     Raises:
         UnsupportedModelError: drafts are asked for by name, and there can be none.
@@ -45,13 +55,13 @@ class Swift:
         self._set(options)
 
     @property
-    def speculation(self) -> str:
+    def mode(self) -> str:
         """``auto``, ``off``, or sources by name, joined by commas; may be set, to a list, too."""
         return self.options.mode
 
-    @speculation.setter
-    def speculation(self, mode: str | Sequence[str] | SpeculationOptions) -> None:
-        self._set(options_of(mode))
+    @mode.setter
+    def mode(self, mode: str | Sequence[str]) -> None:
+        self._set(replace(self.options, mode=_joined(mode)))
 
     def _set(self, options: SpeculationOptions) -> None:
         if self.model is None:
@@ -72,8 +82,8 @@ class Swift:
         return self.current is not None and self.current.enabled
 
     @property
-    def why(self) -> str:
-        """The reason for what drafts, or for why nothing does."""
+    def reason(self) -> str:
+        """Why this drafts, or why nothing does."""
         return self.current.why if self.current else self._refusal
 
     def idle(self) -> IdleSearch | None:
@@ -106,13 +116,30 @@ class Swift:
             with self.busy():
                 self.current.save()
 
-    def begin(self, prompt_n: int, *, limit: int | None) -> Generation:
-        """A generation after a prompt of `prompt_n` tokens, of at most `limit` tokens."""
-        assert self.model is not None
-        assert self.current is not None
-        generation = Generation(self.model, self.current, prompt_n=prompt_n, limit=limit)
-        self.stats = generation.stats
-        return generation
+    def stream(
+        self, rows: Rows, n_prompt: int, max_tokens: int | None, stats: Stats
+    ) -> Generator[Token, None, None]:
+        """`engine.generate`, from the text so far on.
+
+        rows: the text, and what samples.
+        n_prompt: tokens of it that are the prompt's.
+
+        Raises:
+            SwiftError: the llama is closed.
+        """
+        with self.busy():
+            assert self.model is not None
+            assert self.current is not None
+            return generate(
+                self.model,
+                list(rows.text),
+                sampler=rows,
+                drafter=self.current.drafter,
+                search=self.current.begin(n_prompt),
+                draft_max=self.current.draft_max,
+                max_tokens=max_tokens,
+                stats=stats,
+            )
 
     def answered(self) -> None:
         """A generation is over."""
@@ -137,12 +164,19 @@ class Swift:
             idle.end()
 
 
-def options_of(mode: str | Sequence[str] | SpeculationOptions) -> SpeculationOptions:
-    """What the user asked for, as options.
+def options_of(
+    mode: str | Sequence[str] | SpeculationOptions, draft_model: str | os.PathLike[str] | None
+) -> SpeculationOptions:
+    """What the user asked for, as options; tests and the server give options themselves.
 
     Raises:
-        SwiftError: a source that does not exist.
+        SwiftError: a source that does not exist, or one that lacks what it needs.
     """
+    path = None if draft_model is None else Path(draft_model)
     if isinstance(mode, SpeculationOptions):
-        return mode
-    return SpeculationOptions(mode=mode if isinstance(mode, str) else ",".join(mode))
+        return replace(mode, draft_model=path or mode.draft_model)
+    return SpeculationOptions(mode=_joined(mode), draft_model=path)
+
+
+def _joined(mode: str | Sequence[str]) -> str:
+    return mode if isinstance(mode, str) else ",".join(mode)

@@ -105,6 +105,7 @@ class Model:
         self.n_passes = 0
         """Passes so far: while it stands still, so do the rows of logits."""
         self._outputs = range(0)
+        self._fresh = (-1, -1)  # (n_passes, n_past) after the latest `decode` with logits
         self._invariant = False
         self._is_draft = False  # was the latest pass one?
         n_branches = n_sequences(model)
@@ -288,6 +289,11 @@ class Model:
     """Of a tree at most: each is a sequence of its own."""
 
     @property
+    def is_fresh(self) -> bool:
+        """Does the latest pass's last row of logits follow the last token of the context?"""
+        return self._fresh == (self.n_passes, self.n_past)
+
+    @property
     def room(self) -> int:
         """How many tokens of a tree can be decoded where gaps stay open."""
         return min(self.cells.free, self.n_batch)
@@ -329,6 +335,8 @@ class Model:
                 if start < end:
                     n_rows = n_outputs if end == len(tokens) else 0
                     self._append(tokens[start:end], n_rows, subnetwork, exact=exact)
+        if n_outputs and subnetwork is None:
+            self._fresh = (self.n_passes, self.n_past)
 
     def decode_tree(
         self, tokens: Sequence[int], parents: Sequence[int], *, subnetwork: SubNetwork | None = None
@@ -564,6 +572,7 @@ class Model:
 
     def assume(self, tokens: Sequence[int]) -> None:
         """The context was filled by somebody else, with these tokens or more."""
+        self._fresh = (-1, -1)
         self.cells.assume(len(tokens))
         self.tokens[:] = tokens
 

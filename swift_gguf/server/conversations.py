@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from swift_gguf.llama import SwiftLlama
+from swift_gguf.llama import Llama
 from swift_gguf.tokens import common_prefix
 
 _log = logging.getLogger("swift_gguf")
@@ -42,7 +42,7 @@ def _would_lose(tokens: Sequence[int], common: int) -> bool:
 class Conversations:
     """States of a llama's context, within `budget` bytes; those unused for longest go first."""
 
-    def __init__(self, llama: SwiftLlama, *, budget: int) -> None:
+    def __init__(self, llama: Llama, *, budget: int) -> None:
         self._llama, self._budget = llama, budget
         self._kept: list[_Kept] = []  # the latest used last
 
@@ -77,7 +77,7 @@ class Conversations:
         """How much of the prompt a state of these tokens saves: nothing of a running state that is
         beyond it, which cannot be taken back."""
         common = common_prefix(tokens, prompt)
-        model = self._llama.swift.model
+        model = self._llama.speculation.model
         is_running = model is not None and model.rollback_refusal is not None
         return 0 if is_running and common < len(tokens) else common
 

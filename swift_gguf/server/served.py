@@ -8,13 +8,13 @@ import math
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any
 
-from swift_gguf.llama import SwiftLlama
+from swift_gguf.llama import Llama
 from swift_gguf.llama.chat_format import CHATML, FOR_TOOLS, BoundedFormatter
 from swift_gguf.llama.completion import Asked
 from swift_gguf.model import ModelOptions
@@ -72,7 +72,7 @@ class Started:
     """Event: the prompt is known to fit, and is being decoded."""
 
 
-class ServedLlama(SwiftLlama):
+class ServedLlama(Llama):
     """Not safe for use by several threads at once, `interrupt` excepted."""
 
     last_n_tokens_size: int
@@ -119,7 +119,8 @@ class ServedLlama(SwiftLlama):
         """
         llama = cls(
             str(path),
-            speculation=replace(speculation, sidecar=loading.sidecar is not None),
+            speculation=speculation,
+            sidecar=None if loading.sidecar == "auto" else loading.sidecar or "none",
             n_ctx=loading.n_ctx,
             n_threads=loading.n_threads,
             n_gpu_layers=loading.n_gpu_layers,
@@ -142,13 +143,13 @@ class ServedLlama(SwiftLlama):
         native_chat.check()
         bos, eos = self._ends_as_text()
         self._syntaxes = Syntaxes(bos_token=bos, eos_token=eos)
-        if self.swift.model is None:
+        if self.speculation.model is None:
             library().set_stop_flag(self.ctx, self._stop)
         self.look_back(self.last_n_tokens_size)
         if template is not None or "tokenizer.chat_template" not in self.metadata:
             self._chat_by(template)
         self._conversations = Conversations(self, budget=cache_bytes)
-        self.swift.idle()
+        self.speculation.idle()
 
     def look_back(self, repeat_last_n: int) -> None:
         """Penalties look at so many tokens; -1: at all, where llama_cpp looks at none."""
@@ -198,7 +199,7 @@ class ServedLlama(SwiftLlama):
                 give_back_free_pages()
                 self._tidied_at = monotonic()
 
-    @wraps(SwiftLlama.generate)
+    @wraps(Llama.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         job = self._job
         if job is None:
@@ -209,13 +210,13 @@ class ServedLlama(SwiftLlama):
         tally.prompt_tokens += len(prompt)
         job.post(Started())
         # from here on a raised flag stays up: the search, which lowers it, has left the model
-        with self.swift.busy():
+        with self.speculation.busy():
             if self._conversations is not None:
                 self._conversations.enter(prompt if self._reuses else [])
             if not self._reuses:
                 self.reset()
             job.check()
-            stats, start = self.swift.stats, perf_counter()
+            stats, start = self.speculation.stats, perf_counter()
             n_said = 0
             self._prompt_end = self._text_of(prompt[-PROMPT_END:])
             self.thinks = self._prompt_end.rstrip().endswith("<think>")
@@ -228,11 +229,11 @@ class ServedLlama(SwiftLlama):
                         job.check()
             finally:
                 tally.completion_tokens += n_said if self._request.max_tokens != 0 else 0
-                if self.swift.model is None:  # llama_cpp decodes, and counts nothing
+                if self.speculation.model is None:  # llama_cpp decodes, and counts nothing
                     seconds = perf_counter() - start
                     tally.add(Stats(prompt_n=len(prompt), predicted_n=n_said, cycle_s=seconds))
-                elif self.swift.stats is not stats:
-                    tally.add(self.swift.stats)
+                elif self.speculation.stats is not stats:
+                    tally.add(self.speculation.stats)
                 tally.n_past = max(tally.n_past, self.n_tokens)
 
     def complete(self, prompt: str | Sequence[int], **arguments: Any) -> Any:
@@ -353,9 +354,9 @@ class ServedLlama(SwiftLlama):
             "size": self._model.size(),
         }
 
-    def speculation(self) -> dict[str, Any]:
+    def about_speculation(self) -> dict[str, Any]:
         """For /props."""
-        return {"enabled": self.swift.enabled, "why": self.swift.why}
+        return {"enabled": self.speculation.enabled, "why": self.speculation.reason}
 
 
 Work = Callable[[ServedLlama, Job[ServedLlama]], Iterator[object]]

@@ -116,5 +116,5 @@ class Service:
             "modalities": {"vision": False, "audio": False},
             "chat_template": model.chat_template,
             "build_info": f"swift-gguf {__version__}",
-            "speculation": model.speculation(),
+            "speculation": model.about_speculation(),
         }

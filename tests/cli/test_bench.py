@@ -14,9 +14,8 @@ import pytest
 
 from swift_gguf import engine
 from swift_gguf.cli import main
-from swift_gguf.drafting.tree import Tree
-from swift_gguf.drafting.verification import Verdict
 from tests.cli.conftest import COMMAND, assert_one_line_failure
+from tests.fixtures.controls import accept_drafts
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -169,15 +168,12 @@ def test_a_verification_that_accepts_everything_fails(
 ) -> None:
     """The control: without it, a bench that never compares would pass, too."""
 
-    def accept_all(tree: Tree, *, choose: Callable[[int], int], **_: object) -> Verdict:
-        return Verdict([*tree.tokens, choose(len(tree) - 1)], list(range(len(tree))))
-
     command = ["bench", model, "--suite", suite, "--modes", "layer-skip", *FEW]
     command += ["--temp", temp, "--seed", seed]
     with pytest.raises(SystemExit) as same:
         main([str(argument) for argument in command])
     assert not same.value.code
-    monkeypatch.setattr(engine, "verify", accept_all)
+    monkeypatch.setattr(engine, "choose", accept_drafts)
     with pytest.raises(SystemExit) as other:
         main([str(argument) for argument in command])
     assert other.value.code == 1

@@ -17,12 +17,12 @@ import pytest
 import torch
 import transformers
 
-from swift_gguf.llama import SwiftLlama
+from swift_gguf.llama import Llama
 from swift_gguf.speculation import SpeculationOptions
 from tests.conftest import N_GPU_LAYERS
 from tests.convert.conftest import convert
 
-from llama_cpp import Llama  # isort: skip
+from llama_cpp import Llama as PlainLlama  # isort: skip
 
 pytestmark = pytest.mark.slow
 
@@ -96,7 +96,7 @@ def made(tmp_path: Path, tokenizers: Callable[[str], Path]) -> Callable[[str], P
 
 
 def answers(kind: type, path: Path, **options: Any) -> list[list[int]]:
-    """Token ids: of tokens with more than 32 bytes, `Llama` loses the text."""
+    """Token ids: of tokens with more than 32 bytes, llama_cpp's own loses the text."""
     llama = kind(str(path), n_ctx=1024, n_gpu_layers=N_GPU_LAYERS, verbose=False, **options)
     said = []
     for prompt in PROMPTS:
@@ -105,8 +105,8 @@ def answers(kind: type, path: Path, **options: Any) -> list[list[int]]:
             tokens = llama.generate(llama.tokenize(prompt.encode()), temp=temperature)
             with closing(tokens):
                 said.append(list(islice(tokens, 40)))
-    if isinstance(llama, SwiftLlama) and llama.swift.speculation != "off":
-        assert llama.swift.stats.drafted > 0, llama.swift.why
+    if isinstance(llama, Llama) and llama.speculation.mode != "off":
+        assert llama.speculation.stats.drafted > 0, llama.speculation.reason
     llama.close()
     return said
 
@@ -115,11 +115,11 @@ def answers(kind: type, path: Path, **options: Any) -> list[list[int]]:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_source_says_what_plain_decoding_says(made: Callable[[str], Path], name: str) -> None:
     path = made(name)
-    plain = answers(Llama, path)
-    assert answers(SwiftLlama, path, speculation="off") == plain
+    plain = answers(PlainLlama, path)
+    assert answers(Llama, path, speculation="off") == plain
     chains = SpeculationOptions(mode="ngram,recycling,layer-skip", fixed=True, draft_max=7)
-    assert answers(SwiftLlama, path, speculation=chains) == plain
+    assert answers(Llama, path, speculation=chains) == plain
     trees = replace(chains, tree="best-first")
-    assert answers(SwiftLlama, path, speculation=trees, flash_attn=True) == answers(
-        SwiftLlama, path, speculation="off", flash_attn=True
+    assert answers(Llama, path, speculation=trees, flash_attn=True) == answers(
+        Llama, path, speculation="off", flash_attn=True
     )

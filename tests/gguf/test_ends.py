@@ -12,7 +12,7 @@ import pytest
 
 from swift_gguf.gguf.end_token import EOS_KEY, end_token, overrides
 from swift_gguf.gguf.header import Header
-from swift_gguf.llama import SwiftLlama
+from swift_gguf.llama import Llama
 from swift_gguf.model.model import Model
 from swift_gguf.native.binding import library
 from swift_gguf.text.text import encode
@@ -50,7 +50,7 @@ def test_the_templates_end_is_the_end(
 
 
 def test_the_drop_in_agrees(without_end: Path) -> None:
-    llama = SwiftLlama(str(without_end), n_gpu_layers=0, verbose=False)
+    llama = Llama(str(without_end), n_gpu_layers=0, verbose=False)
     assert llama.token_eos() == VOCAB.im_end
     assert not library().api.llama_vocab_is_eog(llama._model.vocab, COMMA)
     llama.close()

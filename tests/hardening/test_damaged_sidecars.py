@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
-from swift_gguf import SwiftLlama
+from swift_gguf import Llama
 from swift_gguf.drafting.passes import Passes
 from swift_gguf.errors import NotFiniteError, SidecarError, SpoiledError
 from swift_gguf.gguf import sidecar as sidecars
@@ -173,7 +173,7 @@ def test_another_model_that_is_damaged_drafts_nothing(
 
 def test_a_llama_goes_on_without(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """llama_cpp's account of the context follows."""
-    llama = SwiftLlama(
+    llama = Llama(
         str(pair[0]), speculation="layer-skip", n_threads=1, n_gpu_layers=0, verbose=False
     )
 
@@ -184,7 +184,7 @@ def test_a_llama_goes_on_without(pair: tuple[Path, Path], monkeypatch: pytest.Mo
         return text
 
     before = completed()
-    assert llama.swift.stats.drafted > 0
+    assert llama.speculation.stats.drafted > 0
     model = llama._adopted
     assert model is not None
     top, failures = model.top, iter([True])
@@ -198,5 +198,5 @@ def test_a_llama_goes_on_without(pair: tuple[Path, Path], monkeypatch: pytest.Mo
     with pytest.raises(SpoiledError):
         completed()
     assert completed() == before
-    assert llama.swift.stats.drafted == 0
+    assert llama.speculation.stats.drafted == 0
     llama.close()

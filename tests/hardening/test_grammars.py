@@ -67,13 +67,13 @@ def test_a_way_out_is_taken(no_z: Path, open_model: Opener) -> None:
 
 @pytest.mark.parametrize("name", DEAD_ENDS)
 def test_swift_llama(no_z: Path, name: str) -> None:
-    from swift_gguf import SwiftLlama
+    from swift_gguf import Llama
     from swift_gguf.native.binding import library
 
     library()
     from llama_cpp import LlamaGrammar
 
-    llama = SwiftLlama(str(no_z), n_threads=1, n_gpu_layers=0, verbose=False)
+    llama = Llama(str(no_z), n_threads=1, n_gpu_layers=0, verbose=False)
     grammar = LlamaGrammar.from_string(DEAD_ENDS[name], verbose=False)
     with pytest.raises(GrammarError, match="allows none of the model's tokens"):
         llama.create_completion(PROMPT, grammar=grammar, max_tokens=8, seed=1)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from swift_gguf import SwiftLlama
+from swift_gguf import Llama
 from swift_gguf.errors import ContextFullError, SwiftError
 from swift_gguf.model.model import Model
 from swift_gguf.native.deep_stack import MOST, SHALLOW, on_deep_stack
@@ -61,7 +61,7 @@ def test_the_process_would_end(how: str, status: int, tiny: Callable[..., Path])
 
 
 def test_a_llama_takes_long_texts(tiny: Callable[..., Path]) -> None:
-    llama = SwiftLlama(str(tiny("llama", pre="gpt-4o")), n_gpu_layers=0, verbose=False)
+    llama = Llama(str(tiny("llama", pre="gpt-4o")), n_gpu_layers=0, verbose=False)
     assert len(llama.tokenize(b"." * LONG)) > 0
     with pytest.raises(ContextFullError, match="can be split"):
         llama.tokenize(b"." * (MOST + 1))

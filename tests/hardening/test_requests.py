@@ -112,9 +112,9 @@ def test_an_opened_file_would_be_seen(canary: Path) -> None:
 
 
 def test_swift_llama_opens_nothing_it_is_sent(tiny: Callable[..., Path], canary: Path) -> None:
-    from swift_gguf import SwiftLlama
+    from swift_gguf import Llama
 
-    llama = SwiftLlama(str(tiny("llama", gaps=True)), n_threads=1, n_gpu_layers=0, verbose=False)
+    llama = Llama(str(tiny("llama", gaps=True)), n_threads=1, n_gpu_layers=0, verbose=False)
     known = {"messages", "max_tokens", "seed", "stop", "tools", "prompt", "suffix"}
     said = []
     with watched() as seen:

@@ -154,9 +154,9 @@ def test_generate_and_chat(hostile_model: Path, open_model: Callable[..., Model]
 
 
 def test_swift_llama_and_the_server(hostile_model: Path) -> None:
-    from swift_gguf import SwiftLlama
+    from swift_gguf import Llama
 
-    llama = SwiftLlama(str(hostile_model), n_threads=1, n_gpu_layers=0, verbose=False)
+    llama = Llama(str(hostile_model), n_threads=1, n_gpu_layers=0, verbose=False)
     with pytest.raises(TemplateError, match="MB"):
         llama.create_chat_completion([{"role": "user", "content": "hello"}])
     answer = llama.create_completion("hello", max_tokens=4)  # what needs no template works

@@ -14,7 +14,7 @@ import llm
 import pytest
 
 from swift_gguf.integrations.llm import SwiftModel
-from swift_gguf.llama import SwiftLlama
+from swift_gguf.llama import Llama
 from tests.llama.conftest import LOADING
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 12}
@@ -46,8 +46,8 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(tiny_path: str) -> Iterator[Callable[..., str]]:
-    """`reference([(role, text), ...], temperature=...)`: what a SwiftLlama answers by itself."""
-    llama = SwiftLlama(tiny_path, flash_attn=None, **(LOADING | {"n_ctx": 4096}))
+    """`reference([(role, text), ...], temperature=...)`: what a Llama answers by itself."""
+    llama = Llama(tiny_path, flash_attn=None, **(LOADING | {"n_ctx": 4096}))
 
     def answer(turns: list[tuple[str, str]], **options: Any) -> str:
         messages = [{"role": role, "content": text} for role, text in turns]

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from swift_gguf.llama import SwiftLlama
+from swift_gguf.llama import Llama
 from swift_gguf.speculation import SpeculationOptions
 from tests.conftest import N_GPU_LAYERS
 
-from llama_cpp import Llama  # isort: skip - swift_gguf first: it brings the library
+from llama_cpp import Llama as PlainLlama  # isort: skip - swift_gguf first: it brings the library
 
 ALWAYS = SpeculationOptions(mode="ngram,recycling,layer-skip", fixed=True, draft_max=6)
 """Drafts in every cycle, whatever they cost."""
@@ -25,11 +25,11 @@ LOADING: dict[str, Any] = {"n_ctx": 512, "n_gpu_layers": N_GPU_LAYERS, "verbose"
 
 @pytest.fixture
 def open_llama(tiny_path: str) -> Iterator[Callable[..., Any]]:
-    """`open_llama(SwiftLlama, n_ctx=...)`, closed after the test."""
+    """`open_llama(Llama, n_ctx=...)`, closed after the test."""
     opened: list[Any] = []
 
-    def open_(kind: type = SwiftLlama, path: str = tiny_path, **options: Any) -> Any:
-        if issubclass(kind, SwiftLlama):
+    def open_(kind: type = Llama, path: str = tiny_path, **options: Any) -> Any:
+        if issubclass(kind, Llama):
             options = {"speculation": ALWAYS} | options
         opened.append(kind(path, **(LOADING | options)))
         return opened[-1]
@@ -48,15 +48,15 @@ def flash_attn() -> bool:
 @pytest.fixture(scope="module")
 def plain(tiny_path: str, flash_attn: bool) -> Iterator[Any]:
     """llama_cpp's own; `logits_all`, or it refuses logprobs."""
-    llama = Llama(tiny_path, flash_attn=flash_attn, logits_all=True, **LOADING)
+    llama = PlainLlama(tiny_path, flash_attn=flash_attn, logits_all=True, **LOADING)
     yield llama
     llama.close()
 
 
 @pytest.fixture(scope="module")
-def swift(tiny_path: str, flash_attn: bool) -> Iterator[SwiftLlama]:
+def swift(tiny_path: str, flash_attn: bool) -> Iterator[Llama]:
     options = TREES if flash_attn else ALWAYS
-    llama = SwiftLlama(tiny_path, speculation=options, flash_attn=flash_attn, **LOADING)
+    llama = Llama(tiny_path, speculation=options, flash_attn=flash_attn, **LOADING)
     yield llama
     llama.close()
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from swift_gguf.errors import ModelError
-from swift_gguf.llama import SwiftLlama
+from swift_gguf.llama import Llama
 from swift_gguf.speculation import SpeculationOptions
 from tests.conftest import N_GPU_LAYERS
 
-from llama_cpp import Llama  # isort: skip
+from llama_cpp import Llama as PlainLlama  # isort: skip
 
 PROMPT = "def add(a, b):\n    return a + b\n\n" * 3
 Write = Callable[..., Path]
@@ -51,7 +51,7 @@ def write(tmp_path: Path, tiny_path: str) -> Write:
     return write_
 
 
-def said(llama: Llama) -> list[str]:
+def said(llama: PlainLlama) -> list[str]:
     return [
         llama.create_completion(PROMPT, max_tokens=60, temperature=t, seed=5)["choices"][0]["text"]
         for t in (0.0, 0.9)
@@ -65,13 +65,15 @@ def test_drafts_change_nothing(
     write: Write, open_llama: Callable[..., Any], rank: int, dtype: Any, flash_attn: bool
 ) -> None:
     options = {"lora_path": str(write(rank=rank, dtype=dtype)), "flash_attn": flash_attn}
-    expected = said(open_llama(Llama, **options))
-    assert said(open_llama(Llama, flash_attn=flash_attn)) != expected, "the adapter does nothing"
+    expected = said(open_llama(PlainLlama, **options))
+    assert said(open_llama(PlainLlama, flash_attn=flash_attn)) != expected, (
+        "the adapter does nothing"
+    )
     for mode in ("off", "ngram,recycling", "layer-skip", "ngram,recycling,layer-skip"):
         speculation = SpeculationOptions(mode=mode, fixed=mode != "off", draft_max=9)
         llama = open_llama(speculation=speculation, **options)
         assert said(llama) == expected, mode
-        assert mode == "off" or llama.swift.stats.drafted > 0
+        assert mode == "off" or llama.speculation.stats.drafted > 0
 
 
 def test_scale_and_pickling(write: Write, open_llama: Callable[..., Any]) -> None:
@@ -98,6 +100,6 @@ def test_what_is_no_adapter_of_the_model(
         (write(n_extra=32), "incorrect shape"),
     ):
         with pytest.raises(ModelError, match=says) as raised:
-            SwiftLlama(tiny_path, lora_path=str(path), verbose=False, n_gpu_layers=0)
+            Llama(tiny_path, lora_path=str(path), verbose=False, n_gpu_layers=0)
         assert "\n" not in str(raised.value)
         assert str(path) in str(raised.value)

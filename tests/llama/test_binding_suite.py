@@ -1,4 +1,4 @@
-"""What llama-cpp-python's own high-level tests ask of a `Llama`, asked of a `SwiftLlama`.
+"""What llama-cpp-python's own high-level tests ask of a `Llama`, asked of a `Llama`.
 
 Its tests are of models from the net; here they run on generated ones of the same kinds, and on a
 real one at the end.  What a model says is compared with what a fresh one says.
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from swift_gguf.llama import SwiftLlama
+from swift_gguf.llama import Llama
 from tests.conftest import N_GPU_LAYERS
 from tests.real.conftest import real as real
 
@@ -25,14 +25,14 @@ PROMPT = "The quick brown fox"
 KINDS = {"llama": (False, False), "mamba": (True, False), "lfm2": (False, True)}
 """Families: is it recurrent, is it a mixture of recurrent and attention layers."""
 
-Make = Callable[..., SwiftLlama]
+Make = Callable[..., Llama]
 
 
 @pytest.fixture(params=KINDS)
 def make(request: pytest.FixtureRequest, tiny: Callable[..., Path], open_llama: Make) -> Make:
     path = str(tiny(request.param, quant="Q8_0"))
 
-    def make_(**options: Any) -> SwiftLlama:
+    def make_(**options: Any) -> Llama:
         llama = open_llama(
             path=path,
             n_ctx=64,
@@ -50,15 +50,15 @@ def make(request: pytest.FixtureRequest, tiny: Callable[..., Path], open_llama: 
     return make_
 
 
-def tokens_of(llama: SwiftLlama, text: str = PROMPT) -> list[int]:
+def tokens_of(llama: Llama, text: str = PROMPT) -> list[int]:
     return llama.tokenize(text.encode(), add_bos=True, special=True)
 
 
-def first(llama: SwiftLlama, tokens: list[int], n: int = 3) -> list[int]:
+def first(llama: Llama, tokens: list[int], n: int = 3) -> list[int]:
     return list(itertools.islice(llama.generate(tokens, temp=0.0), n))
 
 
-def watched(monkeypatch: pytest.MonkeyPatch, llama: SwiftLlama, name: str) -> list[Any]:
+def watched(monkeypatch: pytest.MonkeyPatch, llama: Llama, name: str) -> list[Any]:
     """Calls of a method, which grow."""
     calls: list[Any] = []
     method = getattr(llama, name)

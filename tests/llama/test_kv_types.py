@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from swift_gguf.errors import ModelError
-from swift_gguf.llama import SwiftLlama
+from swift_gguf.llama import Llama
 from swift_gguf.speculation import SpeculationOptions
 from tests.conftest import N_GPU_LAYERS
 from tests.real.conftest import real as real
@@ -30,12 +30,14 @@ def answers(path: Path, mode: str, **options: Any) -> list[str]:
     """Quantised keys are rotated by a product with as many columns as there are heads and tokens.
     Greedy and sampled, and after a state was saved and loaded."""
     speculation = SpeculationOptions(mode=mode, fixed=mode != "off", draft_max=9)
-    llama = SwiftLlama(str(path), n_ctx=512, speculation=speculation, verbose=False, **options)
+    llama = Llama(str(path), n_ctx=512, speculation=speculation, verbose=False, **options)
 
     def say(prompt: str, temperature: float) -> None:
         choice = llama.create_completion(prompt, max_tokens=24, temperature=temperature, seed=2)
         said.append(choice["choices"][0]["text"])
-        used.update(name for name, source in llama.swift.stats.sources.items() if source.drafted)
+        used.update(
+            name for name, source in llama.speculation.stats.sources.items() if source.drafted
+        )
 
     said: list[str] = []
     used: set[str] = set()
@@ -70,5 +72,5 @@ def test_drafts_change_nothing(
 
 def test_quantised_values_need_flash_attention(real: Callable[..., Path]) -> None:
     with pytest.raises(ModelError, match="flash_attn") as raised:
-        SwiftLlama(str(real("smollm2-135m")), type_v=Q8_0, flash_attn=False, verbose=False)
+        Llama(str(real("smollm2-135m")), type_v=Q8_0, flash_attn=False, verbose=False)
     assert "\n" not in str(raised.value)

@@ -1,4 +1,4 @@
-"""LangChain on a `SwiftLlama`: the same answers as on its own `Llama`, and drafts."""
+"""LangChain on our `Llama`: the same answers as on its own, and drafts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from swift_gguf.llama import SwiftLlama
+from swift_gguf.llama import Llama
 
 import llama_cpp  # isort: skip
 
@@ -25,7 +25,7 @@ def make(tiny_path: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     def make_(kind: Any, llama: type, **values: Any) -> Any:
         options: dict[str, Any] = {}
-        if llama is SwiftLlama:
+        if llama is Llama:
             options = {"speculation": "ngram,recycling"}
         monkeypatch.setattr(llama_cpp, "Llama", llama)
         values = {"n_ctx": 512, "seed": 5, "max_tokens": 40, "verbose": False} | values
@@ -44,7 +44,7 @@ LLAMA = llama_cpp.Llama
 def test_a_chain_of_chat(make: Any) -> None:
     prompt = ChatPromptTemplate.from_messages([("system", "Be brief."), ("user", "{question}")])
     answers = []
-    for llama in (LLAMA, SwiftLlama):
+    for llama in (LLAMA, Llama):
         model = make(chat_models.ChatLlamaCpp, llama)
         chain = prompt | model | StrOutputParser()
         whole = chain.invoke({"question": QUESTION})
@@ -53,13 +53,13 @@ def test_a_chain_of_chat(make: Any) -> None:
         both = chain.batch([{"question": QUESTION}, {"question": "no"}], {"max_concurrency": 1})
         answers.append((whole, streamed, both))
     assert answers[0] == answers[1]
-    assert model.client.swift.stats.drafted > 0
+    assert model.client.speculation.stats.drafted > 0
 
 
 def test_a_chain_of_text(make: Any) -> None:
     prompt = PromptTemplate.from_template("{a} and {a} and")
     answers = []
-    for llama in (LLAMA, SwiftLlama):
+    for llama in (LLAMA, Llama):
         chain = prompt | make(llms.LlamaCpp, llama, stop=["zzz"])
         answers.append((chain.invoke({"a": QUESTION}), list(chain.stream({"a": QUESTION}))))
     assert answers[0] == answers[1]

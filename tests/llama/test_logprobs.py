@@ -11,42 +11,42 @@ import numpy as np
 import pytest
 
 from swift_gguf.errors import UnsupportedModelError
-from swift_gguf.llama import SwiftLlama
+from swift_gguf.llama import Llama
 from tests.fixtures.tiny_gguf import GAP_TOKENS, VOCAB
 from tests.llama.conftest import ALWAYS, LOADING, joined
 
-from llama_cpp import Llama, LlamaGrammar  # isort: skip
+from llama_cpp import Llama as PlainLlama, LlamaGrammar  # isort: skip
 
 TEXT = "the cat sat on the mat, naïve 東京 🙂, the cat sat"
 BOS = VOCAB.endoftext
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["no start token", "start token"])
-def both(tiny: Callable[..., Path], request: Any) -> Iterator[tuple[Llama, SwiftLlama]]:
+def both(tiny: Callable[..., Path], request: Any) -> Iterator[tuple[PlainLlama, Llama]]:
     """Models that fill gaps, and of which the second puts a start token before a text."""
     path = str(tiny("llama", quant="Q8_0", bos=request.param, gaps=True))
     llamas = (
-        Llama(path, logits_all=True, **LOADING),
-        SwiftLlama(path, speculation=ALWAYS, **LOADING),
+        PlainLlama(path, logits_all=True, **LOADING),
+        Llama(path, speculation=ALWAYS, **LOADING),
     )
     yield llamas
     for llama in llamas:
         llama.close()
 
 
-def ids(llama: Llama, text: str) -> list[int]:
+def ids(llama: PlainLlama, text: str) -> list[int]:
     """Without a start token."""
     return list(llama.tokenize(text.encode(), add_bos=False, special=True))
 
 
-def rows(plain: Llama, tokens: list[int]) -> Any:
+def rows(plain: PlainLlama, tokens: list[int]) -> Any:
     """Log-probabilities, [n_tokens, n_vocab]: row i is of what follows token i."""
     plain.reset()
     plain.eval(tokens)
-    return np.asarray(Llama.logits_to_logprobs(plain.scores[: len(tokens)]))
+    return np.asarray(PlainLlama.logits_to_logprobs(plain.scores[: len(tokens)]))
 
 
-def parts(llama: Llama, prompt: Any, **options: Any) -> dict[str, Any]:
+def parts(llama: PlainLlama, prompt: Any, **options: Any) -> dict[str, Any]:
     """A completion's choice; of a stream, the chunks' together."""
     values: dict[str, Any] = {"temperature": 0.0, "seed": 1, **options}
     answer: Any = llama.create_completion(prompt, **values)
@@ -65,7 +65,7 @@ def parts(llama: Llama, prompt: Any, **options: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("kind", ["text", "ids", "ids with a start token"])
 def test_an_echo_is_scored_token_by_token(
-    both: tuple[Llama, SwiftLlama], kind: str, stream: bool
+    both: tuple[PlainLlama, Llama], kind: str, stream: bool
 ) -> None:
     plain, swift = both
     written = ids(swift, TEXT)
@@ -99,7 +99,7 @@ def test_an_echo_is_scored_token_by_token(
             assert said["text"][offset:].startswith(token)
 
 
-def test_an_echo_without_scores_and_of_no_tokens(both: tuple[Llama, SwiftLlama]) -> None:
+def test_an_echo_without_scores_and_of_no_tokens(both: tuple[PlainLlama, Llama]) -> None:
     swift = both[1]
     for prompt in (TEXT, ids(swift, TEXT)):
         for stream in (False, True):
@@ -109,7 +109,7 @@ def test_an_echo_without_scores_and_of_no_tokens(both: tuple[Llama, SwiftLlama])
             assert said["logprobs"] is None
 
 
-def test_the_formula_of_evaluations(both: tuple[Llama, SwiftLlama]) -> None:
+def test_the_formula_of_evaluations(both: tuple[PlainLlama, Llama]) -> None:
     """What is asked of a choice: the sum over its tokens, the generated one left out; and whether
     each is the likeliest.  A model that ends there at once must not take one of them away."""
     plain, swift = both
@@ -134,7 +134,7 @@ def test_the_formula_of_evaluations(both: tuple[Llama, SwiftLlama]) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_bytes_of_a_character(both: tuple[Llama, SwiftLlama], stream: bool) -> None:
+def test_bytes_of_a_character(both: tuple[PlainLlama, Llama], stream: bool) -> None:
     """Each is a token of its own here; a chat's client can put the character together."""
     swift = both[1]
     options: Any = {"stream": stream, "max_tokens": 9, "grammar": LlamaGrammar.from_string(
@@ -162,7 +162,7 @@ def test_bytes_of_a_character(both: tuple[Llama, SwiftLlama], stream: bool) -> N
 @pytest.mark.parametrize("logprobs", [None, 1])
 @pytest.mark.parametrize("stop", [["a", "s"], ["s", "a"]])
 def test_the_stop_that_begins_first(
-    both: tuple[Llama, SwiftLlama], stop: list[str], logprobs: int | None, stream: bool
+    both: tuple[PlainLlama, Llama], stop: list[str], logprobs: int | None, stream: bool
 ) -> None:
     swift = both[1]
     grammar = LlamaGrammar.from_string('root ::= "tsa"', verbose=False)
@@ -179,7 +179,7 @@ def test_the_stop_that_begins_first(
         assert said["logprobs"]["tokens"] == ["t"]
 
 
-def test_the_text_of_the_end_token_ends_nothing(both: tuple[Llama, SwiftLlama]) -> None:
+def test_the_text_of_the_end_token_ends_nothing(both: tuple[PlainLlama, Llama]) -> None:
     swift = both[1]
     grammar = LlamaGrammar.from_string('root ::= "a <|im_end|> b"', verbose=False)
     for stream in (False, True):
@@ -190,7 +190,7 @@ def test_the_text_of_the_end_token_ends_nothing(both: tuple[Llama, SwiftLlama]) 
         assert (said["text"], said["finish_reason"]) == ("a <|im_end|> b", "stop")
 
 
-def test_one_start_token(both: tuple[Llama, SwiftLlama], tiny: Callable[..., Path]) -> None:
+def test_one_start_token(both: tuple[PlainLlama, Llama], tiny: Callable[..., Path]) -> None:
     """Whether a text writes it or not, and where a chat template does not."""
     swift = both[1]
     adds = swift._model.add_bos_token()
@@ -222,7 +222,7 @@ def test_a_template_that_writes_the_start_token(
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_a_gap_is_filled(both: tuple[Llama, SwiftLlama], stream: bool) -> None:
+def test_a_gap_is_filled(both: tuple[PlainLlama, Llama], stream: bool) -> None:
     swift = both[1]
     before, after = "def add(a, b):\n", "\n    return c"
     start = [BOS] if swift._model.add_bos_token() else []
@@ -242,7 +242,7 @@ def test_a_model_that_knows_no_gaps(open_llama: Callable[..., Any]) -> None:
         open_llama().create_completion("a", suffix="b")
 
 
-def test_an_empty_prompt(both: tuple[Llama, SwiftLlama]) -> None:
+def test_an_empty_prompt(both: tuple[PlainLlama, Llama]) -> None:
     """There is a start token to go on from, whether or not texts get it; llama_cpp fails."""
     said = parts(both[1], "", max_tokens=4, logprobs=1, echo=True)
     assert said["logprobs"]["text_offset"][0] == 0

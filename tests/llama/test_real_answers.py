@@ -1,4 +1,4 @@
-"""Real models, loaded as people load them: what `SwiftLlama` says is what `Llama` says."""
+"""Real models, loaded as people load them: what `Llama` says is what llama_cpp's own says."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from swift_gguf.llama import SwiftLlama
+from swift_gguf.llama import Llama
 from tests.conftest import N_GPU_LAYERS
 from tests.real.conftest import real as real
 
-from llama_cpp import Llama  # isort: skip
+from llama_cpp import Llama as PlainLlama  # isort: skip
 
 pytestmark = [
     pytest.mark.slow,
@@ -25,7 +25,7 @@ CODE = "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n"
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "qwen2.5-coder-0.5b", "gemma3-270m"])
 def test_with_the_defaults_of_both(real: Callable[..., Path], name: str) -> None:
-    """Where `Llama` has no flash attention, neither have we; drafts change nothing."""
+    """Where llama_cpp's own has no flash attention, neither have we; drafts change nothing."""
 
     def answers(kind: type, **more: Any) -> list[str]:
         llama = kind(str(real(name)), verbose=False, **more)
@@ -39,6 +39,6 @@ def test_with_the_defaults_of_both(real: Callable[..., Path], name: str) -> None
         llama.close()
         return said
 
-    expected = answers(Llama)
-    assert answers(SwiftLlama) == expected
-    assert answers(SwiftLlama, speculation="ngram,recycling,layer-skip") == expected
+    expected = answers(PlainLlama)
+    assert answers(Llama) == expected
+    assert answers(Llama, speculation="ngram,recycling,layer-skip") == expected

@@ -1,4 +1,4 @@
-"""The same seed, the same answer: `SwiftLlama` against `Llama`, whole responses."""
+"""The same seed, the same answer: `Llama` against llama_cpp's own, whole responses."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from swift_gguf.llama import SwiftLlama
+from swift_gguf import engine
+from swift_gguf.llama import Llama
 from tests.conftest import N_GPU_LAYERS
+from tests.fixtures.controls import accept_drafts
 from tests.llama.conftest import entries, joined, without_ids
 from tests.real.conftest import real as real
 
 from llama_cpp import (  # isort: skip
-    Llama,
+    Llama as PlainLlama,
     LlamaGrammar,
     LogitsProcessorList,
     StoppingCriteriaList,
@@ -70,7 +72,7 @@ def flash_attn(request: pytest.FixtureRequest) -> bool:
 
 
 def same(
-    plain: Llama, swift: SwiftLlama, ask: Any, *, stream: bool = False, drafts: bool = True
+    plain: PlainLlama, swift: Llama, ask: Any, *, stream: bool = False, drafts: bool = True
 ) -> Any:
     """Asks both, from an empty context, and returns what both say; of usage and the like, all.
 
@@ -80,7 +82,7 @@ def same(
     plain.reset()
     expected = ask(plain, False)
     swift.reset()
-    swift.swift.stats.sources.clear()
+    swift.speculation.stats.sources.clear()
     answer = ask(swift, stream)
     if stream:
         answer = list(answer)
@@ -88,7 +90,7 @@ def same(
         assert _without_logprobs(answer) == _without_logprobs(expected)
     assert joined(answer) == joined(expected)
     if drafts:
-        assert swift.swift.stats.drafted > 0, "nothing was drafted, so nothing was shown"
+        assert swift.speculation.stats.drafted > 0, "nothing was drafted, so nothing was shown"
     return answer
 
 
@@ -103,7 +105,7 @@ def _without_logprobs(answer: Any) -> Any:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("name", COMPLETIONS)
-def test_a_completion(plain: Llama, swift: SwiftLlama, name: str, stream: bool) -> None:
+def test_a_completion(plain: PlainLlama, swift: Llama, name: str, stream: bool) -> None:
     values = {"prompt": PROMPT, "max_tokens": 24} | COMPLETIONS[name]
     same(
         plain,
@@ -116,7 +118,7 @@ def test_a_completion(plain: Llama, swift: SwiftLlama, name: str, stream: bool) 
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_stop_strings(plain: Llama, swift: SwiftLlama, stream: bool) -> None:
+def test_stop_strings(plain: PlainLlama, swift: Llama, stream: bool) -> None:
     text = plain.create_completion(PROMPT, max_tokens=30, seed=11)["choices"][0]["text"]
     stop = [text[12:15], "never said"]
     answer = same(
@@ -132,7 +134,7 @@ def test_stop_strings(plain: Llama, swift: SwiftLlama, stream: bool) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_a_grammar(plain: Llama, swift: SwiftLlama, stream: bool) -> None:
+def test_a_grammar(plain: PlainLlama, swift: Llama, stream: bool) -> None:
     grammar = LlamaGrammar.from_string('root ::= ("yes" | "no" | "maybe") ", "  root | "end"')
     same(
         plain,
@@ -155,7 +157,7 @@ CHATS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("name", CHATS)
-def test_a_chat(plain: Llama, swift: SwiftLlama, name: str, stream: bool) -> None:
+def test_a_chat(plain: PlainLlama, swift: Llama, name: str, stream: bool) -> None:
     same(
         plain,
         swift,
@@ -168,7 +170,7 @@ def test_a_chat(plain: Llama, swift: SwiftLlama, name: str, stream: bool) -> Non
 
 
 def test_tools_by_another_chat_format(
-    plain: Llama, swift: SwiftLlama, monkeypatch: pytest.MonkeyPatch
+    plain: PlainLlama, swift: Llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for llama in (plain, swift):
         monkeypatch.setattr(llama, "chat_format", "chatml-function-calling")
@@ -187,11 +189,11 @@ def test_tools_by_another_chat_format(
 
 
 def test_processors_and_criteria_see_the_same_in_the_same_order(
-    plain: Llama, swift: SwiftLlama
+    plain: PlainLlama, swift: Llama
 ) -> None:
     """They may have a state of their own: called ahead of time they would say something else."""
 
-    def ask(llama: Llama, _: bool) -> dict[str, Any]:
+    def ask(llama: PlainLlama, _: bool) -> dict[str, Any]:
         calls: list[Any] = []
 
         def processor(input_ids: Any, scores: Any) -> Any:
@@ -217,7 +219,7 @@ def test_processors_and_criteria_see_the_same_in_the_same_order(
     assert swift.n_tokens == plain.n_tokens
 
 
-def test_criteria_get_the_logits_that_the_latest_token_was_drawn_from(swift: SwiftLlama) -> None:
+def test_criteria_get_the_logits_that_the_latest_token_was_drawn_from(swift: Llama) -> None:
     swift.reset()
     seen: list[int] = []
 
@@ -229,7 +231,7 @@ def test_criteria_get_the_logits_that_the_latest_token_was_drawn_from(swift: Swi
     stream = swift.generate(tokens, temp=0.0, stopping_criteria=StoppingCriteriaList([criterion]))
     text = [token for token, _ in zip(stream, range(20), strict=False)]
     stream.close()
-    assert swift.swift.stats.accepted > 0
+    assert swift.speculation.stats.accepted > 0
     assert seen[: len(text)] == text
 
 
@@ -243,16 +245,16 @@ def test_long_contexts_say_the_same_whatever_drafts(open_llama: Callable[..., An
             for llama in (always, off)
         ]
         assert answers[0] == answers[1]
-        assert always.swift.stats.accepted > 0
-        assert off.swift.stats.drafted == 0
+        assert always.speculation.stats.accepted > 0
+        assert off.speculation.stats.drafted == 0
 
 
 @pytest.mark.slow
 def test_a_real_model(real: Callable[..., Path], open_llama: Callable[..., Any]) -> None:
     path = str(real("smollm2-135m"))
     options = {"path": path, "n_ctx": 512, "n_threads": 2, "n_threads_batch": 2}
-    plain = open_llama(Llama, logits_all=True, **options)
-    swift = open_llama(SwiftLlama, **options)
+    plain = open_llama(PlainLlama, logits_all=True, **options)
+    swift = open_llama(Llama, **options)
     ask = [{"role": "user", "content": "Say this twice: red, green, blue, red, green, blue."}]
     for i, values in enumerate(
         (
@@ -270,7 +272,7 @@ def test_a_real_model(real: Callable[..., Path], open_llama: Callable[..., Any])
             ),
             stream=i == 1,
         )
-    assert swift.swift.stats.accepted > 0
+    assert swift.speculation.stats.accepted > 0
 
 
 @pytest.mark.slow
@@ -280,10 +282,10 @@ def test_a_real_model(real: Callable[..., Path], open_llama: Callable[..., Any])
 def test_weights_that_llama_cpp_alone_multiplies_otherwise_in_batches(
     real: Callable[..., Path], open_llama: Callable[..., Any]
 ) -> None:
-    """Prompts go by llama.cpp's kernels, as in `Llama`; verifications by those for one token."""
+    """Prompts go by llama.cpp's kernels, as in llama_cpp; verifications by those for one token."""
     path = str(real("smollm2-135m", "Q4_0"))
     options = {"path": path, "n_ctx": 256, "n_threads": 2, "n_threads_batch": 2}
-    plain, swift = open_llama(Llama, **options), open_llama(SwiftLlama, **options)
+    plain, swift = open_llama(PlainLlama, **options), open_llama(Llama, **options)
     for seed, prompt in enumerate(("Once upon a time", "def add(a, b):\n", "red, green, red,")):
         same(
             plain,
@@ -295,20 +297,10 @@ def test_weights_that_llama_cpp_alone_multiplies_otherwise_in_batches(
 
 
 def test_accepting_whatever_was_drafted_is_noticed(
-    plain: Llama, swift: SwiftLlama, monkeypatch: pytest.MonkeyPatch
+    plain: PlainLlama, swift: Llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control: were drafts accepted without asking the model, these tests would fail."""
-    sample = Llama.sample
-
-    def accepting(self: Any, *args: Any, **kwargs: Any) -> int:
-        token: int = sample(self, *args, **kwargs)
-        generation = getattr(self, "_generation", None)
-        if generation and generation.walking:
-            tree, node = generation._draft.tree, generation._walk.node
-            token = next((tree.tokens[child] for child in tree.children(node)), token)
-        return token
-
-    monkeypatch.setattr(Llama, "sample", accepting)
+    monkeypatch.setattr(engine, "choose", accept_drafts)
     with pytest.raises(AssertionError):
         same(
             plain,

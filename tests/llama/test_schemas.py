@@ -1,4 +1,4 @@
-"""`SwiftLlama` under schemas: answers fit, drafts change nothing, what cannot be held is told."""
+"""`Llama` under schemas: answers fit, drafts change nothing, what cannot be held is told."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from swift_gguf.drafting.verification import Walk
 from swift_gguf.errors import GrammarError, SchemaError
-from swift_gguf.llama import SwiftLlama
+from swift_gguf.llama import Llama
 from swift_gguf.schemas.constraint import json_by
 from tests.llama.conftest import without_ids
 from tests.real.conftest import real as real
@@ -58,25 +58,25 @@ def judged(text: str) -> Any:
     return found
 
 
-def both(llama: SwiftLlama, *, max_tokens: int = 150, **asked: Any) -> list[Any]:
+def both(llama: Llama, *, max_tokens: int = 150, **asked: Any) -> list[Any]:
     """The answer without drafts, and with them in every cycle."""
-    drafting, answers = llama.swift.options, []
+    drafting, answers = llama.speculation.mode, []
     try:
         for mode in ("off", drafting):
-            llama.swift.speculation = mode
+            llama.speculation.mode = mode
             llama.reset()
             answer = llama.create_chat_completion(ASK, max_tokens=max_tokens, **asked)
             answers.append(without_ids(answer))
     finally:
-        llama.swift.speculation = drafting
+        llama.speculation.mode = drafting
     return answers
 
 
 @pytest.mark.parametrize("name", SAMPLING)
-def test_drafts_change_nothing(swift: SwiftLlama, name: str) -> None:
+def test_drafts_change_nothing(swift: Llama, name: str) -> None:
     plain, drafted = both(swift, response_format=FORM, **SAMPLING[name])
     assert drafted == plain
-    assert swift.swift.stats.drafted > 0
+    assert swift.speculation.stats.drafted > 0
     if drafted["choices"][0]["finish_reason"] == "stop":
         judged(drafted["choices"][0]["message"]["content"])
 
@@ -90,7 +90,7 @@ def accept_all(self: Walk, token: int) -> None:
 took = Walk.take
 
 
-def test_the_control_fails(swift: SwiftLlama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_control_fails(swift: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts that are taken unseen change the answer, or are no answer: the test above can fail."""
     monkeypatch.setattr(Walk, "take", accept_all)
     with pytest.raises((AssertionError, GrammarError)):
@@ -101,7 +101,7 @@ def test_the_control_fails(swift: SwiftLlama, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     "form", [FORM, {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}], ids=str
 )
-def test_forms(swift: SwiftLlama, form: Any, stream: bool) -> None:
+def test_forms(swift: Llama, form: Any, stream: bool) -> None:
     answer = swift.create_chat_completion(
         ASK, response_format=form, seed=3, max_tokens=400, stream=stream
     )
@@ -112,13 +112,13 @@ def test_forms(swift: SwiftLlama, form: Any, stream: bool) -> None:
     judged(text)
 
 
-def test_any_object(swift: SwiftLlama) -> None:
+def test_any_object(swift: Llama) -> None:
     form = {"type": "json_object"}
     answer = swift.create_chat_completion(ASK, response_format=form, seed=3, max_tokens=20)
     assert answer["choices"][0]["message"]["content"].startswith("{")
 
 
-def test_as_a_grammar(swift: SwiftLlama) -> None:
+def test_as_a_grammar(swift: Llama) -> None:
     """With biases, which cannot bring back what does not fit, and penalties."""
     answer = swift.create_completion(
         "red green", grammar=json_by(SCHEMA), seed=3, max_tokens=400, logit_bias={5: 50.0}
@@ -126,7 +126,7 @@ def test_as_a_grammar(swift: SwiftLlama) -> None:
     judged(answer["choices"][0]["text"])
 
 
-def test_a_logits_processor_that_forces_what_does_not_fit(swift: SwiftLlama) -> None:
+def test_a_logits_processor_that_forces_what_does_not_fit(swift: Llama) -> None:
     def forces(_: Any, scores: Any) -> Any:
         scores[:] = 0
         return scores
@@ -139,7 +139,7 @@ def test_a_logits_processor_that_forces_what_does_not_fit(swift: SwiftLlama) -> 
 
 @pytest.mark.parametrize("chat_format", [None, "chatml", "chatml-function-calling"])
 def test_a_named_tool(
-    swift: SwiftLlama, monkeypatch: pytest.MonkeyPatch, chat_format: str | None
+    swift: Llama, monkeypatch: pytest.MonkeyPatch, chat_format: str | None
 ) -> None:
     if chat_format:
         monkeypatch.setattr(swift, "chat_format", chat_format)
@@ -171,19 +171,19 @@ def test_a_named_tool(
     ],
     ids=str,
 )
-def test_what_cannot_be_held_is_told(swift: SwiftLlama, form: Any, message: str) -> None:
+def test_what_cannot_be_held_is_told(swift: Llama, form: Any, message: str) -> None:
     with pytest.raises(SchemaError, match=message):
         swift.create_chat_completion(ASK, response_format=form)
 
 
 @pytest.mark.slow
 def test_a_real_model(real: Callable[..., Path], open_llama: Callable[..., Any]) -> None:
-    llama = open_llama(SwiftLlama, str(real("smollm2-135m")), n_ctx=1024, n_threads=2)
+    llama = open_llama(Llama, str(real("smollm2-135m")), n_ctx=1024, n_threads=2)
     accepted = 0
     for name in ("greedy", "hot"):
         plain, drafted = both(llama, response_format=FORM, max_tokens=60, **SAMPLING[name])
         assert drafted == plain
-        accepted += llama.swift.stats.accepted
+        accepted += llama.speculation.stats.accepted
         if drafted["choices"][0]["finish_reason"] == "stop":
             judged(drafted["choices"][0]["message"]["content"])
     assert accepted > 5

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from swift_gguf.llama import SwiftLlama
+from swift_gguf.llama import Llama
 from tests.llama.conftest import outcome, without_ids
 
 from llama_cpp import (  # isort: skip
-    Llama,
+    Llama as PlainLlama,
     LlamaDiskCache,
     LlamaRAMCache,
     StoppingCriteriaList,
@@ -24,7 +24,7 @@ from llama_cpp import (  # isort: skip
 
 PROMPT = "to be or not to be, to be or not to be, to be or"
 
-Llamas = tuple[Llama, SwiftLlama]
+Llamas = tuple[PlainLlama, Llama]
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +34,18 @@ def flash_attn() -> bool:
 
 
 @pytest.fixture
-def both(plain: Llama, swift: SwiftLlama) -> Llamas:
+def both(plain: PlainLlama, swift: Llama) -> Llamas:
     for llama in (plain, swift):
         llama.reset()
         llama.set_cache(None)
     return plain, swift
 
 
-def say(llama: Llama, prompt: Any, **values: Any) -> Any:
+def say(llama: PlainLlama, prompt: Any, **values: Any) -> Any:
     return without_ids(llama.create_completion(prompt, **({"max_tokens": 20, "seed": 1} | values)))
 
 
-def text_of(llama: Llama) -> list[int]:
+def text_of(llama: PlainLlama) -> list[int]:
     """What a llama believes to hold."""
     return [int(token) for token in llama.input_ids[: llama.n_tokens]]
 
@@ -60,7 +60,7 @@ def check_same(both: Llamas, action: Callable[..., Any], *args: Any, **values: A
 def test_the_next_prompt_goes_on_where_the_last_answer_ended(both: Llamas) -> None:
     check_same(both, say, PROMPT)
     check_same(both, lambda llama: say(llama, [*text_of(llama), 40, 41, 42]))
-    assert both[1].swift.stats.prompt_n == 3, "what the context held was decoded again"
+    assert both[1].speculation.stats.prompt_n == 3, "what the context held was decoded again"
     check_same(both, say, PROMPT[:20])
     check_same(both, say, "something else")
 
@@ -73,7 +73,7 @@ def test_the_same_prompt_again(both: Llamas) -> None:
 def test_closing_a_stream_early(both: Llamas) -> None:
     for n in range(1, 12):
 
-        def begin(llama: Llama, n: int = n) -> Any:
+        def begin(llama: PlainLlama, n: int = n) -> Any:
             stream = llama.create_completion(PROMPT, max_tokens=30, seed=n, stream=True)
             chunks = [without_ids(chunk) for chunk in itertools.islice(stream, n)]
             stream.close()
@@ -84,7 +84,7 @@ def test_closing_a_stream_early(both: Llamas) -> None:
 
 
 def test_a_stream_that_is_left_alone(both: Llamas) -> None:
-    def leave(llama: Llama) -> Any:
+    def leave(llama: PlainLlama) -> Any:
         stream = llama.create_completion(PROMPT, max_tokens=30, seed=3, stream=True)
         next(stream)
         next(stream)
@@ -99,7 +99,7 @@ def test_a_stream_that_is_left_alone(both: Llamas) -> None:
 
 
 def test_tokens_of_generate(both: Llamas) -> None:
-    def tokens(llama: Llama) -> list[int]:
+    def tokens(llama: PlainLlama) -> list[int]:
         prompt = llama.tokenize(PROMPT.encode())
         stream = llama.generate(prompt, temp=0.0)
         found = list(itertools.islice(stream, 25))
@@ -113,7 +113,7 @@ def test_tokens_of_generate(both: Llamas) -> None:
 def test_between_two_tokens_everything_is_as_ever(both: Llamas) -> None:
     """Whoever looks at a llama while it generates sees the text before the token that is out."""
 
-    def look(llama: Llama) -> Any:
+    def look(llama: PlainLlama) -> Any:
         seen = []
         prompt = llama.tokenize(PROMPT.encode())
         for token in itertools.islice(llama.generate(prompt, temp=0.0), 20):
@@ -124,7 +124,7 @@ def test_between_two_tokens_everything_is_as_ever(both: Llamas) -> None:
 
 
 def test_a_state_saved_between_two_tokens(both: Llamas) -> None:
-    def save(llama: Llama) -> Any:
+    def save(llama: PlainLlama) -> Any:
         prompt = llama.tokenize(PROMPT.encode())
         stream = llama.generate(prompt, temp=0.0)
         before = list(itertools.islice(stream, 7))
@@ -153,7 +153,7 @@ def test_tokens_that_are_sent_to_a_generator_are_verified(both: Llamas) -> None:
 
 
 def test_states(both: Llamas) -> None:
-    def scenario(llama: Llama) -> Any:
+    def scenario(llama: PlainLlama) -> Any:
         first = say(llama, PROMPT)
         state = llama.save_state()
         other = say(llama, "quite another text, quite another", seed=4)
@@ -166,17 +166,17 @@ def test_states(both: Llamas) -> None:
 def test_a_state_after_trees_that_left_gaps(both: Llamas) -> None:
     """Rejected branches leave cells that nobody reads; they are not saved, and the text goes on."""
     plain, swift = both
-    assert swift.swift.model
+    assert swift.speculation.model
     for seed in range(20):
         say(swift, PROMPT, max_tokens=40, seed=seed)
-        if swift.swift.model.cells.n_parked:
+        if swift.speculation.model.cells.n_parked:
             break
     else:
         pytest.fail("no tree left a gap")
     say(plain, PROMPT, max_tokens=40, seed=seed)
     states = [llama.save_state() for llama in both]
     assert states[0].llama_state_size == states[1].llama_state_size
-    assert swift.swift.model.cells.n_parked == 0
+    assert swift.speculation.model.cells.n_parked == 0
     check_same(both, lambda llama: llama.create_completion(text_of(llama), seed=1)["choices"])
     for llama, state in zip(both, states, strict=True):
         llama.load_state(state)
@@ -189,7 +189,7 @@ def test_a_small_window_goes_on_after_its_state_was_saved(
     """A cache of the window's size fills cells anew that the window has passed: none is held."""
     path = str(tiny("gemma3"))
     options = {"n_ctx": 1024, "n_batch": 64, "n_ubatch": 64, "swa_full": False}
-    llamas = [open_llama(kind, path, **options) for kind in (Llama, SwiftLlama)]
+    llamas = [open_llama(kind, path, **options) for kind in (PlainLlama, Llama)]
     text = [5 + i % 200 for i in range(700)]
     for llama in llamas:
         llama.eval(text[:400])
@@ -202,7 +202,7 @@ def test_a_load_that_is_interrupted_leaves_nothing(
     both: Llamas, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     swift = both[1]
-    assert swift.swift.model
+    assert swift.speculation.model
     check_same(both, say, PROMPT)
     state = swift.save_state()
 
@@ -210,10 +210,10 @@ def test_a_load_that_is_interrupted_leaves_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(swift.swift.model, "assume", interrupted)
+        patch.setattr(swift.speculation.model, "assume", interrupted)
         with pytest.raises(KeyboardInterrupt):
             swift.load_state(state)
-    assert swift.n_tokens == swift.swift.model.n_past == 0
+    assert swift.n_tokens == swift.speculation.model.n_past == 0
     both[0].reset()
     check_same(both, say, PROMPT, seed=7)
 
@@ -221,7 +221,7 @@ def test_a_load_that_is_interrupted_leaves_nothing(
 def test_states_go_from_one_class_to_the_other(
     both: Llamas, open_llama: Callable[..., Any]
 ) -> None:
-    plain, swift = open_llama(Llama, flash_attn=True), both[1]
+    plain, swift = open_llama(PlainLlama, flash_attn=True), both[1]
     expected = say(plain, PROMPT + " the end")
     plain.reset()
     say(plain, PROMPT)
@@ -305,7 +305,7 @@ def test_errors_of_the_callers_own(both: Llamas) -> None:
 
 
 def test_an_error_thrown_into_a_stream(both: Llamas) -> None:
-    def interrupt(llama: Llama) -> Any:
+    def interrupt(llama: PlainLlama) -> Any:
         stream = llama.create_completion(PROMPT, seed=3, stream=True, max_tokens=30)
         for _ in range(5):
             next(stream)
@@ -317,9 +317,9 @@ def test_an_error_thrown_into_a_stream(both: Llamas) -> None:
 
 
 def test_a_full_context(both: Llamas, open_llama: Callable[..., Any]) -> None:
-    llamas = [open_llama(kind, n_ctx=256) for kind in (Llama, SwiftLlama)]
+    llamas = [open_llama(kind, n_ctx=256) for kind in (PlainLlama, Llama)]
 
-    def fill(llama: Llama) -> Any:
+    def fill(llama: PlainLlama) -> Any:
         long = [20 + i % 7 for i in range(250)]
         answer = say(llama, long, max_tokens=50)
         assert answer["usage"]["total_tokens"] == 256
@@ -347,7 +347,7 @@ def test_tokens_that_do_not_exist(both: Llamas) -> None:
 
 
 def test_eval_and_sample(both: Llamas) -> None:
-    def by_hand(llama: Llama) -> Any:
+    def by_hand(llama: PlainLlama) -> Any:
         llama.reset()
         llama.eval(llama.tokenize(PROMPT.encode()))
         found = []

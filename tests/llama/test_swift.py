@@ -1,4 +1,4 @@
-"""`SwiftLlama.swift`: what drafts, why, figures, idle search, what is kept; and what is refused."""
+"""`Llama.speculation`: what drafts, why, figures, idle search, what is kept and refused."""
 
 from __future__ import annotations
 
@@ -15,28 +15,35 @@ from typing import Any
 
 import pytest
 
-from swift_gguf.errors import GrammarError, ModelError, SwiftError, UnsupportedModelError
+import swift_gguf
+from swift_gguf.errors import (
+    GrammarError,
+    ModelError,
+    SidecarError,
+    SwiftError,
+    UnsupportedModelError,
+)
 from swift_gguf.gguf.identity import profile_key
 from swift_gguf.learning.profile import Store
-from swift_gguf.llama import SwiftLlama
+from swift_gguf.llama import Llama
 from swift_gguf.speculation import SpeculationOptions
 from tests.llama.conftest import LOADING, without_ids
 
-from llama_cpp import Llama, LlamaGrammar, LogitsProcessorList  # isort: skip
+from llama_cpp import Llama as PlainLlama, LlamaGrammar, LogitsProcessorList  # isort: skip
 from llama_cpp._internals import LlamaSampler  # isort: skip
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding  # isort: skip
 
 PROMPT = "one two three, one two three, one two three, one two"
 
 
-def say(llama: Llama, prompt: Any = PROMPT, **values: Any) -> Any:
+def say(llama: PlainLlama, prompt: Any = PROMPT, **values: Any) -> Any:
     return without_ids(llama.create_completion(prompt, **({"max_tokens": 20, "seed": 1} | values)))
 
 
-def test_figures(swift: SwiftLlama) -> None:
+def test_figures(swift: Llama) -> None:
     swift.reset()
     answer = say(swift)
-    stats = swift.swift.stats
+    stats = swift.speculation.stats
     assert stats.prompt_n == answer["usage"]["prompt_tokens"]
     assert stats.predicted_n == answer["usage"]["completion_tokens"] == 20
     assert stats.stop_reason == "length"
@@ -46,34 +53,34 @@ def test_figures(swift: SwiftLlama) -> None:
     stream = swift.create_completion(PROMPT, seed=1, stream=True, max_tokens=20)
     list(itertools.islice(stream, 5))
     stream.close()
-    assert swift.swift.stats is not stats
-    assert (swift.swift.stats.stop_reason, swift.swift.stats.prompt_n) == ("stopped", 1)
+    assert swift.speculation.stats is not stats
+    assert (swift.speculation.stats.stop_reason, swift.speculation.stats.prompt_n) == ("stopped", 1)
     eos = swift.token_eos()
     say(swift, logit_bias={eos: 1000.0})
-    assert (swift.swift.stats.stop_reason, swift.swift.stats.predicted_n) == ("eos", 0)
+    assert (swift.speculation.stats.stop_reason, swift.speculation.stats.predicted_n) == ("eos", 0)
 
 
 def test_modes(open_llama: Callable[..., Any]) -> None:
     llama = open_llama(speculation="auto")
-    assert llama.swift.speculation == "auto"
+    assert llama.speculation.mode == "auto"
     expected = say(llama)
     for mode, name in (("off", "off"), ("ngram", "ngram"), (["ngram", "recycling"], None)):
-        llama.swift.speculation = mode
-        assert llama.swift.speculation == (name or "ngram,recycling")
-        assert llama.swift.enabled is (mode != "off")
+        llama.speculation.mode = mode
+        assert llama.speculation.mode == (name or "ngram,recycling")
+        assert llama.speculation.enabled is (mode != "off")
         llama.reset()
         assert say(llama) == expected
-        assert (llama.swift.stats.drafted > 0) is (mode != "off")
-        assert set(llama.swift.stats.sources) <= {"ngram", "recycling"}
-    llama.swift.speculation = "off"
-    assert llama.swift.why == "switched off"
+        assert (llama.speculation.stats.drafted > 0) is (mode != "off")
+        assert set(llama.speculation.stats.sources) <= {"ngram", "recycling"}
+    llama.speculation.mode = "off"
+    assert llama.speculation.reason == "switched off"
     with pytest.raises(SwiftError, match="drafts of 65 tokens; give 1 to 64"):
         SpeculationOptions(draft_max=65)
     with pytest.raises(SwiftError, match="no source of drafts 'telepathy'"):
-        llama.swift.speculation = "telepathy"
-    assert llama.swift.speculation == "off"
+        llama.speculation.mode = "telepathy"
+    assert llama.speculation.mode == "off"
     with pytest.raises(SwiftError, match="telepathy"):
-        SwiftLlama(llama.model_path, speculation="telepathy", **LOADING)
+        Llama(llama.model_path, speculation="telepathy", **LOADING)
 
 
 def test_a_mode_set_in_the_middle_of_an_answer(open_llama: Callable[..., Any]) -> None:
@@ -87,7 +94,7 @@ def test_a_mode_set_in_the_middle_of_an_answer(open_llama: Callable[..., Any]) -
     found: list[int] = []
     for mode in ("off", "ngram", "auto", "ngram,layer-skip"):
         found += itertools.islice(stream, 6)
-        llama.swift.speculation = mode
+        llama.speculation.mode = mode
     stream.close()
     assert found == tokens
     llama.reset()
@@ -96,7 +103,7 @@ def test_a_mode_set_in_the_middle_of_an_answer(open_llama: Callable[..., Any]) -
 
 def test_what_is_learned_is_kept(open_llama: Callable[..., Any], tmp_path: Path) -> None:
     path = tmp_path / "own.gguf"
-    llama = open_llama(Llama)  # any file of its own: learning goes by its name and header
+    llama = open_llama(PlainLlama)  # any file of its own: learning goes by its name and header
     path.write_bytes(Path(llama.model_path).read_bytes() + b"\0" * 64)
     learner = open_llama(path=str(path))
     store = Store()
@@ -122,7 +129,7 @@ def test_idle_search_yields_to_whoever_uses_the_model(open_llama: Callable[..., 
     expected = [say(llama, seed=seed, max_tokens=40) for seed in range(3)]
     state = llama.save_state()
     llama.reset()
-    with llama.swift.idle() as idle:
+    with llama.speculation.idle() as idle:
         for seed, answer in enumerate(expected):
             assert say(llama, seed=seed, max_tokens=40) == answer
             steps = idle.meter.steps
@@ -149,14 +156,14 @@ def test_idle_search_yields_to_whoever_uses_the_model(open_llama: Callable[..., 
 def test_idle_search_ends_with_the_llama(open_llama: Callable[..., Any]) -> None:
     llama = open_llama()
     say(llama)
-    idle = llama.swift.idle()
+    idle = llama.speculation.idle()
     assert idle is not None
     llama.close()
     with idle.paused():
         pass
-    llama.swift.speculation  # noqa: B018 - can still be read
+    llama.speculation.mode  # noqa: B018 - can still be read
     off = open_llama(speculation="off")
-    assert off.swift.idle() is None
+    assert off.speculation.idle() is None
 
 
 def test_a_closed_llama_says_so(open_llama: Callable[..., Any]) -> None:
@@ -175,9 +182,9 @@ def test_a_closed_llama_says_so(open_llama: Callable[..., Any]) -> None:
 
 
 def test_it_goes_when_nobody_needs_it(tiny_path: str) -> None:
-    llama = SwiftLlama(tiny_path, **LOADING)
+    llama = Llama(tiny_path, **LOADING)
     say(llama)
-    gone, model = weakref.ref(llama), llama.swift.model
+    gone, model = weakref.ref(llama), llama.speculation.model
     assert model is not None
     del llama
     gc.collect()
@@ -186,7 +193,7 @@ def test_it_goes_when_nobody_needs_it(tiny_path: str) -> None:
 
 
 def test_samplers_go_without_the_garbage_collector(open_llama: Callable[..., Any]) -> None:
-    plain, swift = open_llama(Llama), open_llama()
+    plain, swift = open_llama(PlainLlama), open_llama()
     gc.collect()
     assert n_samplers_left(lambda: say(plain)) > 1  # the control
     assert n_samplers_left(lambda: say(swift)) <= 1
@@ -211,6 +218,48 @@ def test_a_logits_processor_may_ask_the_llama_it_belongs_to(
     assert say(llama, max_tokens=3, logits_processor=LogitsProcessorList([processor]))
     assert asked[1]["usage"]["completion_tokens"] == 2
     assert n_samplers_left(lambda: say(llama)) <= 1
+
+
+def test_a_logits_processor_that_uses_the_llama_in_the_middle_of_an_answer(
+    open_llama: Callable[..., Any],
+) -> None:
+    """The draft under way is lost, the text is not."""
+    llama = open_llama()
+    expected = say(llama, max_tokens=24)
+    for when in (2, 5, 6, 11):
+        calls: list[int] = []
+
+        def processor(ids: Any, scores: Any, when: int = when, calls: list[int] = calls) -> Any:
+            calls.append(len(ids))
+            if len(calls) == when:
+                kept = llama.save_state()
+                assert kept.n_tokens == len(ids)
+                assert say(llama, "four five", max_tokens=6)
+                llama.load_state(kept)
+            return scores
+
+        llama.reset()
+        assert say(llama, max_tokens=24, logits_processor=LogitsProcessorList([processor])) == (
+            expected
+        )
+        assert calls == [*range(calls[0], calls[0] + 24)]
+
+
+def test_a_model_that_drafts(open_llama: Callable[..., Any], tiny_path: str) -> None:
+    expected = say(open_llama(speculation="off"))
+    llama = open_llama(speculation="draft-model", draft_model_path=tiny_path)
+    assert say(llama) == expected
+    assert llama.speculation.stats.sources["draft-model"].accepted > 0
+    llama.speculation.mode = "ngram"
+    llama.speculation.mode = "draft-model"
+    with pytest.raises(SwiftError, match="draft-model"):
+        open_llama(speculation="draft-model")
+
+
+def test_a_sidecar_that_is_named(open_llama: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(SidecarError, match="nowhere"):
+        open_llama(sidecar=tmp_path / "nowhere.swift.gguf")
+    assert open_llama(sidecar="none").speculation.model.sidecar is None
 
 
 def n_samplers_left(ask: Callable[[], object]) -> int:
@@ -241,7 +290,7 @@ def test_no_matrix_of_logits(open_llama: Callable[..., Any]) -> None:
 
 
 def test_logits_of_all_positions_for_those_who_ask(open_llama: Callable[..., Any]) -> None:
-    llamas = [open_llama(kind, logits_all=True) for kind in (Llama, SwiftLlama)]
+    llamas = [open_llama(kind, logits_all=True) for kind in (PlainLlama, Llama)]
     for llama in llamas:
         say(llama, temperature=0.0, logprobs=2, echo=True)
     plain, swift = llamas
@@ -254,7 +303,7 @@ def test_pickling(open_llama: Callable[..., Any]) -> None:
     expected = say(llama)
     again = pickle.loads(pickle.dumps(llama))
     try:
-        assert again.swift.options == llama.swift.options
+        assert again.speculation.options == llama.speculation.options
         assert again.context_params.flash_attn_type == 0
         assert say(again) == expected
     finally:
@@ -289,43 +338,43 @@ def test_models_with_a_running_state_decode_plainly(
     tiny: Callable[..., Path], open_llama: Callable[..., Any], family: str
 ) -> None:
     path = str(tiny(family, quant="Q8_0"))
-    llama, plain = open_llama(path=path, speculation="auto"), open_llama(Llama, path=path)
-    assert not llama.swift.enabled
-    assert "state" in llama.swift.why
+    llama, plain = open_llama(path=path, speculation="auto"), open_llama(PlainLlama, path=path)
+    assert not llama.speculation.enabled
+    assert "state" in llama.speculation.reason
     for prompt in (PROMPT, PROMPT + " three", "other", PROMPT):
         assert say(llama, prompt) == say(plain, prompt)
         assert llama.n_tokens == plain.n_tokens
-    assert llama.swift.idle() is None
+    assert llama.speculation.idle() is None
     with pytest.raises(UnsupportedModelError, match="no speculation"):
-        llama.swift.speculation = "ngram"
+        llama.speculation.mode = "ngram"
     assert say(llama) == say(plain)
 
 
 def test_the_vocabulary_alone(open_llama: Callable[..., Any]) -> None:
     llama = open_llama(vocab_only=True, speculation="auto")
-    assert not llama.swift.enabled
-    assert llama.swift.why == "only the vocabulary is loaded"
+    assert not llama.speculation.enabled
+    assert llama.speculation.reason == "only the vocabulary is loaded"
     tokens = llama.tokenize(b"Hello world")
     assert llama.detokenize(tokens) == b"Hello world"
-    assert llama.swift.idle() is None
-    llama.swift.save()
-    llama.swift.speculation = "off"
+    assert llama.speculation.idle() is None
+    llama.speculation.save()
+    llama.speculation.mode = "off"
     with pytest.raises(UnsupportedModelError, match="only the vocabulary"):
-        llama.swift.speculation = "ngram"
+        llama.speculation.mode = "ngram"
 
 
 def test_a_draft_model_of_the_callers_own(open_llama: Callable[..., Any]) -> None:
     lookup = LlamaPromptLookupDecoding(num_pred_tokens=4)
     llama = open_llama(draft_model=lookup, speculation="auto")
-    assert llama.swift.why == "the draft_model drafts"
-    expected = say(open_llama(Llama))
+    assert llama.speculation.reason == "the draft_model drafts"
+    expected = say(open_llama(PlainLlama))
     assert say(llama) == expected
 
 
 def test_embeddings_and_answers_from_one_llama(open_llama: Callable[..., Any]) -> None:
     texts = ["Hello world", "a different text", "Hello world"]
-    plain, swift = (open_llama(kind, embedding=True) for kind in (Llama, SwiftLlama))
-    expected = say(open_llama(Llama))
+    plain, swift = (open_llama(kind, embedding=True) for kind in (PlainLlama, Llama))
+    expected = say(open_llama(PlainLlama))
     for _ in range(2):
         assert say(swift) == expected
         assert swift.create_embedding(texts) == plain.create_embedding(texts)
@@ -354,12 +403,12 @@ def test_bad_files(tiny_path: str, tmp_path: Path, name: str) -> None:
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ModelError, match=message) as caught:
-        SwiftLlama(str(path), **LOADING)
-    assert isinstance(caught.value, ValueError)  # what users of Llama catch
+        Llama(str(path), **LOADING)
+    assert isinstance(caught.value, ValueError)  # what users of PlainLlama catch
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_grammar_that_does_not_parse(swift: SwiftLlama) -> None:
+def test_a_grammar_that_does_not_parse(swift: Llama) -> None:
     with pytest.raises(GrammarError, match="GBNF") as caught:
         say(swift, grammar=LlamaGrammar.from_string('root ::= "a" (('))
     assert isinstance(caught.value, ValueError)
@@ -369,12 +418,12 @@ def test_a_grammar_that_does_not_parse(swift: SwiftLlama) -> None:
 def test_a_process_ends_quietly_whatever_it_left_open(tiny_path: str) -> None:
     """An answer in the middle, a search in idle time, no close."""
     code = f"""
-from swift_gguf import SwiftLlama
-llama = SwiftLlama({tiny_path!r}, n_ctx=256, verbose=False, speculation="ngram,layer-skip")
+from swift_gguf import Llama
+llama = Llama({tiny_path!r}, n_ctx=256, verbose=False, speculation="ngram,layer-skip")
 llama.create_completion("one two three, one two three", max_tokens=30)
 stream = llama.create_completion("one two three, one two", max_tokens=30, stream=True)
 next(stream)
-idle = llama.swift.idle()
+idle = llama.speculation.idle()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -382,12 +431,19 @@ idle = llama.swift.idle()
 
 def test_verbose_shows_what_llama_cpp_logs(tiny_path: str) -> None:
     code = f"""
-from swift_gguf import SwiftLlama
-SwiftLlama({tiny_path!r}, n_ctx=256, verbose=True).close()
+from swift_gguf import Llama
+Llama({tiny_path!r}, n_ctx=256, verbose=True).close()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
     assert "llama_context" in done.stderr
+
+
+def test_the_package_has_the_names_it_lists() -> None:
+    for name in swift_gguf.__all__:
+        assert getattr(swift_gguf, name).__name__ == name
+    with pytest.raises(AttributeError, match="SwiftLlama"):
+        swift_gguf.SwiftLlama  # noqa: B018
 
 
 def test_importing_the_package_is_cheap() -> None:

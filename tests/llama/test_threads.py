@@ -13,7 +13,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from swift_gguf.errors import SwiftError
-from swift_gguf.llama import SwiftLlama
+from swift_gguf.llama import Llama
 
 PROMPT = "One, two, three, one, two,"
 SAMPLING: dict[str, Any] = {"max_tokens": 60, "temperature": 0.8, "seed": 4}
@@ -22,12 +22,12 @@ SAMPLING: dict[str, Any] = {"max_tokens": 60, "temperature": 0.8, "seed": 4}
 @pytest.fixture
 def llama(open_llama: Callable[..., Any]) -> Any:
     made = open_llama()
-    made.swift.idle()  # the search has a thread of its own
+    made.speculation.idle()  # the search has a thread of its own
     return made
 
 
 @pytest.fixture
-def expected(llama: SwiftLlama) -> str:
+def expected(llama: Llama) -> str:
     return said(llama.create_completion(PROMPT, **SAMPLING))
 
 
@@ -42,7 +42,7 @@ def in_a_thread(work: Callable[[], Any]) -> None:
     assert not thread.is_alive(), "it waits for ever"
 
 
-def test_a_response_of_starlettes(llama: SwiftLlama, expected: str) -> None:
+def test_a_response_of_starlettes(llama: Llama, expected: str) -> None:
     """Each piece may come from another thread of a pool."""
     names = set()
 
@@ -56,7 +56,7 @@ def test_a_response_of_starlettes(llama: SwiftLlama, expected: str) -> None:
     assert threading.current_thread().name not in names
 
 
-def test_a_thread_for_each_piece_and_another_that_closes(llama: SwiftLlama, expected: str) -> None:
+def test_a_thread_for_each_piece_and_another_that_closes(llama: Llama, expected: str) -> None:
     stream = llama.create_completion(PROMPT, stream=True, **SAMPLING)
     got = [said(next(stream))]
     for _ in range(5):
@@ -66,7 +66,7 @@ def test_a_thread_for_each_piece_and_another_that_closes(llama: SwiftLlama, expe
     assert said(llama.create_completion(PROMPT, **SAMPLING)) == expected
 
 
-def test_a_stream_that_is_left_alone_blocks_nobody(llama: SwiftLlama, expected: str) -> None:
+def test_a_stream_that_is_left_alone_blocks_nobody(llama: Llama, expected: str) -> None:
     left = llama.create_completion("A", stream=True, max_tokens=50)
     next(left)
     done: list[str] = []
@@ -76,7 +76,7 @@ def test_a_stream_that_is_left_alone_blocks_nobody(llama: SwiftLlama, expected: 
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_two_threads_at_once_are_told(llama: SwiftLlama, expected: str, stream: bool) -> None:
+def test_two_threads_at_once_are_told(llama: Llama, expected: str, stream: bool) -> None:
     """llama.cpp would crash.  The one that came first goes on."""
     inside, go_on = threading.Event(), threading.Event()
 

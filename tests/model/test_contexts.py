@@ -10,7 +10,7 @@ import pytest
 
 from swift_gguf.engine import generate
 from swift_gguf.errors import ContextFullError
-from swift_gguf.llama import SwiftLlama
+from swift_gguf.llama import Llama
 from swift_gguf.model.model import Model
 from swift_gguf.sampling.sampling import Sampler, SamplingOptions
 from swift_gguf.speculation import Speculation, SpeculationOptions
@@ -29,12 +29,12 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def open_swift(table: Path) -> Iterator[Callable[..., SwiftLlama]]:
-    opened: list[SwiftLlama] = []
+def open_swift(table: Path) -> Iterator[Callable[..., Llama]]:
+    opened: list[Llama] = []
 
-    def open_(**options: Any) -> SwiftLlama:
+    def open_(**options: Any) -> Llama:
         options = {"n_gpu_layers": N_GPU_LAYERS, "verbose": False} | options
-        opened.append(SwiftLlama(str(table), **options))
+        opened.append(Llama(str(table), **options))
         return opened[-1]
 
     yield open_
@@ -96,7 +96,7 @@ def test_a_longer_prompt_does_not_fit(table: Path, open_model: Callable[..., Mod
 
 
 @pytest.mark.parametrize("n_ctx", [None, 0, 257, 1024])
-def test_the_drop_in(open_swift: Callable[..., SwiftLlama], n_ctx: int | None) -> None:
+def test_the_drop_in(open_swift: Callable[..., Llama], n_ctx: int | None) -> None:
     llama = open_swift(n_ctx=n_ctx)
     assert llama.n_ctx() == N_POSITIONS
     answer = llama.create_completion(PROMPT, max_tokens=None, logit_bias={257: -100.0}, seed=1)
@@ -107,12 +107,12 @@ def test_the_drop_in(open_swift: Callable[..., SwiftLlama], n_ctx: int | None) -
 
 
 @pytest.mark.parametrize("more", [{}, {"speculation": "off"}])
-def test_embeddings(open_swift: Callable[..., SwiftLlama], more: dict[str, Any]) -> None:
+def test_embeddings(open_swift: Callable[..., Llama], more: dict[str, Any]) -> None:
     llama = open_swift(n_ctx=1024, embedding=True, **more)
     assert llama.embed("cat " * 400)
 
 
-def test_what_llama_cpp_decodes_alone(open_swift: Callable[..., SwiftLlama]) -> None:
+def test_what_llama_cpp_decodes_alone(open_swift: Callable[..., Llama]) -> None:
     from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
     llama = open_swift(n_ctx=1024, draft_model=LlamaPromptLookupDecoding())

@@ -107,7 +107,7 @@ def test_a_consumer_that_stops_leaves_plain_state(smol: Model, stop_after: int) 
         with Sampler(smol, GREEDY) as sampler:
             stream = generate(smol, prompt, sampler=sampler, drafter=drafter, draft_max=6)
             tokens = [next(stream).id for _ in range(stop_after)]
-            stream.close()  # type: ignore[attr-defined]
+            stream.close()
         assert smol.tokens == prompt + tokens[:-1]
         smol.decode(tokens[-1:])
         logits.append(smol.logits(0))

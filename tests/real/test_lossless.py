@@ -11,14 +11,13 @@ import pytest
 from numpy.typing import NDArray
 
 from swift_gguf import engine
-from swift_gguf.drafting.tree import Tree
-from swift_gguf.drafting.verification import Verdict
 from swift_gguf.model.model import Model
 from swift_gguf.native.binding import library
 from swift_gguf.sampling.sampling import SamplingOptions
 from swift_gguf.subnetwork import SubNetwork
 from swift_gguf.text.text import encode
 from tests.conftest import N_GPU_LAYERS
+from tests.fixtures.controls import accept_drafts
 from tests.real.prompts import PROMPTS
 from tests.real.same_text import GREEDY, chat_tokens, decode, explain, light_skip, seeded
 
@@ -96,10 +95,7 @@ def test_the_control_fails(
 ) -> None:
     """A verification that accepts everything changes texts: the comparison above can fail."""
 
-    def accept_all(tree: Tree, *, choose: Callable[[int], int], **_: object) -> Verdict:
-        return Verdict([*tree.tokens, choose(len(tree) - 1)], list(range(len(tree))))
-
-    monkeypatch.setattr(engine, "verify", accept_all)
+    monkeypatch.setattr(engine, "choose", accept_drafts)
     model = open_model(real("smollm2-135m"), n_ctx=1024)
     with pytest.raises(AssertionError):
         assert_same(model, PROMPTS[:5], lambda i: GREEDY)

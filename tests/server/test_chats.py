@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from swift_gguf.llama import SwiftLlama
+from swift_gguf.llama import Llama
 from tests.fixtures.tokenizer import THINKING
 from tests.server.conftest import Server
 
@@ -261,9 +261,9 @@ def test_a_model_without_a_template(
 
 
 def test_in_process_too(tiny: Callable[..., Path]) -> None:
-    """`SwiftLlama` takes what the server does."""
+    """`Llama` takes what the server does."""
     path = tiny("llama", quant="Q8_0", template=THINKING)
-    llama = SwiftLlama(str(path), n_ctx=512, n_threads=1, verbose=False)
+    llama = Llama(str(path), n_ctx=512, n_threads=1, verbose=False)
 
     def completed(prompt: str) -> str:
         return str(llama.create_completion(prompt, **QUICK)["choices"][0]["text"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from swift_gguf.llama import SwiftLlama
+from swift_gguf.llama import Llama
 from tests.fixtures.tiny_gguf import GAP_TOKENS, VOCAB
 from tests.server.conftest import Server
 
@@ -180,7 +180,7 @@ def test_seeds_of_any_size_repeat(server: Server, seed: int) -> None:
 
 
 def test_the_server_and_the_class_draw_alike(server: Server, model: Path) -> None:
-    llama = SwiftLlama(str(model), n_ctx=512, n_threads=1, verbose=False, flash_attn=None)
+    llama = Llama(str(model), n_ctx=512, n_threads=1, verbose=False, flash_attn=None)
     body: Any = {"prompt": "a b c", "max_tokens": 24, "seed": 2**32 - 2, "temperature": 1.0}
     expected = llama.create_completion(**body)["choices"][0]["text"]
     llama.close()

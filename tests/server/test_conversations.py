@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from swift_gguf.llama import SwiftLlama
+from swift_gguf.llama import Llama
 from swift_gguf.server.conversations import MIN_TOKENS, Conversations
 from swift_gguf.tokens import common_prefix
 from tests.server.conftest import Server
@@ -53,15 +53,15 @@ def test_turns_change_no_text_and_decode_little(serve: Callable[..., Server], mo
 
 
 @pytest.fixture
-def llama(model: Path) -> Iterator[SwiftLlama]:
-    llama = SwiftLlama(
+def llama(model: Path) -> Iterator[Llama]:
+    llama = Llama(
         str(model), n_ctx=1024, n_threads=1, speculation="off", flash_attn=None, verbose=False
     )
     yield llama
     llama.close()
 
 
-def visit(conversations: Conversations, llama: SwiftLlama, prompt: list[int]) -> int:
+def visit(conversations: Conversations, llama: Llama, prompt: list[int]) -> int:
     """As the server does; how many tokens the context held of the prompt."""
     conversations.enter(prompt)
     held = common_prefix(llama.input_ids[: llama.n_tokens].tolist(), prompt)
@@ -69,7 +69,7 @@ def visit(conversations: Conversations, llama: SwiftLlama, prompt: list[int]) ->
     return held
 
 
-def test_the_oldest_go_when_memory_is_full(llama: SwiftLlama) -> None:
+def test_the_oldest_go_when_memory_is_full(llama: Llama) -> None:
     prompts = [[i + 1] * 200 for i in range(6)]
     unlimited = Conversations(llama, budget=1 << 40)
     for prompt in prompts:
@@ -86,7 +86,7 @@ def test_the_oldest_go_when_memory_is_full(llama: SwiftLlama) -> None:
     assert visit(some, llama, prompts[0]) == 0  # forgotten
 
 
-def test_a_longer_state_takes_the_place_of_its_beginning(llama: SwiftLlama) -> None:
+def test_a_longer_state_takes_the_place_of_its_beginning(llama: Llama) -> None:
     conversations = Conversations(llama, budget=1 << 40)
     first, other = [5] * 200, [7] * 200
     visit(conversations, llama, first)
@@ -96,14 +96,14 @@ def test_a_longer_state_takes_the_place_of_its_beginning(llama: SwiftLlama) -> N
     assert len(conversations) == 1
 
 
-def test_short_texts_are_not_worth_it(llama: SwiftLlama) -> None:
+def test_short_texts_are_not_worth_it(llama: Llama) -> None:
     conversations = Conversations(llama, budget=1 << 40)
     for token in range(1, 5):
         visit(conversations, llama, [token] * (MIN_TOKENS - 5))
     assert len(conversations) == 0
 
 
-def test_a_short_prompt_leaves_a_long_conversation_as_it_is(llama: SwiftLlama) -> None:
+def test_a_short_prompt_leaves_a_long_conversation_as_it_is(llama: Llama) -> None:
     conversations = Conversations(llama, budget=1 << 40)
     long, other = [5] * 600, [7] * 200
     short = [*long[:150], *[6] * 20]
@@ -146,7 +146,7 @@ def test_models_with_a_running_state(
     path = tiny(family, n_ctx=2048)
     server = serve(path, "-c", 1024, "-t", 1).wait_until_ready()
     a, b = TOPICS[0] * 20, TOPICS[1] * 20
-    llama = SwiftLlama(str(path), n_ctx=1024, n_threads=1, flash_attn=None, verbose=False)
+    llama = Llama(str(path), n_ctx=1024, n_threads=1, flash_attn=None, verbose=False)
     options = {"max_tokens": 20, "temperature": 0.8, "seed": 3}
     for prompt in (a, b, a, a, a[:200], a + "And?", b, b + "x", a):
         status, answer = server.post("/v1/completions", {"prompt": prompt, **options})
@@ -161,7 +161,7 @@ def test_models_with_a_running_state(
 def test_a_running_state_is_brought_back_to_be_gone_on_with(
     tiny: Callable[..., Path], family: str
 ) -> None:
-    llama = SwiftLlama(str(tiny(family, n_ctx=2048)), n_ctx=1024, n_threads=1, verbose=False)
+    llama = Llama(str(tiny(family, n_ctx=2048)), n_ctx=1024, n_threads=1, verbose=False)
     conversations = Conversations(llama, budget=1 << 40)
     first, other = [5] * 200, [7] * 200
     visit(conversations, llama, first)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from swift_gguf.llama import SwiftLlama
+from swift_gguf.llama import Llama
 from tests.server.conftest import Server
 
 openai = pytest.importorskip("openai", reason="the package openai is not installed")
@@ -38,9 +38,9 @@ def client(server: Server) -> Any:
 
 
 @pytest.fixture(scope="module")
-def llama(model: Path) -> Iterator[SwiftLlama]:
+def llama(model: Path) -> Iterator[Llama]:
     """The same model in this process."""
-    llama = SwiftLlama(str(model), n_ctx=4096, n_threads=1, flash_attn=None, verbose=False)
+    llama = Llama(str(model), n_ctx=4096, n_threads=1, flash_attn=None, verbose=False)
     yield llama
     llama.close()
 
@@ -50,7 +50,7 @@ def joined(chunks: Any) -> str:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_the_same_text_as_in_process(client: Any, llama: SwiftLlama, temperature: float) -> None:
+def test_the_same_text_as_in_process(client: Any, llama: Llama, temperature: float) -> None:
     options: Any = {"messages": HELLO, "max_tokens": 60, "temperature": temperature, "seed": 7}
     expected = llama.create_chat_completion(**options)["choices"][0]
     whole = client.chat.completions.create(model="tiny", **options)
@@ -63,7 +63,7 @@ def test_the_same_text_as_in_process(client: Any, llama: SwiftLlama, temperature
     assert {chunk.id for chunk in chunks} == {chunks[0].id}
 
 
-def test_completions_are_the_same_too(client: Any, llama: SwiftLlama) -> None:
+def test_completions_are_the_same_too(client: Any, llama: Llama) -> None:
     options: Any = {"prompt": "Once upon", "max_tokens": 40, "temperature": 0.8, "seed": 3}
     expected = llama.create_completion(**options)["choices"][0]["text"]
     assert client.completions.create(model="tiny", **options).choices[0].text == expected
@@ -71,7 +71,7 @@ def test_completions_are_the_same_too(client: Any, llama: SwiftLlama) -> None:
     assert "".join(chunk.choices[0].text for chunk in chunks) == expected
 
 
-def test_prompts_of_several_kinds(client: Any, llama: SwiftLlama) -> None:
+def test_prompts_of_several_kinds(client: Any, llama: Llama) -> None:
     ids = llama.tokenize(b"Once upon", add_bos=False, special=True)
     options: Any = {"model": "tiny", "max_tokens": 8, "temperature": 0, "seed": 1}
     text = client.completions.create(prompt="Once upon", **options).choices[0].text
@@ -301,7 +301,7 @@ def test_penalties_of_all_that_was_said(serve: Callable[..., Server], model: Pat
     found = server.post("/v1/completions", options)[1]["choices"][0]["text"]
     texts = []
     for n in (512, 64, 0):
-        llama = SwiftLlama(
+        llama = Llama(
             str(model), n_ctx=512, n_threads=1, flash_attn=None, verbose=False, last_n_tokens_size=n
         )
         texts.append(llama.create_completion(**options)["choices"][0]["text"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from swift_gguf.hub.models import resolve
-from swift_gguf.llama import SwiftLlama
+from swift_gguf.llama import Llama
 from tests.server.conftest import Server
 
 openai = pytest.importorskip("openai", reason="the package openai is not installed")
@@ -21,7 +21,7 @@ MESSAGES: Any = [{"role": "user", "content": "Name three colours, then say why t
 def test_the_same_answers_with_drafts_and_without(serve: Callable[..., Server]) -> None:
     options: Any = {"messages": MESSAGES, "max_tokens": 40, "seed": 11}
     with_drafts = serve(MODEL, "-c", 1024, "--speculation", "ngram,recycling,layer-skip")
-    llama = SwiftLlama(
+    llama = Llama(
         str(resolve(MODEL)), n_ctx=1024, speculation="off", flash_attn=None, verbose=False
     )
     with_drafts.wait_until_ready()

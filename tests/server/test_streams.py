@@ -282,9 +282,7 @@ def test_an_address_that_is_taken(server: Server, model: Path) -> None:
     assert command.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "flags", [["--speculative-sampling"], ["--api-key", "é"], ["--sidecar", "x.gguf"]]
-)
+@pytest.mark.parametrize("flags", [["--speculative-sampling"], ["--api-key", "é"]])
 def test_flags_that_make_no_sense(model: Path, flags: list[str]) -> None:
     command = subprocess.run([*COMMAND, str(model), *flags], capture_output=True, text=True)
     assert command.returncode == 2

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from swift_gguf.llama import SwiftLlama
+from swift_gguf.llama import Llama
 from tests.fixtures import chat_templates
 from tests.fixtures.tokenizer import CHATML
 from tests.native.test_chat_answers import FORMS
@@ -128,7 +128,7 @@ def test_the_template_that_a_file_has_for_tools(
         {"name": "tool_use", "template": chat_templates.HERMES},
     )
     path = tiny("llama", n_ctx=1024, template=both)
-    llama = SwiftLlama(str(path), n_ctx=1024, n_threads=1, verbose=False)
+    llama = Llama(str(path), n_ctx=1024, n_threads=1, verbose=False)
     counts = []
     for tools in (None, [TOOL]):
         options: Any = {"messages": HELLO, "max_tokens": 1, "tools": tools}

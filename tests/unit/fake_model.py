@@ -88,6 +88,10 @@ class FakeModel:
     def room(self) -> int:
         return self.n_ctx - len(self.tokens) - len(self._nodes)
 
+    @property
+    def is_fresh(self) -> bool:
+        return self._outputs[-1:] == [self.state]
+
     def decode(self, tokens: Sequence[int], *, n_outputs: int = 1) -> None:
         self._check(tokens)
         if not 1 <= n_outputs <= len(tokens):
@@ -170,7 +174,7 @@ class FakeModel:
 
     def output(self, row: int) -> State:
         """The state a row of logits comes from; it must still be in the context."""
-        if not 0 <= row < len(self._outputs):
+        if not -1 <= row < len(self._outputs) or not self._outputs:
             raise ContractViolationError(f"row {row} has no logits")
         state = self._outputs[row]
         if state not in [node[2] for node in self._nodes] and (

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from swift_gguf import engine
 from swift_gguf.drafting.tree import Tree
-from swift_gguf.drafting.verification import Verdict, verify
-from swift_gguf.engine import TARGET, Token, generate
+from swift_gguf.engine import TARGET, Token, choose, generate
 from swift_gguf.errors import ContextFullError, DecodeError, UnsupportedModelError
 from swift_gguf.stats import Stats
+from tests.fixtures.controls import accept_drafts
 from tests.unit.fake_model import (
     DrafterError,
     FakeModel,
@@ -128,9 +128,7 @@ def assert_same_as_plain(
     assert stats.stop_reason == expected.stop_reason
     assert model.tokens == expected.context
     whole = expected.stop_reason not in ("", "stopped")
-    # who stops early cannot take back what the sampler drew for tokens not asked for yet
-    calls = sampler.calls if whole else sampler.calls[: len(expected.calls)]
-    assert calls == expected.calls
+    assert sampler.calls == expected.calls  # none ahead of its time, where a consumer stops early
 
     drafts = drafter.calls if drafter else []
     labels = [TARGET] * len(ids)
@@ -306,21 +304,16 @@ def test_every_tree_and_every_accepted_path(n_nodes: int) -> None:
 LONG = Job(n_ctx=64, max_tokens=30)
 
 
-def accept_everything(tree: Tree, *, choose: Any, is_eog: Any) -> Verdict:
-    last = len(tree) - 1
-    return Verdict([*tree.tokens, choose(last)], list(range(len(tree))))
+def draw_past_the_end(model: Any, sampler: Any, tree: Tree, node: int) -> int:
+    token = choose(model, sampler, tree, node)
+    if tree.child(node, token) is None and node + 1 < len(tree):
+        choose(model, sampler, tree, node + 1)
+    return token
 
 
-def draw_past_the_end(tree: Tree, *, choose: Any, is_eog: Any) -> Verdict:
-    verdict = verify(tree, choose=choose, is_eog=is_eog)
-    for node in range(len(verdict.tokens) - 1, len(tree)):
-        choose(node)
-    return verdict
-
-
-def drop_the_bonus(tree: Tree, *, choose: Any, is_eog: Any) -> Verdict:
-    verdict = verify(tree, choose=choose, is_eog=is_eog)
-    return Verdict(verdict.tokens[:-1], verdict.accepted) if verdict.accepted else verdict
+def draw_the_bonus_twice(model: Any, sampler: Any, tree: Tree, node: int) -> int:
+    token = choose(model, sampler, tree, node)
+    return choose(model, sampler, tree, node) if tree.child(node, token) is None else token
 
 
 class KeepsTooMuch(FakeModel):
@@ -351,17 +344,17 @@ def test_control_accepting_every_draft_token_changes_the_text(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert_same_as_plain(LONG, ["rrw", "rr"])
-    monkeypatch.setattr(engine, "verify", accept_everything)
+    monkeypatch.setattr(engine, "choose", accept_drafts)
     assert ids_of(LONG, ["rrw", "rr"]) != plain(LONG).tokens
     with pytest.raises(AssertionError):
         assert_same_as_plain(LONG, ["rrw", "rr"])
 
 
-@pytest.mark.parametrize("broken", [draw_past_the_end, drop_the_bonus])
+@pytest.mark.parametrize("broken", [draw_past_the_end, draw_the_bonus_twice])
 def test_control_a_sampler_asked_too_often_is_noticed(
     broken: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "verify", broken)
+    monkeypatch.setattr(engine, "choose", broken)
     assert ids_of(LONG, ["rwr"]) == plain(LONG).tokens  # a greedy sampler does not mind
     with pytest.raises(AssertionError):
         assert_same_as_plain(LONG, ["rwr"])
@@ -381,12 +374,15 @@ def test_control_keeping_the_wrong_nodes_changes_the_text(
 
 
 def test_control_a_broken_last_rollback_is_noticed() -> None:
-    """Drafts that are all right need no rollback but the one at the end."""
     job = replace(LONG, stop_after=3)
     assert_same_as_plain(job, ["rrrr"])
-    for kind in (shifted(-1), shifted(1), NeverRollsBack):
+    with pytest.raises(AssertionError):
+        assert_same_as_plain(job, ["rrrr"], kind=shifted(-1))
+    for kind in (shifted(1), NeverRollsBack):  # a drafter that fails leaves tokens
+        model, sampler = LONG.model(kind), LONG.sampler()
+        drafter = ScriptedDrafter(model, sampler, ["rr"], fail_at=2)
         with pytest.raises(AssertionError):
-            assert_same_as_plain(job, ["rrrr"], kind=kind)
+            run_until_failure(model, sampler, drafter, DrafterError, job=LONG)
 
 
 # -- failures --------------------------------------------------------------------------------------
@@ -404,16 +400,13 @@ def run_until_failure(
     """The tokens a consumer saw before the failure; checks what is left and that it goes on."""
     expected, stats = plain(job).tokens, Stats()
     tokens: list[int] = []
-    generator = cast(
-        "Generator[Token, None, None]",
-        generate(
-            model,
-            job.prompt,
-            sampler=sampler,
-            drafter=drafter,
-            max_tokens=job.max_tokens,
-            stats=stats,
-        ),
+    generator = generate(
+        model,
+        job.prompt,
+        sampler=sampler,
+        drafter=drafter,
+        max_tokens=job.max_tokens,
+        stats=stats,
     )
 
     def consume() -> None:
@@ -443,7 +436,7 @@ def assert_goes_on(model: FakeModel, job: Job, tokens: list[int]) -> None:
     left = None if job.max_tokens is None else job.max_tokens - len(tokens)
     rest = generate(model, prompt, sampler=GreedySampler(), max_tokens=left, stats=stats)
     assert [*tokens, *(token.id for token in rest)] == plain(job).tokens
-    assert stats.prompt_n == 1
+    assert stats.prompt_n == min(len(tokens), 1)  # the logits after the prompt are there already
 
 
 @pytest.mark.parametrize("script", FEW_SCRIPTS)
@@ -504,6 +497,9 @@ def test_a_prompt_that_shares_a_beginning_decodes_the_rest_only() -> None:
             tokens = [t.id for t in generate(model, prompt, sampler=job.sampler(), stats=stats)]
             assert tokens == plain(job).tokens
             assert model.tokens == plain(job).context
+            if prompt == held:  # the logits after it are there already
+                assert (stats.prompt_n, model.n_clears) == (0, 0)
+                continue
             kept = 0 if refusal and reused < len(held) else reused
             assert stats.prompt_n == model.decodes[1][0] == len(prompt) - kept
             assert model.decodes[1][1] == 1
@@ -548,6 +544,15 @@ def test_an_impossible_prompt_decodes_nothing(
         list(generate(model, prompt, sampler=GreedySampler()))
     assert "\n" not in str(caught.value)
     assert (model.tokens, model.n_decodes) == ([5, 6], 1)
+
+
+def test_a_prompt_whose_logits_are_there_is_not_decoded_again() -> None:
+    model, stats = FakeModel(), Stats()
+    model.decode(PROMPT[:1])
+    model.decode(PROMPT[1:], n_outputs=2)
+    tokens = generate(model, PROMPT, sampler=GreedySampler(), max_tokens=9, stats=stats)
+    assert [token.id for token in tokens] == plain(Job(max_tokens=9)).tokens
+    assert (stats.prompt_n, stats.cycles, len(model.decodes)) == (0, 8, 10)
 
 
 def test_nothing_happens_before_the_first_token_is_asked_for() -> None:
