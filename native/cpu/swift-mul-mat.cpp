@@ -22,6 +22,7 @@
 #ifdef SWIFT_NARROW_AVX2
 
 #    include "swift-kernels.h"
+#    include "swift-wide.h"
 
 namespace {
 
@@ -117,7 +118,7 @@ bool is_plain_product(const ggml_tensor * dst) {
     const ggml_tensor * src0 = dst->src[0];
     const ggml_tensor * src1 = dst->src[1];
     return src1->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float) && src1->ne[1] > 0 &&
-            src1->ne[1] <= SWIFT_NARROW_MAX && src0->ne[2] == 1 && src0->ne[3] == 1 && src1->ne[2] == 1 &&
+            src0->ne[2] == 1 && src0->ne[3] == 1 && src1->ne[2] == 1 &&
             src1->ne[3] == 1 && dst->nb[0] == sizeof(float) &&
             src0->nb[1] == ggml_row_size(src0->type, src0->ne[0]);
 }
@@ -127,6 +128,9 @@ bool is_plain_product(const ggml_tensor * dst) {
 bool swift_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int64_t n_interleaved, int64_t n_block) {
     if (!params->use_ref || !is_plain_product(dst)) {
         return false;
+    }
+    if (dst->src[1]->ne[1] > SWIFT_NARROW_MAX) {
+        return swift_mul_mat_wide(params, dst, n_interleaved, n_block);
     }
     const ggml_tensor * src0 = dst->src[0];
     if (n_interleaved == 8 && n_block == 8 && src0->ne[1] % 8 == 0) {

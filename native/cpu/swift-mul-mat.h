@@ -12,8 +12,11 @@ extern "C" {
 struct ggml_compute_params;
 struct ggml_tensor;
 
-// Room for a token and 64 draft tokens. Wider passes process prompts, for which ggml has better kernels.
+// A pending token and 64 draft tokens fit. Up to this width each row of a batch has the bits that it has alone;
+// wider batches are prompts, whose products and attention have kernels of their own.
 #define SWIFT_NARROW_MAX 72
+
+#define swift_is_narrow(params, n_columns) ((params)->use_ref && (n_columns) <= SWIFT_NARROW_MAX)
 
 // Computes the product in batch-invariant mode (params->use_ref), if there is a kernel for its types. Every
 // thread of the pool calls it. Returns false if nothing was done; then no thread has waited for another.

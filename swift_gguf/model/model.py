@@ -37,12 +37,9 @@ from swift_gguf.native import (
 from swift_gguf.schemas.matching import Vocabulary
 from swift_gguf.subnetwork import SubNetwork
 
-# From this width on (ggml_fa_tile_config::Q), CPU flash attention has a tiled kernel: right for
-# prefill; never used where several rows are asked for, as in a verification.
-PREFILL_WIDTH = 64
-
-# SWIFT_NARROW_MAX: no verification is wider, and kernels for prompts are faster there.
 NARROW_MAX = 72
+"""SWIFT_NARROW_MAX: no verification is wider.  Wider batches have kernels for prompts, whose
+attention is tiled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -466,12 +463,10 @@ class Model:
     ) -> None:
         if len(tokens) > self.n_batch:
             raise ValueError(f"{len(tokens)} tokens in a batch of {self.n_batch}")
-        is_narrow = len(tokens) < PREFILL_WIDTH or (n_outputs > 1 and len(tokens) <= NARROW_MAX)
-        invariant = exact and is_narrow
-        if invariant != self._invariant:
-            self._library.set_batch_invariant(self.ctx, invariant)
-            self._invariant = invariant
-        if not invariant:
+        if exact != self._invariant:
+            self._library.set_batch_invariant(self.ctx, exact)
+            self._invariant = exact
+        if not exact or len(tokens) > NARROW_MAX:
             self.cells.close_gaps()
         self._library.set_subnetwork(self.ctx, self._handles.of(subnetwork))
         self._is_draft = subnetwork is not None

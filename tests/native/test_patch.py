@@ -25,6 +25,7 @@ LISTED = {
     },
     "0002-narrow-products.patch": {
         "ggml/src/ggml-cpu/ggml-cpu.c",
+        "ggml/src/ggml-cpu/ops.cpp",
         "ggml/src/ggml-cpu/repack.cpp",
     },
     "0003-bounded-parsing.patch": {"common/peg-parser.cpp", "common/peg-parser.h"},

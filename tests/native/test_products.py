@@ -1,0 +1,116 @@
+"""Products with many columns, as prompts have them: the same bits however many there are."""
+
+from __future__ import annotations
+
+import platform
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+from gguf import quants
+
+from tests.conftest import N_GPU_LAYERS
+from tests.native.products import Floats, Matrix, Products
+
+PLAIN = [
+    Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.IQ4_NL, Type.MXFP4,
+    Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.IQ4_XS,
+]  # fmt: skip
+REPACKED = [Type.Q4_0, Type.IQ4_NL, Type.MXFP4, Type.Q2_K, Type.Q4_K]
+CASES = [(kind, False) for kind in PLAIN] + [(kind, True) for kind in REPACKED]
+N = 512
+MOST = 200
+WIDTHS = (73, 74, 75, 77, 79, 80, 81, 127, 128, 129, 199)
+"""Wider than SWIFT_NARROW_MAX; tiles of columns are 4 or 8 wide, blocks of them 64."""
+
+pytestmark = pytest.mark.skipif(
+    N_GPU_LAYERS != 0 or platform.machine() not in ("x86_64", "AMD64"),
+    reason="a property of the kernels for x86 with AVX2",
+)
+
+
+@pytest.fixture(autouse=True)
+def _has_repacking(request: pytest.FixtureRequest) -> None:
+    arguments = getattr(request.node, "callspec", None)
+    if arguments and arguments.params.get("is_repacked"):
+        kind = arguments.params["kind"]
+        if not Products.are_repacked(kind):
+            pytest.skip(f"ggml does not repack {kind.name} on this processor")
+
+
+def random(n_rows: int, seed: int) -> Floats:
+    return np.random.default_rng(seed).uniform(-1, 1, (n_rows, N)).astype(np.float32)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+@pytest.mark.parametrize(("kind", "is_repacked"), CASES)
+def test_every_width_has_the_same_bits(kind: Type, is_repacked: bool, n_threads: int) -> None:
+    """Rows that fill no panel are among them; repacked ones come by eights."""
+    n_rows = 104 if is_repacked else 101
+    matrix = Matrix.quantized(kind, random(n_rows, seed=1))
+    products = Products(matrix, is_repacked=is_repacked, n_threads=n_threads)
+    columns = random(MOST, seed=2)
+    everything = products.with_columns(columns)
+    for width in WIDTHS:
+        some = products.with_columns(columns[:width])
+        np.testing.assert_array_equal(some, everything[:width], err_msg=f"width {width}")
+    products.close()
+
+
+@pytest.mark.parametrize(("kind", "is_repacked"), CASES)
+def test_they_are_what_single_columns_give_but_for_rounding(kind: Type, is_repacked: bool) -> None:
+    matrix = Matrix.quantized(kind, random(104, seed=3))
+    products = Products(matrix, is_repacked=is_repacked)
+    columns = random(73, seed=4)
+    together = products.with_columns(columns)
+    alone = np.concatenate([products.with_columns(columns[i : i + 1]) for i in range(73)])
+    assert np.abs(together - alone).max() < 1e-5 * np.abs(alone).max()
+    if is_repacked and kind in (Type.Q4_0, Type.Q4_K):  # rows have lanes of their own there, too
+        np.testing.assert_array_equal(together, alone)
+    products.close()
+
+
+def test_the_arithmetic_is_the_one_written_down() -> None:
+    """Whole numbers within a block; then sum = fma(scale * scale, number, sum), block by block."""
+    matrix = Matrix.quantized(Type.Q8_0, random(32, seed=5))
+    products = Products(matrix)
+    columns = random(80, seed=6)
+    together = products.with_columns(columns)
+    products.close()
+
+    rows = np.frombuffer(matrix.data, np.uint8).reshape(32, N // 32, 34)
+    scales = rows[:, :, :2].copy().view(np.float16)[:, :, 0].astype(np.float32)
+    codes = rows[:, :, 2:].view(np.int8).astype(np.int64)
+    quantized = quants.quantize(columns, Type.Q8_0).reshape(80, N // 32, 34)
+    column_scales = quantized[:, :, :2].copy().view(np.float16)[:, :, 0].astype(np.float32)
+    column_codes = quantized[:, :, 2:].copy().view(np.int8).astype(np.int64)
+    sums = np.zeros((80, 32), np.float32)
+    for b in range(N // 32):
+        numbers = column_codes[:, b] @ codes[:, b].T
+        factors = (column_scales[:, b][:, None] * scales[:, b][None]).astype(np.float64)
+        sums = (sums.astype(np.float64) + factors * numbers).astype(np.float32)
+    np.testing.assert_array_equal(together, sums)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_stays_so(value: float) -> None:
+    """Where columns are quantised by us; ggml's Q8_0 makes a number of NaN."""
+    columns = random(80, seed=9)
+    columns[5, 300] = value
+    products = Products(Matrix.quantized(Type.Q4_K, random(64, seed=10)))
+    together = products.with_columns(columns)
+    products.close()
+    assert not np.isfinite(together[5]).any()
+    assert np.isfinite(np.delete(together, 5, axis=0)).all()
+
+
+def test_ggmls_own_are_others() -> None:
+    """The control: without our kernels the bits are not these."""
+    matrix = Matrix.quantized(Type.Q8_0, random(64, seed=7))
+    columns = random(80, seed=8)
+    ours, theirs = Products(matrix), Products(matrix, is_ours=False)
+    a, b = ours.with_columns(columns), theirs.with_columns(columns)
+    ours.close()
+    theirs.close()
+    assert (a != b).any()
+    np.testing.assert_allclose(a, b, atol=1e-4)
