@@ -10,6 +10,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,12 @@ from swift_gguf.errors import (
 from swift_gguf.gguf.identity import profile_key
 from swift_gguf.learning.profile import Store
 from swift_gguf.llama import Llama
+from swift_gguf.model import ModelOptions
+from swift_gguf.server.options import ServerOptions
+from swift_gguf.server.served import ServedLlama
 from swift_gguf.speculation import SpeculationOptions
 from tests.llama.conftest import LOADING, without_ids
+from tests.prepare.test_sidecar import prepared
 
 from llama_cpp import Llama as PlainLlama, LlamaGrammar, LogitsProcessorList  # isort: skip
 from llama_cpp._internals import LlamaSampler  # isort: skip
@@ -256,10 +261,25 @@ def test_a_model_that_drafts(open_llama: Callable[..., Any], tiny_path: str) -> 
         open_llama(speculation="draft-model")
 
 
-def test_a_sidecar_that_is_named(open_llama: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_sidecar_that_is_named(
+    open_llama: Callable[..., Any], tiny_path: str, tmp_path: Path
+) -> None:
+    """By the class, and so by `swift-gguf serve`."""
     with pytest.raises(SidecarError, match="nowhere"):
         open_llama(sidecar=tmp_path / "nowhere.swift.gguf")
     assert open_llama(sidecar="none").speculation.model.sidecar is None
+    path = prepared(Path(tiny_path), tmp_path / "own.swift.gguf")
+    assert open_llama(sidecar=path).speculation.model.sidecar.path == path
+    served = ServedLlama.load(
+        Path(tiny_path),
+        ModelOptions(n_ctx=256, n_gpu_layers=0, sidecar=path),
+        SpeculationOptions(),
+        ServerOptions(),
+    )
+    with closing(served):
+        assert served.speculation.model is not None
+        assert served.speculation.model.sidecar is not None
+        assert served.speculation.model.sidecar.path == path
 
 
 def n_samplers_left(ask: Callable[[], object]) -> int:
@@ -442,8 +462,8 @@ Llama({tiny_path!r}, n_ctx=256, verbose=True).close()
 def test_the_package_has_the_names_it_lists() -> None:
     for name in swift_gguf.__all__:
         assert getattr(swift_gguf, name).__name__ == name
-    with pytest.raises(AttributeError, match="SwiftLlama"):
-        swift_gguf.SwiftLlama  # noqa: B018
+    with pytest.raises(AttributeError, match="telepathy"):
+        swift_gguf.telepathy  # noqa: B018
 
 
 def test_importing_the_package_is_cheap() -> None:
