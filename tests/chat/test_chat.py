@@ -406,7 +406,7 @@ def test_a_file_that_is_no_text_or_too_long(talk: Talk, tmp_path: Path) -> None:
     (tmp_path / "long").write_text("x" * 600)
     with pytest.raises(SwiftError, match="not UTF-8"):
         talk.say(f"/read {tmp_path}/binary")
-    with pytest.raises(SwiftError, match="has 600 tokens and the context 512; start with a larger"):
+    with pytest.raises(SwiftError, match="has 600 tokens, but the context has 512; start with"):
         talk.say(f"/read {tmp_path}/long")
     (tmp_path / "longer").write_text("x" * 5_400_000)
     with pytest.raises(SwiftError, match=r"longer is too long: .* give a part of it"):
@@ -475,7 +475,7 @@ def test_a_context_that_stops_says_so(small: Model) -> None:
     settings = Settings(sampling=ENDLESS, context="stop")
     talk = Talk(small, settings=settings)
     talk.say("one")
-    assert "the context of 256 tokens is full, the answer ends here" in talk.notes
+    assert "the context of 256 tokens is full and the answer ends here" in talk.notes
     with pytest.raises(ContextFullError, match="/undo, /clear, or /set context shift"):
         talk.say("two")
     assert len(talk.turns) == 1
@@ -490,7 +490,7 @@ def test_a_lone_answer_that_fills_the_context_ends(small: Model) -> None:
 def test_a_message_longer_than_the_context_is_refused(talk: Talk) -> None:
     talk.say("Hello")
     turns = list(talk.turns)
-    with pytest.raises(ContextFullError, match="and the context has 512"):
+    with pytest.raises(ContextFullError, match="but the context has 512"):
         talk.say("x" * 600)
     assert talk.turns == turns
     assert talk.conversation.first == 0

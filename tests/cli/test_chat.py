@@ -276,7 +276,7 @@ def test_a_full_context_is_said(terminal: Callable[..., Terminal], model: Path) 
     chat = terminal(model, *ENDLESS[2:], "-c", 256, "-n", 90, "--context", "stop")
     for _ in range(3):
         chat.ask("more")
-    assert "the context of 256 tokens is full, the answer ends here" in chat.text
+    assert "the context of 256 tokens is full and the answer ends here" in chat.text
     chat.ask("more")
     assert "/undo, /clear, or /set context shift" in " ".join(chat.text.split())
     chat.ask("/set context shift")
