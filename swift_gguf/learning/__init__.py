@@ -1,4 +1,4 @@
-"""What is remembered of a model between runs, and put to use."""
+"""What is learned about a model and kept between runs."""
 
 from swift_gguf.learning.learning import Learning, SearchOptions, space_of
 from swift_gguf.learning.profile import EMBEDDED, Known, Profile, Seen, Store, embedded, portable

@@ -1,4 +1,4 @@
-"""What is learned of a model while it is used, and kept between runs."""
+"""Learns about a model while it is used, and keeps the results in its profile."""
 
 from __future__ import annotations
 
@@ -23,18 +23,20 @@ from swift_gguf.search.space import Space
 from swift_gguf.subnetwork import SubNetwork
 
 MIN_POSITIONS = 64
-"""What was seen on fewer may be luck: it is remembered, but nothing is built on it yet."""
+"""Results on fewer positions may be luck.  They are kept, but not used yet."""
 
 QUICK_WIDTHS = tuple(width for width in WIDTHS if width <= 8)
 LOOK_S = 2.0
-"""For measuring before anybody gets an answer."""
+"""Time for measuring before the first answer."""
 IDLE_LOOK_S = 1.0
-"""For the same between answers, where the search waits."""
+"""Time for measuring between answers, while the search waits."""
 
 
 def space_of(model: Model, *, with_sidecar: bool = True) -> Space | None:
-    """The sub-layers of a model that a draft may leave out, or run narrower where it has a sidecar;
-    None if there are none."""
+    """The sub-layers of a model that a draft may skip; None if there are none.
+
+    With a sidecar, FFNs are narrowed instead of skipped.
+    """
     attn, ffn = (
         [i for i, sublayer in enumerate(kind) if sublayer.status == "ok"]
         for kind in model.sublayers
@@ -51,28 +53,28 @@ def space_of(model: Model, *, with_sidecar: bool = True) -> Space | None:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions:
-    """How to look for sub-networks."""
+    """Options of the search for sub-networks."""
 
     paper: PaperOptions | None = None
     """SWIFT's own search, to compare with; None: ours."""
     draft_max: int = 8
     p_min: float | None = None
-    """A fixed threshold under which drafts stop; None: the search finds the best."""
+    """The confidence below which a draft stops; None: the search finds the best value."""
 
 
 class Learning:
-    """The profile of a model, the costs of its passes here, and a search that goes on from there.
+    """The profile of a model, the costs of its passes on this machine, and the search.
 
-    The first time a model meets a machine, or a long context there, costs are measured, for at most
-    `LOOK_S` seconds, at the end of the present context, which stays as it is.  What there was no
-    time for, or was measured while the machine was busy, is measured again in idle time
-    (`look_again`) and at the next start.  What was measured is in the profile at once, also if that
-    is interrupted.
+    Costs are measured when a model first runs on a machine, and when it first has a long context
+    there.  This takes at most `LOOK_S` seconds and leaves the context as it is.  Costs that were
+    not measured in that time, or that were measured while the machine was busy, are measured again
+    in idle time (`look_again`) and at the next start.  Measured costs are in the profile at once,
+    even if the measurement is interrupted.
 
     on_measuring: called before costs are measured.
 
     Raises:
-        UnsupportedModelError: the model cannot take tokens back.
+        UnsupportedModelError: the model cannot remove tokens from its cache.
     """
 
     def __init__(
@@ -105,10 +107,10 @@ class Learning:
             on_measuring()
             costs = self._measured(QUICK_WIDTHS, rounds=2, known=costs, seconds=LOOK_S)
         self.here = CostsHere(model, costs)
-        """The costs at the present length of the context, which the search counts in."""
+        """The costs at the current length of the context.  The search uses them."""
         self._recycled = profile.recycling if profile else ()
         self.searcher: Searcher | None = None
-        """None where nothing is to be searched."""
+        """None if there is nothing to search."""
         if space is None:
             pass
         elif options.paper:
@@ -118,12 +120,12 @@ class Learning:
         self.started_from_profile = bool(profile and profile.known)
 
     def _search(self, space: Space, profile: Profile | None, options: SearchOptions) -> Search:
-        """Ours, from where earlier runs left it."""
+        """Our own search, which continues from earlier runs."""
         stored = [known for known in profile.known if known.subnetwork in space] if profile else []
         return Search(
             space,
             self.here,
-            # the incumbent of the last run first: it was compared on equal windows
+            # the best of the last run comes first: it was compared on the same windows
             known=[known.subnetwork for known in stored if known.positions >= MIN_POSITIONS],
             seen={
                 known.subnetwork: {key: seen.outcome() for key, seen in known.seen.items()}
@@ -136,22 +138,22 @@ class Learning:
 
     @property
     def costs(self) -> Costs:
-        """As they were measured."""
+        """The measured costs."""
         return self.here.measured
 
     def measure_costs(self) -> None:
-        """Measures again, and thoroughly, what passes cost."""
+        """Measures the costs of passes again, with more rounds."""
         self.here.update(self._measured(WIDTHS, rounds=3))
 
     def begin(self) -> None:
-        """An answer begins: after it, costs may be measured again."""
+        """Notes that an answer begins.  Costs may be measured again after it."""
         self._may_look = True
 
     def look_again(self) -> bool:
-        """In idle time: measures again what was measured in a hurry or on a busy machine.
+        """Measures missing and uncertain costs in idle time.  False: there is nothing to do.
 
-        Piece by piece, as long as that gets on; on a busy machine once an answer, for it may be
-        busy for long.  False: there is nothing to do.
+        Each call measures for a short time.  On a busy machine there is one call for each answer,
+        because the machine may be busy for long.
         """
         if self.costs.is_sure or not self._may_look or self._model.room < max(QUICK_WIDTHS):
             return False
@@ -159,7 +161,7 @@ class Learning:
         try:
             costs = self._measured(QUICK_WIDTHS, rounds=2, known=known, seconds=IDLE_LOOK_S)
             self._may_look = costs.n_timed > known.n_timed and not costs.is_busy
-        finally:  # it may be stopped
+        finally:  # the measurement may be stopped
             if self._latest is not None:
                 self.here.update(self._latest)
         return True
@@ -172,9 +174,9 @@ class Learning:
         known: Costs | None = None,
         seconds: float = math.inf,
     ) -> Costs:
-        """Costs, measured and kept; in an empty context on some tokens that are taken back.
+        """Measures costs and keeps them.  An empty context is filled with tokens meanwhile.
 
-        known: what there was before; it stays where it is better.
+        known: the costs so far.  They stay if they are more certain.
         """
         self._latest = None
         model, budget = self._model, Budget(seconds=seconds)
@@ -204,7 +206,7 @@ class Learning:
                 model.clear()
 
     def _kept(self, measurement: Measurement, known: Costs | None) -> Costs:
-        """The better ones of both; new ones go into the profile."""
+        """The more certain costs of both.  New costs go into the profile."""
         costs = measurement.costs()
         if known is not None and (costs.trust < known.trust or not measurement.has_timed):
             return known
@@ -221,7 +223,7 @@ class Learning:
 
     @property
     def best_known(self) -> Knowledge | None:
-        """What was seen of the best sub-network; None while that is too little to build on."""
+        """The results of the best sub-network; None while there are too few positions."""
         if not isinstance(self.searcher, Search):
             return None
         best = next(iter(self.searcher.knowledge(1)), None)
@@ -229,16 +231,16 @@ class Learning:
         return best if is_enough else None
 
     def recycling(self) -> Recycling:
-        """The table of successors, as earlier runs left it."""
+        """The table of successors from earlier runs."""
         try:
             return Recycling.from_rows(list(self._recycled), n_vocab=self._model.n_vocab)
-        except ValueError:  # another vocabulary's
+        except ValueError:  # the table is from another vocabulary
             return Recycling()
 
     def save(self, recycling: Recycling | None = None) -> None:
-        """Adds what was learned since the last time to the profile.
+        """Adds to the profile what was learned since the last call.
 
-        Nobody may be searching at the same time; see `IdleSearch.paused`.
+        The search must not run at the same time; see `IdleSearch.paused`.
         """
         found = self.searcher.knowledge() if isinstance(self.searcher, Search) else []
         self.store.add(
@@ -260,7 +262,7 @@ class Learning:
         self._saved = Meter(self.meter.seconds, self.meter.steps)
 
     def _nothing_new(self) -> Profile:
-        """To fill in what was learned."""
+        """An empty profile of this model."""
         return Profile(
             fingerprint=self._fingerprint,
             model=self._model.metadata("general.name") or self._model.path.stem,
@@ -269,5 +271,5 @@ class Learning:
 
     def _by_key(self, costs: Costs) -> dict[str, dict[str, Any]]:
         if "passes" in costs.untimed:
-            return {}  # nothing but guesses
+            return {}  # there are only estimates
         return {costs_key(self._model, costs): costs.as_dict()}

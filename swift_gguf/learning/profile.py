@@ -1,7 +1,8 @@
-"""What we remember of a model between runs: good sub-networks, and what passes cost here.
+"""The profile of a model: good sub-networks and the costs of passes, kept between runs.
 
-A file of JSON for each model, shared by all processes that run it.  Nothing here ever stops a
-generation: what cannot be read or written is said in a warning, and learned again.
+Each model has one JSON file, and all processes that run the model share it.  An error here never
+stops a generation: if a profile cannot be read or written, there is a warning, and learning starts
+again.
 """
 
 from __future__ import annotations
@@ -40,63 +41,64 @@ _log = logging.getLogger("swift_gguf")
 
 @dataclass(frozen=True)
 class Seen:
-    """What a sub-network would have drafted at the positions of one window, in plain values.
+    """A sub-network's draft tokens at the positions of one window, in plain values.
 
     Raises:
-        ValueError: nothing was seen, or it cannot have been.
+        ValueError: there are no positions, or the values are not valid.
     """
 
     agrees: tuple[bool, ...]
-    """Is the draft's likeliest token the text's?"""
+    """True if the draft's likeliest token is the text's token."""
     confidence: tuple[float, ...]
-    """The draft's probability of it."""
+    """The draft's probability of its likeliest token."""
 
     def __post_init__(self) -> None:
         if not self.agrees or len(self.agrees) != len(self.confidence):
-            raise ValueError("agreement and confidence of different numbers of positions, or none")
+            raise ValueError("agreement and confidence must have the same number of positions")
         for probability in self.confidence:
             _require_real(probability, most=1.0)
 
     @classmethod
     def of(cls, outcome: Outcome) -> Seen:
-        """Rounded to what matters."""
+        """The values of an outcome, rounded to 3 digits."""
         confidence = (min(1.0, round(float(p), 3)) for p in outcome.confidence)
         return cls(tuple(map(bool, outcome.agrees)), tuple(confidence))
 
     def outcome(self) -> Outcome:
-        """As the search has it."""
+        """The values as the search uses them."""
         return Outcome(np.array(self.agrees), np.array(self.confidence, dtype=np.float32))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """A sub-network that was tried: what was seen, not what it was worth, which is another matter
-    on every machine.
+    """A sub-network that was tried, and its results.
+
+    The results hold on every machine.  The speed-up does not, so it is not stored.
 
     Raises:
-        ValueError: it was never seen.
+        ValueError: there are no results, or too many.
     """
 
     subnetwork: SubNetwork
     seen: Mapping[str, Seen]
-    """By window, the latest last, at most `MAX_SEEN`."""
+    """The results by window, the latest last, at most `MAX_SEEN`."""
 
     def __post_init__(self) -> None:
         if not 0 < len(self.seen) <= MAX_SEEN or not all(isinstance(key, str) for key in self.seen):
-            raise ValueError("windows without names, none or too many")
+            raise ValueError(f"a sub-network needs 1 to {MAX_SEEN} windows with names")
 
     @property
     def positions(self) -> int:
-        """How many were scored."""
+        """The number of scored positions."""
         return sum(len(window.agrees) for window in self.seen.values())
 
     @property
     def agreement(self) -> float:
-        """Share of the positions where its draft was right."""
+        """The share of positions where its draft token was right."""
         return sum(sum(window.agrees) for window in self.seen.values()) / self.positions
 
     def merged(self, later: Known) -> Known:
-        """With what was seen later; the oldest windows give way."""
+        """With later results added.  The oldest windows are dropped."""
         earlier = {key: seen for key, seen in self.seen.items() if key not in later.seen}
         latest = list({**earlier, **later.seen}.items())[-MAX_SEEN:]
         return replace(self, seen=dict(latest))
@@ -104,22 +106,22 @@ class Known:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """What is known of a model, or what a process has learned of it and not yet stored.
+    """What is known about a model, or what a process has learned and not stored yet.
 
     Raises:
-        ValueError: something in it cannot be.
+        ValueError: a value is not valid.
     """
 
     fingerprint: str
     model: str
-    """A name for people."""
+    """The model's name, for people."""
     n_layer: int
     known: tuple[Known, ...] = ()
     """Different sub-networks, the latest learned first, at most `MAX_KNOWN`."""
     costs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """`Costs.as_dict` by where they were measured (`cost.machine_key`)."""
+    """`Costs.as_dict` by the machine where they were measured (`cost.machine_key`)."""
     recycling: tuple[Any, ...] = ()
-    """`Recycling.to_rows`: what followed on what, the latest learned last."""
+    """`Recycling.to_rows`: the table of successors, the latest learned last."""
     search_s: float = 0.0
     """Time spent on search."""
     evaluations: int = 0
@@ -128,28 +130,29 @@ class Profile:
     def __post_init__(self) -> None:
         _require_fingerprint(self.fingerprint)
         if not isinstance(self.model, str):
-            raise ValueError("the model's name is not a text")
+            raise ValueError("the model's name is not a string")
         _require_whole(self.n_layer)
         _require_real(self.search_s)
         _require_whole(self.evaluations)
         subnetworks = {known.subnetwork for known in self.known}
         if len(subnetworks) != len(self.known) or len(self.known) > MAX_KNOWN:
-            raise ValueError("a sub-network is there twice, or there are too many")
+            raise ValueError("a sub-network is listed twice, or there are too many sub-networks")
         layers = {subnetwork.n_layer for subnetwork in subnetworks}
         layers |= {Costs.from_dict(costs).n_layer for costs in self.costs.values()}
         if not layers <= {self.n_layer}:
-            raise ValueError(f"something belongs to a model without {self.n_layer} layers")
+            raise ValueError(f"a sub-network or its costs do not fit {self.n_layer} layers")
 
     def merged(self, learned: Profile) -> Profile:
-        """This profile and what was learned since: totals and what was seen add up.
+        """This profile with what was learned since.  Totals and results add up.
 
-        Of two measurements of costs the newer stays, unless it is trusted less (`Costs.trust`).
+        The newer measurement of costs replaces the older one, unless it is trusted less
+        (`Costs.trust`).
 
         Raises:
-            ValueError: they are of different models.
+            ValueError: they are profiles of different models.
         """
         if (self.fingerprint, self.n_layer) != (learned.fingerprint, learned.n_layer):
-            raise ValueError(f"{learned.model} is another model than {self.model}")
+            raise ValueError(f"the profiles are of different models: {self.model}, {learned.model}")
         stored = {known.subnetwork: known for known in self.known}
         latest = {
             known.subnetwork: stored[known.subnetwork].merged(known)
@@ -185,7 +188,7 @@ def _trusted_costs(
 
 
 def _latest_rows(stored: tuple[Any, ...], learned: tuple[Any, ...]) -> tuple[Any, ...]:
-    """One row of every context."""
+    """One row for each context, the latest."""
     rows = {tuple(row[0]): row for row in stored}
     for row in learned:
         rows.pop(tuple(row[0]), None)  # the latest learned come last
@@ -194,9 +197,9 @@ def _latest_rows(stored: tuple[Any, ...], learned: tuple[Any, ...]) -> tuple[Any
 
 
 def _require_whole(value: object) -> None:
-    # beyond 2^53, other readers of JSON would round
+    # other JSON parsers round numbers above 2^53
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 53:
-        raise ValueError(f"{str(value)[:40]!r} is not a number of something")
+        raise ValueError(f"{str(value)[:40]!r} is not a whole number from 0 to 2^53 - 1")
 
 
 def _require_real(value: object, *, most: float = 1e18) -> None:
@@ -205,7 +208,7 @@ def _require_real(value: object, *, most: float = 1e18) -> None:
 
 
 def _require_fingerprint(text: object) -> None:
-    """A fingerprint becomes the name of a file."""
+    """Checks a fingerprint, because it becomes the name of a file."""
     if not isinstance(text, str) or len(text) != 32 or not set(text) <= set("0123456789abcdef"):
         raise ValueError(f"{text!r:.60} is not a fingerprint")
 
@@ -214,7 +217,7 @@ def _require_fingerprint(text: object) -> None:
 
 
 class _UnusableError(Exception):
-    """A file that is not a profile for us, and what to call it instead."""
+    """The file is not a profile that we can read.  `suffix` is added to its name."""
 
     def __init__(self, suffix: str, why: str) -> None:
         super().__init__(why)
@@ -264,7 +267,7 @@ def _from_json(content: bytes) -> Profile:
         _require_whole(n_layer)
         known = tuple(_known(item, n_layer) for item in values.pop("known"))
         recycling = values.pop("recycling", [])
-        Recycling.from_rows(recycling, n_vocab=MAX_TOKEN)  # for what it refuses
+        Recycling.from_rows(recycling, n_vocab=MAX_TOKEN)  # only to check the values
         return Profile(known=known, recycling=tuple(recycling), **values)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _UnusableError("damaged", f"it is damaged ({error!s:.80})") from None
@@ -273,7 +276,7 @@ def _from_json(content: bytes) -> Profile:
 def _known(item: dict[str, Any], n_layer: int) -> Known:
     draft_head = item.pop("draft_head", False)
     if not isinstance(draft_head, bool):
-        raise ValueError("a draft head that is neither there nor not")
+        raise ValueError("draft_head must be true or false")
     return Known(
         subnetwork=SubNetwork(
             n_layer=n_layer,
@@ -290,13 +293,16 @@ def _known(item: dict[str, Any], n_layer: int) -> Known:
 def _seen(window: dict[str, Any]) -> Seen:
     agrees = window.pop("agrees")
     if not isinstance(agrees, str) or set(agrees) - {"0", "1"}:
-        raise ValueError("agreement that is not written in 0 and 1")
+        raise ValueError("agrees must consist of 0 and 1")
     return Seen(agrees=tuple(bit == "1" for bit in agrees), confidence=tuple(window["confidence"]))
 
 
 def portable(profile: Profile) -> str:
-    """What may travel with a model, as text: its sub-networks and what was seen of them; neither
-    the costs of this machine nor words of what was asked on it."""
+    """The part of a profile that may be stored in a model's file, as text.
+
+    It has the sub-networks and their results.  It has neither the costs of this machine nor tokens
+    of the user's texts.
+    """
     shared = replace(
         profile, fingerprint="0" * 32, costs={}, recycling=(), search_s=0.0, evaluations=0
     )
@@ -304,7 +310,7 @@ def portable(profile: Profile) -> str:
 
 
 def embedded(text: str | None, *, fingerprint: str) -> Profile | None:
-    """The profile that came with a model (the metadata key `EMBEDDED`), where there is one."""
+    """The profile in a model's metadata (key `EMBEDDED`), if there is one."""
     if text is None:
         return None
     try:
@@ -312,7 +318,7 @@ def embedded(text: str | None, *, fingerprint: str) -> Profile | None:
             raise _UnusableError("", "it is too long")
         return replace(_from_json(text.encode()), fingerprint=fingerprint)
     except _UnusableError as error:
-        _log.warning("the profile inside the model is not used: %s", error)
+        _log.warning("the profile in the model's file is not used: %s", error)
         return None
 
 
@@ -320,10 +326,10 @@ def embedded(text: str | None, *, fingerprint: str) -> Profile | None:
 
 
 class Store:
-    """Profiles in a folder: SWIFT_GGUF_PROFILES, or in the user's cache.
+    """Profiles in a folder: SWIFT_GGUF_PROFILES, or a folder in the user's cache.
 
-    Safe to share between processes.
-    Of `load`, `add` and `forget`, none raises for what it finds there.
+    Several processes may use it at once.  `load`, `add` and `forget` do not raise an error for a
+    damaged file or a failure of the file system; they log a warning.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -331,20 +337,24 @@ class Store:
         self.folder = folder or (Path(override) if override else cache_dir() / "profiles")
 
     def load(self, fingerprint: str) -> Profile | None:
-        """What is known of a model, if anything is."""
+        """The profile of a model, if there is one."""
         path = self.path(fingerprint)
         with _forgiving(path, "read"):
             try:
-                return _read(path)  # without the lock: the file is only ever replaced as a whole
+                return _read(
+                    path
+                )  # without the lock, because the file is always replaced as a whole
             except _UnusableError:
                 with _locked(path):
                     return _read_or_set_aside(path)
         return None
 
     def add(self, learned: Profile) -> Profile | None:
-        """Adds what this process learned since it last did; what is known now, if it was stored.
+        """Adds what this process learned since the last call.
 
-        learned: `search_s` and `evaluations` are increments, and stored totals grow by them.
+        Returns the whole profile, or None if it could not be stored.
+
+        learned: its `search_s` and `evaluations` are added to the stored totals.
         """
         path = self.path(learned.fingerprint)
         with _forgiving(path, "written"):
@@ -352,7 +362,7 @@ class Store:
             with _locked(path):
                 stored = _read_or_set_aside(path)
                 if stored and stored.n_layer != learned.n_layer:
-                    _set_aside(path, "damaged", f"it is of a model with {stored.n_layer} layers")
+                    _set_aside(path, "damaged", f"it is for a model with {stored.n_layer} layers")
                     stored = None
                 profile = stored.merged(learned) if stored else learned
                 _replace(path, _to_json(profile))
@@ -360,7 +370,7 @@ class Store:
         return None
 
     def forget(self, fingerprint: str) -> bool:
-        """Removes what is known of a model; was there anything?"""
+        """Removes the profile of a model.  True if there was one."""
         path = self.path(fingerprint)
         with _forgiving(path, "removed"):
             if self.folder.exists():
@@ -372,24 +382,24 @@ class Store:
         return False
 
     def path(self, fingerprint: str) -> Path:
-        """Where a model's profile is, if there is one."""
+        """The path of a model's profile.  The file may not exist."""
         _require_fingerprint(fingerprint)
         return self.folder / f"{fingerprint}.json"
 
 
 @contextmanager
 def _forgiving(path: Path, what: str) -> Iterator[None]:
-    """Makes a warning of an operating system's error, a lock that is not to be had included."""
+    """Logs errors of the operating system and of the lock as a warning."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        _log.warning("the profile %s cannot be %s (%s); going on without", path, what, reason)
+        _log.warning("the profile %s cannot be %s (%s); continuing without it", path, what, reason)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Keeps other writers out.  The system lets go of the lock when its process is killed."""
+    """Keeps other writers out.  The system releases the lock if the process is killed."""
     import filelock
 
     lock = filelock.FileLock(path.with_suffix(".lock"))
@@ -403,12 +413,12 @@ def _read(path: Path) -> Profile | None:
     except FileNotFoundError:
         return None
     if profile.fingerprint != path.stem:
-        raise _UnusableError("damaged", "it is of another model")
+        raise _UnusableError("damaged", "it is for another model")
     return profile
 
 
 def _read_or_set_aside(path: Path) -> Profile | None:
-    """Under the lock."""
+    """Reads a profile, or renames the file if it is not usable.  Called with the lock held."""
     try:
         return _read(path)
     except _UnusableError as error:
@@ -417,17 +427,23 @@ def _read_or_set_aside(path: Path) -> Profile | None:
 
 
 def _set_aside(path: Path, suffix: str, why: str) -> None:
-    """Under the lock.  Earlier files set aside are kept, too: they may be all that is left."""
+    """Renames a file that is not usable.  Called with the lock held.
+
+    Files that were renamed before are kept, because they may still be of use.
+    """
     target, number = path.with_name(f"{path.name}.{suffix}"), 1
     while target.exists():
         number += 1
         target = path.with_name(f"{path.name}.{suffix}.{number}")
     path.rename(target)
-    _log.warning("the profile %s is set aside as %s: %s", path, target.name, why)
+    _log.warning("the profile %s is not usable (%s); renamed to %s", path, why, target.name)
 
 
 def _replace(path: Path, text: str) -> None:
-    """Under the lock, so that one name will do: what a killed process left is written over."""
+    """Replaces a file as a whole.  Called with the lock held.
+
+    The temporary file always has the same name, so it overwrites what a killed process left.
+    """
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -1,4 +1,4 @@
-"""Samplers over llama.cpp's, and speculative sampling."""
+"""Samplers built on llama.cpp's sampler chains, and speculative sampling."""
 
 from swift_gguf.sampling.sampling import (
     Sampler,

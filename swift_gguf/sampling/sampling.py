@@ -1,9 +1,9 @@
 """llama.cpp's sampler chain, built from options.
 
-The chain is the contract: speculative decoding samples the target with the user's own chain at
-every position, in order, so its state (random numbers, penalties, grammar) moves exactly as in
-plain decoding (`Sampler`).  Opt-in, drafts are drawn as well and only the law of the text is the
-same (`SpeculativeSampler`).
+Speculative decoding samples the target with the user's own chain (`Sampler`), at every position and
+in order.  So the chain's state (random numbers, penalties, grammar) changes exactly as in plain
+decoding, and the text is the same.  With speculative sampling (`SpeculativeSampler`), which is
+opt-in, the draft tokens are sampled too, and only the distribution of the text is the same.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from swift_gguf.schemas.matching import Matcher
 
 MAX_NESTING = 512
-"""Groups in groups of a grammar."""
+"""Levels of nested groups in a grammar."""
 MAX_RULES = 4096
 DRAWN_SEED = 0xFFFFFFFF
 
@@ -44,7 +44,7 @@ class SamplingOptions:
     """Names and defaults are llama.cpp's (common_params_sampling)."""
 
     temperature: float = 0.8
-    """0 and below: greedy."""
+    """0 or less: greedy."""
     top_k: int = 40
     """0: all tokens."""
     top_p: float = 0.95
@@ -53,13 +53,13 @@ class SamplingOptions:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repeat_last_n: int = 64
-    """How many of the latest tokens, prompt included, penalties look at; -1: the whole context."""
+    """The number of latest tokens that are penalised, prompt included; -1: the whole context."""
     seed: int | None = None
-    """None: a fresh random seed."""
+    """None: a random seed."""
     grammar: str | None = None
-    """GBNF, root rule ``root``."""
+    """A GBNF grammar with a rule named ``root``."""
     constraint: Constraint | None = None
-    """JSON by a schema (`swift_gguf.schemas`)."""
+    """A JSON schema that the text must match (`swift_gguf.schemas`)."""
 
     def __post_init__(self) -> None:
         numbers = (self.temperature, self.top_p, self.min_p, self.repeat_penalty)
@@ -78,21 +78,21 @@ class SamplingOptions:
         )
 
     def with_seed(self) -> SamplingOptions:
-        """The same options with the seed drawn, so that a run can be repeated."""
+        """The same options with a fixed seed, so that a run can be repeated."""
         return replace(self, seed=llama_seed(self.seed))
 
 
 def llama_seed(seed: int | None) -> int:
-    """What llama.cpp gets for a seed of any size: its lower 32 bits; None: a new one.
+    """The seed for llama.cpp: the lower 32 bits of a seed; a random one for None.
 
-    0xFFFFFFFF (LLAMA_DEFAULT_SEED), which llama.cpp takes for "draw one", becomes another number.
+    0xFFFFFFFF is replaced, because llama.cpp draws a random seed for it (LLAMA_DEFAULT_SEED).
     """
     bits = (random.getrandbits(32) if seed is None else seed) & DRAWN_SEED
     return 0x9E3779B9 if bits == DRAWN_SEED else bits
 
 
 class _Chain:
-    """Owns one of llama.cpp's sampler chains and the parts it is made of."""
+    """Owns a sampler chain of llama.cpp and the samplers in it."""
 
     def __init__(self, parts: Iterable[Any]) -> None:
         self._api = library().api
@@ -107,7 +107,7 @@ class _Chain:
             raise
 
     def close(self) -> None:
-        """Frees the chain; safe to call twice."""
+        """Frees the chain.  May be called twice."""
         if chain := self._chain:
             self._chain = None
             self._api.llama_sampler_free(chain)
@@ -124,7 +124,7 @@ class _Chain:
 
 
 class Sampler(_Chain):
-    """One answer's sampler chain: grammar, penalties, top-k, top-p, min-p, temperature, draw.
+    """The sampler chain of an answer: grammar, penalties, top-k, top-p, min-p, temperature, draw.
 
     Raises:
         GrammarError: the grammar does not parse.
@@ -138,7 +138,7 @@ class Sampler(_Chain):
         super().__init__(_sampling_parts(model, self.options, prompt))
 
     def sample(self, model: Model, row: int) -> int:
-        """Draws a token from output row `row` of the model's last decode, and accepts it.
+        """Samples a token from output row `row` of the last batch, and accepts it.
 
         Raises:
             GrammarError: the grammar allows no token here.
@@ -150,7 +150,7 @@ class Sampler(_Chain):
 
 
 class Processor(_Chain):
-    """A sampler's chain without its draw: the distribution the draw would be made from."""
+    """A sampler chain without its last step: it gives the distribution to sample from."""
 
     def __init__(self, parts: Iterable[Any], matcher: Matcher | None = None) -> None:
         super().__init__(parts)
@@ -160,7 +160,7 @@ class Processor(_Chain):
     def build(
         cls, model: Model, options: SamplingOptions, *, prompt: Sequence[int] = ()
     ) -> Processor:
-        """Of the chain that `Sampler(model, options, prompt=prompt)` has.
+        """The processor for the chain of `Sampler(model, options, prompt=prompt)`.
 
         Raises:
             GrammarError: the grammar does not parse.
@@ -168,9 +168,9 @@ class Processor(_Chain):
         return cls(_processing_parts(model, options, prompt), matcher_of(model, options))
 
     def distribution(self, model: Model, row: int) -> Distribution:
-        """What the next token follows, given output row `row` of the model's last decode.
+        """The distribution of the next token, from output row `row` of the last batch.
 
-        All on the most likely token where the temperature is 0.  Leaves the state as it is.
+        At temperature 0, the most likely token has probability 1.  The state stays as it is.
 
         Raises:
             SamplingError: no token is left, or the logits are not finite.
@@ -181,13 +181,13 @@ class Processor(_Chain):
         return Distribution.softmax(*library().candidates(self._chain, logits))
 
     def accept(self, token: int) -> None:
-        """Advances penalties and grammar by a token, which the grammar must allow here."""
+        """Updates penalties and grammar with a token.  The grammar must allow it here."""
         self._api.llama_sampler_accept(self._chain, token)
         if self._matcher is not None:
             self._matcher.accept(token)
 
     def fork(self) -> Processor:
-        """A processor that goes on from the present state on its own."""
+        """An independent copy with the current state."""
         api, chain = self._api, self._chain
         return Processor(
             (
@@ -199,10 +199,10 @@ class Processor(_Chain):
 
 
 class SpeculativeSampler:
-    """One answer's drafts and verdicts by the rule of `swift_gguf.speculative_sampling`.
+    """Samples the draft tokens of an answer and verifies them by speculative sampling.
 
-    The same seed, model and calls give the same tokens, but not those of `Sampler`: only the law is
-    the same.
+    `sampling.speculative` has the rule.  The same seed, model and calls give the same tokens.  They
+    differ from those of `Sampler`, but have the same distribution.
 
     Raises:
         GrammarError: the grammar does not parse.
@@ -216,14 +216,16 @@ class SpeculativeSampler:
         self._processor = Processor.build(model, self.options, prompt=prompt)
 
     def sample(self, model: Model, row: int) -> int:
-        """Draws a token from output row `row` of the model's last decode, and accepts it."""
+        """Samples a token from output row `row` of the last batch, and accepts it."""
         return self.choose(model, row, (), None)
 
     def proposal(self, model: Model, row: int, path: Sequence[int]) -> Distribution:
-        """What the children of a draft node are to be drawn from; leaves the state as it is.
+        """The distribution to sample the children of a draft node from.
 
-        row: output row of the draft pass on the node.
-        path: the draft tokens that lead to the node, itself included, each drawn from a proposal.
+        The state stays as it is.
+
+        row: the output row of the node in the draft pass.
+        path: the draft tokens from the root to the node, each sampled from a proposal.
         """
         with self._processor.fork() as processor:
             for token in path:
@@ -231,24 +233,26 @@ class SpeculativeSampler:
             return processor.distribution(model, row)
 
     def draw(self, q: Distribution, k: int) -> list[int]:
-        """At most k children of a draft node, distinct, from its proposal."""
+        """Samples at most k different children of a draft node from its proposal."""
         return draw_children(q, k, self._rng)
 
     def choose(
         self, model: Model, row: int, children: Sequence[int], q: Distribution | None
     ) -> int:
-        """The target's next token at a node, accepted: one of its children or another one.
+        """Samples the target's next token after a node, and accepts it.
 
-        row: output row of the target's pass on the node.
-        children, q: all that were drawn for the node, in their order, and its proposal; empty and
-            None if nothing was.
+        The token may be one of the node's children.
+
+        row: the output row of the node in the target's forward pass.
+        children: all children that were sampled for the node, in their order.
+        q: the node's proposal; None if no children were sampled.
         """
         token = choose(self._processor.distribution(model, row), q, children, self._rng)
         self._processor.accept(token)
         return token
 
     def close(self) -> None:
-        """Frees the chain; safe to call twice."""
+        """Frees the chain.  May be called twice."""
         self._processor.close()
 
     def __enter__(self) -> SpeculativeSampler:
@@ -272,12 +276,12 @@ def _processing_parts(
     model: Model, options: SamplingOptions, prompt: Sequence[int]
 ) -> Iterator[Any]:
     yield from _filters(model, options, prompt)
-    # at 0, llama.cpp leaves the token that its greedy sampler takes and excludes all others
+    # at temperature 0, llama.cpp excludes all tokens but the one that its greedy sampler takes
     yield library().api.llama_sampler_init_temp(max(options.temperature, 0.0))
 
 
 def _filters(model: Model, options: SamplingOptions, prompt: Sequence[int]) -> Iterator[Any]:
-    """The parts of a chain that come before its temperature."""
+    """The samplers of a chain that come before the temperature."""
     api = library().api
     if options.grammar is not None:
         yield grammar_sampler(model.vocab, options.grammar)
@@ -290,29 +294,29 @@ def _filters(model: Model, options: SamplingOptions, prompt: Sequence[int]) -> I
 
 
 def matcher_of(model: Model, options: SamplingOptions) -> Matcher | None:
-    """What holds an answer to the constraint of its options, if there is one.
+    """A matcher for the constraint in the options, if there is one.
 
     Raises:
-        GrammarError: it takes too much with the model's vocabulary.
+        GrammarError: the constraint is too large with the model's vocabulary.
     """
     constraint = options.constraint
     return None if constraint is None else model.vocabulary.matcher(constraint)
 
 
 def draw(chain: Any, logits: Any, matcher: Matcher | None = None) -> int:
-    """The token a chain with a grammar draws, and accepts, by a row of logits.
+    """Samples a token from a row of logits with a chain that has a grammar, and accepts it.
 
     logits: [n_vocab]; the matcher changes them.
 
     Raises:
-        GrammarError: the grammar allows no token here; llama.cpp itself would abort.
+        GrammarError: the grammar allows no token here.  llama.cpp itself would abort.
     """
     if matcher is not None:
         matcher.apply(logits)
     token = library().draw(chain, logits)
     if token is None:
         raise GrammarError(
-            "the grammar allows none of the model's tokens here; check what it says can follow"
+            "the grammar allows none of the model's tokens here; check the rule that applies here"
         )
     if matcher is not None:
         matcher.accept(token)
@@ -320,10 +324,10 @@ def draw(chain: Any, logits: Any, matcher: Matcher | None = None) -> int:
 
 
 def grammar_sampler(vocab: Any, grammar: str) -> Any:
-    """llama.cpp's sampler for GBNF with a rule named root; the caller's to free.
+    """llama.cpp's sampler for a GBNF grammar with a rule named root.  The caller frees it.
 
     Raises:
-        GrammarError: the grammar does not parse, or is nested deeper than llama.cpp's stack is.
+        GrammarError: the grammar does not parse, or is nested too deep for llama.cpp's stack.
     """
     _limit_depth(grammar)
     with captured_stderr() as lines:
@@ -335,13 +339,13 @@ def grammar_sampler(vocab: Any, grammar: str) -> Any:
 
 
 def _parsers_own(line: str) -> str:
-    """What the grammar parser says in a line, empty where another thread wrote it meanwhile."""
+    """The grammar parser's message in a line; empty if another thread wrote the line."""
     found = _COMPLAINT.search(line)
     return found.group().strip() if found else ""
 
 
 def _limit_depth(grammar: str) -> None:
-    """llama.cpp's parser recurses into groups and from rule to rule."""
+    """Refuses deep grammars, because llama.cpp's parser recurses into groups and rules."""
     depth = deepest = 0
     for character in grammar:  # brackets in literals count, too
         depth += (character == "(") - (character == ")")
@@ -356,7 +360,7 @@ def _limit_depth(grammar: str) -> None:
 def _penalties(model: Model, options: SamplingOptions, prompt: Sequence[int]) -> Any:
     api = library().api
     last_n = options.repeat_last_n if options.repeat_last_n >= 0 else model.n_ctx
-    last_n = min(last_n, model.n_ctx)  # llama.cpp allocates as many places
+    last_n = min(last_n, model.n_ctx)  # llama.cpp allocates memory for them
     penalties = api.llama_sampler_init_penalties(
         model.n_vocab,
         last_n,

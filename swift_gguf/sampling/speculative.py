@@ -1,21 +1,23 @@
-"""Speculative sampling: drafts are drawn too, and what is emitted follows the target's law exactly.
+"""Speculative sampling: draft tokens are sampled, and the text has exactly the target's
+distribution.
 
-Let p be the target's distribution after some tokens and q the draft's.  One child x drawn from q
-(Leviathan et al. 2023, §2.3; Chen et al. 2023, algorithm 2):
+Let p be the target's distribution after some tokens, and q the draft's.  The rule for one child x
+that is sampled from q (Leviathan et al. 2023, §2.3; Chen et al. 2023, algorithm 2):
 
     accept x with probability min(1, p(x) / q(x)), else draw from p' = norm(max(p - q, 0))
 
     P(y) = q(y) min(1, p(y) / q(y)) + (1 - sum_x min(p(x), q(x))) p'(y)
          = min(p(y), q(y)) + max(p(y) - q(y), 0) = p(y)
 
-Several children x_1 .. x_k, drawn from q one after another without replacement, are the same rule
-applied to itself: after the rejection of x_i the token must follow p', and x_{i+1} was drawn from
-q' = q given that it is not x_i.  p' does not depend on x_i, so by induction the law is p again
-(SpecInfer, Miao et al. 2024, algorithm 2; without replacement: Yang et al. 2024, "multi-candidate
-speculative decoding"; Jeon et al. 2024, "recursive rejection sampling").
+For several children x_1 .. x_k, sampled from q one after another without replacement, the rule is
+applied again after each rejection.  After the rejection of x_i, the token must have the
+distribution p', and x_{i+1} was sampled from q' = q without x_i.  p' does not depend on x_i, so by
+induction the token has the distribution p (SpecInfer, Miao et al. 2024, algorithm 2; without
+replacement: Yang et al. 2024, "multi-candidate speculative decoding"; Jeon et al. 2024, "recursive
+rejection sampling").
 
-A tree applies the rule at each node of the accepted path.  How many children a node has may depend
-on q, never on which tokens were drawn.
+In a tree, the rule is applied at each node of the accepted path.  The number of a node's children
+may depend on q, but never on the tokens that were sampled.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from swift_gguf.errors import SamplingError
 
 @dataclass(frozen=True, eq=False)
 class Distribution:
-    """Probabilities of some token ids; all other tokens have none.
+    """Probabilities of some token ids.  All other tokens have probability 0.
 
     Raises:
         SamplingError: the ids do not ascend, or the probabilities do not sum to 1.
@@ -44,14 +46,18 @@ class Distribution:
 
     def __post_init__(self) -> None:
         if self.ids.shape != self.p.shape or (self.ids[1:] <= self.ids[:-1]).any():
-            raise SamplingError("a distribution needs ascending token ids, one a probability")
+            raise SamplingError(
+                "a distribution needs ascending token ids with one probability each"
+            )
         # written so that NaN is refused, too
         if not (self.p.min(initial=0) >= 0 and abs(self.p.sum() - 1) < 1e-9):
             raise SamplingError("probabilities must not be negative and must sum to 1")
 
     @classmethod
     def softmax(cls, ids: NDArray[np.int32], logits: NDArray[np.float32]) -> Distribution:
-        """Of distinct ids in any order and their logits, both [n]; -inf excludes a token.
+        """The softmax of logits [n] of different token ids [n] in any order.
+
+        A logit of -inf excludes its token.
 
         Raises:
             SamplingError: no token is left, or a logit is not a number.
@@ -62,7 +68,7 @@ class Distribution:
                 "there is no token to draw: the grammar allows none here, or the logits are not "
                 "finite; check the grammar, the temperature and the model file"
             )
-        order = np.argsort(ids, kind="stable")  # linear where they ascend already
+        order = np.argsort(ids, kind="stable")  # linear if they ascend already
         weights = np.exp(logits[order].astype(np.float64) - float(top))
         normalised = _normalised(ids[order], weights)
         assert normalised is not None  # the top's weight is 1
@@ -78,29 +84,29 @@ class Distribution:
         return np.where(self.ids[places] == tokens, self.p[places], 0.0)
 
     def without(self, token: int) -> Distribution | None:
-        """Given that it is not this token; None if it can be no other."""
+        """The distribution given that the token is not this one; None if no other is possible."""
         return _normalised(self.ids, np.where(self.ids == token, 0.0, self.p))
 
 
 def _normalised(ids: NDArray[np.int32], weights: NDArray[np.float64]) -> Distribution | None:
-    """The distribution proportional to `weights`, or None where there is nothing to scale."""
+    """The distribution proportional to `weights`; None if all weights are 0."""
     kept = weights > 0
     ids, weights = ids[kept], weights[kept]
     return Distribution(ids, weights / weights.sum()) if len(ids) else None
 
 
 def draw(distribution: Distribution, rng: np.random.Generator) -> int:
-    """A token, by inversion of the cumulative distribution; takes one random number."""
+    """Samples a token by inverting the cumulative distribution.  Takes one random number."""
     cumulative = np.cumsum(distribution.p)
-    # right: a token of no probability spans no number, not even the one it would start at
+    # "right", so that a token with probability 0 is never sampled
     place = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")
     return int(distribution.ids[place])
 
 
 def draw_children(q: Distribution, k: int, rng: np.random.Generator) -> list[int]:
-    """At most k distinct tokens, one after another without replacement, in the order drawn.
+    """Samples at most k different tokens, one after another without replacement.
 
-    Fewer where q has fewer tokens.  One random number a child.
+    There are fewer if q has fewer tokens.  Takes one random number for each child.
     """
     children: list[int] = []
     rest: Distribution | None = q
@@ -112,24 +118,24 @@ def draw_children(q: Distribution, k: int, rng: np.random.Generator) -> list[int
 
 @dataclass(frozen=True, eq=False)
 class Round:
-    """The verdict on one child, given that those before it were rejected."""
+    """The rule for one child, given that the children before it were rejected."""
 
     child: int
     acceptance: float
-    """Probability."""
+    """The probability of acceptance."""
     residual: Distribution | None
-    """What the token follows if the child is rejected; None: it cannot be."""
+    """The distribution of the token if the child is rejected; None: it is always accepted."""
 
 
 def rounds(p: Distribution, q: Distribution | None, children: Sequence[int]) -> Iterator[Round]:
-    """The verdicts in order, up to the first child that cannot be rejected.
+    """Yields the rounds in order, up to the first child that is always accepted.
 
-    Where a child looks less probable under p than under q, but p - q is positive nowhere, both are
-    equal up to rounding (they sum to 1): the rule's acceptance is 1 up to rounding, and is taken as
-    1, for there is nothing to draw after a rejection.
+    A child may look less probable under p than under q although p - q is positive nowhere.  Then
+    both are equal up to rounding, because they sum to 1.  The acceptance is taken as 1, because
+    there is no token to sample after a rejection.
 
     Raises:
-        SamplingError: a child that q could not have drawn at its place.
+        SamplingError: a child cannot have been sampled from q at its place.
     """
     for child in children:
         offered = q.of(child) if q is not None else 0.0
@@ -145,17 +151,18 @@ def rounds(p: Distribution, q: Distribution | None, children: Sequence[int]) -> 
 
 
 def _excess(p: Distribution, q: Distribution) -> Distribution | None:
-    """norm(max(p - q, 0)), or None where p exceeds q nowhere."""
+    """norm(max(p - q, 0)); None if p exceeds q nowhere."""
     return _normalised(p.ids, np.maximum(p.p - q.of_all(p.ids), 0.0))
 
 
 def choose(
     p: Distribution, q: Distribution | None, children: Sequence[int], rng: np.random.Generator
 ) -> int:
-    """A token that follows p, if `children` came from `draw_children(q, ...)`.
+    """Samples a token with the distribution p, if `children` came from `draw_children(q, ...)`.
 
-    It is one of the children as often as the rule allows.  q: not needed without children, where
-    this is a draw from p.  One random number a child up to the accepted one, one more if none is.
+    The token is one of the children as often as the rule allows.  Without children it is sampled
+    from p, and q is not needed.  Takes one random number for each child up to the accepted one, and
+    one more if none is accepted.
     """
     for verdict in rounds(p, q, children):
         if verdict.residual is None or rng.random() < verdict.acceptance:

@@ -318,7 +318,7 @@ def assert_set_aside(
 ) -> None:
     (message,) = [record.getMessage() for record in caplog.records if record.name == "swift_gguf"]
     assert caplog.records[-1].levelno == logging.WARNING
-    assert "set aside" in message
+    assert "renamed to" in message
     assert "\n" not in message
     assert (store.folder / f"{PRINT}.json.{suffix}").read_bytes() == content
     assert not path_of(store).exists()
