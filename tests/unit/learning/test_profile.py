@@ -180,7 +180,7 @@ def test_different_models_do_not_mix() -> None:
         learned(fingerprint="0" * 32),
         Profile(fingerprint=PRINT, model="m", n_layer=3),
     ):
-        with pytest.raises(ValueError, match="another model"):
+        with pytest.raises(ValueError, match="different models"):
             FULL.merged(other)
 
 
