@@ -220,24 +220,25 @@ def usage(tally: Tally, n: int) -> dict[str, Any]:
         "prompt_tokens": prompt,
         "completion_tokens": tally.completion_tokens,
         "total_tokens": prompt + tally.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": max(prompt - tally.prompt_n, 0)},
+        "prompt_tokens_details": {"cached_tokens": max(prompt - tally.stats.prompt_n, 0)},
     }
 
 
 def timings(tally: Tally, queue_s: float) -> dict[str, Any]:
     """llama-server's `timings`, and how long the request waited for its turn."""
+    stats, rate = tally.stats, tally.predicted_per_second
     return {
-        "cache_n": tally.prompt_tokens - tally.prompt_n,
-        "prompt_n": tally.prompt_n,
-        "prompt_ms": tally.prompt_s * 1e3,
-        "prompt_per_token_ms": _ratio(tally.prompt_s * 1e3, tally.prompt_n),
-        "prompt_per_second": _ratio(tally.prompt_n, tally.prompt_s),
-        "predicted_n": tally.predicted_n,
-        "predicted_ms": tally.predicted_s * 1e3,
-        "predicted_per_token_ms": _ratio(tally.predicted_s * 1e3, tally.predicted_n),
-        "predicted_per_second": _ratio(tally.predicted_n, tally.predicted_s),
-        "draft_n": tally.drafted,
-        "draft_n_accepted": tally.accepted,
+        "cache_n": tally.prompt_tokens - stats.prompt_n,
+        "prompt_n": stats.prompt_n,
+        "prompt_ms": stats.prompt_s * 1e3,
+        "prompt_per_token_ms": _ratio(stats.prompt_s * 1e3, stats.prompt_n),
+        "prompt_per_second": _ratio(stats.prompt_n, stats.prompt_s),
+        "predicted_n": stats.predicted_n,
+        "predicted_ms": stats.cycle_s * 1e3,
+        "predicted_per_token_ms": _ratio(1e3, rate),
+        "predicted_per_second": rate,
+        "draft_n": stats.drafted,
+        "draft_n_accepted": stats.accepted,
         "queue_ms": queue_s * 1e3,
     }
 

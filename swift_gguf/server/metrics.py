@@ -37,15 +37,7 @@ class Metrics(Collector):
         """Adds a request."""
         self._wait.observe(queue_s)
         with self._lock:
-            total = self._total
-            total.prompt_n += tally.prompt_n
-            total.prompt_s += tally.prompt_s
-            total.predicted_n += tally.predicted_n
-            total.predicted_s += tally.predicted_s
-            total.passes += tally.passes
-            total.drafted += tally.drafted
-            total.accepted += tally.accepted
-            total.n_past = max(total.n_past, tally.n_past)
+            self._total.add(tally)
 
     def text(self) -> bytes:
         """The page that Prometheus reads."""
@@ -57,21 +49,25 @@ class Metrics(Collector):
             yield from self._metrics(self._total)
 
     def _metrics(self, total: Tally) -> Iterator[Metric]:
-        prompt_rate = total.prompt_n / total.prompt_s if total.prompt_s else 0.0
-        rate = total.predicted_n / total.predicted_s if total.predicted_s else 0.0
+        stats = total.stats
+        prompt_rate = stats.prompt_n / stats.prompt_s if stats.prompt_s else 0.0
         for name, text, value in (
-            ("prompt_tokens", "Number of prompt tokens processed.", total.prompt_n),
-            ("prompt_seconds", "Prompt process time.", total.prompt_s),
-            ("tokens_predicted", "Number of generation tokens processed.", total.predicted_n),
-            ("tokens_predicted_seconds", "Predict process time.", total.predicted_s),
-            ("n_decode", "Forward passes of the full model.", total.passes),
-            ("n_drafted", "Number of tokens drafted.", total.drafted),
-            ("n_drafted_accepted", "Number of draft tokens accepted.", total.accepted),
+            ("prompt_tokens", "Number of prompt tokens processed.", stats.prompt_n),
+            ("prompt_seconds", "Prompt process time.", stats.prompt_s),
+            ("tokens_predicted", "Number of generation tokens processed.", stats.predicted_n),
+            ("tokens_predicted_seconds", "Predict process time.", stats.cycle_s),
+            ("n_decode", "Forward passes of the full model.", stats.cycles + total.generations),
+            ("n_drafted", "Number of tokens drafted.", stats.drafted),
+            ("n_drafted_accepted", "Number of draft tokens accepted.", stats.accepted),
         ):
             yield CounterMetricFamily(f"llamacpp:{name}", text, value=value)
         for name, text, gauge in (
             ("prompt_tokens_seconds", "Average prompt throughput in tokens/s.", prompt_rate),
-            ("predicted_tokens_seconds", "Average generation throughput in tokens/s.", rate),
+            (
+                "predicted_tokens_seconds",
+                "Average generation throughput in tokens/s.",
+                total.predicted_per_second,
+            ),
             ("requests_processing", "Number of requests processing.", self._running()),
             ("requests_deferred", "Number of requests deferred.", self._waiting()),
             ("n_tokens_max", "Largest observed number of tokens in the context.", total.n_past),

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial, wraps
 from pathlib import Path
 from time import monotonic, perf_counter
@@ -41,31 +41,33 @@ _JOINED_ARGUMENTS = re.compile(r"arguments['\"\]]*\s*\+")
 
 @dataclass
 class Tally:
-    """What the generations for one request came to."""
+    """Sums of the generations for one request, or for all of them."""
 
+    stats: Stats = field(default_factory=Stats)
+    generations: int = 0
+    """Each gets its first token from the prompt's forward pass."""
     prompt_tokens: int = 0
-    """Of every choice's prompt."""
+    """Of every choice's prompt, decoded or not."""
     completion_tokens: int = 0
-    prompt_n: int = 0
-    """Prompt tokens that were decoded."""
-    prompt_s: float = 0.0
-    predicted_n: int = 0
-    predicted_s: float = 0.0
-    passes: int = 0
-    drafted: int = 0
-    accepted: int = 0
     n_past: int = 0
     """The longest text in the context."""
 
-    def add(self, stats: Stats) -> None:
+    def count(self, stats: Stats) -> None:
         """Counts a generation."""
-        self.prompt_n += stats.prompt_n
-        self.prompt_s += stats.prompt_s
-        self.predicted_n += stats.predicted_n
-        self.predicted_s += stats.cycle_s
-        self.passes += stats.cycles + 1
-        self.drafted += stats.drafted
-        self.accepted += stats.accepted
+        self.stats.add(stats)
+        self.generations += 1
+
+    def add(self, other: Tally) -> None:
+        """Counts another request."""
+        self.stats.add(other.stats)
+        self.generations += other.generations
+        self.n_past = max(self.n_past, other.n_past)
+
+    @property
+    def predicted_per_second(self) -> float:
+        """As llama-server has it: without the first tokens, which come with their prompts."""
+        n, seconds = self.stats.predicted_n - self.generations, self.stats.cycle_s
+        return n / seconds if n > 0 and seconds else 0.0
 
 
 class Started:
@@ -231,9 +233,9 @@ class ServedLlama(Llama):
                 tally.completion_tokens += n_said if self._request.max_tokens != 0 else 0
                 if self.speculation.model is None:  # llama_cpp decodes, and counts nothing
                     seconds = perf_counter() - start
-                    tally.add(Stats(prompt_n=len(prompt), predicted_n=n_said, cycle_s=seconds))
+                    tally.count(Stats(prompt_n=len(prompt), predicted_n=n_said, cycle_s=seconds))
                 elif self.speculation.stats is not stats:
-                    tally.add(self.speculation.stats)
+                    tally.count(self.speculation.stats)
                 tally.n_past = max(tally.n_past, self.n_tokens)
 
     def complete(self, prompt: str | Sequence[int], **arguments: Any) -> Any:

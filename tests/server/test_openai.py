@@ -92,6 +92,10 @@ def test_usage_and_timings(client: Any) -> None:
     assert usage.total_tokens == usage.prompt_tokens + 20
     assert timings["prompt_n"] + timings["cache_n"] == usage.prompt_tokens
     assert timings["predicted_n"] == 20
+    # llama-server's: the first token comes with the prompt
+    rate = 19 / (timings["predicted_ms"] / 1e3)
+    assert timings["predicted_per_second"] == pytest.approx(rate)
+    assert timings["predicted_per_token_ms"] == pytest.approx(1e3 / rate)
     assert timings["draft_n"] >= timings["draft_n_accepted"] >= 0
     assert timings["predicted_ms"] > 0
 
