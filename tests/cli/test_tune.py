@@ -50,7 +50,7 @@ def test_what_tune_finds_generate_uses_and_info_shows(
     learned = json.loads(cli("info", model, "--json", *FEW).stdout)["learned"]
     assert learned["evaluations"] == report["evaluations"]
     assert learned["subnetworks"]
-    assert "left out" in cli("info", model, *FEW).stdout
+    assert "agreement      skipped" in cli("info", model, *FEW).stdout
 
     arguments = ("-p", "hello 1", "-n", 60, "--temp", 0, "--json", *FEW)
     drafted = cli("generate", model, *arguments, "--speculation", "layer-skip")
