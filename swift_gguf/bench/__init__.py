@@ -1,1 +1,1 @@
-"""`swift-gguf bench`: modes on the prompts of a suite, in turns, against plain decoding."""
+"""`swift-gguf bench`: compares modes with plain decoding on the prompts of a suite."""

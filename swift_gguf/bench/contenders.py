@@ -1,4 +1,4 @@
-"""Those that answer in `swift-gguf bench`: our engine in its modes, and its peers."""
+"""What `swift-gguf bench` compares: our engine in several modes, and other programs (peers)."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ from swift_gguf.tokens import common_prefix
 
 DEFAULTS = SpeculationOptions()
 LOOKUP_TOKENS = 10
-"""The `num_pred_tokens` of LlamaPromptLookupDecoding, and its default."""
+"""`num_pred_tokens` of LlamaPromptLookupDecoding: its default."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The ids, an end of generation excluded, and what happened."""
+    """The token ids, without an end-of-generation token, and the statistics."""
 
     ids: tuple[int, ...]
     stats: Stats
 
 
 class Contender(Protocol):
-    """Answers prompts; what it learns, it keeps from one to the next."""
+    """Answers prompts, and keeps what it learns from one prompt to the next."""
 
     @property
     def why(self) -> str:
-        """What drafts, or why nothing does."""
+        """The active sources of drafts, or why there are none."""
         ...
 
     @property
     def setup_s(self) -> float:
-        """Seconds it took before the first prompt, loading a model excluded."""
+        """Seconds of preparation before the first prompt, without loading the model."""
         ...
 
     def hold(self, tokens: Sequence[int]) -> None:
-        """Makes these the tokens of the context: the part of a chat that is known already."""
+        """Fills the context with these tokens: the earlier part of a chat."""
         ...
 
     def answer(self, prompt: Sequence[int], *, max_tokens: int) -> Answer:
-        """Decodes what the context lacks of the prompt, and an answer."""
+        """Decodes the part of the prompt that is not in the context yet, and an answer."""
         ...
 
 
@@ -67,10 +67,10 @@ def opened(
 ) -> Iterator[dict[str, Contender]]:
     """The contenders by the names of their modes.
 
-    All but the peers, which load the file once more, work on `model`, in turns.  Each one begins
-    with what is known of the model, but for the texts of earlier answers: with those, the second
-    bench of a suite would tell how well answers are remembered.  What it learns is forgotten.
-    cold: each one begins without a profile.
+    Our modes share `model` in turns; each peer loads the file again.  Each mode of ours begins with
+    the model's profile, without the texts of earlier answers: with these, a second run of the same
+    suite would measure how well answers are remembered.  What a mode learns is deleted at the end.
+    cold: each mode begins without a profile.
 
     Raises:
         SwiftError: a mode is impossible with this model.
@@ -98,7 +98,7 @@ def opened(
 
 
 def _copy_but_texts(model: Model, store: Store) -> None:
-    """What the user's profiles hold of a model, with and without its sidecar."""
+    """Copies the user's profiles of the model, with and without its sidecar."""
     for sidecar in {None, model.sidecar.path if model.sidecar else None}:
         known = Store().load(profile_key(model.path, sidecar))
         if known is not None:
@@ -108,9 +108,9 @@ def _copy_but_texts(model: Model, store: Store) -> None:
 def speculation_options(
     mode: Mode, layer_skip: SpeculationOptions = DEFAULTS, *, draft_model: Path | None
 ) -> SpeculationOptions:
-    """What a mode of ours asks of `Speculation`.
+    """The options of `Speculation` for a mode of ours.
 
-    layer_skip: options of the modes with that source.
+    layer_skip: the options for modes that use this source.
     """
     if mode.base == PLAIN:
         return SpeculationOptions(mode="off")
@@ -129,7 +129,7 @@ def speculation_options(
 
 
 class Ours:
-    """Our engine on a model that it shares with others."""
+    """Our engine, on a model that is shared with other modes."""
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class Ours:
 
 
 class Peer:
-    """llama-cpp-python's own loop, in the same library, on a second copy of the model."""
+    """llama-cpp-python's own loop, with the same native library, on a second copy of the model."""
 
     setup_s = 0.0
 
@@ -207,11 +207,11 @@ class Peer:
             flash_attn=model.options.flash_attn is not False,
             last_n_tokens_size=sampling.repeat_last_n,
             draft_model=self._lookup,
-            # it keeps the logits of every row, but by itself has room for n_batch rows only
+            # with a draft model, it reads the logits of all tokens, not only of the last n_batch
             logits_all=self._lookup is not None,
             verbose=False,
         )
-        self._llama.eval([0])  # pages and buffers: ours are warm, too
+        self._llama.eval([0])  # warm up pages and buffers, as for our own model
 
     def close(self) -> None:
         self._llama.close()
@@ -260,7 +260,7 @@ class Peer:
         )
 
     def _count(self, stats: Stats, prompt_n: int, sampled: int) -> None:
-        """Cycles and drafts; the first of the sampled tokens came with the prompt."""
+        """Counts cycles and drafts; the first sampled token belongs to the prompt's pass."""
         stats.cycles = stats.cycle_n = sampled - 1
         if self._lookup is None:
             return
@@ -276,7 +276,7 @@ class Peer:
 
 
 class _Counted:
-    """A draft model of llama-cpp-python's, and how long text and draft were at every call."""
+    """A draft model for llama-cpp-python; records (text length, draft length) of every call."""
 
     def __init__(self, drafter: Any) -> None:
         self._drafter = drafter

@@ -1,4 +1,4 @@
-"""What `swift-gguf bench` compares, by name: ``auto``, ``ngram+layer-skip``, ``ngram:8``, ..."""
+"""The modes of `swift-gguf bench` by name: ``auto``, ``ngram+layer-skip``, ``ngram:8``, ..."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SWEPT_LENGTHS = (2, 4, 8)
 
 @dataclass(frozen=True)
 class Mode:
-    """A way to answer; of several, plain decoding is what the others are compared with."""
+    """A way to answer.  All modes are compared with plain decoding."""
 
     base: str
     """``plain``, ``auto``, ``auto-bare`` (no sidecar), a peer, or sources joined by ``+``."""
     draft_max: int | None = None
-    """Tokens of a draft at most, all else fixed too: no search goes on.  None: the default, and a
-    search."""
+    """Maximum draft tokens; all other settings are then fixed, without a search.  None: default
+    settings, with a search."""
 
     @property
     def name(self) -> str:
@@ -37,7 +37,7 @@ class Mode:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """What drafts, if it is named."""
+        """The sources of drafts, if the mode names them."""
         return () if self.base in (PLAIN, AUTO, BARE, *PEERS) else tuple(self.base.split("+"))
 
     @property
@@ -46,15 +46,15 @@ class Mode:
 
     @property
     def is_peer(self) -> bool:
-        """Other people's code, which promises nothing of its text."""
+        """True for other programs, which do not promise the same text."""
         return self.base in PEERS
 
 
 def parse_modes(text: str) -> list[Mode]:
-    """Modes from a comma list, each once; plain decoding comes first, named or not.
+    """Modes from a comma-separated list, without duplicates; plain decoding always comes first.
 
     Raises:
-        SwiftError: a name is none.
+        SwiftError: there is no such mode.
     """
     named = [_parse(name.strip()) for name in text.split(",") if name.strip()]
     return list(dict.fromkeys([Mode(PLAIN), *named]))
@@ -73,12 +73,12 @@ def _parse(name: str) -> Mode:
         return Mode(base)
     if is_single or not length.isdecimal() or not 1 <= int(length) <= MAX_DRAFT:
         raise SwiftError(
-            f"{name!r} fixes nothing; a draft's length goes from 1 to {MAX_DRAFT}, "
-            "after sources: ngram:8"
+            f"{name!r} is not a fixed setting; write sources and a draft length from 1 to "
+            f"{MAX_DRAFT}, as in ngram:8"
         )
     return Mode(base, int(length))
 
 
 def sweep() -> list[Mode]:
-    """The fixed settings, of which the best is the limit that `auto` is held against."""
+    """The fixed settings; the best of them is the limit that `auto` is compared with."""
     return [Mode("+".join(names), n) for names in SWEPT_SOURCES for n in SWEPT_LENGTHS]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 class Spread:
     """Repeated measurements of one quantity, in its own unit.
 
-    Medians and quartiles, because timings have a hard floor and a long tail: one interrupted pass
-    moves a mean and a standard deviation, but neither of these.
+    Median and quartiles, because timings have a hard floor and a long tail: one interrupted pass
+    changes the mean and the standard deviation, but not these.
     """
 
     median: float
@@ -39,7 +39,7 @@ class Spread:
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Aligned columns under a rule; the first column to the left, the others to the right."""
+    """A table with a line under the headers; the first column is left-aligned, the others right."""
     lines = [list(headers), *(list(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(headers))]
 

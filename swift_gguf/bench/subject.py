@@ -1,4 +1,4 @@
-"""What was measured, and on what machine."""
+"""The model and the machine of a measurement."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from swift_gguf.native import library
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """The model and how it ran."""
+    """The model, and how it runs."""
 
     name: str
     description: str
     n_bytes: int
-    """Of all tensors."""
+    """Size of all tensors."""
     n_layer: int
     n_threads: int
     device: str
@@ -28,7 +28,7 @@ class Subject:
 
 
 def subject(model: Model) -> Subject:
-    """What is measured, and on what."""
+    """Describes the model and the device."""
     native = library()
     devices = native.devices()
     gpus = [device for device in devices if device.is_gpu] if model.options.n_gpu_layers else []
@@ -45,18 +45,18 @@ def subject(model: Model) -> Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where a measurement was taken."""
+    """The machine of a measurement."""
 
     cpu: str
     cores: int
-    """That this process may use."""
+    """Cores that this process may use."""
     system: str
     load: float
-    """Average number of running processes in the minute before; 0 where unknown."""
+    """Load average of the last minute; 0 if unknown."""
 
 
 def machine() -> Machine:
-    """This machine; to be called before a measurement, which is a load itself."""
+    """Describes this machine.  Call it before the measurement, which is a load itself."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:

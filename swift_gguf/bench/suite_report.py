@@ -1,4 +1,4 @@
-"""What `swift-gguf bench` found: results by request, their sums, and the file that keeps them."""
+"""The report of `swift-gguf bench`: results of each request, their sums, and the JSON file."""
 
 from __future__ import annotations
 
@@ -30,35 +30,34 @@ class Result:
     category: str
     question_id: str
     unit: int
-    """Number of the row in the run; a repetition is another one."""
+    """Number of the row in the run; each repetition has its own number."""
     turn: int
     stats: Stats
     diverged: bool = False
-    """Do its ids differ from plain decoding's?"""
+    """True if the token ids differ from plain decoding."""
     near_tie: bool | None = None
-    """If they do: does rounding explain it?  None where that is not known."""
+    """True if rounding explains the difference; None if there is none, or this is unknown."""
 
     @property
     def tokens(self) -> int:
-        """That the cycles gave: the first one comes with the prompt."""
+        """Tokens that the cycles produce; the first token comes from the prompt's pass."""
         return max(0, self.stats.predicted_n - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """A mode on some requests, and plain decoding on the same ones.
+    """A mode compared with plain decoding on the same requests.
 
-    Speed-ups are all tokens over all time against the same of plain decoding; None where an answer
-    took no time.
+    A speed-up is the ratio of total tokens per total second; None if nothing took time.
     """
 
     requests: int
     tokens: int
     stats: Stats
-    """Of all requests, added up."""
+    """The sum over all requests."""
     tokens_per_second: float | None
     end_to_end_tokens_per_second: float | None
-    """With the time of the prompts and the token that comes with each."""
+    """Includes prompt processing and the first token of each answer."""
     speedup: float | None
     end_to_end_speedup: float | None
     speedup_by_request: Spread | None
@@ -67,7 +66,7 @@ class Summary:
 
     @classmethod
     def of(cls, pairs: Sequence[tuple[Result, Result]]) -> Summary:
-        """pairs: the mode's result and plain decoding's, request by request."""
+        """pairs: for each request, the mode's result and plain decoding's."""
         ours, plain = [a for a, _ in pairs], [b for _, b in pairs]
         by_request = [ratio for a, b in pairs if (ratio := _ratio(_decoding([a]), _decoding([b])))]
         return cls(
@@ -102,7 +101,7 @@ class Summary:
 
 
 def total(stats: Iterable[Stats]) -> Stats:
-    """Counts and seconds of several generations, added up; it stopped for no reason."""
+    """The sum of several generations' statistics, without a stop reason."""
     result = Stats()
     for one in stats:
         result.add(one)
@@ -126,40 +125,40 @@ def _ratio(a: float | None, b: float | None) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Limit:
-    """The best fixed setting of a sweep, plain decoding included, and how near `auto` came."""
+    """The best fixed setting of a sweep, including plain decoding, and how `auto` compares."""
 
     mode: str
     speedup: float
     auto_share: float | None
-    """Of the best setting's tokens per second, what `auto` had."""
+    """Speed of `auto` divided by the speed of the best setting."""
 
 
 @dataclass(kw_only=True)
 class Report:
-    """Filled row by row, so that an interrupted run keeps what is there and can go on."""
+    """The results so far.  It is filled row by row, so an interrupted run can resume."""
 
     settings: Mapping[str, Any]
-    """What makes two runs the same; JSON types."""
+    """The settings of the run, as JSON types; only a run with the same settings can resume."""
     modes: Sequence[Mode]
     swept: Sequence[Mode]
-    """Those that are there for the sweep only."""
+    """The modes that only belong to the sweep."""
     machine: Machine
     subject: Subject
     bit_invariant: bool
     units: int
-    """Rows to answer, repetitions included."""
+    """Number of rows to answer, including repetitions."""
     results: list[Result] = field(default_factory=list)
     left_out: set[int] = field(default_factory=set)
-    """Units of which a turn does not fit the context."""
+    """Units with a turn that does not fit the context."""
     setup_s: dict[str, float] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)
-    """By mode: what drafted last, or why nothing did."""
+    """For each mode: the sources of drafts at the end, or why there are none."""
     peak_memory_bytes: int | None = None
-    """Of the whole process; None where the system does not tell."""
+    """Of the whole process; None if the system does not report it."""
 
     @property
     def done(self) -> set[int]:
-        """Units that are answered, as far as they fit."""
+        """Units that are answered, or do not fit the context."""
         return {result.unit for result in self.results} | self.left_out
 
     @property
@@ -167,22 +166,22 @@ class Report:
         return sorted({result.category for result in self.results})
 
     def diverged(self, *, of_peers: bool) -> list[Result]:
-        """Answers that differ from plain decoding's: other programs' or ours."""
+        """Answers that differ from plain decoding, of other programs or of our modes."""
         modes = {mode.name for mode in self.modes if mode.is_peer == of_peers}
         return [result for result in self.results if result.diverged and result.mode in modes]
 
     @property
     def broken(self) -> int:
-        """Answers of ours that differ from plain decoding's where no bit may."""
+        """Number of our answers that differ although the model is bit-invariant."""
         return len(self.diverged(of_peers=False)) if self.bit_invariant else 0
 
     def summary(self, mode: str, category: str | None = None) -> Summary | None:
-        """Of one category, or of all; None if nothing of it is answered."""
+        """The summary of one category, or of all; None without an answer."""
         pairs = [pair for pair in self._pairs(mode) if category in (None, pair[0].category)]
         return Summary.of(pairs) if pairs else None
 
     def first(self, mode: str) -> Summary | None:
-        """Of the first request alone, when a mode may have to learn."""
+        """The summary of only the first request, when a mode may still have to learn."""
         pairs = self._pairs(mode)[:1]
         return Summary.of(pairs) if pairs else None
 
@@ -191,7 +190,7 @@ class Report:
         return [(r, plain[r.unit, r.turn]) for r in self.results if r.mode == mode]
 
     def limit(self, category: str | None = None) -> Limit | None:
-        """None without fixed settings, or if nothing is answered."""
+        """The best fixed setting; None without fixed settings or answers."""
         speedups = {PLAIN: 1.0}
         for mode in self.modes:
             summary = self.summary(mode.name, category) if mode.is_fixed else None
@@ -208,7 +207,7 @@ class Report:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON types; of answers no text and no ids."""
+        """The report as JSON types, without the answers' texts and token ids."""
         limit, limits = self.limit(), {name: self.limit(name) for name in self.categories}
         return {
             "version": VERSION,
@@ -242,7 +241,7 @@ class Report:
         }
 
     def save(self, path: Path) -> None:
-        """Replaces the file as a whole: a run that is killed leaves the one before."""
+        """Replaces the file atomically: if the process is killed, the earlier file stays."""
         temporary = path.with_name(path.name + ".tmp")
         with temporary.open("w", encoding="utf-8") as file:
             json.dump(self.as_dict(), file, indent=1, allow_nan=False)
@@ -252,10 +251,10 @@ class Report:
         os.replace(temporary, path)
 
     def resume(self, path: Path) -> None:
-        """Takes over what an earlier run of the same settings left; without a file, nothing.
+        """Takes over the results of an earlier run with the same settings, if the file exists.
 
         Raises:
-            SwiftError: the file is something else, or of a run with other settings.
+            SwiftError: the file is not a report, or is from a run with other settings.
         """
         if not path.exists():
             return
@@ -269,13 +268,13 @@ class Report:
                 raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError):
             raise SwiftError(
-                f"{path} is no report of this bench; name another file, or begin anew with "
+                f"{path} is not a report of this bench; name another file, or overwrite it with "
                 "--restart"
             ) from None
         if other:
             raise SwiftError(
-                f"{path} is of a run with other settings ({other}); name another file, or begin "
-                "anew with --restart"
+                f"{path} is from a run with other settings ({other}); name another file, or "
+                "overwrite it with --restart"
             )
         self.results, self.left_out, self.setup_s = results, left_out, setup_s
 
@@ -315,4 +314,4 @@ def _source(values: dict[str, Any]) -> SourceStats:
 
 
 Progress = Callable[[Report], None]
-"""Told of every row that is answered."""
+"""Called after every row that is answered."""

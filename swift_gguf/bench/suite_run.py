@@ -1,6 +1,6 @@
-"""The run of `swift-gguf bench`: every request is answered in all modes, one after the other.
+"""The run of `swift-gguf bench`: every mode answers every request, one mode after the other.
 
-The order rotates from request to request, so that a slow spell of the machine hits all alike.
+The order rotates with each request, so that slow periods of the machine affect all modes equally.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ from swift_gguf.tokens import common_prefix
 WARM_UP = "Hello"
 WARM_UP_TOKENS = 8
 SPARE = 64
-"""Positions beside prompt and answer: for a draft and its verification."""
+"""Extra positions in the context, for a draft and its verification."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """What to answer, and how."""
+    """What to measure, and how."""
 
     modes: Sequence[Mode]
-    """Plain decoding among them."""
+    """Must include plain decoding."""
     sampling: SamplingOptions
-    """With a seed: every mode draws the same."""
+    """Must have a seed, so that every mode draws the same tokens."""
     n_predict: int = 128
-    """Tokens of an answer at most."""
+    """Maximum tokens per answer."""
     repeat: int = 1
-    """How often to answer every row."""
+    """How often to answer each row."""
     oracle: bool = False
-    """Sweep fixed settings, too."""
+    """Also measure the fixed settings of `modes.sweep`."""
     draft_model: Path | None = None
     layer_skip: SpeculationOptions = DEFAULTS
-    """Of the modes with that source."""
+    """Options for modes that use this source."""
     cold: bool = False
-    """Every mode begins without what is known of the model."""
+    """Every mode begins without a profile."""
 
 
 def begin(model: Model, rows: Sequence[Row], options: BenchOptions) -> Report:
-    """An empty report, with what is known before the first request; so is the context, after it."""
+    """A report without results.  Clears the context."""
     swept = [mode for mode in sweep() if mode not in options.modes] if options.oracle else []
     return Report(
         settings=_settings(model, rows, options),
@@ -73,7 +73,7 @@ def _settings(model: Model, rows: Sequence[Row], options: BenchOptions) -> dict[
     texts = json.dumps([asdict(row) for row in rows])
     sampling = asdict(options.sampling)
     if options.sampling.temperature <= 0:
-        del sampling["seed"]  # nothing is drawn
+        del sampling["seed"]  # greedy sampling does not use it
     return {
         "swift_gguf": __version__,
         "model": fingerprint(model.path),
@@ -100,12 +100,12 @@ def measure(
     *,
     progress: Progress,
 ) -> None:
-    """Answers the rows that a report lacks, and adds each when all modes have answered it.
+    """Answers the missing rows of a report.  Adds a row when all modes have answered it.
 
     Leaves the context empty.
 
     Raises:
-        SwiftError: a mode is impossible with this model.
+        SwiftError: a mode is not possible with this model.
     """
     if len(report.done) == report.units:
         return
@@ -137,7 +137,7 @@ def measure(
 
 
 def _warm_up(model: Model) -> None:
-    """Pages and graphs; plainly, so that no mode's first answer is spent on it."""
+    """Warms up pages and graphs with plain decoding, so that no mode's first answer is slower."""
     prompt = encode(model, WARM_UP)
     with Sampler(model, SamplingOptions(temperature=0)) as sampler:
         for _ in generate(model, prompt, sampler=sampler, max_tokens=WARM_UP_TOKENS):
@@ -152,10 +152,10 @@ def _play(
     unit: int,
     options: BenchOptions,
 ) -> tuple[list[Result], bool]:
-    """The results of a conversation, in which plain decoding's answers are what was said; and
-    whether all of it fits the context.
+    """The results of a conversation, and True if all of it fits the context.
 
-    What was said before a turn is in every mode's context when its time begins, as in a chat.
+    Every turn continues with plain decoding's answers.  As in a chat, the earlier turns are already
+    in the context of each mode when its time begins.
     """
     results: list[Result] = []
     messages: list[Message] = []
@@ -200,7 +200,7 @@ def _is_near_tie(model: Model, prompt: Sequence[int], plain: Answer, other: Answ
 
 
 def _prompt(model: Model, messages: Sequence[Message]) -> list[int]:
-    """In the model's chat template if it has one, else what was said, line by line."""
+    """The messages in the model's chat template; without one, the texts joined by newlines."""
     if chat_template(model) is not None:
         return encode(model, render_chat(model, messages))
     return encode(model, "\n".join(message["content"] for message in messages))

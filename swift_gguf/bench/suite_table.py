@@ -1,4 +1,4 @@
-"""The report of `swift-gguf bench` to read: tables, a few lines, and a figure."""
+"""Shows the report of `swift-gguf bench` as tables, notes and a figure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NOTHING = "-"
 
 
 def render(report: Report) -> str:
-    """Plain text; of an interrupted run, what was measured so far."""
+    """The report as plain text; also of an unfinished run."""
     return "\n\n".join(_sections(report))
 
 
@@ -30,7 +30,7 @@ def _sections(report: Report) -> Iterator[str]:
 
 
 def _shown(report: Report) -> list[Mode]:
-    """Without what is there for the sweep only."""
+    """The modes without those that only belong to the sweep."""
     return [mode for mode in report.modes if mode not in report.swept]
 
 
@@ -130,7 +130,7 @@ def _machine(report: Report) -> str:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Speed against plain decoding: a group of bars for every category, a bar for every mode.
+    """Plots the speed-up over plain decoding: a group of bars per category, a bar per mode.
 
     Raises:
         SwiftError: matplotlib is not installed.

@@ -1,7 +1,7 @@
-"""Telling a bug from rounding, where a text differs from plain decoding's.
+"""Tells rounding from a bug if an answer differs from plain decoding.
 
-Where llama.cpp rounds differently by the width of a batch, a verified text may differ from a
-plainly decoded one, but only where the target itself hardly prefers one token to the other.
+On some backends, llama.cpp's rounding depends on the batch size.  Then a verified answer may differ
+from a plainly decoded one, but only where two tokens have almost the same logit.
 """
 
 from __future__ import annotations
@@ -16,37 +16,37 @@ from swift_gguf.model import Model
 from swift_gguf.tokens import common_prefix
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
-"""Of usual verifications."""
+"""Usual batch sizes of a verification."""
 PROBED_WIDTHS = (2, 3, 4, 5, 8, 16, 32)
 PROBE_TOKENS = 48
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where a greedy text first differs from plain decoding's."""
+    """The first position where a greedy answer differs from plain decoding."""
 
     position: int
-    """In the answer."""
+    """Position in the answer."""
     gap: float
-    """Between the target's logits of the two tokens, decoded one by one."""
+    """Difference between the target's logits of the two tokens, at batch size 1."""
     noise: float
-    """The largest change of any logit there from width 1 to those of a verification."""
+    """The largest change of a logit there between batch size 1 and those of a verification."""
 
     @property
     def is_near_tie(self) -> bool:
-        # each of the two logits may move by the noise, in opposite directions
+        # both logits may change by the noise, in opposite directions
         return self.gap <= 2 * self.noise
 
 
 def explain(
     model: Model, prompt: Sequence[int], plain: Sequence[int], other: Sequence[int]
 ) -> Divergence:
-    """The first difference of two answers, measured on the model, whose context is lost.
+    """Measures the first difference between two answers.  Clears the context.
 
-    An answer that ended before the other chose an end of generation there.
+    If one answer is shorter, its token at that position is the end of generation.
 
     Raises:
-        ValueError: they do not differ.
+        ValueError: the answers are the same.
     """
     if list(plain) == list(other):
         raise ValueError("the answers are the same")
@@ -58,10 +58,10 @@ def explain(
 
 
 def is_bit_invariant(model: Model) -> bool:
-    """Does this model, on this backend, give the same bits at every width of a verification?
+    """True if this model's logits are bit-identical for all batch sizes of a verification.
 
-    Measured, not looked up: it depends on quantisation, backend and processor.  The context is
-    lost.  A model that is never decoded at any other width is.
+    This is measured, because it depends on quantisation, backend and processor.  Clears the
+    context.  A model that cannot be rolled back is never verified, so the answer is True.
     """
     if model.rollback_refusal:
         return True
@@ -76,11 +76,11 @@ def is_bit_invariant(model: Model) -> bool:
 def rows_by_width(
     model: Model, tokens: Sequence[int], widths: Sequence[int]
 ) -> list[npt.NDArray[np.float32]]:
-    """Logits after the last token, [n_vocab] each: decoded alone, then as the last of `widths`.
+    """Logits of the last token, [n_vocab] each: decoded alone, then in batches of `widths` tokens.
 
-    widths: ascending; those that are wider than the text are left out.
+    widths: ascending; those larger than the text are skipped.
 
-    As in a generation, what comes before is decoded in one go.
+    The tokens before are decoded in one batch, as in a generation.
     """
     widths = [width for width in widths if width <= len(tokens)]
     n = max(widths, default=1)
@@ -91,7 +91,7 @@ def rows_by_width(
         model.decode([token])
     rows = [model.logits(0)]
     for width in widths:
-        model.rollback(len(tokens) - width)  # what is left was decoded one by one
+        model.rollback(len(tokens) - width)  # the last tokens that stay were decoded one by one
         model.decode(tokens[len(tokens) - width :], n_outputs=width)
         rows.append(model.logits(width - 1))
     return rows

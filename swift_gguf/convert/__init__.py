@@ -1,6 +1,6 @@
-"""From a Hugging Face checkpoint to a GGUF: `swift-gguf convert`, and `verify`.
+"""Converts a Hugging Face checkpoint to GGUF: `swift-gguf convert` and `verify`.
 
-llama.cpp's own converter and quantisation do the work; here are what they lack: looking at what is
-there before hours are spent on it, steps that can be taken up again, and nothing half under the
-final name.
+llama.cpp's own converter and quantisation do the work.  This package checks the checkpoint before
+hours are spent on it, resumes after an interruption, and writes the final file only when it is
+complete.
 """

@@ -1,4 +1,4 @@
-"""What a model that was just converted answers, and what that tells of its weights."""
+"""Computes an importance matrix from the converted model's own answers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SEED = 1
 
 
 def options(n_threads: int | None, watch: ProductWatch | None = None) -> ModelOptions:
-    """The same for all who look at the model."""
+    """The options that every step here loads the model with."""
     return ModelOptions(
         n_ctx=CONTEXT,
         holds_several=True,
@@ -46,7 +46,8 @@ def answers(
 ) -> list[Text]:
     """The model's own answers to built-in prompts, `n_tokens` in all.
 
-    kept: a file that holds them between runs, with `key`, which says what they are of.
+    kept: the file that stores the answers, so that an interrupted run can resume.
+    key: identifies the model; stored answers with another key are ignored.
     """
     prompts = [_encoded(model, prompt) for prompt in PROMPTS]
     texts = load_texts(kept, key)
@@ -70,7 +71,7 @@ def _answered(model: Model, prompt: Sequence[int], *, seed: int) -> Text:
     if not model.rollback_refusal:
         rng = np.random.default_rng(seed)
         return answer(model, prompt, n_tokens=ANSWER_TOKENS, rng=rng)
-    model.clear()  # what cannot be taken back cannot branch either
+    model.clear()  # a context without rollback cannot branch either
     sampling = SamplingOptions(temperature=TEMPERATURE, seed=seed)
     with Sampler(model, sampling, prompt=prompt) as sampler:
         drawn = generate(model, prompt, sampler=sampler, max_tokens=ANSWER_TOKENS)
@@ -79,7 +80,7 @@ def _answered(model: Model, prompt: Sequence[int], *, seed: int) -> Text:
 
 
 def _replay(model: Model, texts: Sequence[Text], what: str, report: Report) -> Iterator[None]:
-    """Decodes every answer after its prompt, every row computed down to the last layer."""
+    """Decodes each prompt with its answer; all tokens get outputs, so the last layer sees them."""
     for number, text in enumerate(texts):
         for tokens in text.answers:
             model.clear()
@@ -95,7 +96,7 @@ def _replay(model: Model, texts: Sequence[Text], what: str, report: Report) -> I
 def collect(
     path: Path, texts: Sequence[Text], *, n_threads: int | None = None, report: Report
 ) -> Collector:
-    """What every weight of the model at `path` is multiplied by, over `texts`."""
+    """Collects the activations that each weight of the model at `path` is multiplied by."""
     collector = Collector()
     watch = ProductWatch(collector)
     with Model(path, options(n_threads, watch)) as model:
@@ -103,5 +104,5 @@ def collect(
             if watch.failure:
                 raise watch.failure
     if not collector.usage:
-        raise ConvertError("nothing could be seen of the model's products; leave out --imatrix")
+        raise ConvertError("this model's matrix products cannot be observed; leave out --imatrix")
     return collector

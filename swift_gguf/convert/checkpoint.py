@@ -1,6 +1,6 @@
-"""What a checkpoint folder holds: looked at before anything is done with it.
+"""Checks a checkpoint's folder before the conversion starts.
 
-Only headers are read.
+Only the headers of the weight files are read.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ _TOKENIZERS = (
 _CONFIGS = ("config.json", "tokenizer_config.json")
 _TEMPLATES = "additional_chat_templates/*.jinja"
 _FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", _TEMPLATES)
-"""What is fetched of a repository, beside weights."""
+"""The files that are downloaded from a repository besides the weights."""
 _WEIGHTS = "model*.safetensors"
 _INDEX = "model.safetensors.index.json"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-# What a folder may hold instead of a model's weights in transformers' form, and the way out.
+# What a folder may hold instead of weights in transformers' format, and what to do then.
 _INSTEAD = (
-    ("adapter_model.*", "an adapter (LoRA), which is no model; convert its base model{base}"),
+    ("adapter_model.*", "an adapter (LoRA), not a whole model; convert its base model{base}"),
     ("*.gguf", "a GGUF already ({file}); use that one"),
     (
         "consolidated*",
-        "weights in their makers' own form ({file}); take the version for transformers, with "
+        "weights in their makers' own format ({file}); use the version for transformers, with "
         "model.safetensors",
     ),
     (
         "pytorch_model*.safetensors",
-        "weights under another name ({file}); rename it to model.safetensors in a folder of yours",
+        "weights under another name ({file}); copy the folder and rename it to model.safetensors",
     ),
-    ("tf_model.h5", "weights for TensorFlow ({file}); take a safetensors version"),
-    ("flax_model.msgpack", "weights for Flax ({file}); take a safetensors version"),
+    ("tf_model.h5", "weights for TensorFlow ({file}); use a version in safetensors"),
+    ("flax_model.msgpack", "weights for Flax ({file}); use a version in safetensors"),
 )
 _READ = (*_FILES, _WEIGHTS, "*.py", "README.md")
-"""What a conversion may read; the last is the model's card."""
+"""The files that a conversion may read; README.md is the model card."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Checkpoint:
 
     folder: Path
     name: str
-    """For people: the folder, or ``hf:owner/repo``."""
+    """The name in messages: the folder, or ``hf:owner/repo``."""
     architecture: str
     """As transformers names it: ``LlamaForCausalLM``."""
     parts: tuple[Path, ...]
@@ -68,14 +68,14 @@ class Checkpoint:
     part_bytes: tuple[int, ...]
     """Their sizes."""
     dtype: str
-    """What config.json says that weights are, in safetensors' words."""
+    """The type of the weights according to config.json, as safetensors names it."""
     trusts_code: bool
-    """May Python files of the folder run?"""
+    """True if Python files of the folder may run."""
     tensors: Mapping[str, Tensor]
-    """Empty where the weights are pickled, or not there yet."""
+    """Empty if the weights are pickled, or not downloaded yet."""
     ties_embeddings: bool
     packing: Packing | None
-    """How its weights were quantised; None: they were not."""
+    """How the weights are quantised; None if they are not."""
 
     @property
     def n_bytes(self) -> int:
@@ -88,7 +88,7 @@ class Checkpoint:
 
     @property
     def n_params(self) -> int:
-        """Weights, nearly so where `tensors` are not known."""
+        """The number of weights; an estimate if `tensors` is empty."""
         known = sum(tensor.size for tensor in self.tensors.values())
         if known or not self.packing:
             return known or self.n_bytes // DTYPES[self.dtype]
@@ -96,14 +96,16 @@ class Checkpoint:
 
     @property
     def outtype(self) -> str:
-        """What loses least in 16 bits."""
+        """The 16-bit type that loses least."""
         kinds = [tensor.dtype for tensor in self.tensors.values() if len(tensor.shape) > 1]
         return "bf16" if (kinds[0] if kinds else self.dtype) == "BF16" else "f16"
 
     @property
     def key(self) -> str:
-        """32 hex digits of all that a conversion reads: names, sizes and times of files.  What is
-        written beside it, a GGUF of it for one, is none of that."""
+        """32 hex digits: a hash of the names, sizes and times of the files that a conversion reads.
+
+        Other files in the folder, such as a GGUF written there, do not change it.
+        """
         digest = hashlib.sha256()
         for path in sorted([*self.folder.iterdir(), *self.folder.glob(_TEMPLATES)]):
             name = path.relative_to(self.folder).as_posix()
@@ -122,12 +124,12 @@ def read(
     trust_code: bool = False,
     listed: Mapping[str, int] | None = None,
 ) -> Checkpoint:
-    """Looks at a checkpoint.
+    """Checks a checkpoint.
 
-    name: ``hf:owner/repo``, where `folder` is the hub's cache of it, which means nothing to people.
-    allow_pickle: take weights from ``pytorch_model.bin``, too.
-    trust_code: let Python files of the checkpoint run, where its tokenizer is one.
-    listed: files with their sizes, where those with weights are not in the folder.
+    name: ``hf:owner/repo`` if `folder` is in the hub's cache; messages then show this name.
+    allow_pickle: accept weights in ``pytorch_model.bin``, too.
+    trust_code: let the checkpoint's Python files run, if its tokenizer needs them.
+    listed: all files with their sizes, if the weights are not downloaded yet.
 
     Raises:
         ConvertError: something is missing, damaged, or not to be trusted.
@@ -151,7 +153,7 @@ def _read(
     trust_code: bool,
 ) -> Checkpoint:
     if not folder.is_dir():
-        what = "no folder" if folder.exists() else "no such folder"
+        what = "not a folder" if folder.exists() else "no such folder"
         raise ConvertError(f"{folder}: {what}; name a checkpoint's folder, or hf:owner/repo")
     sizes = listed or {
         path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()
@@ -164,7 +166,7 @@ def _read(
     if not any(any(folder.glob(pattern)) for pattern in _TOKENIZERS):
         raise ConvertError(
             f"{folder} has no tokenizer (tokenizer.json or tokenizer.model); copy it there from "
-            "where the checkpoint comes from"
+            "the original checkpoint"
         )
     parts = _parts(folder, sizes, allow_pickle=allow_pickle)
     of_text = text_config(config)
@@ -189,7 +191,7 @@ def _read(
 
 
 def _no_model(folder: Path, there: Collection[str], what: str) -> ConvertError:
-    """there: names of all files; what: the one that is missing."""
+    """there: names of all files; what: the missing file."""
     for pattern, instead in _INSTEAD:
         if files := sorted(fnfilter(there, pattern)):
             return ConvertError(
@@ -201,25 +203,25 @@ def _no_model(folder: Path, there: Collection[str], what: str) -> ConvertError:
         )
     return ConvertError(
         f"{folder} has no weights ({what}); download the whole checkpoint, or pass --allow-pickle "
-        "if it has only pickled ones"
+        "if all its weights are pickled"
     )
 
 
 def _base_model(folder: Path) -> str:
-    """Of an adapter, as far as it says so."""
+    """An adapter's base model as ", NAME"; empty if the adapter does not name it."""
     path = folder / "adapter_config.json"
     name = _config(path).get("base_model_name_or_path") if path.is_file() else None
     return f", {name}" if isinstance(name, str) and name else ""
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's part over the whole, as llama.cpp's converter has it."""
+    """The configuration with `text_config` merged over it, as llama.cpp's converter does."""
     text = config.get("text_config")
     return {**config, **text} if isinstance(text, dict) else config
 
 
 def _tensors(parts: Sequence[Path]) -> dict[str, Tensor]:
-    """Of all files whose headers can be read."""
+    """The tensors of all safetensors files."""
     tensors: dict[str, Tensor] = {}
     where: dict[str, Path] = {}
     for part in parts:
@@ -229,7 +231,7 @@ def _tensors(parts: Sequence[Path]) -> dict[str, Tensor]:
         if twice := sorted(set(mine) & set(tensors)):
             raise ConvertError(
                 f"{part.parent}: the tensor {twice[0]} is in {where[twice[0]].name} and in "
-                f"{part.name}; remove what was left over of another version"
+                f"{part.name}; remove the file that belongs to another version"
             )
         tensors |= mine
         where |= dict.fromkeys(mine, part)
@@ -237,7 +239,7 @@ def _tensors(parts: Sequence[Path]) -> dict[str, Tensor]:
 
 
 def _unpacked(tensors: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
-    """With whole matrices where a number of 32 bits holds several weights."""
+    """The tensors with their real shapes: packed ones hold several weights in 32 bits."""
     return {
         name: Tensor(shape=(*tensor.shape, max(1, 32 // bits)), dtype="F16")
         if tensor.dtype == "I32" and name.endswith((".qweight", ".weight_packed"))
@@ -252,12 +254,12 @@ def _config(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ConvertError(f"{path} is damaged ({error!s:.80}); {AGAIN}") from None
     if not isinstance(config, dict):
-        raise ConvertError(f"{path} is no configuration of a model; {AGAIN}")
+        raise ConvertError(f"{path} is not a model's configuration; {AGAIN}")
     return config
 
 
 def _architecture(folder: Path, config: Mapping[str, Any]) -> str:
-    """Of the language model inside, as llama.cpp's converter has it."""
+    """The architecture of the language model, chosen as llama.cpp's converter does."""
     text = config.get("text_config")
     for values in (text if isinstance(text, dict) else {}, config):
         names = values.get("architectures")
@@ -265,7 +267,9 @@ def _architecture(folder: Path, config: Mapping[str, Any]) -> str:
             return names[0]
     if isinstance(config.get("ssm_cfg"), dict):  # Mamba's own checkpoints
         return str(config["ssm_cfg"].get("layer", "Mamba")) + "ForCausalLM"
-    raise ConvertError(f"{folder}: its config.json names no architecture; take the original one")
+    raise ConvertError(
+        f"{folder}: config.json does not name an architecture; use the original config.json"
+    )
 
 
 def _dtype(config: Mapping[str, Any]) -> str:
@@ -274,20 +278,23 @@ def _dtype(config: Mapping[str, Any]) -> str:
 
 
 def _refuse_code(folder: Path) -> None:
-    """Of configurations transformers has its own, or goes without: see `worker`."""
+    """Refuses tokenizers that are Python code.
+
+    Configurations that are Python code do no harm: `worker` never runs them.
+    """
     for name in _CONFIGS:
         path = folder / name
         mapped = _config(path).get("auto_map") if path.exists() else None
-        # a list is what older files have, of tokenizers alone
+        # older files have a list here, which is always about the tokenizer
         if isinstance(mapped, list) or (isinstance(mapped, dict) and "AutoTokenizer" in mapped):
             raise ConvertError(
-                f"the tokenizer of {folder} is a Python program of the checkpoint's own, which "
-                "could do anything; read it, then pass --trust-remote-code to run it"
+                f"the tokenizer of {folder} is Python code from the checkpoint, which could do "
+                "anything; read it, then pass --trust-remote-code to run it"
             )
 
 
 def _parts(folder: Path, there: Collection[str], *, allow_pickle: bool) -> tuple[Path, ...]:
-    """The files with weights, by the index where there is one.
+    """The files with weights, from the index if there is one.
 
     there: names of all files.
     """
@@ -300,12 +307,12 @@ def _parts(folder: Path, there: Collection[str], *, allow_pickle: bool) -> tuple
         if parts and pattern.endswith(".bin") and not allow_pickle:
             raise ConvertError(
                 f"{folder} holds pickled weights ({parts[0].name}), and a pickle is a program that "
-                "runs when it is read; take a safetensors version, or pass --allow-pickle if you "
-                "trust where it comes from"
+                "runs when it is read; use a version in safetensors, or pass --allow-pickle if you "
+                "trust its source"
             )
         if missing := [part.name for part in parts if part.name not in there]:
             raise ConvertError(
-                f"{folder} lacks {len(missing)} of {len(parts)} files of weights: "
+                f"{folder} lacks {len(missing)} of {len(parts)} weight files: "
                 f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; download them"
             )
         if parts:
@@ -333,15 +340,17 @@ def _compare_with_index(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         raise ConvertError(f"{folder / part} lacks the tensor {missing[0]}; {AGAIN}")
     if more := sorted(set(tensors) - set(named)):
         raise ConvertError(
-            f"{folder / _INDEX} does not name the tensor {more[0]}, which its files hold; {AGAIN}"
+            f"{folder / _INDEX} does not list the tensor {more[0]}, which its files hold; {AGAIN}"
         )
 
 
 def _compare_with_tokenizer(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Where tokenizer.json is what the converter reads; of a tokenizer.model it takes no more
-    tokens than there are rows."""
+    """Checks that tokenizer.json has no more tokens than the embeddings have rows.
+
+    A tokenizer.model needs no check: the converter reads only as many tokens as there are rows.
+    """
     if (folder / "tokenizer.model").is_file():
         return
     rows = [
@@ -349,7 +358,7 @@ def _compare_with_tokenizer(
         for name, tensor in tensors.items()
         if name.endswith(_EMBEDDINGS) and len(tensor.shape) == 2
     ]
-    limits = [max(rows)] if rows else []  # a model that speaks has small ones, too
+    limits = [max(rows)] if rows else []  # a speech model also has small embeddings
     if isinstance(config.get("vocab_size"), int):
         limits.append(config["vocab_size"])
     paths = (folder / name for name in ("tokenizer.json", "tokenizer_config.json"))
@@ -358,10 +367,10 @@ def _compare_with_tokenizer(
 
 
 def fetch(found: Checkpoint, *, progress: Progress | None = None) -> Checkpoint:
-    """What `look` found, with its weights, fetched if need be.
+    """Downloads the weights of a checkpoint that `look` found, if necessary.
 
     Raises:
-        DownloadError: they cannot be fetched; ConvertError: as `read`.
+        DownloadError: the download fails; ConvertError: as `read`.
     """
     if not found.name.startswith(hub.PREFIX):
         return found
@@ -374,10 +383,10 @@ def fetch(found: Checkpoint, *, progress: Progress | None = None) -> Checkpoint:
 
 
 def look(reference: str, *, allow_pickle: bool = False, trust_code: bool = False) -> Checkpoint:
-    """What there is: in a folder, or in ``hf:owner/repo``, of which no weights are fetched for it.
+    """Checks a folder or ``hf:owner/repo``, without downloading weights.
 
     Raises:
-        ModelError: the reference is not clear; DownloadError: it cannot be looked at.
+        ModelError: the reference is not valid; DownloadError: the repository cannot be read.
         ConvertError: as `read`.
     """
     if reference.startswith(hub.PREFIX):

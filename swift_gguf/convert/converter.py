@@ -1,4 +1,4 @@
-"""llama.cpp's converter, which lies beside the library: of the same commit, with its gguf-py."""
+"""llama.cpp's converter: installed beside the library, from the same commit, with its gguf-py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def find() -> Path:
     """The folder of the converter.
 
     Raises:
-        NativeLibraryError: it was not installed.
+        NativeLibraryError: it is not installed.
     """
     folders = built_folders("converter")
     for folder in folders:
@@ -32,10 +32,10 @@ def find() -> Path:
 
 
 def require_packages() -> None:
-    """What the converter imports; nothing is imported here.
+    """Checks that the packages the converter imports are installed, without importing them.
 
     Raises:
-        ConvertError: something is not installed.
+        ConvertError: a package is missing.
     """
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
@@ -48,8 +48,10 @@ def architectures(converter: Path) -> frozenset[str]:
 
 
 def modules(converter: Path) -> Mapping[str, str]:
-    """Architectures and the modules of `conversion` that have them, read from the source: importing
-    it takes torch, and seconds."""
+    """Maps each architecture to its module in the converter's package `conversion`.
+
+    The map is parsed from the source: importing the package needs torch and takes seconds.
+    """
     tree = ast.parse((converter / "conversion" / "__init__.py").read_text(encoding="utf-8"))
     for node in tree.body:
         if not isinstance(node, ast.AnnAssign) or ast.unparse(node.target) != "TEXT_MODEL_MAP":
@@ -57,13 +59,15 @@ def modules(converter: Path) -> Mapping[str, str]:
         if node.value is not None:
             known: dict[str, str] = ast.literal_eval(node.value)
             return known
-    raise NativeLibraryError(f"{converter} is no converter that is known here; {REINSTALL}")
+    raise NativeLibraryError(
+        f"the converter in {converter} does not belong to this version; {REINSTALL}"
+    )
 
 
 def require_convertible(found: Checkpoint, converter: Path) -> None:
     """
     Raises:
-        ConvertError: the converter knows neither its architecture nor how its weights are packed.
+        ConvertError: the converter cannot read its architecture or its quantised weights.
     """
     require_architecture(found.architecture, architectures(converter))
     if found.packing:
@@ -78,7 +82,7 @@ def require_convertible(found: Checkpoint, converter: Path) -> None:
 def require_architecture(name: str, known: frozenset[str]) -> None:
     """
     Raises:
-        ConvertError: the converter does not know it; the message lists what it does know.
+        ConvertError: the converter does not know it; the message lists the known ones.
     """
     if name in known:
         return

@@ -1,7 +1,7 @@
-"""Adds keys to a GGUF's metadata, all else being copied byte by byte.
+"""Adds keys to a GGUF's metadata; copies the rest byte by byte.
 
-The key ``swift.profile`` holds what was learned of the model (`profile.portable`): a first run
-begins there.  llama.cpp skips keys that it does not know.
+The key ``swift.profile`` holds what was learned about the model (`profile.portable`), so that the
+first run starts with it.  llama.cpp ignores keys that it does not know.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ _ALIGNMENT = 32
 
 
 def embed(source: Path, out: Path, keys: Mapping[str, str]) -> None:
-    """Writes `source` with more keys to `out`, which is not whole before the end.
+    """Copies `source` to `out` with more keys.  `out` is incomplete until this returns.
 
     Raises:
-        ModelError: the file is no sound GGUF.
-        ConvertError: it has one of the keys already.
+        ModelError: `source` is not a valid GGUF.
+        ConvertError: it already has one of the keys.
     """
     header = gguf_header.read(source)
     if doubled := sorted(set(keys) & set(header.metadata)):
-        raise ConvertError(f"{source} has the key {doubled[0]} already; convert it again")
+        raise ConvertError(f"{source} already has the key {doubled[0]}; convert it again")
     alignment = int(header.metadata.get("general.alignment", _ALIGNMENT))
     with source.open("rb") as file, out.open("wb") as target:
         fixed = bytearray(file.read(24))  # magic, version, numbers of tensors and of keys
         (n_keys,) = struct.unpack_from("<Q", fixed, 16)
         struct.pack_into("<Q", fixed, 16, n_keys + len(keys))
         target.write(fixed)
-        # the new keys first: where the old ones end, only a reader of all values knows
+        # the new keys go first: the end of the old keys is not known without parsing all values
         for key, value in keys.items():
             target.write(_pair(key, value))
         target.write(file.read(header.length - 24))

@@ -1,7 +1,7 @@
-"""Importance matrices: how much each column of a weight is used, which quantisation rounds by.
+"""Importance matrices: how much each column of a weight matters when it is quantised.
 
-The file format is llama.cpp's (GGUF since 2025, before that one of its own, which is still read);
-so is what is counted, the sums of squares of what a column is multiplied by.
+The format is llama.cpp's: GGUF, or the older ``.dat`` format, which can be read but not written.
+The values are llama.cpp's, too: for each column, the sum of squares of its activations.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ Floats = NDArray[np.float32]
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _MOST_ENTRIES = 1 << 20
 _CHUNK = 512
-"""Tokens in a chunk: what llama.cpp divides counts by when it shows them."""
+"""Tokens per chunk: llama.cpp divides counts by it when it shows them."""
 
 
 @dataclass
 class Usage:
-    """Of one weight's columns; of each expert's where there are several."""
+    """The use of one weight's columns, for each expert (one, if the weight has no experts)."""
 
     sums: NDArray[np.float64]
     """[n_expert, row length]."""
     counts: NDArray[np.int64]
-    """[n_expert], tokens seen."""
+    """[n_expert]: the number of tokens seen."""
 
     @property
     def means(self) -> Floats:
-        """[n_expert * row length]; 1 where nothing was seen, so that all columns weigh the same."""
+        """Mean squares, [n_expert * row length]; 1 for an expert that saw no token."""
         seen = self.counts[:, None] > 0
         means = np.where(seen, self.sums / np.maximum(self.counts[:, None], 1), 1.0)
         return means.astype(np.float32).reshape(-1)
@@ -45,7 +45,7 @@ class Usage:
 
 @dataclass
 class Collector:
-    """Counts what products are computed with; see `native_convert.ProductObserver`."""
+    """Sums up the activations of matrix products; a `native.convert.ProductObserver`."""
 
     usage: dict[str, Usage] = field(default_factory=dict)
 
@@ -73,9 +73,9 @@ class Collector:
 
 
 def write(path: Path, usage: Mapping[str, Usage], *, text: str) -> None:
-    """Writes an importance matrix as llama-imatrix does, whole or not at all.
+    """Writes an importance matrix in llama-imatrix's format, completely or not at all.
 
-    text: what was calibrated on, for people.
+    text: describes the calibration data, for people.
     """
     part = path.with_name(path.name + ".part")
     writer = GGUFWriter(part, "imatrix")
@@ -98,14 +98,14 @@ def write(path: Path, usage: Mapping[str, Usage], *, text: str) -> None:
 
 
 def read(path: Path) -> dict[str, Floats]:
-    """Mean squares by weight, [n_expert * row length] each.
+    """The mean squares of each weight, [n_expert * row length].
 
     Raises:
-        ConvertError: the file is missing, or no importance matrix.
+        ConvertError: the file is missing, or is not an importance matrix.
     """
     try:
         if path.exists() and not path.is_file():
-            raise OSError("it is no regular file")  # a device has no end
+            raise OSError("it is not a regular file")  # reading a device may never end
         with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
             means = _read_gguf(path) if data[:4] == b"GGUF" else _read_legacy(data)
     except OSError as error:
@@ -115,12 +115,14 @@ def read(path: Path) -> dict[str, Floats]:
     except (ValueError, KeyError, struct.error):
         means = {}
     if not means or not all(np.isfinite(values).all() for values in means.values()):
-        raise ConvertError(f"{path} is no importance matrix; make one: --imatrix auto")
+        raise ConvertError(
+            f"{path} is not a valid importance matrix; pass --imatrix auto to make one"
+        )
     return means
 
 
 def _read_gguf(path: Path) -> dict[str, Floats]:
-    gguf_header.read(path)  # refuses what GGUFReader would stumble over
+    gguf_header.read(path)  # refuses damaged files, which GGUFReader does not handle
     tensors = {tensor.name: tensor.data for tensor in GGUFReader(path).tensors}
     means = {}
     for name, sums in tensors.items():
@@ -133,7 +135,7 @@ def _read_gguf(path: Path) -> dict[str, Floats]:
 
 
 def _read_legacy(data: mmap) -> dict[str, Floats]:
-    """Entries of a name, the number of calls and sums of means, each after its length."""
+    """Reads entries of: name length, name, number of calls, number of sums, sums of means."""
     (n_entries,) = struct.unpack_from("<i", data)
     at, means = 4, {}
     if not 0 < n_entries < _MOST_ENTRIES:

@@ -1,4 +1,4 @@
-"""Checkpoints whose files begin with a byte order mark, which what reads them does not take."""
+"""Removes byte order marks from a checkpoint's files, which the converter cannot read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FOLDERS = ("additional_chat_templates",)
 
 @contextmanager
 def without_marks(folder: Path) -> Iterator[Path]:
-    """The folder; one of links and of copies without marks where files begin with one."""
+    """Yields the folder itself, or, if a file has a mark, a temporary one with clean copies."""
     if not any(map(_is_marked, _files(folder))):
         yield folder
         return

@@ -1,4 +1,4 @@
-"""What a conversion will write, and whether there is room for it."""
+"""How many bytes a conversion writes, and whether the disk has room for them."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from swift_gguf.errors import ConvertError
 
 OUTTYPES: Mapping[str, str] = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 METADATA_BYTES = 8 << 20
-"""A vocabulary and all else that precedes the weights, at most in most models."""
+"""For the vocabulary and the rest of the header; more than most models need."""
 SPARE_BYTES = 64 << 20
-"""Left free on the disk."""
+"""To leave free on the disk."""
 SIDECAR_SHARE = 0.25
-"""Of a model's size, at most in most models."""
-# Mixtures are named by the type that most of them is in; of these names that is none.
+"""A sidecar's size relative to the model's; more than most models need."""
+# Most mixtures are named after their main type (Q4_K_M: Q4_K).  These are not.
 _MIXTURES = {"IQ2_M": "IQ2_S", "IQ3_M": "IQ3_S", "IQ3_XS": "IQ3_S", "MXFP4_MOE": "MXFP4"}
-# Bits a weight of types that gguf-py may not know yet.
+# Bits per weight of types that gguf-py may not know yet.
 _NEWER = {"Q1_0": 1.125, "Q2_0": 2.25, "NVFP4": 4.5, "MXFP4": 4.25}
 MIXED = 1.08
-"""What mixtures are larger by than the type they are named by: some tensors get more bits."""
+"""A mixture's size relative to its main type's: some tensors get more bits."""
 
 
 def bits(name: str) -> float:
-    """Bits a weight of the type that a kind of file is named by, nearly."""
+    """Approximate bits per weight of a file type's main tensor type."""
     kind = _MIXTURES.get(name, name)
     if kind not in GGMLQuantizationType.__members__:
         kind = re.sub(r"_[SML]$", "", kind)
@@ -41,50 +41,50 @@ def bits(name: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Bytes that are written, nearly."""
+    """Approximate sizes, in bytes, of the files that a conversion writes."""
 
     intermediate: int
     model: int
-    """What is asked for; the intermediate itself where nothing is quantised."""
+    """The final file; it is the intermediate itself if nothing is quantised."""
     sidecar: int
     folder: Path
     has_intermediate: bool = False
-    """It is there from an earlier run."""
+    """The intermediate exists from an earlier run."""
     has_model: bool = False
-    """So is the model, which takes no intermediate then."""
+    """The model exists from an earlier run; then no intermediate is needed."""
     quantizes: bool = True
     copies: bool = False
-    """The model is written once more, with keys added."""
+    """The model is copied once more, to add keys."""
 
     @property
     def needed(self) -> int:
-        """Bytes that have to be free."""
+        """Bytes that must be free on the disk."""
         total = 0 if self.has_intermediate or self.has_model else self.intermediate
         if self.quantizes and not self.has_model:
             total += self.model
-        copy = self.model if self.copies else 0  # gone before the sidecar is written
+        copy = self.model if self.copies else 0  # deleted before the sidecar is written
         return total + max(copy, self.sidecar) + SPARE_BYTES
 
     def require_space(self) -> None:
         """
         Raises:
-            ConvertError: the disk has too little room.
+            ConvertError: the disk has too little space.
         """
         free = shutil.disk_usage(self.folder).free
         if free < self.needed:
             raise ConvertError(
-                f"this takes about {readable(self.needed)} in {self.folder}, where "
+                f"this needs about {readable(self.needed)} in {self.folder}, but only "
                 f"{readable(free)} are free; free some space, or write elsewhere with -o"
             )
 
 
 def expected_bytes(checkpoint: Checkpoint, kind: str) -> int:
-    """Of a GGUF whose weights are of a type (`OUTTYPES`, or what a file is quantised to)."""
+    """Approximate size of a GGUF of the file type `kind`."""
     each = bits(kind) / 8
     is_plain = kind in ("F32", "F16", "BF16", "Q8_0")
     if not checkpoint.tensors:
         return round(checkpoint.n_params * each * (1.0 if is_plain else MIXED)) + METADATA_BYTES
-    head_each = each if is_plain else max(each, bits("Q6_K") / 8)  # as llama.cpp has it
+    head_each = each if is_plain else max(each, bits("Q6_K") / 8)  # as llama.cpp does
     total = float(METADATA_BYTES)
     for name, tensor in checkpoint.tensors.items():
         if len(tensor.shape) < 2:
@@ -99,7 +99,7 @@ def expected_bytes(checkpoint: Checkpoint, kind: str) -> int:
 
 
 def readable(n_bytes: float) -> str:
-    """12.3 GB."""
+    """A size such as "12.3 GB"."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n_bytes >= size:
             return f"{n_bytes / size:.{1 if n_bytes < 100 * size else 0}f} {unit}"

@@ -1,7 +1,8 @@
-"""Checkpoints whose weights are quantised already, and which of them llama.cpp's converter reads.
+"""Checkpoints with quantised weights, and which of them llama.cpp's converter can read.
 
-What it reads is found in its source, as its architectures are: comparisons of `quant_method` and
-`quant_format` in `ModelBase.dequant_model`, and more in architectures that have one of their own.
+The supported methods are parsed from the converter's source: the values that `quant_method` and
+`quant_format` are compared with in `ModelBase.dequant_model`.  An architecture with its own
+`dequant_model` supports more.
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ from typing import Any
 
 from swift_gguf.errors import ConvertError
 
-# Files of tools that did not write into config.json what they had done.
+# Files of tools that did not describe the quantisation in config.json.
 _FILES = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ"}
-_GPTQ_BITS = (2, 4, 8)  # of 3 the converter says that it is not implemented
+_GPTQ_BITS = (2, 4, 8)  # the converter does not implement 3 bits
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """How the weights of a checkpoint were quantised."""
+    """How the weights of a checkpoint are quantised."""
 
     method: str
-    """In transformers' words (``fp8``, ``gptq``), or the tool's name where config.json has none."""
+    """transformers' name (``fp8``, ``gptq``), or the tool's name if config.json has none."""
     format: str | None = None
-    """Of ``compressed-tensors``."""
+    """The format within ``compressed-tensors``."""
     bits: int | None = None
-    """A weight, where several lie in one number."""
+    """Bits per weight, if several weights share one number."""
 
     def __str__(self) -> str:
         details = [self.format, f"{self.bits} bits" if self.bits else None]
@@ -36,9 +37,9 @@ class Packing:
 
 
 def packing(config: Mapping[str, Any], there: Collection[str]) -> Packing | None:
-    """What config.json says of quantisation; None: nothing.
+    """How the checkpoint is quantised; None if it is not.
 
-    config: the language model's part of it over the whole, as the converter has it.
+    config: from `checkpoint.text_config`.
     there: names of all files of the checkpoint.
     """
     found = config.get("quantization_config")
@@ -66,11 +67,11 @@ def packing(config: Mapping[str, Any], there: Collection[str]) -> Packing | None
 
 def require_readable(found: Packing, name: str, *, sources: Path, module: str) -> None:
     """
-    name: of the checkpoint, for the message.
-    sources: the converter's modules; module: that of the architecture.
+    name: the checkpoint's, for the message.
+    sources: the folder of the converter's modules; module: the name of the architecture's module.
 
     Raises:
-        ConvertError: the converter does not read such weights of this architecture.
+        ConvertError: the converter cannot read weights quantised like this.
     """
     base = ast.parse((sources / "base.py").read_text(encoding="utf-8"))
     everywhere = next(
@@ -88,14 +89,13 @@ def require_readable(found: Packing, name: str, *, sources: Path, module: str) -
         is_read = found.bits in _GPTQ_BITS
     if not is_read:
         raise ConvertError(
-            f"the weights of {name} are quantised already ({found}), in a way that llama.cpp's "
-            "converter does not read; take the model in 16 bits (the card of a quantised one names "
-            "it)"
+            f"the weights of {name} are quantised ({found}), and llama.cpp's converter cannot "
+            "read this format; use the original 16-bit model, which the model card names"
         )
 
 
 def _compared(name: str, tree: ast.AST) -> Iterator[str]:
-    """The texts that a variable is compared with."""
+    """The strings that the variable `name` is compared with."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare) and ast.unparse(node.left) == name:
             for other in node.comparators:

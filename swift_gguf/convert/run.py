@@ -1,8 +1,8 @@
-"""A conversion: its steps, what they leave behind, and how they are taken up again.
+"""A conversion: its steps, and how an interrupted one resumes.
 
-All that is unfinished lies in a folder beside the model to be, ``MODEL.gguf.convert``, which goes
-when the model is whole.  What a step made is named by all that went into it, so that a run finds
-what is still good of an earlier one, and only that.
+Unfinished files are in the folder ``MODEL.gguf.convert`` beside the model.  It is deleted when the
+model is complete.  The name of each file there contains a hash of all its inputs, so a later run
+reuses a file only if its inputs are the same.
 """
 
 from __future__ import annotations
@@ -37,49 +37,50 @@ LOCK_SECONDS = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """What to make of a checkpoint.
+    """How to convert a checkpoint.
 
     Raises:
-        ConvertError: options that exclude each other.
+        ConvertError: the options do not fit together.
     """
 
     quantization: Quantization | None = None
-    """None: the intermediate is the model."""
+    """None: the unquantised intermediate is the model."""
     outtype: str = "bf16"
-    """Of the intermediate: `plan.OUTTYPES`."""
+    """The type of the intermediate, one of `plan.OUTTYPES`."""
     imatrix: Path | None = None
     auto_imatrix: bool = False
-    """Computed on the model's own answers."""
+    """Compute an importance matrix on the model's own answers."""
     calibration_tokens: int = N_TOKENS
-    """Of the model's own answers."""
+    """The length of these answers, in tokens."""
     keep_intermediate: bool = False
     name: str | None = None
-    """general.name; None: what the converter makes of the checkpoint."""
+    """general.name; None: the converter chooses it."""
     prepares: bool = False
-    """Room for a sidecar is wanted, too."""
+    """True if the disk needs room for a sidecar, too."""
     embeds: bool = False
-    """`Conversion.finish` is to be given keys."""
+    """True if `Conversion.finish` will add keys."""
     n_threads: int | None = None
 
     def __post_init__(self) -> None:
         if self.outtype not in OUTTYPES:
             raise ConvertError(f"no type {self.outtype!r:.20}; use one of {', '.join(OUTTYPES)}")
         if (self.imatrix or self.auto_imatrix) and self.quantization is None:
-            raise ConvertError("an importance matrix is for --quantize; give that, too")
+            raise ConvertError("an importance matrix needs --quantize; pass both")
         needs = self.quantization.needs_imatrix if self.quantization else None
         if needs and not (self.imatrix or self.auto_imatrix):
             raise ConvertError(
-                f"{needs} needs to know which weights matter; pass --imatrix auto, or a file"
+                f"{needs} needs an importance matrix; pass --imatrix auto, or a file"
             )
 
 
 class Conversion:
-    """Converts a checkpoint into the GGUF `out`.  Use as a context manager: the folder of what is
-    unfinished belongs to one process at a time.
+    """Converts a checkpoint to the GGUF `out`.
+
+    Use it as a context manager: only one process at a time may use the folder of unfinished files.
 
     Raises:
-        ConvertError: the converter does not read it, the disk is too small, another process is at
-            it.
+        ConvertError: the converter cannot read the checkpoint, the disk is too small, or another
+            process is converting to the same file.
         NativeLibraryError: there is no converter.
     """
 
@@ -87,7 +88,7 @@ class Conversion:
         self.checkpoint, self.out, self.options = checkpoint, out, options
         self.work = out.with_name(out.name + SUFFIX)
         self.peak_bytes = 0
-        """Of the memory of the steps that ran in processes of their own."""
+        """The highest memory use of the steps that ran as processes of their own."""
         self._converter = converter.find()
         converter.require_convertible(checkpoint, self._converter)
 
@@ -97,15 +98,16 @@ class Conversion:
         if not self.out.parent.is_dir():
             raise ConvertError(f"{self.out.parent}: no such folder; make it, or write elsewhere")
         if self.options.imatrix:
-            imatrix.read(self.options.imatrix)  # what is wrong with it is better known now
+            imatrix.read(self.options.imatrix)  # report errors before hours of work
         self.work.mkdir(exist_ok=True)
         self._lock = filelock.FileLock(self.work / "lock")
         with contextlib.suppress(filelock.Timeout, FileNotFoundError):
             self._lock.acquire(timeout=LOCK_SECONDS)
-        if not self._lock.is_locked or not (self.work / "lock").exists():  # it was ending just now
-            raise ConvertError(f"another process is converting to {self.out} already")
+        # without a lock file, the other process has just finished and deleted the folder
+        if not self._lock.is_locked or not (self.work / "lock").exists():
+            raise ConvertError(f"another process is converting to {self.out}; wait until it ends")
         try:
-            self._tidy()  # before the check: what a killed run left takes room
+            self._tidy()  # before the check: files of a killed run take space
             if not self.is_done:
                 self.plan.require_space()
         except BaseException:
@@ -116,19 +118,19 @@ class Conversion:
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):
             if not any(path.suffix in (".gguf", ".json") for path in self.work.iterdir()):
-                shutil.rmtree(self.work)  # while it is ours: another process may wait for it
+                shutil.rmtree(self.work)  # before releasing the lock: another process may wait
         self._lock.release()
 
     @property
     def is_done(self) -> bool:
-        """Did an earlier run of the same write the model, and was ended in what came after?"""
+        """True if an earlier run with the same options wrote `out` but did not reach `forget`."""
         try:
             return bool(json.loads(self._done.read_text()) == self._made())
         except (OSError, ValueError, ModelError):
             return False
 
     def _made(self) -> list[object]:
-        """What is under the final name, and how it was asked for."""
+        """Identifies the final file and the options that made it."""
         options = self.options
         wishes = [options.embeds, options.keep_intermediate]
         return [self._model.name, fingerprint(self.out), *wishes]
@@ -138,14 +140,14 @@ class Conversion:
         return self.work / "done.json"
 
     def forget(self) -> None:
-        """All that was wanted is there: nothing is kept for another run."""
+        """Marks the whole command as done: the next run starts from the beginning."""
         self._done.unlink(missing_ok=True)
 
-    # -- what there is, and will be ----------------------------------------------------------------
+    # -- files -------------------------------------------------------------------------------------
 
     @property
     def kept(self) -> Path | None:
-        """Where the intermediate is kept, if it is."""
+        """The path where the intermediate is kept; None if it is deleted."""
         if not (self.options.keep_intermediate and self.options.quantization):
             return None
         return self.out.with_name(f"{self.out.stem}.{self.options.outtype}.gguf")
@@ -194,7 +196,7 @@ class Conversion:
         return self.work / f"{what}-{digest[:16]}.gguf"
 
     def _tidy(self) -> None:
-        """Removes what runs with other options, or killed ones, left."""
+        """Removes the files of killed runs and of runs with other options."""
         wanted = {self._intermediate, self._matrix, self._model}
         for path in self.work.iterdir():
             if path.name != "lock" and path.suffix != ".json" and path not in wanted:
@@ -203,10 +205,10 @@ class Conversion:
     # -- steps -------------------------------------------------------------------------------------
 
     def run(self, report: Report = lambda *_: None) -> Path:
-        """All steps up to the model, which still lies among what is unfinished.
+        """Runs all steps; returns the model's path in the folder of unfinished files.
 
         Raises:
-            ConvertError: a step failed, or llama.cpp does not run what it made.
+            ConvertError: a step failed, or llama.cpp cannot run its result.
         """
         options = self.options
         if not self._model.exists():
@@ -219,7 +221,7 @@ class Conversion:
         return self._model
 
     def finish(self, keys: Mapping[str, str]) -> None:
-        """Puts the model under its name, with `keys` added to its metadata."""
+        """Adds `keys` to the model's metadata and moves it to `out`."""
         whole = self._model
         if keys:
             whole = self.work / "whole.gguf"
@@ -250,7 +252,7 @@ class Conversion:
                 what="converting",
                 grows=part,
                 expected=self.plan.intermediate,
-                environment={"HF_HUB_OFFLINE": "1"},  # all that it needs is in the folder
+                environment={"HF_HUB_OFFLINE": "1"},  # everything is in the folder
                 report=report,
             )
             self._try_out(part, "converting", report)
@@ -295,7 +297,7 @@ class Conversion:
     def _try_out(self, made: Path, what: str, report: Report) -> None:
         """
         Raises:
-            ConvertError: llama.cpp does not load what a step made, or aborts at its first token.
+            ConvertError: llama.cpp cannot load the converted file, or cannot decode a token.
         """
         job = {"out": str(made), "n_threads": self.options.n_threads}
         size = made.stat().st_size
@@ -306,13 +308,13 @@ class Conversion:
         except ConvertError as error:
             reason = str(error).removeprefix(f"{made}").lstrip(": ")
             raise ConvertError(
-                f"llama.cpp does not run what its converter made of {self.checkpoint.name}: "
-                f"{reason}; was it saved anew by transformers 5? Take it as its makers saved it"
+                f"llama.cpp cannot run the converted {self.checkpoint.name}: {reason}; if "
+                "transformers 5 has saved the checkpoint, use the original one instead"
             ) from error
 
     @contextlib.contextmanager
     def _making(self, path: Path) -> Iterator[Path]:
-        """A file to write, which has its name only when it is whole."""
+        """Yields a temporary path; renames it to `path` when the block succeeds."""
         part = path.with_suffix(".part")
         try:
             yield part
@@ -329,7 +331,7 @@ class Conversion:
 
 
 def _sync(folder: Path) -> None:
-    """Makes a rename last."""
+    """Makes a rename in `folder` durable."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

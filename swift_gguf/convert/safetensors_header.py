@@ -1,7 +1,7 @@
-"""Files of safetensors, of which only the headers are read.
+"""Reads the headers of safetensors files.
 
-The layout is checked against the file's size, so that what was cut short in a download is found in
-a moment, not by a converter at the end of an hour.
+The layout is checked against the file's size.  So an incomplete download is found at once, not
+after an hour of conversion.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from swift_gguf.errors import ConvertError
 
 AGAIN = "download it again"
 MAX_HEADER = 100_000_000  # bytes; the limit of safetensors' own reader
-# Bytes of an element.
+# Bytes per element.
 DTYPES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8,
     "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -24,11 +24,11 @@ DTYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Tensor:
-    """Of a checkpoint, as its header has it."""
+    """A tensor of a checkpoint."""
 
     shape: tuple[int, ...]
     dtype: str
-    """In safetensors' words; ``?`` in a pickle, which is not read."""
+    """safetensors' name of the type."""
 
     @property
     def size(self) -> int:
@@ -36,16 +36,16 @@ class Tensor:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of safetensors.
+    """The tensors of a safetensors file.
 
     Raises:
-        ConvertError: its header is damaged, or its size is another than the header says.
+        ConvertError: its header is damaged, or does not match the file's size.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(MAX_HEADER, size - 8):
-            raise _damaged(path, "it does not begin as safetensors do")
+            raise _damaged(path, "it does not begin like a safetensors file")
         raw = file.read(length)
     try:
         header = json.loads(raw)
@@ -55,14 +55,14 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             tensor = Tensor(shape=tuple(row["shape"]), dtype=row["dtype"])
             start, stop = row["data_offsets"]
             if min(tensor.shape, default=0) < 0 or start != end:
-                raise _damaged(path, f"the tensor {name!r:.80} is not where it should be")
+                raise _damaged(path, f"the tensor {name!r:.80} is at the wrong offset")
             if tensor.dtype in DTYPES and stop - start != tensor.size * DTYPES[tensor.dtype]:
-                raise _damaged(path, f"the tensor {name!r:.80} is not as long as it should be")
+                raise _damaged(path, f"the tensor {name!r:.80} has the wrong size")
             tensors[name], end = tensor, stop
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         raise _damaged(path, "its header cannot be read") from None
     if end != size - 8 - length:
-        raise _damaged(path, f"it has {size} bytes where its tensors need {end + 8 + length}")
+        raise _damaged(path, f"it has {size} bytes, but its tensors need {end + 8 + length}")
     return tensors
 
 

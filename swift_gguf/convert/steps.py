@@ -1,8 +1,7 @@
-"""Steps that take minutes, in processes of their own: what they say of themselves, and what is left
-when they end.
+"""Runs each long step of a conversion in a process of its own.
 
-A step that runs in a process of its own ends at once when its parent is told to (Ctrl-C), and with
-it if the parent is killed; its memory is its own and can be told.
+Such a step ends at once on Ctrl-C, and also when the parent is killed.  Its peak memory can be
+measured.
 """
 
 from __future__ import annotations
@@ -22,23 +21,23 @@ from swift_gguf.errors import ConvertError
 from swift_gguf.templates.sandbox import command as isolated
 
 POLL = 0.1  # seconds
-TAIL = 64 << 10  # bytes of what a step wrote that are kept
+TAIL = 64 << 10  # bytes of a step's log that are kept
 
 
 class Report(Protocol):
-    """Hears how far a step has come."""
+    """A function that is called with the progress of a step."""
 
     def __call__(self, what: str, done: int, total: int, unit: str, /) -> None:
-        """unit: ``bytes``, or what else is counted."""
+        """unit: what `done` and `total` count, such as ``bytes``."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """A step that ended well."""
+    """The result of a successful step."""
 
     peak_bytes: int
-    """Memory at its highest, mapped files included."""
+    """Peak memory, mapped files included."""
 
 
 def run(
@@ -53,20 +52,20 @@ def run(
 ) -> Done:
     """Runs a step of `worker`.
 
-    grows: the file that the step writes, by whose size one can tell how far it is.
-    expected: that file's size in the end, nearly.
+    grows: the file that the step writes; its size shows the progress.
+    expected: that file's approximate final size, in bytes.
 
     Raises:
         ConvertError: the step failed; the message says why.
     """
     command = isolated("swift_gguf.convert.worker", step)
-    pipe = subprocess.PIPE  # of standard input: its end tells the child that we are gone
+    pipe = subprocess.PIPE  # the child exits when its standard input closes
     child = subprocess.Popen(
         command, stdin=pipe, stdout=pipe, stderr=pipe, env={**os.environ, **environment}
     )
     log = _Tail(child.stderr)
     try:
-        with contextlib.suppress(BrokenPipeError):  # the child says why
+        with contextlib.suppress(BrokenPipeError):  # the child has failed; its log says why
             assert child.stdin is not None
             child.stdin.write(json.dumps(job).encode() + b"\n")
             child.stdin.flush()
@@ -89,7 +88,7 @@ def run(
 
 
 class _Tail:
-    """The end of what a process writes; not in a file, since the disk may be what is full."""
+    """Keeps the end of a process's output, in memory because the disk may be full."""
 
     def __init__(self, stream: IO[bytes] | None) -> None:
         assert stream is not None
@@ -103,7 +102,7 @@ class _Tail:
                 self._kept = (self._kept + data)[-TAIL:]
 
     def text(self) -> str:
-        """All of it, once the process has ended."""
+        """The kept output; waits until the process ends."""
         self._thread.join()
         return self._kept.decode("utf-8", "replace")
 
@@ -122,7 +121,7 @@ _CAUSES = (
     ("cannot be written; is the disk full?", "the disk is full: free some space for {folder}"),
     (
         "BPE pre-tokenizer was not recognized",
-        "its tokenizer is none that llama.cpp knows; take the original's tokenizer files, or a "
+        "llama.cpp does not know its tokenizer; use the original model's tokenizer files, or a "
         "newer swift-gguf",
     ),
     (
@@ -132,13 +131,13 @@ _CAUSES = (
     ),
 )
 _OTHER_FORM = (
-    "; transformers 5 writes other names than llama.cpp's converter reads: take the checkpoint as "
-    "its makers saved it, or save it with transformers 4"
+    "; transformers 5 uses names that llama.cpp's converter does not know: use the original "
+    "checkpoint, or save it with transformers 4"
 )
 
 
 def _reason(code: int, text: str, file: Path) -> str:
-    """The one line that matters of a step's log."""
+    """The cause of a failure in one line, from the step's log."""
     for sign, cause in _CAUSES:
         if sign in text:
             return cause.format(folder=file.parent.parent)
@@ -150,17 +149,17 @@ def _reason(code: int, text: str, file: Path) -> str:
     if code < 0:
         number = -code
         if failed := re.search(r"GGML_ASSERT\(.*", text):
-            return f"it was ended by {failed[0][:300]}"
-        return f"it was ended by signal {number}" + (
-            ", which is what a machine without memory left does" if number == 9 else ""
+            return f"it was stopped by {failed[0][:300]}"
+        return f"it was stopped by signal {number}" + (
+            "; the machine has probably run out of memory" if number == 9 else ""
         )
     if code == 1 and not last:
-        return "it ended without a word; run it again"
+        return "it failed without a message; run it again"
     if missing := re.fullmatch(r"KeyError: (.*)", last):
         if missing[1].startswith("'<"):
-            return f"its tokenizer lacks {missing[1]:.100}, which a model of its kind has"
+            return f"its tokenizer lacks {missing[1]:.100}, which this architecture needs"
         key = missing[1].strip('"').replace("could not find any of: ", "all of ")
         return f"its config.json lacks {key:.200}{_OTHER_FORM}"
-    if last.startswith("AssertionError") and len(lines) > 1:  # which says nothing by itself
+    if last.startswith("AssertionError") and len(lines) > 1:  # add the line that failed
         last = f"{last} in `{lines[-2]}`"
     return f"llama.cpp's converter failed: {last[:300]}"

@@ -1,7 +1,7 @@
-"""Does a GGUF say what its checkpoint says?  The same text through transformers and llama.cpp.
+"""Compares a GGUF with its checkpoint: llama.cpp and transformers run the same text.
 
-Both see the ids of the checkpoint's own tokenizer, each token after all before it.  Where the
-GGUF's tokenizer makes other ids of the text, that is a failure of its own.
+Both decode the token ids of the checkpoint's tokenizer, and their logits are compared.  If the
+GGUF's tokenizer gives other ids for the text, that is a separate failure.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ metres by 3.57: from 64 metres one sees 28.56 km far.
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a GGUF may differ by."""
+    """How much a GGUF may differ from its checkpoint."""
 
     divergence: float
-    """Mean Kullback-Leibler divergence from the checkpoint's distribution, in nats a token."""
+    """Maximum of the mean KL divergence from the checkpoint's distribution, in nats per token."""
     agreement: float
-    """Least share of positions with the same likeliest token."""
+    """Minimum share of positions with the same most likely token."""
 
 
-# About twice what SmolLM2 135M showed, which had been quantised before (the table of
-# docs/convert.md): larger models suffer less.  What is broken is worse.
+# About twice the values of SmolLM2 135M, which was quantised before (see docs/convert.md).  Larger
+# models differ less; broken ones differ more.
 _LIMITS = {
     "F16": Limits(divergence=1e-5, agreement=0.98),
     "Q8_0": Limits(divergence=0.0125, agreement=0.87),
@@ -67,7 +67,7 @@ _LIMITS = {
     "Q2_K": Limits(divergence=1.3, agreement=0.36),
     "IQ2_XS": Limits(divergence=1.4, agreement=0.36),
 }
-# Of types that were not tried, by bits a weight of the type that the file is named by.
+# For file types without measured values: by bits per weight of the main type.
 _LIMITS_BY_BITS = (
     (24.0, Limits(divergence=1e-5, agreement=0.99)),
     (12.0, Limits(divergence=0.001, agreement=0.97)),
@@ -82,24 +82,24 @@ _LIMITS_BY_BITS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What a GGUF and its checkpoint make of the same text."""
+    """The differences between a GGUF and its checkpoint on the same text."""
 
     kind: str
     """llama.cpp's name of the architecture, size and quantisation."""
     file_type: str
-    """What it was quantised to: ``Q4_K_M``."""
+    """For example ``Q4_K_M``."""
     bits: float
-    """A weight, on average."""
+    """Mean bits per weight."""
     n_tokens: int
     max_difference: float
-    """Of logits."""
+    """Between logits."""
     mean_difference: float
     divergence: float
     agreement: float
     perplexity: float
     reference_perplexity: float
     same_tokens: bool
-    """Do both tokenizers read the text alike?"""
+    """True if both tokenizers give the same ids."""
 
     @property
     def limits(self) -> Limits:
@@ -111,20 +111,22 @@ class Comparison:
 
     @property
     def failures(self) -> list[str]:
-        """What is worse than such a quantisation accounts for."""
+        """The differences that are larger than this quantisation explains."""
         limits, found = self.limits, []
         if not self.same_tokens:
-            found.append("its tokenizer reads the text differently")
+            found.append("its tokenizer gives other token ids")
         if not self.divergence <= limits.divergence:
-            found.append(f"it diverges by {self.divergence:.2g} nats, over {limits.divergence:g}")
+            over = f"above the limit of {limits.divergence:g}"
+            found.append(f"the KL divergence is {self.divergence:.2g} nats, {over}")
         if not self.agreement >= limits.agreement:
-            found.append(f"it agrees on {self.agreement:.1%}, under {limits.agreement:.0%}")
+            under = f"below the limit of {limits.agreement:.0%}"
+            found.append(f"the most likely token agrees at {self.agreement:.1%}, {under}")
         return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """What the checkpoint makes of a text."""
+    """The checkpoint's logits on a text."""
 
     text: str
     tokens: Sequence[int]
@@ -156,7 +158,7 @@ def reference(
         raise ConvertError(f"transformers cannot load {folder} ({why})") from error
     tokens = list(tokenizer(text)["input_ids"])[:n_tokens]
     if len(tokens) < 2:
-        raise ConvertError("the text is too short to compare anything on")
+        raise ConvertError("the text is too short; give at least two tokens")
     model.eval()
     with torch.inference_mode():
         logits = model(torch.tensor([tokens])).logits[0].float().numpy()
@@ -170,10 +172,10 @@ def compare(
     n_threads: int | None = None,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Comparison:
-    """Runs a GGUF over the same tokens.
+    """Runs a GGUF on the same tokens and compares the logits.
 
     Raises:
-        ModelError: it cannot be loaded; ConvertError: its vocabulary is another.
+        ModelError: the GGUF cannot be loaded; ConvertError: its vocabulary is too small.
     """
     n = len(expected.tokens)
     header = gguf_header.read(path)
@@ -189,7 +191,10 @@ def compare(
     with Model(path, options) as model:
         n_vocab = min(expected.logits.shape[1], model.n_vocab)
         if max(expected.tokens) >= n_vocab:
-            raise ConvertError(f"{path} has a vocabulary of {n_vocab} tokens, the checkpoint more")
+            raise ConvertError(
+                f"{path} has a vocabulary of {n_vocab} tokens, but the checkpoint has more; is it "
+                "the right checkpoint?"
+            )
         mine = encode(model, expected.text)
         kind = model.description
         for start in range(0, n, BATCH):
@@ -225,7 +230,7 @@ class _Tally:
         self.surprise = np.zeros(2)
 
     def add(self, theirs: Floats, ours: Floats, following: int | None) -> None:
-        """One position: logits [n_vocab], and the token that follows in the text."""
+        """Adds one position: logits [n_vocab], and the next token of the text."""
         apart = np.abs(theirs - ours)
         self.largest = max(self.largest, float(apart.max()))
         self.difference += float(apart.mean())
@@ -247,7 +252,7 @@ def _file_type(header: gguf_header.Header) -> str:
 
 
 def _bits(header: gguf_header.Header) -> float:
-    """A weight of a matrix, on average."""
+    """Mean bits per weight of the matrices."""
     matrices = [tensor for tensor in header.tensors.values() if len(tensor.shape) > 1]
     n_weights = sum(tensor.size for tensor in matrices)
     return 8 * sum(tensor.n_bytes for tensor in matrices) / max(1, n_weights)

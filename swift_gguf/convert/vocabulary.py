@@ -1,4 +1,4 @@
-"""The tokens of a checkpoint's tokenizer, against the rows of its embeddings."""
+"""Compares the tokens of a checkpoint's tokenizer with the rows of its embeddings."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ def require_embeddings(
     folder: Path, n_rows: int | None, tokenizer: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> None:
     """
-    n_rows: of the embeddings; None: unknown.
-    tokenizer, settings: tokenizer.json and tokenizer_config.json, empty where there are none.
+    n_rows: rows of the embeddings; None if unknown.
+    tokenizer, settings: tokenizer.json and tokenizer_config.json, empty if missing.
 
     Raises:
-        ConvertError: a token has none.
+        ConvertError: a token has no embedding.
     """
     ids = _ids(tokenizer) | _added(settings)
     beyond = {text: token for text, token in ids.items() if n_rows and token >= n_rows}
@@ -26,13 +26,13 @@ def require_embeddings(
     first = min(beyond, key=lambda text: beyond[text])
     raise ConvertError(
         f"{folder}: the embeddings have {n_rows} rows, and the tokenizer has {len(beyond)} tokens "
-        f"beyond them ({first!r:.60}, id {beyond[first]}); remove what was added to the tokenizer, "
-        "or save the model after resize_token_embeddings"
+        f"beyond them ({first!r:.60}, id {beyond[first]}); remove the tokens that were added, or "
+        "save the model after resize_token_embeddings"
     )
 
 
 def _ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:
-    """What tokenizer.json names, as far as it has the usual form."""
+    """The ids in tokenizer.json, if it has the usual structure."""
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     ids: dict[str, int] = {}
@@ -48,7 +48,7 @@ def _ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _added(settings: Mapping[str, Any]) -> dict[str, int]:
-    """What tokenizer_config.json adds."""
+    """The ids of the tokens that tokenizer_config.json adds."""
     rows = settings.get("added_tokens_decoder")
     return {
         str(row.get("content")): int(token)

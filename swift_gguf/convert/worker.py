@@ -1,5 +1,7 @@
-"""The process of a step: its name as the argument, the job as JSON on a line of standard input.
-Ends when standard input does, so that nothing outlives who started it.
+"""The process of a step.
+
+The argument is the step's name; the job is a line of JSON on standard input.  The process exits
+when standard input closes, so it never outlives its parent.
 """
 
 from __future__ import annotations
@@ -19,8 +21,11 @@ from swift_gguf.errors import ConvertError, SwiftError
 
 
 def convert(job: dict[str, Any]) -> None:
-    """Runs llama.cpp's converter as it is, with the gguf-py beside it: before anything imports
-    another.  It trusts code of the checkpoint's; whether that may run, the job says."""
+    """Runs llama.cpp's unchanged converter with the gguf-py beside it.
+
+    Must run before anything imports another gguf-py.  The converter itself trusts the checkpoint's
+    Python code; unless the job allows it, this function prevents that such code runs.
+    """
     root = Path(job["converter"])
     sys.path[:0] = [str(root / "gguf-py"), str(root)]
     script = str(root / "convert_hf_to_gguf.py")
@@ -33,18 +38,20 @@ def convert(job: dict[str, Any]) -> None:
 
 
 def _trust_no_code() -> None:
-    """Has transformers take its own classes of configurations and tokenizers, whatever it is asked
-    for; where it has none, that is an error."""
+    """Makes transformers use only its own classes of configurations and tokenizers.
+
+    A checkpoint that needs its own class fails.
+    """
     import transformers
     from transformers import dynamic_module_utils
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise ConvertError(
-            "the checkpoint brings Python code, which could do anything; read it, then pass "
+            "the checkpoint needs its own Python code, which could do anything; read it, then pass "
             "--trust-remote-code to run it"
         )
 
-    # what every import of a checkpoint's module comes to, should there be other ways
+    # every import of a checkpoint's module ends here, also those that the lines below miss
     dynamic_module_utils.get_class_in_module = refuse
     for auto in (transformers.AutoConfig, transformers.AutoTokenizer):
         auto.from_pretrained = _untrusting(auto.from_pretrained)
@@ -72,23 +79,25 @@ def quantize(job: dict[str, Any]) -> None:
 
 
 def try_out(job: dict[str, Any]) -> None:
-    """Loads a model and decodes a token, on the CPU: what llama.cpp makes of it ends this process
-    at most."""
+    """Loads the model and decodes a token on the CPU.
+
+    If llama.cpp aborts, only this process ends.
+    """
     from swift_gguf.errors import UnsupportedModelError
     from swift_gguf.model import Model, ModelOptions
 
     threads = job["n_threads"] or None
     options = ModelOptions(n_ctx=256, n_batch=64, n_threads=threads, n_gpu_layers=0, sidecar=None)
-    # encoders, which do not say a text token by token, are models all the same
+    # an encoder cannot generate text, but it is a valid model
     with contextlib.suppress(UnsupportedModelError), Model(Path(job["out"]), options) as model:
         model.decode([0])
         model.logits(0)
 
 
 def peak_bytes() -> int:
-    """Of this process; 0 where the system does not tell."""
+    """Peak memory of this process; 0 if the system does not report it."""
     with contextlib.suppress(OSError, TypeError):
-        # Linux; what getrusage says there includes the process that this one was forked from
+        # Linux: getrusage would include the memory of the parent before the exec
         status = Path("/proc/self/status").read_text()
         return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) << 10  # type: ignore[index]
     try:
@@ -100,7 +109,7 @@ def peak_bytes() -> int:
 
 
 def _end_with_parent() -> None:
-    while os.read(0, 1):  # not through sys.stdin: the interpreter could not end meanwhile
+    while os.read(0, 1):  # not sys.stdin: its lock would keep the interpreter from exiting
         pass
     os._exit(1)
 
@@ -109,7 +118,7 @@ def main() -> None:
     job = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     answers = os.dup(1)
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # keep the output of libraries out of the answer
     try:
         {"convert": convert, "quantize": quantize, "try_out": try_out}[sys.argv[1]](job)
         with open(job["out"], "rb") as file:

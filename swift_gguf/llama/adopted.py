@@ -173,7 +173,7 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
         Raises:
             TemplateError: the template refuses them, or does not show what is to go on.
             ModelError: chats do not go by a template (a ValueError).
-            SchemaError: a schema cannot be held (a ValueError).
+            SchemaError: a schema is not supported (a ValueError).
         """
         continues = "content" if continue_final_message is True else continue_final_message
         prompting = Prompting(

@@ -40,7 +40,7 @@ def held(handler: Any, arguments: dict[str, Any]) -> Any:
     arguments: of the handler; a ``response_format`` becomes a ``grammar``.
 
     Raises:
-        SchemaError: the form cannot be held.
+        SchemaError: the form is not supported.
     """
     form = response_form(arguments.pop("response_format"))
     if form is not None:
@@ -57,7 +57,7 @@ def response_form(response_format: Any) -> Constraint | None:
     ``schema``), ``json_schema``; None for text.
 
     Raises:
-        SchemaError: it cannot be held.
+        SchemaError: it is not supported.
     """
     kind = response_format.get("type") if isinstance(response_format, Mapping) else None
     if kind == "json_object":

@@ -1,5 +1,4 @@
-"""The part of the native library that only conversion needs: quantising files, and looking at what
-goes into matrix products.  With `native`, the only modules that touch ctypes."""
+"""The native functions for conversion: quantising files, and observing matrix products."""
 
 from __future__ import annotations
 
@@ -23,27 +22,27 @@ if TYPE_CHECKING:
 _FTYPE = "LLAMA_FTYPE_MOSTLY_"
 _TYPE = "GGML_TYPE_"
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
-"""llama-quantize's."""
+"""llama-quantize's aliases."""
 NEED_IMATRIX = frozenset(
     {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S"}
 )
 """llama.cpp refuses these without an importance matrix."""
 _TENSORS_NEED_IMATRIX = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"})
-"""So it does for tensors of these types."""
-# What Python's regular expressions have and ECMAScript's, which llama.cpp's are, have not: groups
-# with names, flags or a look behind, anchors, and repetition that gives nothing back.
+"""It also refuses tensors of these types without one."""
+# Syntax of Python's regular expressions that ECMAScript's lack (llama.cpp uses std::regex): named
+# groups, flags, look-behind, the anchors \A and \Z, and possessive quantifiers.
 _NOT_ECMASCRIPT = re.compile(r"(?<!\\)(?:\\\\)*(\(\?(?![:=!])|\\[AZ]|[*+?}]\+)")
 _ONLY_CONVERTED = frozenset({"NVFP4"})
-"""What checkpoints may come in, and llama_model_quantize makes nothing of."""
-# no weights: numbers, and blocks of activations
+"""Types of checkpoints that llama_model_quantize cannot write."""
+# plain numbers, and blocks of activations
 _NOT_FOR_WEIGHTS = frozenset({"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64", "COUNT"})
 MAX_BUFFER = 512 << 20
-"""Bytes of a tensor that quantisation holds at once; llama.cpp's own limit is 8 GiB."""
+"""Bytes of a tensor that quantisation keeps in memory; llama.cpp's default is 8 GiB."""
 
 
 @cache
 def file_types() -> Mapping[str, int]:
-    """Every type that a model can be quantised to, by llama.cpp's name for it."""
+    """llama.cpp's names and values of all types that a model can be quantised to."""
     constants = vars(library().api)
     found = {
         name.removeprefix(_FTYPE): int(value)
@@ -55,7 +54,7 @@ def file_types() -> Mapping[str, int]:
 
 @cache
 def tensor_types() -> Mapping[str, int]:
-    """Every type that a tensor of weights can be stored in."""
+    """Names and values of all types that a weight tensor can have."""
     constants = vars(library().api)
     names = {name.removeprefix(_TYPE): int(v) for name, v in constants.items() if _TYPE in name}
     return {name: value for name, value in names.items() if name not in _NOT_FOR_WEIGHTS}
@@ -86,19 +85,19 @@ def tensor_type(name: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """What a model's weights are stored in; names as in `file_types` and `tensor_types`.
+    """The types to store a model's weights in; names as in `file_types` and `tensor_types`.
 
     Raises:
-        ConvertError: there is no such type, or a pattern is no regular expression.
+        ConvertError: there is no such type, or a pattern is not a regular expression.
     """
 
     name: str
     output_tensor_type: str | None = None
     token_embedding_type: str | None = None
     overrides: tuple[tuple[str, str], ...] = ()
-    """Regular expression (the first that is found in a tensor's name counts), type."""
+    """(regular expression, type); the first one that matches part of a tensor's name applies."""
     pure: bool = False
-    """All in one type, where llama.cpp would keep some at more bits."""
+    """Use one type for all tensors; by default, llama.cpp gives some tensors more bits."""
     leave_output_tensor: bool = False
 
     def __post_init__(self) -> None:
@@ -111,17 +110,18 @@ class Quantization:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ConvertError(f"{pattern!r:.60} is no pattern ({error})") from None
+                raise ConvertError(
+                    f"{pattern!r:.60} is not a regular expression ({error})"
+                ) from None
             if foreign := _NOT_ECMASCRIPT.search(pattern):
                 raise ConvertError(
-                    f"{pattern!r:.60} is no pattern of llama.cpp's, which are ECMAScript's: write "
-                    f"it without {foreign[1]!r}"
+                    f"llama.cpp's patterns have ECMAScript's syntax; write {pattern!r:.60} "
+                    f"without {foreign[1]!r}"
                 )
 
     @property
     def needs_imatrix(self) -> str | None:
-        """The type, of all that are asked for, that llama.cpp refuses without an importance matrix;
-        None: there is none such."""
+        """The first requested type that llama.cpp refuses without an importance matrix, or None."""
         if self.name.upper() in NEED_IMATRIX:
             return self.name
         types = (self.output_tensor_type, self.token_embedding_type)
@@ -137,13 +137,15 @@ def quantize_file(
     imatrix: Mapping[str, NDArray[np.float32]] | None = None,
     n_threads: int = 0,
 ) -> None:
-    """Quantises the GGUF `source` (llama_model_quantize); what is at `out` is not whole before the
-    end.  Cannot be interrupted: to stop it, run it in a process of its own.
+    """Quantises the GGUF `source` to `out` (llama_model_quantize).
 
-    imatrix: by tensor, the mean squares of what its columns are multiplied by.
+    `out` is incomplete until this returns.  It cannot be interrupted: run it in a process of its
+    own.
+
+    imatrix: for each tensor, the mean squares of the activations of its columns.
 
     Raises:
-        ConvertError: llama.cpp refused or failed; the message says why.
+        ConvertError: llama.cpp refuses or fails; the message says why.
     """
     lib = library()
     api = lib.api
@@ -152,7 +154,7 @@ def quantize_file(
     params.ftype = file_type(quantization.name)
     params.pure = quantization.pure
     params.quantize_output_tensor = not quantization.leave_output_tensor
-    params.allow_requantize = True  # a Q8_0 intermediate is what the user asked for
+    params.allow_requantize = True  # the user may choose a Q8_0 intermediate
     params.max_buf_size = MAX_BUFFER
     if quantization.output_tensor_type:
         params.output_tensor_type = tensor_type(quantization.output_tensor_type)
@@ -171,7 +173,7 @@ def quantize_file(
 
 
 def _imatrix_entries(api: Any, imatrix: Mapping[str, NDArray[np.float32]]) -> Any:
-    """Ends in an entry without a name; the arrays must outlive it."""
+    """An array that ends with an empty entry; `imatrix` must outlive it."""
     if not imatrix:
         return None
     floats = ctypes.POINTER(ctypes.c_float)
@@ -186,21 +188,21 @@ def _reason(messages: Sequence[str], name: str) -> str:
     text = next((line for line in reversed(messages) if "failed to quantize" in line), "")
     why = text.partition("failed to quantize:")[2].strip() or "llama.cpp does not say why"
     if "different from tensor size" in why:
-        return f"the importance matrix is another model's ({why}); make one: --imatrix auto"
+        return f"the importance matrix is for another model ({why}); pass --imatrix auto"
     if "Missing importance matrix for" in why:
-        return f"the importance matrix lacks a tensor ({why}); make one: --imatrix auto"
+        return f"the importance matrix lacks a tensor ({why}); pass --imatrix auto"
     if "imatrix" in why:
-        return f"{name} needs to know which weights matter; pass --imatrix auto, or a file"
+        return f"{name} needs an importance matrix; pass --imatrix auto, or a file"
     if "iostream" in why or "basic_ios" in why:
         return "the quantised model cannot be written; is the disk full?"
-    return f"it cannot be quantised to {name}: {why}"
+    return f"the model cannot be quantised to {name}: {why}"
 
 
-# -- what goes into products -----------------------------------------------------------------------
+# -- matrix products -------------------------------------------------------------------------------
 
 
 class _Tensor(ctypes.Structure):
-    """struct ggml_tensor; its size is compared with the library's."""
+    """struct ggml_tensor; `_base` compares its size with the library's."""
 
 
 _Tensor._fields_ = [
@@ -219,11 +221,11 @@ _Tensor._fields_ = [
     ("extra", ctypes.c_void_p),
     ("padding", ctypes.c_char * 8),
 ]
-_OBJECT_SIZE = 32  # struct ggml_object, which ggml_tensor_overhead() counts, too
+_OBJECT_SIZE = 32  # struct ggml_object, which ggml_tensor_overhead() includes
 
 
 class ProductObserver(Protocol):
-    """Hears of every product of a weight with activations that a pass computes."""
+    """A function that is called for every product of a weight with activations."""
 
     def __call__(
         self,
@@ -233,18 +235,20 @@ class ProductObserver(Protocol):
         n_expert: int,
         /,
     ) -> None:
-        """activations: [n_tokens, n_used or 1, row length]; experts: [n_tokens, n_used], or None
-        where the weight is one matrix."""
+        """
+        activations: [n_tokens, n_used or 1, row length].
+        experts: [n_tokens, n_used]; None if the weight has no experts.
+        """
         ...
 
 
 class ProductWatch:
-    """An eval callback for a context (`ModelOptions.watch`), which it must outlive.
+    """An eval callback for a context (`ModelOptions.watch`); it must outlive the context.
 
-    What the observer raises is kept in `failure`: llama.cpp's frames cannot be unwound.
+    `failure` keeps an exception of the observer: it cannot pass through llama.cpp's frames.
 
     Raises:
-        NativeLibraryError: the library's tensors are others than this module knows.
+        NativeLibraryError: the library's struct ggml_tensor differs from this module's.
     """
 
     def __init__(self, observer: ProductObserver) -> None:
@@ -255,7 +259,7 @@ class ProductWatch:
         self.callback = lib.api.ggml_backend_sched_eval_callback(self._on_node)
 
     def _on_node(self, address: int, ask: bool, _: object) -> bool:
-        """Asked before (`ask`) whether a node is wanted; called again after those were computed."""
+        """Called with `ask` to learn if a node is wanted; then again when it is computed."""
         try:
             op = self._base.ggml_op_desc(address)
             if self.failure or op not in (b"MUL_MAT", b"MUL_MAT_ID"):
@@ -278,7 +282,7 @@ class ProductWatch:
         return True
 
     def _fetch(self, tensor: _Tensor, kind: str) -> Any:
-        """A copy of a tensor of 4-byte numbers, in numpy's order of dimensions."""
+        """A copy of a tensor of 4-byte numbers, with numpy's order of dimensions."""
         import numpy as np
 
         size = self._base.ggml_nbytes(ctypes.byref(tensor))
@@ -289,12 +293,12 @@ class ProductWatch:
 
 @cache
 def _base(lib: Library) -> ctypes.CDLL:
-    """ggml-base, with the functions that look at tensors."""
+    """The library ggml-base with typed functions to read tensors."""
     base = lib._ggml("ggml-base")
     base.ggml_tensor_overhead.restype = ctypes.c_size_t
     if base.ggml_tensor_overhead() != ctypes.sizeof(_Tensor) + _OBJECT_SIZE:
         raise NativeLibraryError(
-            f"the tensors of the library in {lib.folder} are not as they should be; {REINSTALL}"
+            f"struct ggml_tensor of the library in {lib.folder} has another size; {REINSTALL}"
         )
     base.ggml_op_desc.restype, base.ggml_op_desc.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
     base.ggml_nbytes.restype, base.ggml_nbytes.argtypes = ctypes.c_size_t, [ctypes.c_void_p]

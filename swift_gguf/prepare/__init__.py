@@ -1,1 +1,1 @@
-"""Deriving a model's sidecar from the model itself: `swift-gguf prepare`."""
+"""Makes a model's sidecar from the model itself: `swift-gguf prepare`."""

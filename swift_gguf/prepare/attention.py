@@ -1,8 +1,8 @@
-"""Attention's matrices in fewer bits, for drafts of models that store them in many.
+"""Copies of the attention matrices with fewer bits, for drafts.
 
-FFNs narrowed and a small head leave a draft pass that consists of attention for two fifths and more
-(docs/lab/drafts.md), read as the model has it.  Its keys and values are the model's own all the
-same: what a draft adds to them is gone before the target's pass.
+With narrow FFNs and a small head, attention is at least two fifths of a draft pass
+(docs/lab/drafts.md).  The KV cache is still the model's own: the entries that a draft adds are
+removed before the target's pass.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from swift_gguf.prepare.weights import KindOf, Sidecar, Weights, bytes_each
 
 PARTS = ("q", "k", "v", "qkv", "output")
 WORTH_A_COPY = 0.6
-"""Of the original's bytes, at most: 4 bits for 8, but not for 6."""
+"""Maximum size of a copy relative to the original: 4 bits for 8 bits, but not for 6."""
 
 
 def copied(
     weights: Weights, layers: Iterable[int], kind_of: KindOf
 ) -> Iterator[tuple[str, GGMLQuantizationType]]:
-    """The matrices that drafts get a copy of, and its type."""
+    """The matrices that get a copy, and the type of the copy."""
     for layer in layers:
         for part in PARTS:
             name = f"blk.{layer}.attn_{part}"
@@ -37,6 +37,6 @@ def copied(
 def add_attention(
     sidecar: Sidecar, weights: Weights, layers: Iterable[int], kind_of: KindOf
 ) -> None:
-    """All copies."""
+    """Adds all copies to the sidecar."""
     for name, kind in copied(weights, layers, kind_of):
         sidecar.add_rows(name, weights, np.arange(weights.shape(name)[0]), kind)

@@ -1,8 +1,8 @@
-"""Text to calibrate on: what the model itself answers.
+"""Calibration text: the model's own answers.
 
-A draft pass has to guess the model's own tokens, so the activations that count are those of its own
-answers, not of text that people wrote.  Several answers to a prompt are drawn side by side, as the
-branches of a tree, since a pass over eight tokens costs far less than eight passes.
+A draft has to predict the model's own tokens, so the relevant activations are those of its own
+answers, not of other text.  Several answers to a prompt are drawn in parallel, as branches of a
+tree: a pass over eight tokens costs far less than eight passes.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 from swift_gguf.model import Model
 from swift_gguf.prepare.texts import Text
 
-N_ANSWERS = 8  # to a prompt, side by side
+N_ANSWERS = 8  # parallel answers to a prompt
 TEMPERATURE = 0.8
-CANDIDATES = 40  # likeliest tokens among which an answer's next one is drawn
+CANDIDATES = 40  # top-k of the draw
 
 
 def answer(
@@ -28,9 +28,9 @@ def answer(
     n_answers: int = N_ANSWERS,
     on_pass: Callable[[int], None] = lambda n: None,
 ) -> Text:
-    """Draws answers of at most `n_tokens` tokens each, and empties the context before and after.
+    """Draws answers of at most `n_tokens` tokens each.  Clears the context before and after.
 
-    on_pass: hears of every pass how many tokens it added.
+    on_pass: called after every pass with the number of tokens that it added.
     """
     model.clear()
     model.decode(prompt, exact=False)
@@ -65,9 +65,9 @@ def _draw(model: Model, row: int, rng: np.random.Generator) -> int:
 
 
 def replay(model: Model, text: Text) -> Iterator[tuple[int, int]]:
-    """Decodes the prompt and then each answer after it, every row computed down to the last layer.
+    """Decodes the prompt, and then each answer after it; all tokens get outputs.
 
-    Yields after each piece of one batch the number of its answer (-1: the prompt) and its length.
+    Yields, after each batch, the number of the answer (-1: the prompt) and the batch size.
     """
     model.clear()
     for number, tokens in enumerate([text.prompt, *text.answers], start=-1):

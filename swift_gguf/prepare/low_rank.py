@@ -1,13 +1,12 @@
-"""A linear path of low rank beside the neurons that are kept: most of what the others put out.
+"""A linear path of low rank beside the kept neurons: it replaces most of the others' output.
 
-However a neuron's activation bends, its best linear fit explains much of it, and thousands of
-neurons together need few directions.  By reduced-rank regression (Izenman 1975): fit the FFN's
-output by the kept neurons and the FFN's input, and keep the directions in which the input's part
-of the fit has most power.
+A linear fit explains much of each neuron's output, and thousands of neurons together need few
+directions.  The method is reduced-rank regression (Izenman 1975): fit the FFN's output by the kept
+neurons and the FFN's input, and keep the directions in which the input's part has most power.
 
-Such a path needs no operation of its own.  A gate that is held open passes its neuron on: silu,
-gelu and relu are the identity far to the right, so a neuron with a gate of weights 0 and bias
-`OPEN` puts out `OPEN` times its up projection.  The path is so many more neurons.
+The path is stored as additional neurons and needs no new operation.  silu, gelu and relu are the
+identity for large inputs.  So a neuron whose gate has weights 0 and bias `OPEN` outputs `OPEN`
+times its up projection.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ import numpy as np
 from swift_gguf.prepare.statistics import Floats, Normal, refit
 
 OPEN = 16.0
-"""silu(16) is 16 to one part in ten million; gelu and relu are exact."""
+"""silu(16) is 16 with a relative error of 1e-7; gelu and relu are exact."""
 
 
 def directions(
     problem: Normal, original: Floats, strength: float, rank: int
 ) -> tuple[Floats, Floats]:
-    """What the path reads of the FFN's input, and what it first puts out.
+    """The path's rows, and a first estimate of its columns.
 
-    problem: of k neurons and the d inputs after them.
-    original: [k, n_embd], the neurons' columns.
+    problem: with k neurons, followed by d inputs.
+    original: [k, n_embd], the neurons' down columns.
 
-    Returns rows [rank, d], each of unit power over the text, and their columns [rank, n_embd].
+    Returns rows [rank, d], each with unit power over the text, and columns [rank, n_embd].
     """
     k, n_embd = original.shape
     d = len(problem.gram) - 1 - k
@@ -45,7 +44,7 @@ def directions(
 
 
 def through(problem: Normal, rows: Floats, k: int) -> Normal:
-    """The same problem with the inputs, if any, seen through `rows` only: of k + rank."""
+    """The same problem with the inputs projected by `rows`: k + rank variables."""
 
     def seen(matrix: Floats) -> Floats:
         inputs = [rows @ matrix[k:-1]] if len(rows) else []

@@ -1,4 +1,4 @@
-"""Writes a narrow FFN: the rows of kept neurons, then those of the linear path, gates open."""
+"""Writes a narrow FFN: the rows of the kept neurons, then those of the linear path."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from swift_gguf.prepare.weights import KindOf, Sidecar, Weights
 
 
 def add_ffn(sidecar: Sidecar, weights: Weights, narrow: Narrow, kind_of: KindOf) -> None:
-    """All tensors of one narrow FFN."""
+    """Adds all tensors of one narrow FFN."""
     ffn, neurons = narrow.ffn, narrow.neurons
     path = narrow.fit.rows if narrow.fit else np.zeros((0, ffn.n_embd), np.float32)
     parts = [("up", ffn.rows(neurons), path, 0.0)]
@@ -31,7 +31,7 @@ def _add_bias(
     rows: NDArray[np.int64],
     more: NDArray[np.float64],
 ) -> None:
-    """What the model has of it, and more; nothing where neither is anything."""
+    """Adds the model's bias of `rows`, followed by `more`; nothing if there is neither."""
     has_bias = weights.has(name)
     if has_bias or more.any():
         own = weights.values(name).reshape(-1)[rows] if has_bias else np.zeros(len(rows))

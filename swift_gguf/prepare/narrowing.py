@@ -1,9 +1,9 @@
-"""Which neurons of an FFN are kept, and what they are made to put out.
+"""Chooses the neurons of a narrow FFN, and refits their down columns.
 
-A neuron's importance is the energy it adds to the FFN's output when neurons are taken to be
-independent: sum over tokens of its squared activation, times its squared down column.  The down
-columns of those kept are then refitted to the whole FFN's output (`statistics.refit`), beside a
-linear path of low rank (`low_rank`).
+A neuron's importance is the energy that it adds to the FFN's output if neurons are independent: the
+sum over tokens of its squared activation, times its squared down column.  The down columns of the
+kept neurons are refitted to the whole FFN's output (`statistics.refit`), together with a linear
+path of low rank (`low_rank`).
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from swift_gguf.prepare.low_rank import directions, through
 from swift_gguf.prepare.statistics import Energy, Normal, refit
 from swift_gguf.prepare.weights import Weights
 
-STRENGTHS = (0.1, 0.3, 1.0, 3.0)  # of the ridge; held-back text says which
+STRENGTHS = (0.1, 0.3, 1.0, 3.0)  # of the ridge; held-back text decides which one is used
 
 
 @dataclass(frozen=True)
 class Ffn:
-    """Names of one layer's tensors, and their shapes."""
+    """The names and shapes of one layer's FFN tensors."""
 
     layer: int
     n_ff: int
     n_embd: int
     has_gate: bool
     is_joined: bool
-    """Gate and up in one matrix, the gate's rows first."""
+    """Gate and up are one matrix; the gate's rows come first."""
 
     def name(self, part: str, suffix: str = "weight") -> str:
         return f"blk.{self.layer}.ffn_{part}.{suffix}"
 
     def rows(self, neurons: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The rows of `ffn_up` that these neurons have."""
+        """The rows of `ffn_up` that belong to these neurons."""
         return np.concatenate([neurons, neurons + self.n_ff]) if self.is_joined else neurons
 
 
@@ -60,7 +60,7 @@ def ffns_of(weights: Weights, n_layer: int) -> list[Ffn]:
 
 
 def most_important(weights: Weights, ffn: Ffn, energy: Energy, n_narrow: int) -> NDArray[np.int64]:
-    """[n_narrow], neurons in order of importance."""
+    """[n_narrow]: the most important neurons, most important first."""
     squares = energy.squares[ffn.layer]
     assert squares is not None  # the model ran
     columns = weights.values(ffn.name("down"))
@@ -70,32 +70,32 @@ def most_important(weights: Weights, ffn: Ffn, energy: Energy, n_narrow: int) ->
 
 @dataclass(frozen=True)
 class Fit:
-    """What stands for a whole FFN."""
+    """The fitted weights that replace a whole FFN."""
 
     rows: NDArray[np.float32]
-    """[rank, n_embd], of the linear path (`low_rank`); [0, n_embd]: there is none."""
+    """[rank, n_embd]: the rows of the linear path (`low_rank`); [0, n_embd] without a path."""
     columns: NDArray[np.float32]
-    """[k + rank + 1, n_embd]: of the kept neurons, of the path, and last a bias."""
+    """[k + rank + 1, n_embd]: the columns of the kept neurons, of the path, and a bias."""
 
     def error(self, problem: Normal) -> float:
-        """On other text, relative: |Y - A D|^2 / |Y|^2."""
+        """Relative error on other text: |Y - A D|^2 / |Y|^2."""
         k = len(self.columns) - 1 - len(self.rows)
         return through(problem, self.rows, k).error(self.columns)
 
 
 @dataclass(frozen=True)
 class Narrow:
-    """What is kept of an FFN."""
+    """A narrow FFN: the kept neurons and the fit."""
 
     ffn: Ffn
     neurons: NDArray[np.int64]
-    """[k], in the order they are stored in."""
+    """[k], in the order in which they are stored."""
     fit: Fit | None = None
-    """None: all neurons, as they are."""
+    """None: all neurons are kept, with their original columns."""
 
     @property
     def width(self) -> int:
-        """Neurons of the narrow FFN, those of the linear path included."""
+        """Number of neurons, including those of the linear path."""
         return len(self.neurons) + (len(self.fit.rows) if self.fit else 0)
 
 
@@ -107,10 +107,10 @@ def fit(
     rank: int = 0,
     stored: Callable[[NDArray[np.float32]], NDArray[np.float32]] = lambda rows: rows,
 ) -> Fit:
-    """Refits the kept neurons' columns, with a path of that rank beside them.
+    """Refits the kept neurons' columns, together with a linear path of the given rank.
 
-    problem: of the k neurons and, for a path, the FFN's inputs after them.
-    stored: what becomes of the path's rows when they are quantised; columns are fitted to that.
+    problem: with the k neurons and, for a path, the FFN's inputs after them.
+    stored: quantises and dequantises the path's rows; the columns are fitted to the result.
     """
     rows, start = np.zeros((0, original.shape[1]), np.float32), np.zeros_like(original[:0])
     if rank:
@@ -126,9 +126,9 @@ def best_strength(
     originals: dict[int, NDArray[np.float32]],
     ranks: Mapping[int, int],
 ) -> tuple[float, dict[float, float]]:
-    """The ridge that suits text it was not fitted to best, over the layers that were judged.
+    """Finds the ridge strength with the smallest error on held-back text of the judged layers.
 
-    Returns it, and the mean relative error by strength (0.0: the original columns).
+    Returns it, and the mean relative error of each strength (0.0: the original columns).
     """
 
     def error(strength: float, layer: int) -> float:

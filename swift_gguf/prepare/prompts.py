@@ -1,7 +1,7 @@
-"""What a model is asked when it is calibrated: some of everything people ask for.
+"""The calibration prompts: a mix of what people ask for.
 
-None of it is in `suite.BUILT_IN`: `tune` and `bench` ask that, and drafts that were fitted to the
-very answers they are measured on look better than they are.
+None of them is in `suite.BUILT_IN`, which `tune` and `bench` use: drafts that are measured on their
+own calibration text look better than they are.
 """
 
 PROMPTS = (

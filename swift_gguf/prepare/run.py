@@ -1,4 +1,4 @@
-"""The steps of `swift-gguf prepare`, each of which can be taken up again."""
+"""The steps of `swift-gguf prepare`."""
 
 from __future__ import annotations
 
@@ -29,73 +29,71 @@ from swift_gguf.prepare.statistics import Energy, NormalEquations, TokenMass
 from swift_gguf.prepare.texts import Text
 from swift_gguf.prepare.weights import BLOCK, Sidecar, Weights, as_stored, bytes_each
 
-HELD_BACK = 8  # one answer of so many is not fitted to
+HELD_BACK = 8  # one of this many answers is held back from the fit, to measure its error
 JUDGED_LAYERS = 4
 WEIGHED_TOKENS = 3000
-MAX_ACCUMULATED = 3 << 30  # bytes of normal equations held at once
+MAX_ACCUMULATED = 3 << 30  # bytes of normal equations in memory at once
 Report = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
-    """How a sidecar is derived.
+    """How to make a sidecar.
 
     Raises:
-        SwiftError: something is out of range.
+        SwiftError: a value is out of range.
     """
 
     width: float = 0.125
-    """Share of each FFN's neurons."""
+    """Share of each FFN's neurons to keep."""
     rank: int | None = None
-    """Of the linear path beside them; 0: there is none, None: a sixth of the model's width."""
+    """Rank of the linear path; 0: no path; None: a sixth of the embedding size."""
     n_head: int = 65536
-    """Tokens of the draft head; 0: drafts use the model's own."""
+    """Tokens of the draft head; 0: drafts use the model's own head."""
     attention: bool = True
-    """Copies of attention's matrices, where the model has them in far more bits."""
+    """Copy the attention matrices with fewer bits, if that makes them much smaller."""
     n_tokens: int = 12000
-    """Calibrated on."""
+    """Tokens of calibration text."""
     answer_tokens: int = 96
     kind: str = "Q4_0"
-    """ggml's name of the type that draft weights are stored in.  Four bits do, whatever the model
-    has, and of their types this one is multiplied fastest (docs/lab/drafts.md)."""
+    """ggml type of the draft weights.  Four bits are enough for all models, and Q4_0 is the fastest
+    four-bit type (docs/lab/drafts.md)."""
     seed: int = 1
 
     def __post_init__(self) -> None:
         if not 0 < self.width <= 1:
-            raise SwiftError(f"a width of {self.width}; give a share above 0, at most 1")
+            raise SwiftError(f"the width is {self.width}; give a share above 0, at most 1")
         if self.rank is not None and (self.rank < 0 or self.rank % 32):
-            raise SwiftError(f"a rank of {self.rank}; give a multiple of 32, or 0")
+            raise SwiftError(f"the rank is {self.rank}; give a multiple of 32, or 0")
         if self.n_head < 0 or self.n_tokens < 1 or self.answer_tokens < 1:
             raise SwiftError("the head, the calibration and its answers need positive sizes")
         _kind_named(self.kind)
 
 
 def narrow_width(n_ff: int, share: float) -> int:
-    """So many neurons, rounded to whole blocks."""
+    """The number of neurons for a share of `n_ff`, rounded to whole blocks."""
     block = BLOCK if n_ff % BLOCK == 0 and n_ff * share >= BLOCK else 32
     return min(n_ff, max(block, round(n_ff * share / block) * block))
 
 
 def share_at(layer: int, n_layer: int, width: float) -> float:
-    """The share of neurons kept at a depth, `width` on average where that is a quarter.
+    """The share of neurons to keep in a layer; for a width of 1/4, the mean is `width`.
 
-    What late layers put out goes to the logits almost at once, and nothing after them makes up for
-    an error: narrowing the last eight of 28 FFNs did as much harm as narrowing all the others
-    (docs/lab/drafts.md).
+    Late layers keep more: no later layer corrects their errors.  Narrowing the last eight of 28
+    FFNs costs as much as narrowing all the others (docs/lab/drafts.md).
     """
     depth = layer / max(1, n_layer - 1)
     return float(width ** (1.5 if depth < 0.57 else 1.0 if depth < 0.71 else 0.5))
 
 
 class Preparation:
-    """Derives the sidecar of a loaded model.
+    """Makes the sidecar of a loaded model.
 
-    prompts: token ids of what is asked for calibration.
-    texts: what an earlier run has answered already.
-    report: called with what is being done and the share of it that is done.
+    prompts: token ids of the calibration prompts.
+    report: called with the name of the step and the share of it that is done.
 
     Raises:
-        UnsupportedModelError: the model has no dense FFN, or could not draft.
+        UnsupportedModelError: the model has no dense FFN, or cannot draft.
     """
 
     def __init__(
@@ -116,7 +114,7 @@ class Preparation:
             )
         if model.rollback_refusal:
             raise UnsupportedModelError(
-                f"nothing to prepare for: {model.rollback_refusal}, so it cannot draft"
+                f"this model cannot use drafts, so a sidecar has no use: {model.rollback_refusal}"
             )
         self.weights = Weights(model.path)
         self.ffns = ffns_of(self.weights, model.n_layer)
@@ -125,29 +123,29 @@ class Preparation:
         if self.options.rank:
             self._check_rank(self.options.rank)
         self.errors: dict[float, float] = {}
-        """Relative error of the narrow FFNs on held-back text, by strength of the ridge."""
+        """Relative error of the narrow FFNs on held-back text, for each ridge strength."""
         self.strength = 0.0
 
     @property
     def error(self) -> float | None:
-        """Of what narrow FFNs put out on held-back text, relative; None: nothing was fitted."""
+        """Relative error of the narrow FFNs on held-back text; None if nothing was fitted."""
         return self.errors.get(self.strength)
 
     def _check_rank(self, rank: int) -> None:
         if not any(ffn.has_gate for ffn in self.ffns):
             raise UnsupportedModelError(
-                "this model's FFNs have no gate, so no linear path can be written; leave --rank out"
+                "this model's FFNs have no gate, so a linear path is not possible; leave out --rank"
             )
         if rank > (most := max(ffn.n_embd for ffn in self.ffns)):
-            raise SwiftError(f"a rank of {rank}, more than the model's width; give at most {most}")
+            raise SwiftError(f"the rank {rank} exceeds the embedding size; give at most {most}")
 
-    # -- what will be written ----------------------------------------------------------------------
+    # -- sizes and types ---------------------------------------------------------------------------
 
     def n_narrow(self, ffn: Ffn) -> int:
         return narrow_width(ffn.n_ff, share_at(ffn.layer, self.model.n_layer, self.options.width))
 
     def rank(self, ffn: Ffn) -> int:
-        """Of the linear path beside the neurons of this FFN."""
+        """The rank of this FFN's linear path."""
         k, wanted = self.n_narrow(ffn), self.options.rank
         block = BLOCK if k % BLOCK == 0 else 32
         rank = -(-ffn.n_embd // 6 // block) * block if wanted is None else wanted
@@ -162,18 +160,18 @@ class Preparation:
 
     @property
     def odd_columns(self) -> str | None:
-        """Which other type down columns get, and why, where they are too short for the others'."""
+        """A note if the down columns get another type because they do not fill whole blocks."""
         for ffn in self.ffns:
             k = self.n_narrow(ffn) + self.rank(ffn)
             whole, kind = self.kind_of(BLOCK), self.kind_of(k)
             if kind != whole:
                 block = GGML_QUANT_SIZES[whole][0]
-                return f"down columns in {kind.name}: {k} neurons and ranks, no multiple of {block}"
+                return f"down columns in {kind.name}: their length {k} is not a multiple of {block}"
         return None
 
     @property
     def expected_bytes(self) -> int:
-        """What the sidecar's weights will take, nearly."""
+        """Approximate size of the sidecar's weights."""
         total = 0.0
         for ffn in self.ffns:
             k = self.n_narrow(ffn) + self.rank(ffn)
@@ -200,7 +198,7 @@ class Preparation:
     # -- steps -------------------------------------------------------------------------------------
 
     def answers(self, texts: Sequence[Text] = ()) -> Iterator[Text]:
-        """Asks the model until there are tokens enough, beginning after `texts`."""
+        """Draws answers until there are enough tokens; continues after `texts`."""
         rng = np.random.default_rng([self.options.seed, len(texts)])
         done, wanted = sum(text.n_tokens for text in texts), self.options.n_tokens
         number = len(texts)
@@ -221,9 +219,9 @@ class Preparation:
             yield text
 
     def weigh(self, texts: Sequence[Text]) -> tuple[Energy, TokenMass]:
-        """How active each neuron is, and how likely each token."""
+        """Measures how active each neuron is, and how likely each token is."""
         energy, tokens = Energy(self.model.n_layer), TokenMass(self.model.n_vocab)
-        some, n_tokens = [], 0  # what matters shows soon
+        some, n_tokens = [], 0  # a part of the texts is enough
         for text in texts:
             some.append(text)
             n_tokens += text.n_tokens
@@ -238,10 +236,10 @@ class Preparation:
         return energy, tokens
 
     def fitted(self, texts: Sequence[Text], energy: Energy) -> Iterator[Narrow]:
-        """Each FFN's neurons, and their new down columns."""
+        """Yields each FFN's kept neurons with their new down columns."""
         less = [ffn for ffn in self.ffns if self.n_narrow(ffn) < ffn.n_ff]
         for ffn in self.ffns:
-            if ffn not in less:  # nothing is missing, nothing to be made up for
+            if ffn not in less:  # all neurons are kept, so nothing needs a fit
                 yield Narrow(ffn, np.arange(ffn.n_ff))
         groups = list(self._groups(less))
         for number, group in enumerate(groups):
@@ -297,7 +295,7 @@ class Preparation:
         return equations
 
     def _groups(self, ffns: Sequence[Ffn]) -> Iterator[list[Ffn]]:
-        """As many FFNs at a time as memory allows."""
+        """Groups of FFNs whose normal equations fit `MAX_ACCUMULATED`."""
         group: list[Ffn] = []
         size = 0
         for ffn in ffns:
@@ -312,7 +310,10 @@ class Preparation:
             yield group
 
     def head_tokens(self, tokens: TokenMass, texts: Sequence[Text]) -> NDArray[np.int64]:
-        """The tokens of the draft head, ascending: the likeliest, and all that end an answer."""
+        """The tokens of the draft head, ascending: the most likely ones.
+
+        End-of-generation tokens get additional weight.
+        """
         mass = tokens.mass.copy()
         for text in texts:
             for ids in (text.prompt, *text.answers):
@@ -321,7 +322,7 @@ class Preparation:
         return np.sort(np.argsort(-mass, kind="stable")[: self.options.n_head])
 
     def write(self, out: Path, texts: Sequence[Text]) -> int:
-        """All remaining steps.  Returns the size of the file's weights."""
+        """Runs all remaining steps.  Returns the size of the file's weights, in bytes."""
         sidecar = Sidecar(out)
         widths = [0] * self.model.n_layer
         energy, tokens = self.weigh(texts)

@@ -1,4 +1,4 @@
-"""What is counted while a model runs over its calibration text."""
+"""Statistics that are collected while the model decodes its calibration text."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ Floats = NDArray[np.float32]
 
 
 class Energy:
-    """Sum of squared activations of every neuron: how much each contributes, before its column."""
+    """The sum of squared activations of every neuron."""
 
     def __init__(self, n_layer: int) -> None:
         self.squares: list[NDArray[np.float64] | None] = [None] * n_layer
 
     def __call__(self, layer: int, inputs: Floats, activations: Floats, output: Floats) -> None:
-        """Counts one pass; see `Library.observe_ffn`."""
+        """Adds one pass; see `Library.observe_ffn`."""
         squares = np.einsum("ij,ij->j", activations, activations).astype(np.float64)
         known = self.squares[layer]
         self.squares[layer] = squares if known is None else known + squares
 
 
 class TokenMass:
-    """How often each token is to be expected: the sum of the model's own probabilities.
+    """How often each token is expected: the sum of the model's probabilities over positions.
 
-    Thousands of positions show most of a vocabulary's likely tokens, where counts of what was said
-    show a few hundred.
+    The probabilities at a few thousand positions cover most of the likely tokens; the drawn tokens
+    alone are only a few hundred different ones.
     """
 
     def __init__(self, n_vocab: int) -> None:
         self.mass = np.zeros(n_vocab, np.float64)
 
     def add(self, logits: Floats) -> None:
-        """One position: [n_vocab]."""
+        """Adds one position: logits [n_vocab]."""
         p = np.exp(logits - logits.max())
         self.mass += p / p.sum()
 
 
 @dataclass
 class Normal:
-    """A least-squares problem: which D makes A D nearest to Y, summed over tokens.
+    """A least-squares problem: find D that minimises |A D - Y|^2, summed over tokens.
 
-    A's last column is 1: what no neuron explains goes to a bias.
+    A's last column is 1, for a bias.
     """
 
     gram: Floats
@@ -59,7 +59,7 @@ class Normal:
         return cls(np.zeros((k + 1, k + 1), np.float32), np.zeros((k + 1, n_embd), np.float32))
 
     def add(self, activations: Floats, output: Floats) -> None:
-        """Tokens: [n, k] and [n, n_embd]."""
+        """Adds n tokens: [n, k] and [n, n_embd]."""
         a = np.hstack([activations, np.ones((len(activations), 1), np.float32)])
         self.gram += a.T @ a
         self.cross += a.T @ output
@@ -73,10 +73,10 @@ class Normal:
 
 
 class NormalEquations:
-    """Streams the normal equations of every layer against the whole FFN's output.
+    """Accumulates the normal equations of every layer, with the whole FFN's output as target.
 
-    What is observed is set aside, and counted by `settle`: numpy and ggml in turns, since their
-    threads would wait for each other.
+    Observed passes are stored, and `settle` adds them later: if numpy and ggml computed at the same
+    time, their threads would wait for each other.
     """
 
     def __init__(
@@ -87,9 +87,11 @@ class NormalEquations:
         *,
         with_inputs: frozenset[int] = frozenset(),
     ) -> None:
-        """kept: neurons by layer, whose activations explain the output; of the layers
-        `with_inputs` the FFN's own inputs do, too, after them.
-        judged: layers that held-back text is counted for."""
+        """
+        kept: for each layer, the neurons whose activations explain the output.
+        judged: the layers whose error is measured on held-back text.
+        with_inputs: the layers where the FFN's inputs explain the output, too, after the neurons.
+        """
         self._kept, self._with_inputs = kept, with_inputs
         self._seen: list[tuple[int, Floats, Floats]] = []
 
@@ -100,7 +102,7 @@ class NormalEquations:
         self.judged = {layer: empty(layer) for layer in judged}
 
     def __call__(self, layer: int, inputs: Floats, activations: Floats, output: Floats) -> None:
-        """Sets one pass aside; see `Library.observe_ffn`."""
+        """Stores one pass; see `Library.observe_ffn`."""
         if layer in self.fitted:
             known = activations[:, self._kept[layer]]
             if layer in self._with_inputs:
@@ -108,7 +110,7 @@ class NormalEquations:
             self._seen.append((layer, known, output.copy()))
 
     def settle(self, *, is_held_back: bool) -> None:
-        """Counts what was set aside."""
+        """Adds the stored passes to the equations."""
         into = self.judged if is_held_back else self.fitted
         for layer, known, output in self._seen:
             if layer in into:
@@ -121,7 +123,7 @@ def refit(problem: Normal, original: Floats, strength: float) -> Floats:
 
         D = argmin |Y - A D|^2 + strength * sum_j g_j |D_j - original_j|^2,   g = diag(A' A)
 
-    Each neuron is held by as much as its own activations weigh, so the strength has no unit.
+    The penalty of each neuron is scaled by its own activations, so the strength has no unit.
     Returns [k + 1, n_embd].
     """
     weight = strength * np.maximum(np.diag(problem.gram).astype(np.float64), 1e-12)

@@ -1,4 +1,4 @@
-"""Calibration text, and how it is kept between runs."""
+"""Calibration text, and the file that keeps it between runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from swift_gguf.gguf.identity import fingerprint, weights_digest
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """A prompt and what the model answered, in token ids."""
+    """A prompt and the model's answers, as token ids."""
 
     prompt: Sequence[int]
     answers: Sequence[Sequence[int]]
@@ -24,7 +24,7 @@ class Text:
 
 
 def texts_key(model: Path, prompts: Sequence[Sequence[int]], seed: int) -> str:
-    """Texts of one model, asked the same: others are not to be gone on with."""
+    """Identifies the model, the seed and the prompts: a run only continues texts with its key."""
     asked = json.dumps(
         [fingerprint(model), weights_digest(model), seed, [list(p) for p in prompts]]
     )
@@ -32,7 +32,7 @@ def texts_key(model: Path, prompts: Sequence[Sequence[int]], seed: int) -> str:
 
 
 def load_texts(path: Path, key: str) -> list[Text]:
-    """What `save_texts` wrote; nothing where that is not whole, or of something else."""
+    """The texts that `save_texts` wrote; empty if the file is damaged or has another key."""
     try:
         values = json.loads(path.read_text())
         if values["key"] != key:
@@ -49,7 +49,7 @@ def _ids(values: Sequence[object]) -> list[int]:
 
 
 def save_texts(path: Path, key: str, texts: Sequence[Text]) -> None:
-    """Keeps what was answered, for a run that goes on."""
+    """Saves the answers, so that an interrupted run can resume."""
     rows = [[list(text.prompt), [list(a) for a in text.answers]] for text in texts]
     part = path.with_name(path.name + ".part")
     try:

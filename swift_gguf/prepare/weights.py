@@ -1,4 +1,4 @@
-"""Reads a model's weights row by row, and writes those of a sidecar."""
+"""Reads a model's weights row by row, and writes a sidecar's weights."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from swift_gguf.native import library
 
 BLOCK = 256  # weights in a block of the k-quants
 KindOf = Callable[[int], GGMLQuantizationType]
-"""The type for draft weights in rows of a length."""
+"""Maps a row length to the type of the draft weights."""
 
 
 def bytes_each(kind: GGMLQuantizationType) -> float:
-    """Bytes a weight."""
+    """Bytes per weight."""
     n_block, n_bytes = GGML_QUANT_SIZES[kind]
     return float(n_bytes / n_block)
 
 
 class Weights:
-    """The tensors of a GGUF, mapped."""
+    """The memory-mapped tensors of a GGUF."""
 
     def __init__(self, path: Path) -> None:
         try:
             self._tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
-        except (ValueError, KeyError, IndexError) as error:  # of keys that llama.cpp leaves aside
+        except (ValueError, KeyError, IndexError) as error:  # in keys that llama.cpp ignores
             raise ModelError(
                 f"{path}: its metadata cannot be read ({error}); download or convert it again"
             ) from error
@@ -40,19 +40,19 @@ class Weights:
         return name in self._tensors
 
     def kind(self, name: str) -> GGMLQuantizationType:
-        """The type it is stored in."""
+        """The type of the stored tensor."""
         return self._tensors[name].tensor_type
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """In numpy's order: rows first."""
+        """The shape in numpy's order: rows first."""
         return tuple(int(n) for n in reversed(self._tensors[name].shape))
 
     def rows(self, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Some rows as they are stored: uint8 [n, bytes a row], or [n, length] of plain types."""
+        """Some rows as stored: uint8 [n, bytes per row], or [n, length] of a plain type."""
         return np.ascontiguousarray(self._tensors[name].data[rows])
 
     def values(self, name: str, rows: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
-        """All or some rows as numbers."""
+        """All rows, or some, dequantised to float32."""
         data = self._tensors[name].data
         stored = data if rows is None else data[rows]
         return np.asarray(dequantize(stored, self.kind(name)), np.float32)
@@ -66,12 +66,12 @@ def _stored(rows: NDArray[np.float32], kind: GGMLQuantizationType) -> NDArray[An
 
 
 def as_stored(rows: NDArray[np.float32], *, kind: GGMLQuantizationType) -> NDArray[np.float32]:
-    """What is left of numbers [n, length] that are quantised."""
+    """The rows [n, length] after quantising and dequantising them."""
     return np.asarray(dequantize(_stored(rows, kind), kind), np.float32)
 
 
 class Sidecar:
-    """A sidecar being written; nothing is under its name before `finish`."""
+    """Collects the tensors of a sidecar; `finish` writes the file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -87,8 +87,10 @@ class Sidecar:
         of: str | None = None,
         more: NDArray[np.float32] | None = None,
     ) -> None:
-        """Rows of the matrix `of` (default: of the same name), as they are stored if that is
-        of this type; and after them `more`."""
+        """Adds rows of the matrix `of` (default: `name`), followed by `more`.
+
+        Rows that already have the type `kind` are copied without loss.
+        """
         of = of or name
         if source.kind(of) == kind:
             stored = source.rows(of, rows)
@@ -99,11 +101,11 @@ class Sidecar:
         self._tensors.append((name, stored, kind))
 
     def add_values(self, name: str, rows: NDArray[np.float32], kind: GGMLQuantizationType) -> None:
-        """A matrix of numbers, quantised."""
+        """Adds a float matrix, quantised to `kind`."""
         self._tensors.append((name, _stored(rows, kind), kind))
 
     def add_array(self, name: str, values: NDArray[Any]) -> None:
-        """Numbers that are not weights, or a bias: in numpy's own type."""
+        """Adds a bias, or numbers that are not weights, in numpy's type."""
         self._tensors.append((name, values, None))
 
     @property
@@ -111,7 +113,7 @@ class Sidecar:
         return sum(data.nbytes for _, data, _ in self._tensors)
 
     def finish(self, model: Path, n_narrow: Sequence[int], n_head: int) -> None:
-        """Writes the file, whole or not at all."""
+        """Writes the file, completely or not at all."""
         part = self.path.with_name(self.path.name + ".part")
         writer = GGUFWriter(part, sidecar.ARCHITECTURE)
         writer.add_type("swift-sidecar")

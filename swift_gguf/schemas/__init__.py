@@ -1,5 +1,5 @@
-"""JSON Schema held while sampling: a schema becomes a mask over the vocabulary, token by token.
+"""JSON Schema during sampling: before each token, a mask rules out the tokens that do not fit.
 
-`constraint` says what an answer must be, `matching` holds it to that.  llguidance makes masks of
-schemas; what it cannot hold, or holds too loosely, `writing` says in other words or refuses.
+`constraint` compiles a schema, and `matching` applies it to an answer.  llguidance computes the
+masks.  `writing` translates what llguidance does not support or checks too loosely, or refuses it.
 """

@@ -1,4 +1,4 @@
-"""What an answer must be: JSON by a schema, or calls of tools; as a grammar for `matching`."""
+"""Grammars for `matching`: the answer must be JSON that fits a schema, or tool calls."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ if TYPE_CHECKING:
 
 
 MAX_LENGTH = 64 * 1024
-"""Characters of a schema as it is held: without annotations, and what no reference leads to."""
+"""Characters of a translated schema: without annotations and unused definitions."""
 MAX_LEVELS = 4096
-"""Of schemas in schemas, references followed."""
+"""Nested schemas, including those behind references."""
 WHITESPACE = r"( |\n[ \t]{0,20})"
-"""Once between any two parts: what people write, and no more, for some models would never stop."""
+"""Allowed once between two parts of JSON.  With more, some models write blanks without end."""
 BEGIN, END = "<tool_call>", "</tool_call>"
 
 MAX_LEXER_STATES = 50_000
-"""Of one answer, a kilobyte or two each."""
+"""For one answer; each state takes one or two kilobytes."""
 _STACK_EACH = 16
-"""Kilobytes of stack a level: llguidance recurses."""
+"""Kilobytes of stack per level: llguidance recurses."""
 _SEARCH_S = 1.5
-"""Seconds to find out what it is that cannot be held."""
+"""Seconds to find the keyword that is not supported."""
 _SHORT_ESCAPES = 'nrbtf\\"'
 
 
 @dataclass(frozen=True)
 class Constraint:
-    """What an answer must be.  Stands where llama_cpp takes a `LlamaGrammar`."""
+    """A compiled schema.  It is passed where llama_cpp takes a `LlamaGrammar`."""
 
     grammar: str
-    """Of llguidance."""
+    """llguidance's grammar."""
     levels: int
-    """How deep llguidance may recurse, to make a matcher of it."""
+    """How deep llguidance may recurse to make a matcher from it."""
 
 
 @dataclass(frozen=True)
 class Tool:
-    """What may be called."""
+    """A tool that the model may call."""
 
     name: str
     parameters: Any
@@ -60,8 +60,8 @@ def json_by(schema: Any) -> Constraint:
     """JSON that fits a schema.
 
     Raises:
-        SchemaError: it is none, or asks for what cannot be held; the message names place and
-            keyword.
+        SchemaError: the schema is not valid, or a keyword is not supported; the message names the
+            place and the keyword.
     """
     return _constraint([_held(schema)], "start: %json {0}")
 
@@ -79,7 +79,7 @@ def call_of(tools: Sequence[Tool]) -> Constraint:
     """``{"name": ..., "arguments": ...}``, a call of one of the tools.
 
     Raises:
-        SchemaError: as `json_by`, of a tool's parameters.
+        SchemaError: as `json_by`, for a tool's parameters.
     """
     return _constraint([_calls(tools)], "start: %json {0}")
 
@@ -98,7 +98,7 @@ def answer_or_calls(schema: Any, tools: Sequence[Tool]) -> Constraint:
 
 
 def _calls(tools: Sequence[Tool]) -> Written:
-    """One schema of a call of any of the tools; each tool's references are its own."""
+    """One schema for a call of any tool; each tool has definitions of its own."""
     calls: list[Any] = []
     definitions: dict[str, Any] = {}
     has_controls = False
@@ -125,8 +125,10 @@ def _parameters(tool: Tool, *, prefix: str = "") -> Written:
 
 
 def _of_object(parameters: Any) -> Any:
-    """Arguments are an object, also where a tool forgets to say so; a tool that says nothing of
-    them has none, as OpenAI has it."""
+    """The schema of a tool's arguments, which are always an object.
+
+    A tool without `parameters` has no arguments, as in OpenAI's API.
+    """
     if parameters is None:
         return {"type": "object", "properties": {}}
     if parameters is True:
@@ -135,15 +137,15 @@ def _of_object(parameters: Any) -> Any:
         return parameters
     kinds = parameters.get("type")
     if kinds is not None and "object" not in (kinds if isinstance(kinds, list) else [kinds]):
-        raise refused((), "type", "of parameters must be object")
+        raise refused((), "type", "of the parameters must be object")
     return {**parameters, "type": "object"}
 
 
 def _held(root: Any, *, prefix: str = "") -> Written:
-    """The schema as it is held.
+    """The schema translated for llguidance.
 
-    Branches of an `anyOf` that cannot be held are left out while others remain: every answer fits
-    nevertheless.
+    Branches of an `anyOf` that are not supported are dropped while others remain: every answer
+    still fits the schema.
     """
     document, without = Document(root), frozenset[Path]()
     search = _Search(document)
@@ -155,7 +157,7 @@ def _held(root: Any, *, prefix: str = "") -> Written:
             if complaint := _complaint(written):
                 raise search.located(complaint, without)
             if not can_end(written):
-                raise SchemaError("no value fits the schema: none has an end")
+                raise SchemaError("no value fits the schema: it would have to be endless")
             return written
         except SchemaError as error:
             branch = _dispensable(document, error.path, without, referrers)
@@ -168,17 +170,17 @@ def _limit(written: Written) -> None:
     length = len(_text(written))
     if length > MAX_LENGTH:
         raise SchemaError(
-            f"the schema is too long: {length} characters that limit the answer, of at most "
-            f"{MAX_LENGTH}; make it smaller"
+            f"the schema is too long: {length} characters without annotations, at most "
+            f"{MAX_LENGTH} are allowed; make it smaller"
         )
     if _levels(written) > MAX_LEVELS:
-        raise SchemaError("the schema is nested too deep through its references; make it flatter")
+        raise SchemaError("the schema's references are nested too deep; make it flatter")
 
 
 def _dispensable(
     document: Document, path: Path, without: frozenset[Path], referrers: dict[Path, Path]
 ) -> Path | None:
-    """The branch of a union that is the schema at `path`, if others remain that are not null."""
+    """The branch of a union that contains `path`, if another branch remains that is not null."""
     seen = set()
     while path not in seen:
         seen.add(path)
@@ -202,11 +204,11 @@ def _is_null(schema: Any) -> bool:
     )
 
 
-# -- what it is that cannot be held ----------------------------------------------------------------
+# -- finding what is not supported -----------------------------------------------------------------
 
 
 class _Search:
-    """Looks for the smallest part of a schema that llguidance does not hold."""
+    """Looks for the smallest part of a schema that llguidance does not support."""
 
     def __init__(self, document: Document) -> None:
         self._document, self._end = document, time.monotonic() + _SEARCH_S
@@ -216,7 +218,7 @@ class _Search:
         return time.monotonic() > self._end
 
     def located(self, complaint: str, without: frozenset[Path]) -> SchemaError:
-        """The error that names place and keyword, of a schema that is complained about."""
+        """The error for llguidance's `complaint`, with the place and the keyword."""
         path: Path = ()
         seen = {path}
         is_empty = _is_unsatisfiable(complaint)
@@ -226,7 +228,7 @@ class _Search:
                     continue
                 seen.add(child)
                 found = self._complaint(child, without)
-                # that an optional property can have no value is no complaint of the whole
+                # an optional property without a possible value is not an error of the whole schema
                 if found and (is_empty or not _is_unsatisfiable(found)):
                     path, complaint = child, found
                     break
@@ -240,7 +242,7 @@ class _Search:
         return refused(path, keyword, why)
 
     def _keyword(self, path: Path, without: frozenset[Path]) -> str | None:
-        """The keyword without which the schema would be held."""
+        """The keyword without which llguidance would accept the schema."""
         schema = self._document.at(path)
         for keyword in sorted(schema, key="type".__eq__) if isinstance(schema, dict) else ():
             if keyword not in HELD or self.is_late:
@@ -272,10 +274,10 @@ class _Search:
 
 
 def _complaint(written: Written) -> str:
-    """What llguidance says against a schema; empty if it holds it."""
+    """llguidance's error for a schema; empty if it accepts it."""
     matcher = compiled(_grammar([written], "start: %json {0}"), _bytes(), _levels(written))
     if not matcher.is_error():
-        matcher.compute_bitmask()  # some grammars without a text show only here
+        matcher.compute_bitmask()  # some grammars that match no text fail only here
     return str(matcher.get_error()) if matcher.is_error() else ""
 
 
@@ -285,11 +287,11 @@ def _is_unsatisfiable(complaint: str) -> bool:
 
 def _why(complaint: str) -> str:
     if _is_unsatisfiable(complaint):
-        return "leaves no value that fits"
+        return "allows no value"
     lines = complaint.splitlines()
     said = next((line for line in lines if line.startswith("error: ")), lines[0])
     said = re.sub(r"^.*failed to compile JSON schema: |^error: ", "", said)[:160]
-    return f"cannot be held ({said}); leave it out"
+    return f"is not supported ({said}); leave it out"
 
 
 # -- grammars --------------------------------------------------------------------------------------
@@ -298,7 +300,7 @@ def _why(complaint: str) -> str:
 def _constraint(parts: Sequence[Written], rules: str) -> Constraint:
     levels = sum(map(_levels, parts))
     if levels > MAX_LEVELS:
-        raise SchemaError("the schemas are nested too deep through their references")
+        raise SchemaError("the schemas' references are nested too deep; make them flatter")
     return Constraint(_grammar(parts, rules), levels)
 
 
@@ -306,7 +308,7 @@ def _grammar(parts: Sequence[Written], rules: str) -> str:
     """In llguidance's dialect of Lark."""
     escapes = _SHORT_ESCAPES
     if any(part.has_controls for part in parts):
-        # without it, names of properties have one spelling, so that none can be said twice
+        # without \u, a property name has only one spelling and cannot occur twice
         escapes += "u"
     options = {"whitespace_pattern": WHITESPACE, "json_allowed_escapes": escapes}
     texts = [_text(part, {"x-guidance": options}) for part in parts]
@@ -323,7 +325,7 @@ def _text(written: Written, more: dict[str, Any] | None = None) -> str:
 
 
 def _levels(written: Written) -> int:
-    """How deep llguidance may recurse at most: into schemas, along properties."""
+    """The deepest recursion of llguidance: into schemas, and along properties."""
 
     def depth(value: Any) -> int:
         if not isinstance(value, (dict, list)):
@@ -346,7 +348,7 @@ def compiled(grammar: str, tokenizer: LLTokenizer, levels: int) -> LLMatcher:
 
 @cache
 def _bytes() -> LLTokenizer:
-    """A vocabulary of bytes: what is held does not depend on the model's."""
+    """A vocabulary of bytes: whether a schema is supported does not depend on the model."""
     from llguidance import LLTokenizer
 
     return LLTokenizer("byte")

@@ -1,7 +1,6 @@
-"""Can one value fit two schemas?  What `oneOf` forbids, and grammars cannot see for themselves.
+"""Proves that no value fits two schemas.  `oneOf` needs this, and a grammar cannot check it.
 
-A proof, not a decision: `True` is certain, `False` only means that nothing was found that keeps the
-two apart.
+`True` is certain; `False` only means that no proof was found.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ MAX_NAMES = 16
 
 @dataclass(frozen=True)
 class Shape:
-    """What is certain of all values that fit a schema."""
+    """What is certain about all values that fit a schema."""
 
     types: frozenset[str] = ALL
     values: tuple[object, ...] | None = None
-    """As `key` has them, in order; None: any of the types."""
+    """The possible values as `key` returns them, in order; None: any value of the types."""
     required: frozenset[str] = frozenset()
     properties: dict[str, tuple[Path, ...]] = field(default_factory=dict)
     closed: bool = False
-    """May an object have no other properties?"""
+    """True if an object may have no other properties."""
 
     def joined(self, other: Shape) -> Shape:
-        """Of what fits both."""
+        """The shape of values that fit both."""
         values = self.values if other.values is None else other.values
         if self.values is not None and other.values is not None:
             values = tuple(v for v in self.values if v in other.values)
@@ -72,7 +71,7 @@ def type_of(value: Any) -> str:
 
 
 class Prover:
-    """Proofs about schemas of one document, with an end to the work they take."""
+    """Proofs about the schemas of one document, with a limit on the number of steps."""
 
     def __init__(self, document: Document) -> None:
         self._document = document
@@ -88,10 +87,10 @@ class Prover:
         closes: bool = False,
         depth: int = 6,
     ) -> bool:
-        """Does no value fit both?
+        """True if certainly no value fits both.
 
-        types: only values of these are meant.
-        closes: of the first, only objects without other properties than it names are meant.
+        types: consider only values of these types.
+        closes: for `a`, consider only objects without properties that it does not name.
         """
         self._steps += 1
         if self._steps > MAX_STEPS or depth == 0:
@@ -104,9 +103,10 @@ class Prover:
         return all(self._apart(one, other, types, depth) for one in ours for other in theirs)
 
     def are_told_apart(self, places: list[Path], types: frozenset[str]) -> bool:
-        """Has each of the schemas values of its own, or all objects of each a property with such?
+        """True if all the schemas are disjoint because they list different values.
 
-        What `is_disjoint` finds out of each pair, for many.
+        The values may also be those of a property that all of them require.  This is a fast form of
+        `is_disjoint` for many schemas.
         """
         shapes = [found[0] for found in map(self.shapes, places) if found and len(found) == 1]
         if len(shapes) < len(places):
@@ -136,7 +136,7 @@ class Prover:
     def _objects_apart(self, a: Shape, b: Shape, depth: int) -> bool:
         for name in sorted(a.required | b.required):
             ours, theirs = a.properties.get(name, ()), b.properties.get(name, ())
-            # what is required of a closed object may be there, and makes it impossible
+            # a closed object that requires a property without naming it allows any value of it
             if (a.closed and not ours and name not in a.required) or (
                 b.closed and not theirs and name not in b.required
             ):
@@ -146,7 +146,7 @@ class Prover:
         return False
 
     def shapes(self, path: Path) -> list[Shape] | None:
-        """Of the alternatives that a schema leaves; None if they are too many."""
+        """The shapes of a schema's alternatives; None if there are too many."""
         if path not in self._shapes:
             self._shapes[path] = self._find_shapes(path, frozenset())
         return self._shapes[path]
@@ -191,7 +191,7 @@ class Prover:
         )
 
     def values(self, path: Path) -> list[Any] | None:
-        """All values that fit a schema, in its order, if it lists them."""
+        """All values that fit a schema, in its order; None if it does not list them."""
         shapes = self.shapes(path)
         if shapes is None:
             return None
@@ -220,7 +220,7 @@ def _are_distinct(lists: list[tuple[object, ...] | None]) -> bool:
 
 
 def _value(v: object) -> Any:
-    """The value that a key was made of."""
+    """The value that `key` made a key from."""
     assert isinstance(v, tuple)
     if v[0] == "array":
         return [_value(item) for item in v[1:]]
@@ -241,7 +241,7 @@ def _types(shape: Shape) -> frozenset[str]:
 
 
 def declared(types: Any) -> frozenset[str]:
-    """Of `ALL`, what a ``type`` says."""
+    """The members of `ALL` that a ``type`` allows."""
     if types is None:
         return ALL
     names: Iterable[Any] = types if isinstance(types, list) else [types]

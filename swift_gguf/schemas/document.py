@@ -1,4 +1,4 @@
-"""A JSON schema as a document: its places, and which of them a reference names."""
+"""A JSON schema as a document: the places in it, and the targets of references."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from urllib.parse import unquote, urldefrag, urljoin
 from swift_gguf.errors import SchemaError
 
 MAX_DEPTH = 64
-"""Of brackets in a schema."""
+"""Maximum nesting of objects and lists in a schema."""
 ROOT = "http://schema/"
-"""The base of references in a document that does not name itself."""
+"""The base of references in a document without `$id`."""
 
 Path = tuple[str | int, ...]
 """Keys and indices that lead from the root of a document to a place in it."""
 
 VALUES = frozenset(("const", "enum", "default", "examples", "example"))
-"""Keywords that hold any JSON, in which nothing is a schema."""
+"""Keywords whose value is arbitrary JSON, not a schema."""
 _PLAIN = re.compile(r"[A-Za-z_$][\w$-]*", re.ASCII)
 
 
 class Document:
-    """One schema with everything it refers to.
+    """A schema with everything that it refers to.
 
     Raises:
         SchemaError: it is nested too deep.
@@ -35,17 +35,17 @@ class Document:
         _limit_depth(root)
 
     def at(self, path: Path) -> Any:
-        """What is at a place."""
+        """The value at a place."""
         value = self.root
         for step in path:
             value = value[step]
         return value
 
     def resolve(self, path: Path, reference: Any) -> Path:
-        """The place that a reference names, which stands in the schema at `path`.
+        """The target of a reference in the schema at `path`.
 
         Raises:
-            SchemaError: there is none in this document.
+            SchemaError: it is not in this document.
         """
         if not isinstance(reference, str):
             raise refused(path, "$ref", "must be a text")
@@ -53,7 +53,7 @@ class Document:
         resources, anchors = self._names
         start = resources.get(url)
         if start is None:
-            raise refused(path, "$ref", f"{_short(reference)} is another document: put it in $defs")
+            raise refused(path, "$ref", f"{_short(reference)} is another document; put it in $defs")
         if fragment and not fragment.startswith("/"):
             found = anchors.get((url, unquote(fragment)))
         else:
@@ -106,13 +106,13 @@ class Document:
         return resources, anchors
 
 
-def refused(path: Path, keyword: str, why: str = "cannot be held; leave it out") -> SchemaError:
-    """The error that names a place and the keyword there."""
+def refused(path: Path, keyword: str, why: str = "is not supported; leave it out") -> SchemaError:
+    """An error that names a place and the keyword there."""
     return SchemaError(": ".join(filter(None, (shown(path), f"{keyword} {why}"))), path=path)
 
 
 def shown(path: Path) -> str:
-    """A place as people write it: ``properties.tags.anyOf[1]``; empty for the root."""
+    """A place as text: ``properties.tags.anyOf[1]``; empty for the root."""
     text = ""
     for step in path:
         if isinstance(step, int):
@@ -129,11 +129,11 @@ def _short(text: str) -> str:
 
 
 def _join(base: str, reference: str) -> str:
-    if reference.startswith("#"):  # of names that are no address, too
+    if reference.startswith("#"):  # also if the base is not a URL
         return urldefrag(base).url + reference
     try:
         return urljoin(base, reference)
-    except ValueError:  # no address
+    except ValueError:  # not a URL
         return reference
 
 

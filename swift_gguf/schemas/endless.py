@@ -1,4 +1,4 @@
-"""Schemas that no finite value fits: a node that must have a next one, without end."""
+"""Detects schemas that no finite value fits, such as a node that must have a next node."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from swift_gguf.schemas.writing import Written
 
 
 def can_end(written: Written) -> bool:
-    """Is there a finite value, as far as objects, arrays and references decide that?"""
+    """True if a finite value can fit; looks only at objects, arrays and references."""
     ending: set[str] = set()
     while True:
         found = {n for n, s in written.definitions.items() if n in ending or _ends(s, ending)}
@@ -28,7 +28,7 @@ def _ends(schema: Any, ending: set[str]) -> bool:
         return False
     if schema.get("type") == "object":
         properties, others = schema.get("properties", {}), schema.get("additionalProperties", True)
-        # which pattern a name matches is llguidance's to say: here it may be any
+        # llguidance decides which pattern a name matches; here it may be any of them
         unnamed = [*schema.get("patternProperties", {}).values(), others]
         return all(
             any(_ends(value, ending) for value in ([properties[n]] if n in properties else unnamed))

@@ -1,4 +1,4 @@
-"""Answers held to a constraint: before each token is drawn, those that do not fit are ruled out."""
+"""Applies a constraint to an answer: rules out the tokens that do not fit before each draw."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 MAX_COMPILED = 16
-"""Constraints that a vocabulary keeps compiled."""
+"""Compiled constraints that a vocabulary keeps."""
 _MARK = b"\xff"
-"""Of tokens that are no text, for llguidance; no UTF-8 has this byte."""
+"""Prefix that tells llguidance that a token is not text; UTF-8 never has this byte."""
 
 
 class Vocabulary:
-    """What the tokens of a model stand for.
+    """The texts of a model's tokens.
 
-    pieces: the bytes of every token; empty for what is no text.
+    pieces: the bytes of every token; empty if it is not text.
     ends: the tokens that end an answer.
     """
 
@@ -36,14 +36,14 @@ class Vocabulary:
 
     @classmethod
     def of(cls, vocab: Any) -> Vocabulary:
-        """Of llama.cpp's ``llama_vocab``; takes a second for 150,000 tokens, so keep it."""
+        """From llama.cpp's ``llama_vocab``.  Takes a second for 150,000 tokens: keep the result."""
         return cls(*library().pieces(vocab))
 
     def matcher(self, constraint: Constraint) -> Matcher:
-        """Of an answer that begins now.
+        """A matcher for a new answer.
 
         Raises:
-            GrammarError: it takes too much with this vocabulary.
+            GrammarError: the constraint is too complex for this vocabulary.
         """
         found = self._compiled.pop(constraint, None)
         if found is None:
@@ -62,13 +62,13 @@ class Vocabulary:
         marked = [piece or b"%b%d" % (_MARK, i) for i, piece in enumerate(self._pieces)]
         for end in self._ends:
             marked[end] = b"%b%d" % (_MARK, end)
-        # without slices it is there in half the time, and a mask takes a tenth of a millisecond
+        # without slices, this takes half the time, and a mask still takes only 0.1 ms
         tokens: Any = _Tokens(marked, self._ends)
         return LLTokenizer(tokens, eos_token=self._ends or None, slices=[])
 
 
 class _Tokens:
-    """A tokenizer, as llguidance asks for one."""
+    """A tokenizer with the attributes that llguidance needs."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
@@ -82,17 +82,17 @@ class _Tokens:
 
 
 class Matcher:
-    """Where an answer is in what it must be."""
+    """The state of one answer under a constraint."""
 
     def __init__(self, matcher: LLMatcher, n_vocab: int) -> None:
         self._matcher, self._n_vocab = matcher, n_vocab
-        self._mask: NDArray[np.bool_] | None = None  # of the next token, once it is asked for
+        self._mask: NDArray[np.bool_] | None = None  # for the next token; None until computed
 
     def mask(self) -> NDArray[np.bool_]:
-        """Which tokens fit now: [n_vocab].
+        """The tokens that may come next: [n_vocab].
 
         Raises:
-            GrammarError: to find out takes too much.
+            GrammarError: the schema is too complex.
         """
         bits = self._matcher.compute_bitmask()
         if self._matcher.is_error():
@@ -107,15 +107,15 @@ class Matcher:
         logits: [n_vocab].
 
         Raises:
-            GrammarError: to find out takes too much.
+            GrammarError: the schema is too complex.
         """
         logits[: self._n_vocab][~self.mask()] = -np.inf
 
     def accept(self, token: int) -> None:
-        """Goes on by a token.
+        """Appends a token to the answer.
 
         Raises:
-            GrammarError: it does not fit, or to go on takes too much.
+            GrammarError: the token does not fit, or the schema is too complex.
         """
         fitted, self._mask = self._mask is not None and self._mask[token], None
         if not self._matcher.consume_token(token):
@@ -124,10 +124,10 @@ class Matcher:
             raise GrammarError(f"token {token} does not fit the schema here")
 
     def fork(self) -> Matcher:
-        """A matcher that goes on from here on its own."""
+        """An independent copy of the matcher in this state."""
         return Matcher(self._matcher.deep_copy(), self._n_vocab)
 
 
 def _too_much(matcher: Any) -> str:
     said = matcher.get_error().splitlines()[0][:160]
-    return f"the schema takes too much to hold ({said}); make its patterns and unions simpler"
+    return f"the schema is too complex ({said}); make its patterns and unions simpler"

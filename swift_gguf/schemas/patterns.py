@@ -1,7 +1,7 @@
-"""Regular expressions of JSON Schema (ECMA-262) in the dialect of llguidance (Rust's).
+"""Translates regular expressions of JSON Schema (ECMA-262) to llguidance's dialect (Rust's).
 
-Where dialects that validators use disagree about a character (Python's ``\\d`` has digits of every
-script, ECMAScript's has ten), what is written matches only what all of them match.
+Validators use different dialects: Python's ``\\d`` matches the digits of every script, ECMAScript's
+only ten.  The translated pattern matches only what all of them match.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 
 _NARROW = {"d": "0-9", "w": "0-9A-Za-z_", "s": r" \t\n\r\f\v"}
 _WIDE = {"d": r"\p{Nd}", "w": r"\p{L}\p{M}\p{N}\p{Pc}", "s": r"\s\x1c-\x1f\x{85}\x{feff}"}
-"""What all dialects, and what any of them, take for a digit, a letter of a word, a blank."""
+"""Digits, word characters and blanks: those of all dialects, and those of any dialect."""
 _TOKEN = re.compile(
     r"""\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}
     | \\[pP]\{[^}]*\} | \\u\{[0-9a-fA-F]+\} | \\u[0-9a-fA-F]{4} | \\x[0-9a-fA-F]{2} | \\c[A-Za-z]
@@ -19,7 +19,7 @@ _TOKEN = re.compile(
 )
 _COUNT = re.compile(r"\{[0-9]+(,[0-9]*)?\}")
 _META = frozenset(r"\.+*?()|[]{}^$#&-~")
-"""Characters that a backslash makes plain in Rust's dialect, where ``\\<`` is a word's boundary."""
+"""Characters that a backslash makes literal in Rust's dialect (``\\<`` is a word boundary)."""
 
 _YEAR = "(?:[0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)"
 _LEAP = (
@@ -40,19 +40,19 @@ FORMATS = {
     "date-time": f"^{_DATE}T{_TIME}$",
     "uuid": f"^{_HEX}{{8}}(?:-{_HEX}{{4}}){{3}}-{_HEX}{{12}}$",
 }
-"""Formats as patterns: what clients parse, where llguidance knows February 29 in every year."""
+"""Formats as patterns that clients can parse; llguidance's own allow February 29 in every year."""
 KNOWN_FORMATS = frozenset(("duration", "email", "hostname", "ipv4", "ipv6", "uri"))
-"""Further formats that llguidance holds; others are annotations, as the specification has it."""
+"""Other formats that llguidance checks; the rest are annotations, as in the specification."""
 
 
 def to_rust(pattern: str) -> str:
-    """A pattern that matches the same texts, or fewer, in Rust's dialect.
+    """A pattern in Rust's dialect that matches the same texts, or fewer.
 
-    What it cannot read stays as it is, for llguidance to refuse.
+    Unknown syntax stays as it is, and llguidance refuses it.
 
     Raises:
-        ValueError: a look-around, a word's boundary or a reference to a group, which no automaton
-            has.
+        ValueError: it has a look-around, a word boundary or a reference to a group, which no
+            automaton can match.
     """
     out: list[str] = []
     opened = ""  # "[" or "[^" inside a class
@@ -69,7 +69,7 @@ def to_rust(pattern: str) -> str:
             out.append(token)
         elif opened:
             if token in "[&~" or (token == "-" and out[-1] == "-"):
-                token = f"\\{token}"  # a class in a class, or an operation on classes, in Rust
+                token = f"\\{token}"  # in Rust, these begin a nested class or a set operation
             elif token == "]" and out[-1] != opened:
                 opened = ""
             out.append(token)
@@ -91,12 +91,12 @@ def _escape(token: str, opened: str) -> str:
     if kind.lower() in _NARROW:
         is_positive = kind.islower()
         characters = (_NARROW if is_positive != (opened == "[^") else _WIDE)[kind.lower()]
-        return f"[{'' if is_positive else '^'}{characters}]"  # in a class, too: it is Rust's
+        return f"[{'' if is_positive else '^'}{characters}]"  # Rust allows nested classes
     if kind in "pP" or rest.startswith("{"):
         return token
     if kind in "ux" and rest:
         code = int(rest[:4], 16)
-        if len(rest) > 4:  # two halves of a pair
+        if len(rest) > 4:  # a surrogate pair
             code = 0x10000 + ((code & 0x3FF) << 10) + (int(rest[6:], 16) & 0x3FF)
         return f"\\x{{{code:x}}}"
     if kind == "c" and rest:
@@ -106,7 +106,7 @@ def _escape(token: str, opened: str) -> str:
     if kind == "b" and opened:
         return r"\x{8}"
     if kind in "bBk" or kind in "123456789":
-        raise ValueError("a word's boundary" if kind in "bB" else "a reference to a group")
+        raise ValueError("a word boundary" if kind in "bB" else "a reference to a group")
     if kind == "Z":  # Python's name for the end
         return "$"
     if kind.isalnum():

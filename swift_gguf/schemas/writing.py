@@ -1,8 +1,8 @@
-"""A JSON schema in the words that llguidance holds, or an error that names what it cannot hold.
+"""Translates a JSON schema to the keywords that llguidance supports, or names what is unsupported.
 
-Every answer that fits what is written fits the schema; not always the other way round: where an
-object does not say whether it may have further properties, it gets none, and a number of 500 digits
-is nobody's.  Annotations are left out, references lead to numbered definitions.
+Every answer that fits the translation fits the schema.  The reverse is not always true: an object
+that does not mention further properties gets none, and numbers have limited lengths.  Annotations
+are dropped, and references point to numbered definitions.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from swift_gguf.schemas.keywords import EXCLUSIVE, PLAIN, STEP, as_list, is_whol
 from swift_gguf.schemas.patterns import FORMATS, KNOWN_FORMATS
 
 IN_PLACE = frozenset(("allOf", "anyOf", "oneOf", "$ref"))
-"""Keywords whose schemas are about the very same value."""
+"""Keywords whose schemas apply to the same value."""
 NEVER = (
     "not", "if", "contains", "dependentSchemas", "dependentRequired", "dependencies",
     "$dynamicRef", "$recursiveRef",
 )  # fmt: skip
-"""Keywords that limit answers and are not held."""
+"""Keywords that limit answers and are not supported."""
 HELD = IN_PLACE | frozenset((
     "type", "const", "enum", "properties", "required", "additionalProperties", "patternProperties",
     "propertyNames", "unevaluatedProperties", "minProperties", "maxProperties", "items",
@@ -34,11 +34,11 @@ HELD = IN_PLACE | frozenset((
     "exclusiveMaximum", "multipleOf",
 ))  # fmt: skip
 MAX_PROPERTIES = 2000
-"""Of one object."""
+"""For one object."""
 MAX_PATTERNS = 48
-"""Of names of properties, in a document: each is compared with each."""
+"""Patterns of property names in a document: llguidance compares all pairs."""
 MAX_ARRAYS = 100
-"""Arrays of distinct values that are listed one by one."""
+"""For `uniqueItems`: arrays of distinct values that are listed one by one."""
 
 _CONTROLS = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 _NULLS = ({"type": "null"}, {"const": None})
@@ -47,12 +47,12 @@ _NO_NAMES = frozenset(("patternProperties", "propertyNames", "unevaluatedPropert
 
 @dataclass
 class Written:
-    """A schema for llguidance, without its definitions."""
+    """A schema translated for llguidance, and its definitions."""
 
     schema: Any
     definitions: dict[str, Any] = field(default_factory=dict)
     has_controls: bool = False
-    """Are there control characters that JSON has no short escape for?"""
+    """True if a text has control characters without a short escape in JSON."""
 
 
 def write(
@@ -63,14 +63,14 @@ def write(
     prefix: str = "",
     referrers: dict[Path, Path] | None = None,
 ) -> Written:
-    """The schema at a place of a document.
+    """Translates the schema at a place of a document.
 
-    without: places that are left out: branches of an `anyOf`, or keywords.
-    prefix: of the names of definitions.
-    referrers: gets the places that references lead to, and the schema that has the first of them.
+    without: places to drop: branches of an `anyOf`, or keywords.
+    prefix: begins the names of definitions.
+    referrers: is filled: maps the target of a reference to the first schema that refers to it.
 
     Raises:
-        SchemaError: it asks for what is not held.
+        SchemaError: a keyword is not valid or not supported.
     """
     return _Writer(document, without, prefix, {} if referrers is None else referrers).run(start)
 
@@ -99,16 +99,16 @@ class _Writer:
         return written
 
     def _schema(self, path: Path, *, closes: bool, tag: str = "") -> Any:
-        """closes: does nothing else say what the value may be?  Then an object may be closed.
-
-        tag: a property that tells the branches of a union apart: an object must have it.
+        """
+        closes: no other schema applies to the value, so an object may be closed.
+        tag: the property that distinguishes the branches of a union; objects must have it.
         """
         schema = self._document.at(path)
         if isinstance(schema, bool):
             return schema
         if not isinstance(schema, dict):
             where = shown(path) or "the schema"
-            raise SchemaError(f"{where} is no schema: an object, true or false", path=path)
+            raise SchemaError(f"{where} must be an object, true or false", path=path)
         schema = {
             name: value
             for name, value in schema.items()
@@ -130,7 +130,7 @@ class _Writer:
                 for key, more in said.items():
                     _join(written, key, more)
             elif name == "additionalItems" and not isinstance(schema.get("items"), list):
-                continue  # says nothing
+                continue  # has no effect
             elif name in ("items", "additionalItems") and isinstance(value, (dict, bool)):
                 written[name] = self._schema(place, closes=True)
             elif name in ("items", "prefixItems"):
@@ -151,7 +151,7 @@ class _Writer:
         self._array(path, schema, written)
         for name, (inclusive, sign) in EXCLUSIVE.items():
             bound = written.get(name)
-            if isinstance(bound, bool):  # as draft 4 has it
+            if isinstance(bound, bool):  # draft 4
                 del written[name]
                 bound = written.get(inclusive) if bound else None
                 written |= {} if bound is None else {name: bound}
@@ -185,7 +185,7 @@ class _Writer:
             except SchemaError as error:
                 if error.path != place:
                     raise
-                failed = error  # an answer can do without this branch, if there is another
+                failed = error  # this branch can be dropped if there is another
         if failed is not None and all(branch in _NULLS for branch in written):
             raise failed
         return {"anyOf": written}
@@ -199,7 +199,7 @@ class _Writer:
     def _kept_apart(
         self, path: Path, places: list[Path], closes: bool
     ) -> dict[Path, tuple[str, ...]]:
-        """Properties that branches of a `oneOf` must do without, so that none fits two of them."""
+        """For each branch of a `oneOf`: properties to forbid, so that no value fits two of them."""
         forbidden: dict[Path, set[str]] = {}
         prover, types = self._prover, declared(self._document.at(path).get("type"))
         if prover.are_told_apart(places, types):
@@ -216,14 +216,14 @@ class _Writer:
                     raise refused(
                         path,
                         "oneOf",
-                        f"cannot be held: a value may fit both [{a[-1]}] and [{b[-1]}]; give them "
-                        "a property with another const each, or use anyOf",
+                        f"is not supported: a value may fit both [{a[-1]}] and [{b[-1]}]; add a "
+                        "property with different const values, or use anyOf",
                     )
                 forbidden.setdefault(one, set()).add(name)
         return {place: tuple(sorted(names)) for place, names in forbidden.items()}
 
     def _telling(self, one: Path, other: Path, types: frozenset[str]) -> str | None:
-        """A property that the other always has, and the one can do without."""
+        """A property that `other` requires and `one` does not."""
         ours, theirs = self._prover.shapes(one), self._prover.shapes(other)
         if ours is None or theirs is None or len(ours) != 1 or len(theirs) != 1:
             return None
@@ -233,7 +233,7 @@ class _Writer:
         return min(names - ours[0].properties.keys() or names, default=None)
 
     def _is_closed(self, path: Path) -> bool:
-        """Will what is written for this place be closed?"""
+        """True if the translation of this place is a closed object."""
         seen: set[Path] = set()
         while path not in seen:
             seen.add(path)
@@ -249,7 +249,7 @@ class _Writer:
 
     def _reference(self, path: Path, reference: Any, *, closes: bool, tag: str) -> str:
         target, seen = self._document.resolve(path, reference), {path}
-        while target not in seen:  # references to references: to the last
+        while target not in seen:  # follow references to references
             schema = self._document.at(target)
             if not isinstance(schema, dict) or not isinstance(schema.get("$ref"), str):
                 break
@@ -272,11 +272,11 @@ class _Writer:
         if not isinstance(value, dict):
             raise refused(path, name, "must be an object of schemas")
         if len(value) > MAX_PROPERTIES:
-            raise refused(path, name, f"cannot be held: at most {MAX_PROPERTIES} can")
+            raise refused(path, name, f"has too many entries: at most {MAX_PROPERTIES}")
         if name == "patternProperties":
             self._n_patterns += len(value)
             if self._n_patterns > MAX_PATTERNS:
-                raise refused(path, name, f"cannot be held: at most {MAX_PATTERNS} in all can")
+                raise refused(path, name, f"has too many entries: at most {MAX_PATTERNS} in total")
         self._note([*value])
         written = {key: self._schema((*path, name, key), closes=True) for key in value}
         if name == "patternProperties":
@@ -294,7 +294,7 @@ class _Writer:
                 raise refused(path, "required", "must be a list of names")
             self._note(names)
             if len(names) > MAX_PROPERTIES:
-                raise refused(path, "required", f"cannot be held: at most {MAX_PROPERTIES} can")
+                raise refused(path, "required", f"has too many names: at most {MAX_PROPERTIES}")
             written["required"] = list(dict.fromkeys(names))
         if "unevaluatedProperties" in schema:
             self._unevaluated(path, schema, written)
@@ -307,10 +307,13 @@ class _Writer:
         is_open = written.get("additionalProperties", True) is not False
         n_more = written.get("minProperties", 0) - len(written.get("required", ()))
         if n_more > 1 and (is_open or written.get("patternProperties")):
-            raise refused(path, "minProperties", "cannot be held: a name may come twice")
+            raise refused(path, "minProperties", "is not supported: a name may occur twice")
 
     def _unevaluated(self, path: Path, schema: dict[str, Any], written: dict[str, Any]) -> None:
-        """`unevaluatedProperties` is `additionalProperties` that knows what is said in place."""
+        """Translates `unevaluatedProperties` to `additionalProperties`.
+
+        It also counts the properties that `$ref` and `allOf` name.
+        """
         value = self._schema((*path, "unevaluatedProperties"), closes=True)
         if value in (True, {}) or "additionalProperties" in schema:
             return
@@ -322,7 +325,7 @@ class _Writer:
         written["additionalProperties"] = value
 
     def _evaluated(self, path: Path, seen: frozenset[Path]) -> list[str] | None:
-        """Names of the properties that are said in place; None where that depends on the value."""
+        """The properties that the schema, `$ref` and `allOf` name; None if the value decides."""
         schema = self._document.at(path)
         if not isinstance(schema, dict) or path in seen:
             return []
@@ -341,13 +344,15 @@ class _Writer:
         return names
 
     def _property_names(self, path: Path, schema: dict[str, Any], written: dict[str, Any]) -> None:
-        """Names that are listed become properties, a pattern of names becomes one of properties."""
+        """Translates listed names to `properties`, and a pattern to `patternProperties`."""
         place = (*path, "propertyNames")
         names = self._schema(place, closes=True)
         if names in (True, {}, {"type": "string"}):
             return
         if _NO_NAMES & schema.keys() > {"propertyNames"} or written.get("properties"):
-            raise refused(path, "propertyNames", "cannot be held beside other names; leave it out")
+            raise refused(
+                path, "propertyNames", "is not supported beside other names; leave it out"
+            )
         value = written.get("additionalProperties", True)
         allowed = self._prover.values(place)
         while isinstance(names, dict) and names.keys() == {"$ref"}:
@@ -374,7 +379,7 @@ class _Writer:
             raise refused(path, "uniqueItems")
 
     def _is_unique(self, path: Path, schema: dict[str, Any], written: dict[str, Any]) -> bool:
-        """Holds `uniqueItems` where there are few arrays without a value that comes twice."""
+        """Translates `uniqueItems` to a list of all arrays; False if there are too many."""
         if written.get("maxItems", 2) < 2:
             return True
         if "prefixItems" in schema or not isinstance(schema.get("items"), dict):
@@ -398,7 +403,7 @@ class _Writer:
     # -- texts -------------------------------------------------------------------------------------
 
     def _note(self, value: Any) -> None:
-        """Looks for control characters among texts."""
+        """Looks for control characters in texts."""
         if isinstance(value, str):
             self._written.has_controls |= bool(_CONTROLS.search(value))
         elif isinstance(value, (list, dict)):
@@ -407,7 +412,7 @@ class _Writer:
 
 
 def _join(written: dict[str, Any], name: str, value: Any) -> None:
-    """Says something more about a value, beside what is said by the same keyword."""
+    """Adds a keyword; keeps the same keyword's earlier value by means of `allOf`."""
     if name == "allOf":
         written[name] = [*written.get(name, ()), *value]
     elif name in written:
@@ -417,7 +422,7 @@ def _join(written: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _can_close(schema: dict[str, Any]) -> bool:
-    """Does nothing say of an object's further properties whether they may be there?"""
+    """True if the schema does not say whether an object may have further properties."""
     return isinstance(schema.get("properties"), dict) and not any(
         schema.get(name) is not None
         for name in (*IN_PLACE, *_NO_NAMES, "additionalProperties", "minProperties")
@@ -425,7 +430,7 @@ def _can_close(schema: dict[str, Any]) -> bool:
 
 
 def _tag(schema: dict[str, Any]) -> str:
-    """What OpenAPI and Pydantic tell the branches of a union apart by; empty if it is not said."""
+    """The property that distinguishes a union's branches (OpenAPI, Pydantic); empty if unnamed."""
     discriminator = schema.get("discriminator")
     name = discriminator.get("propertyName") if isinstance(discriminator, dict) else None
     return name if isinstance(name, str) else ""
@@ -441,7 +446,7 @@ def _says_nothing(name: str, schema: dict[str, Any]) -> bool:
 
 
 def _one_pattern(path: Path, names: Any) -> str:
-    """The pattern of names that a schema of texts allows."""
+    """The pattern for the names that a schema of strings allows."""
     names = {k: v for k, v in names.items() if k != "type"} if isinstance(names, dict) else names
     if isinstance(names, dict):
         if names.keys() == {"pattern"}:
@@ -449,4 +454,6 @@ def _one_pattern(path: Path, names: Any) -> str:
         if names and names.keys() <= {"minLength", "maxLength"}:
             least, most = names.get("minLength", 0), names.get("maxLength", "")
             return f"^(?s:.{{{least},{most}}})$"
-    raise refused(path, "propertyNames", "cannot be held: only enum, const, or a pattern alone can")
+    raise refused(
+        path, "propertyNames", "is not supported: use only enum, only const or only a pattern"
+    )

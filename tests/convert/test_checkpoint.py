@@ -146,21 +146,21 @@ def _adds_token(where: str) -> Callable[[Path], None]:
         (lambda folder: shutil.rmtree(folder), "no such folder"),
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "no configuration"),
-        (lambda folder: (folder / "config.json").write_text("{}"), "names no architecture"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "not a model's configuration"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "does not name an architecture"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
         (
             lambda folder: (folder / "model-00002-of-00002.safetensors").unlink(),
-            "lacks 1 of 2 files of weights: model-00002-of-00002.safetensors",
+            "lacks 1 of 2 weight files: model-00002-of-00002.safetensors",
         ),
         (_cut, "cut short"),
-        (_overwrite(0, struct.pack("<Q", 1 << 60)), "does not begin as safetensors do"),
+        (_overwrite(0, struct.pack("<Q", 1 << 60)), "does not begin like a safetensors file"),
         (_overwrite(8, b"\xff\xff\xff"), "header cannot be read"),
-        (_row(shape=[9]), "not as long as it should be"),
-        (_row(data_offsets=[0, 32]), "not where it should be"),
+        (_row(shape=[9]), "has the wrong size"),
+        (_row(data_offsets=[0, 32]), "at the wrong offset"),
         (_row(data_offsets=["a", 32]), "header cannot be read"),
         (_row(shape=None), "header cannot be read"),
-        (_header(lambda header: header.pop("model.norm.weight")), "where its tensors need"),
+        (_header(lambda header: header.pop("model.norm.weight")), "but its tensors need"),
         (
             lambda folder: (folder / "model.safetensors.index.json").write_text(
                 json.dumps({"weight_map": {"a": "../../etc/passwd"}})
@@ -177,14 +177,14 @@ def _adds_token(where: str) -> Callable[[Path], None]:
             lambda folder: safetensors(
                 folder / "model-00002-of-00002.safetensors", {"lm_head.weight": (8, 8), "x": (1,)}
             ),
-            "does not name the tensor x",
+            "does not list the tensor x",
         ),
         (
             lambda folder: (
                 (folder / "model.safetensors.index.json").unlink(),
                 safetensors(folder / "model.safetensors", {"lm_head.weight": (8, 8)}),
             ),
-            "is in model-00002-of-00002.safetensors and in model.safetensors; remove what was left",
+            "is in model-00002-of-00002.safetensors and in model.safetensors; remove the file",
         ),
         (
             lambda folder: (folder / "config.json").write_bytes(
@@ -208,12 +208,12 @@ def test_what_is_wrong_is_said(folder: Path, damage: Callable[[Path], object], w
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        (["adapter_model.safetensors"], "an adapter (LoRA), which is no model; convert its base"),
+        (["adapter_model.safetensors"], "an adapter (LoRA), not a whole model; convert its base"),
         (
             ["consolidated.safetensors", "params.json"],
-            "makers' own form (consolidated.safetensors)",
+            "makers' own format (consolidated.safetensors)",
         ),
-        (["consolidated.00.pth"], "makers' own form"),
+        (["consolidated.00.pth"], "makers' own format"),
         (["pytorch_model.safetensors"], "rename it to model.safetensors"),
         (["tiny-Q4_K_M.gguf"], "a GGUF already (tiny-Q4_K_M.gguf)"),
         (["tf_model.h5"], "TensorFlow"),
@@ -370,7 +370,7 @@ def test_the_hub_is_asked_for_all_files_of_the_index(folder: Path, hub: Hub) -> 
 def test_messages_name_the_repository_not_the_cache(folder: Path, hub: Hub) -> None:  # noqa: F811
     hub.files = {path.name: path.read_bytes() for path in folder.iterdir()}
     part = hub.files.pop("model-00002-of-00002.safetensors")
-    with pytest.raises(ConvertError, match=r"^hf:owner/repo lacks 1 of 2 files"):
+    with pytest.raises(ConvertError, match=r"^hf:owner/repo lacks 1 of 2 weight files"):
         checkpoint.look("hf:owner/repo")
     hub.files["model-00002-of-00002.safetensors"] = part[:-1]
     with pytest.raises(ConvertError, match=r"^hf:owner/repo/model-00002") as caught:
@@ -390,6 +390,6 @@ def test_nothing_large_is_fetched_of_what_cannot_be_converted(
     for flags in (["--dry-run"], []):
         done = cli("convert", "hf:owner/repo", "-o", folder.parent / "model.gguf", *flags, **where)
         assert_one_line_failure(done)
-        assert "the weights of hf:owner/repo are quantised already (awq, 4 bits)" in done.stderr
+        assert "the weights of hf:owner/repo are quantised (awq, 4 bits)" in done.stderr
     assert not [name for name in hub.fetched if name.endswith(".safetensors")]
     assert not list(folder.parent.glob("model.gguf*"))

@@ -195,8 +195,8 @@ def test_only_a_model_that_runs_was_written(
     done = cli("convert", folder, "-o", out, *flags)
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
-    assert f"llama.cpp does not run what its converter made of {folder}: " in last, last
-    assert "Take it as its makers saved it" in last
+    assert f"llama.cpp cannot run the converted {folder}: " in last, last
+    assert "use the original one instead" in last
     assert "Traceback" not in done.stderr
     assert "wrote" not in done.stdout
     assert left(out) == []

@@ -56,8 +56,8 @@ def test_what_the_converter_does_not_unpack_is_refused(
     with pytest.raises(ConvertError) as caught:
         require(packing(text_config(whole), {"config.json"}))
     text = str(caught.value)
-    assert text.startswith(f"the weights of hf:owner/repo are quantised already ({words}")
-    assert "take the model in 16 bits" in text
+    assert text.startswith(f"the weights of hf:owner/repo are quantised ({words}")
+    assert "use the original 16-bit model" in text
     assert "\n" not in text
 
 

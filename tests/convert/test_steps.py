@@ -24,7 +24,7 @@ Traceback (most recent call last):
         (
             1,
             TRACEBACK.format(line="x = self.hparams['rotary_pct']", error="KeyError: 'rotary_pct'"),
-            "its config.json lacks 'rotary_pct'; transformers 5 writes other names",
+            "its config.json lacks 'rotary_pct'; transformers 5 uses names",
         ),
         (
             1,
@@ -54,8 +54,8 @@ Traceback (most recent call last):
             "llama.cpp's converter failed: AssertionError in `assert n_kv > 0`",
         ),
         (1, "ValueError: Can not map tensor 'x'", "converter failed: ValueError: Can not map"),
-        (-6, "/x/ggml.c:12: GGML_ASSERT(buffer) failed\nmore", "ended by GGML_ASSERT(buffer)"),
-        (-9, "", "which is what a machine without memory left does"),
+        (-6, "/x/ggml.c:12: GGML_ASSERT(buffer) failed\nmore", "stopped by GGML_ASSERT(buffer)"),
+        (-9, "", "the machine has probably run out of memory"),
         (1, "noise\nswift-gguf: the cause", "the cause"),
     ],
 )

@@ -178,7 +178,7 @@ def test_schemas_of_tools_have_the_same_limits(server: Server) -> None:
     for choice in ("required", {"type": "function", "function": {"name": "x"}}):
         error = told(*server.post(CHAT, chat(tools=offered, tool_choice=choice)))
         assert error["param"] == "tools"
-        message = "tools: x: properties.a: uniqueItems cannot be held; leave it out"
+        message = "tools: x: properties.a: uniqueItems is not supported; leave it out"
         assert error["message"] == message
 
 

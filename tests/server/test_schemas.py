@@ -1,4 +1,4 @@
-"""Schemas and tools as clients send them: what is sampled fits, what cannot be held is named."""
+"""Schemas and tools as clients send them: what is sampled fits, what is not supported is named."""
 
 from __future__ import annotations
 
@@ -98,27 +98,27 @@ def test_a_schema_or_calls(server: Server) -> None:
         (
             {"response_format": form({"properties": {"tags": {"uniqueItems": True}}})},
             "response_format",
-            "response_format: properties.tags: uniqueItems cannot be held; leave it out",
+            "response_format: properties.tags: uniqueItems is not supported; leave it out",
         ),
         (
             {"tools": [tool("f", {"not": {}})], "tool_choice": "required"},
             "tools",
-            "tools: f: not cannot be held; leave it out",
+            "tools: f: not is not supported; leave it out",
         ),
         (
             {"tools": [tool("f", {"not": {}})], "response_format": form({})},
             "tools",
-            "tools: f: not cannot be held; leave it out",
+            "tools: f: not is not supported; leave it out",
         ),
         (
             {"tools": [tool("f", {"type": "string"})], "tool_choice": "required"},
             "tools",
-            "tools: f: type of parameters must be object",
+            "tools: f: type of the parameters must be object",
         ),
         (
             {"response_format": form(False)},
             "response_format",
-            "response_format: the schema leaves no value that fits",
+            "response_format: the schema allows no value",
         ),
     ],
     ids=str,

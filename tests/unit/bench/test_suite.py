@@ -46,7 +46,7 @@ def test_modes_by_name() -> None:
      "ngram:x", "ngram:", "prompt-lookup:3", "off"],
 )  # fmt: skip
 def test_other_names_are_none(text: str) -> None:
-    with pytest.raises(SwiftError, match=r"no mode|fixes nothing"):
+    with pytest.raises(SwiftError, match=r"no mode|not a fixed setting"):
         parse_modes(text)
 
 
@@ -228,7 +228,7 @@ def test_the_file_of_another_run_is_not_taken(tmp_path: Path) -> None:
 def test_what_is_no_report_is_said(text: str, tmp_path: Path) -> None:
     path = tmp_path / "other.json"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(SwiftError, match="no report"):
+    with pytest.raises(SwiftError, match="not a report"):
         report().resume(path)
 
 
