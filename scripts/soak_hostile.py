@@ -130,7 +130,7 @@ def warm_up() -> None:
     library()
     for module in ("chat_command", "generate_command", "info_command", "prepare_command"):
         import_module(f"swift_gguf.cli.{module}")
-    for module in ("chat.chat", "prepare.run", "session", "speculation", "text", "models"):
+    for module in ("chat.chat", "prepare.run", "session", "speculation", "text", "hub.models"):
         import_module(f"swift_gguf.{module}")
 
 

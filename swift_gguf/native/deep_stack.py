@@ -36,7 +36,7 @@ def on_deep_stack(n_characters: int, call: Callable[[], T]) -> T:
         return call()
     if n_characters > MOST:
         raise ContextFullError(
-            f"the text has {n_characters} characters; at most {MOST} can be split"
+            f"the text has {n_characters} characters; at most {MOST} can be tokenised"
         )
     done: list[T] = []
     failed: list[BaseException] = []
