@@ -1,4 +1,4 @@
-"""Sources of draft tokens, a file a source; trees; verification."""
+"""Sources of draft tokens (one in each file), trees of draft tokens, and verification."""
 
 from swift_gguf.drafting.layer_skip import LayerSkip
 from swift_gguf.drafting.source import Drafter

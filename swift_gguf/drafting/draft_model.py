@@ -1,4 +1,4 @@
-"""Another, smaller model drafts (Leviathan et al., ICML 2023)."""
+"""Drafts with another, smaller model (Leviathan et al., ICML 2023)."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from swift_gguf.tokens import common_prefix
 NAME = "draft-model"
 
 MAX_VOCAB_DIFFERENCE = 128
-"""llama.cpp's SPEC_VOCAB_MAX_SIZE_DIFFERENCE: vocabularies are padded to round sizes."""
+"""llama.cpp's SPEC_VOCAB_MAX_SIZE_DIFFERENCE.  Vocabularies are padded to round sizes."""
 
 
 class DraftModel(Passes):
-    """A model in a context of its own that follows the target's text.
+    """A draft model with its own context, which follows the target's text.
 
     Raises:
-        ModelError: the file is missing or damaged, or its tokens are not the target's.
-        UnsupportedModelError: it cannot take tokens back.
+        ModelError: the file is missing or damaged, or its vocabulary is not the target's.
+        UnsupportedModelError: it cannot remove tokens from its cache.
     """
 
     def __init__(self, path: Path, target: Model) -> None:
@@ -57,9 +57,9 @@ class DraftModel(Passes):
         self._target = target
 
     def begin(self, pending: int) -> None:
-        """Decodes what the target's text has more than its own; a draft then costs a pass a token.
+        """Decodes the part of the target's text that its context lacks.
 
-        Whatever is raised, the next draft begins anew.
+        After that, each draft token costs one pass.  After an error, the next draft starts again.
         """
         text, own = self._target.tokens, self.model.tokens
         common = common_prefix(text, own)
@@ -72,17 +72,17 @@ class DraftModel(Passes):
                 self.model.decode(text[common:], n_outputs=0)
         except StoppedError:
             raise
-        except (DecodeError, ContextFullError):  # a token that only the target has; its own end
+        except (DecodeError, ContextFullError):  # unknown token, or full context
             return
         super().begin(pending)
 
     def offers(self, tree: Tree, node: int, k: int) -> list[Offer]:
-        """See `Passes.offers`; without tokens that only the draft model has."""
+        """See `Passes.offers`.  Tokens that only the draft model has are left out."""
         offers = super().offers(tree, node, k)
         return [offer for offer in offers if offer.token < self._target.n_vocab]
 
     def lag(self) -> int:
-        """Tokens of the target's text that `begin` would have to decode, about."""
+        """The approximate number of tokens that `begin` has to decode."""
         return max(0, self._target.n_past - self.model.n_past)
 
     def close(self) -> None:
@@ -91,28 +91,34 @@ class DraftModel(Passes):
 
 
 def _context(path: Path, n_ctx: int) -> int:
-    """The target's length, or what the draft model is good for: after that it does not draft."""
+    """The context size: the target's, or the draft model's trained length if that is less.
+
+    The draft model does not draft beyond its context.
+    """
     length = context_length(gguf_header.read(path))
     return n_ctx if length.scaled else min(n_ctx, length.trained or n_ctx)
 
 
 def _require_same_vocabulary(draft: Model, target: Model) -> None:
-    """As llama.cpp's common_speculative_are_compatible: type, special tokens, and all texts."""
+    """Compares tokenizer type, special tokens and the texts of all tokens.
+
+    llama.cpp's common_speculative_are_compatible makes the same checks.
+    """
     api = library().api
     vocabularies = draft.vocab, target.vocab
     types = [api.llama_vocab_type(vocab) for vocab in vocabularies]
     if types[0] != types[1]:
-        raise _different(draft, "its tokenizer is of another type")
+        raise _different(draft, "its tokenizer has another type")
     for name in ("bos", "eos"):
         get = getattr(api, f"llama_vocab_{name}")
         if get(draft.vocab) != get(target.vocab):
-            raise _different(draft, f"its {name} token is another one")
+            raise _different(draft, f"its {name} token is different")
     if abs(draft.n_vocab - target.n_vocab) > MAX_VOCAB_DIFFERENCE:
         raise _different(draft, f"it has {draft.n_vocab} tokens instead of {target.n_vocab}")
     for token in range(min(draft.n_vocab, target.n_vocab)):
         a, b = (api.llama_vocab_get_text(vocab, token) for vocab in vocabularies)
         if a != b:
-            raise _different(draft, f"its token {token} is another one")
+            raise _different(draft, f"its token {token} is different")
 
 
 def _different(draft: Model, how: str) -> ModelError:

@@ -1,7 +1,8 @@
-"""Looks up what followed the longest repeated end of the text, in the prompt and the answer so far.
+"""Drafts the tokens that followed an earlier occurrence of the end of the text.
 
-Prompt lookup (Saxena 2023) with the exact longest match that a suffix automaton gives (Blumer et
-al. 1985), as in SAM Decoding (Hu et al., ACL 2025).
+The text is the prompt and the answer so far.  This is prompt lookup (Saxena 2023) with the longest
+match, which a suffix automaton finds (Blumer et al. 1985), as in SAM Decoding (Hu et al., ACL
+2025).
 """
 
 from __future__ import annotations
@@ -18,23 +19,23 @@ REFRESHED = 8
 SLICE = 4096
 
 Match: TypeAlias = tuple[int, int]
-"""A state of the automaton, and how many of the latest tokens are matched there."""
+"""A state of the automaton, and the number of latest tokens that match there."""
 
 
 class NGram:
-    """Offers what followed where the text's end occurred before.
+    """Offers the tokens that followed earlier occurrences of the text's end.
 
-    The first offer after a match of L tokens has a confidence of L / (L + 1), each further one half
-    of what is left.
+    The first offer after a match of L tokens has a confidence of L / (L + 1).  Each further offer
+    has half of the remaining confidence.
     """
 
     name = "ngram"
 
     def __init__(self, *, n_offers: int = 3, min_match: int = 1) -> None:
-        """n_offers: different tokens offered at most.
-        min_match: a shorter match, in tokens, offers nothing."""
+        """n_offers: the number of offers at most.
+        min_match: the shortest match in tokens that gives offers."""
         if n_offers < 1 or min_match < 1:
-            raise ValueError("an n-gram lookup needs at least one offer and one token to match")
+            raise ValueError("n_offers and min_match must be at least 1")
         self._n_offers = n_offers
         self._min_match = min_match
         self._forget()
@@ -45,9 +46,9 @@ class NGram:
         self._matches: dict[tuple[int, ...], Match] = {(): self._index.repeated_end}
 
     def follow(self, text: Sequence[int]) -> None:
-        """`text` is what will be continued.
+        """Sets the text that is continued.
 
-        Where it goes on from the text before, only what is new is indexed; otherwise all of it.
+        If it starts with the text of the last call, only the new tokens are indexed.
         """
         if not _starts_with(text, self._text):
             self._forget()
@@ -62,8 +63,10 @@ class NGram:
         self._matches = {(): self._index.repeated_end}
 
     def offers(self, path: Sequence[int]) -> list[Offer]:
-        """What the text shows after the longest end of itself and then `path` that it goes on from
-        somewhere, the latest first (see `SuffixAutomaton.append`)."""
+        """The tokens that followed the longest matching end of the text and `path`, latest first.
+
+        See `SuffixAutomaton.append` for the order.
+        """
         state, length = self._match(tuple(path))
         if length < self._min_match:
             return []
@@ -75,7 +78,7 @@ class NGram:
         return offers
 
     def _match(self, path: tuple[int, ...]) -> Match:
-        """Walks on from the longest beginning of `path` that was asked for since `follow`."""
+        """The match after `path`.  Matches are cached by path until the next `follow`."""
         known = len(path)
         while path[:known] not in self._matches:
             known -= 1
@@ -87,7 +90,10 @@ class NGram:
 
 
 def _starts_with(text: Sequence[int], start: list[int]) -> bool:
-    """In slices, at C speed: a long text is never copied as a whole."""
+    """True if `text` starts with `start`.
+
+    It compares lists of a limited length, which is fast and does not copy a long text.
+    """
     return all(
         [*text[i : min(i + SLICE, len(start))]] == start[i : i + SLICE]
         for i in range(0, len(start), SLICE)
@@ -95,31 +101,31 @@ def _starts_with(text: Sequence[int], start: list[int]) -> bool:
 
 
 class SuffixAutomaton:
-    """Every substring of a text that only grows, and what follows it.
+    """All substrings of a growing text, and the tokens that follow them.
 
-    The substrings of a state end at the same places of the text; each is the longest of them less
-    some tokens at its front.  One token less than the shortest occurs elsewhere, too: that is in
-    the state's link.
+    All substrings of a state end at the same places of the text.  Each is a suffix of the state's
+    longest substring.  The link of a state leads to the state of the next shorter suffix, which
+    also ends at other places.
     """
 
     def __init__(self) -> None:
-        self._next: list[dict[int, int]] = [{}]  # by token; in each state the latest token last
+        self._next: list[dict[int, int]] = [{}]  # for each state, by token; the latest token last
         self._link = [NO_STATE]
-        self._length = [0]  # of the longest substring of a state
+        self._length = [0]  # for each state, the length of its longest substring
         self._whole = ROOT  # the state of the whole text
 
     @property
     def repeated_end(self) -> Match:
-        """The longest end of the text that occurs before, too."""
+        """The longest end of the text that also occurs earlier."""
         link = self._link[self._whole]
         return (ROOT, 0) if link == NO_STATE else (link, self._length[link])
 
     def append(self, token: int) -> None:
-        """O(1), amortised over the text.
+        """Appends a token in O(1), amortised over the text.
 
-        `token` becomes the latest continuation of every end of the text that it has not followed
-        before.  Of those that it has, only for the longest `REFRESHED` states: all there are in
-        usual texts, but in "aaaa" as many as tokens.
+        `token` becomes the latest continuation of every end of the text that it follows for the
+        first time.  Of the other ends, it does so for those in the `REFRESHED` longest states.  In
+        usual texts these are all.  A text such as "aaaa" has as many states as tokens.
         """
         whole = self._add({}, self._length[self._whole] + 1)
         state = self._whole
@@ -134,9 +140,9 @@ class SuffixAutomaton:
         self._whole = whole
 
     def step(self, match: Match, token: int) -> Match:
-        """The longest match that ends with `token`, given the longest before it.
+        """The longest match that ends with `token`, given the longest match before it.
 
-        Both are of substrings that the text goes on from: what it merely ends with is not one.
+        A match must have a continuation in the text, so the end of the text alone does not count.
         """
         state, length = match
         while token not in self._next[state]:
@@ -148,7 +154,7 @@ class SuffixAutomaton:
         return (state, length) if self._next[state] else self.repeated_end
 
     def continuations(self, state: int) -> Iterator[int]:
-        """The tokens that follow, the latest first."""
+        """The tokens that follow a state, the latest first."""
         return reversed(self._next[state])
 
     def _add(self, following: dict[int, int], length: int) -> int:
@@ -166,10 +172,9 @@ class SuffixAutomaton:
                 return
 
     def _longest(self, state: int, token: int) -> int:
-        """The state whose longest substring is `token` after the longest of `state`.
+        """The state whose longest substring is the longest substring of `state` and `token`.
 
-        Where there is none, what has just occurred without the longer substrings of its state is
-        split off.
+        If there is none, it is split off from the state that has longer substrings, too.
         """
         longer = self._next[state][token]
         length = self._length[state] + 1

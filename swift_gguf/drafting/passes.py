@@ -1,4 +1,4 @@
-"""Offers by passes over the tree: of the target without some sub-layers, or of another model."""
+"""Draft passes over a tree, with a sub-network of the target or with a draft model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from swift_gguf.subnetwork import SubNetwork
 
 
 class Passes:
-    """Runs a model on nodes of a growing tree, on top of what its context holds.
+    """Runs a model on the nodes of a growing tree, after the text in its context.
 
-    Between `begin` and `end` the model is this object's; `end` leaves its context as it was.
+    Between `begin` and `end`, nothing else may use the model.  `end` restores its context.
 
-    subnetwork: what the passes run; may be set between drafts.
+    subnetwork: the part of the model that the passes run.  It may be set between drafts.
     """
 
     def __init__(self, name: str, model: Model, subnetwork: SubNetwork | None = None) -> None:
@@ -27,34 +27,34 @@ class Passes:
         self.model = model
         self.subnetwork = subnetwork
         self.is_broken = False
-        """Its weights are damaged: it is of no use."""
+        """True if its weights are damaged, so that it cannot draft."""
         self._pending = 0
         self._n_past = 0
         self._decoded: dict[int, int] | None = None  # tree node -> its number in the context
 
     def begin(self, pending: int) -> None:
-        """The root of the tree stands for `pending`, which the context does not hold yet."""
+        """Begins a tree.  Its root is `pending`, which the context does not hold yet."""
         self._pending, self._n_past = pending, self.model.n_past
         self._decoded = {}
 
     def end(self) -> None:
-        """The tree is complete, or given up."""
+        """Ends the tree and restores the context."""
         if self._decoded is not None:
             self.model.rollback(self._n_past)
         self._decoded = None
 
     def lag(self) -> int:
-        """Tokens that `begin` would have to decode."""
+        """The number of tokens that `begin` has to decode."""
         return 0
 
     def missing(self, tree: Tree, node: int) -> int:
-        """How many tokens a pass for the offers after `node` has to decode."""
+        """The number of tokens that a pass for the offers after `node` has to decode."""
         return len(self._path(tree, node))
 
     def run(self, tree: Tree, node: int) -> int | None:
-        """A pass over `node` and what of its path is not decoded yet; the node's row of logits.
+        """Decodes `node` and the part of its path that is not decoded yet.
 
-        None where a draft cannot go on; the target may.
+        Returns the node's row of logits.  None: the draft cannot continue here, but the target may.
         """
         if self._decoded is None:
             return None
@@ -67,14 +67,17 @@ class Passes:
         except StoppedError:
             raise
         except (DecodeError, ContextFullError):
-            self._decoded = None  # the model took all of the tree back
+            self._decoded = None  # the model has dropped the whole tree
             return None
         for each in path:
             self._decoded[each] = len(self._decoded)
         return len(path) - 1
 
     def offers(self, tree: Tree, node: int, k: int) -> list[Offer]:
-        """The k likeliest tokens after `node`, likeliest first; none where a draft cannot go on."""
+        """The k likeliest tokens after `node`, likeliest first.
+
+        Empty if the draft cannot continue here.
+        """
         row = self.run(tree, node)
         if row is None:
             return []
@@ -83,14 +86,14 @@ class Passes:
         except SpoiledError:
             self.is_broken = True
             raise
-        except NotFiniteError:  # of a model of its own
+        except NotFiniteError:  # a draft model, which does not spoil the target's cache
             self.is_broken = True
             return []
         likely = zip(tokens, probabilities, strict=True)
         return [Offer(t, p, self.name, rank) for rank, (t, p) in enumerate(likely)]
 
     def _path(self, tree: Tree, node: int) -> list[int]:
-        """Down to `node`, what is not decoded yet."""
+        """The nodes on the path to `node` that are not decoded yet."""
         decoded = self._decoded or {}
         path: list[int] = []
         while node not in decoded:

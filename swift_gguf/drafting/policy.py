@@ -1,4 +1,4 @@
-"""When a draft stops by its own probability."""
+"""Stops a draft by its own probabilities."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from swift_gguf.drafting.tree import Offer
 
 @dataclass(frozen=True)
 class Threshold:
-    """SWIFT's rule: go on while the draft's own probability is at least `p_min`.
+    """SWIFT's rule: continue while the draft's own probability is at least `p_min`.
 
-    In a tree, tokens beside the likeliest one are verified if their path is at least `joint_min`
-    likely.
+    A tree also includes tokens whose path has at least the probability `joint_min`.
     """
 
     p_min: float
@@ -23,9 +22,9 @@ class Threshold:
         return joint * offer.probability
 
     def includes(self, probability: float, joint: float) -> bool:
-        """Confident, or likely enough for a tree."""
+        """True if the token or its path is probable enough."""
         return probability >= self.p_min or joint >= self.joint_min
 
     def extends(self, probability: float, joint: float) -> bool:
-        """Confident."""
+        """True if the token is probable enough."""
         return probability >= self.p_min

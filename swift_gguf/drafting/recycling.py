@@ -1,8 +1,8 @@
-"""Offers what the target itself was about to say after the same token when it was last seen.
+"""Offers the target's likeliest tokens from the last time that it saw the same token.
 
-Token Recycling (Luo et al., ACL 2025): every verification shows the target's likeliest tokens
-after each token it was given, and most of that would be thrown away.  Beside the paper's rows for a
-token there are rows for a pair of tokens, which know better where they know anything.
+This is Token Recycling (Luo et al., ACL 2025).  Every verification gives the target's likeliest
+tokens after each of its tokens, and most of them are not used otherwise.  The paper has a row for
+each token.  Here there are also rows for pairs of tokens, which are right more often.
 """
 
 from __future__ import annotations
@@ -29,25 +29,28 @@ class Recycling:
     name = "recycling"
 
     def __init__(self, *, n_offers: int = 4, max_rows: int = MAX_ROWS) -> None:
-        """n_offers: successors kept of each row at most; 8 in the paper."""
+        """n_offers: the number of successors in a row at most; 8 in the paper."""
         if n_offers < 1 or max_rows < 1:
-            raise ValueError("a recycling table needs at least one row of one token")
+            raise ValueError("n_offers and max_rows must be at least 1")
         self._n_offers = n_offers
         self._max_rows = max_rows
         self._rows: OrderedDict[Context, Row] = OrderedDict()  # the latest learned last
-        self._end: Context = ()  # of the text
+        self._end: Context = ()  # the last two tokens of the text
 
     def __len__(self) -> int:
-        """Rows."""
+        """The number of rows."""
         return len(self._rows)
 
     def follow(self, text: Sequence[int]) -> None:
-        """`text` is what will be continued."""
+        """Sets the text that is continued."""
         self._end = tuple(text[-2:])
 
     def offers(self, path: Sequence[int]) -> Row:
-        """The target's probabilities after the last two tokens of the text and then `path`, when it
-        was last given these; or half of those after the last one, which says less: likeliest first.
+        """The successors of the last two tokens of the text and `path`, likeliest first.
+
+        They have the target's probabilities from the last time.  If the pair is not known, they are
+        the successors of the last token with half of the probabilities, because one token is a
+        weaker context.
         """
         context = (*self._end, *path[-2:])[-2:]
         if len(context) == 2 and (row := self._rows.get(context)):
@@ -64,7 +67,7 @@ class Recycling:
         *,
         previous: int | None = None,
     ) -> None:
-        """The target goes on with `successors` after `token`, likeliest first.
+        """Stores the target's `successors` of `token`, likeliest first.
 
         previous: the token before `token`, if there is one.
         """
@@ -94,17 +97,17 @@ class Recycling:
     def from_rows(
         cls, rows: object, *, n_vocab: int, n_offers: int = 4, max_rows: int = MAX_ROWS
     ) -> Recycling:
-        """The table that `to_rows` gave; of too many rows, the latest.
+        """The table from the result of `to_rows`.  If there are too many rows, the latest are kept.
 
         Raises:
-            ValueError: it cannot have given them, or not for a vocabulary of `n_vocab` tokens.
+            ValueError: the rows are not valid for a vocabulary of `n_vocab` tokens.
         """
         table = cls(n_offers=n_offers, max_rows=max_rows)
         seen: set[Context] = set()
         for values in _list(rows):
             context, row = _parse(values, n_vocab)
             if context in seen:
-                raise ValueError(f"two rows of {context}")
+                raise ValueError(f"there are two rows for {context}")
             seen.add(context)
             table._put(context, row[:n_offers])
         return table
@@ -123,18 +126,20 @@ def _parse(values: object, n_vocab: int) -> tuple[Context, Row]:
     context, successors, probabilities = map(_list, parts)
     for token in (*context, *successors):
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < n_vocab:
-            raise ValueError(f"{token!r:.40} is not one of {n_vocab} tokens")
+            raise ValueError(f"{token!r:.40} is not a token id below {n_vocab}")
     for p in probabilities:
         if not isinstance(p, (int, float)) or isinstance(p, bool) or not 0 <= p <= 1:
             raise ValueError(f"{p!r:.40} is not a probability")
     if len(context) not in (1, 2):
-        raise ValueError(f"successors of {len(context)} tokens")
+        raise ValueError(f"a context has {len(context)} tokens, not 1 or 2")
     if not successors or len(successors) != len(probabilities):
-        raise ValueError(f"{len(probabilities)} probabilities of {len(successors)} successors")
+        raise ValueError(
+            f"{context} has {len(successors)} successors and {len(probabilities)} probabilities"
+        )
     if len(set(successors)) < len(successors):
-        raise ValueError(f"a successor of {context} is there twice")
+        raise ValueError(f"a successor of {context} is listed twice")
     if probabilities != sorted(probabilities, reverse=True):
-        raise ValueError(f"the successors of {context} do not begin with the likeliest")
+        raise ValueError(f"the successors of {context} are not in the order of their probability")
     return tuple(context), tuple(map(Offer, successors, map(float, probabilities)))
 
 

@@ -1,4 +1,4 @@
-"""What the engine and the planner know of the sources of draft tokens."""
+"""The interfaces of the sources of draft tokens, for the engine and the planner."""
 
 from __future__ import annotations
 
@@ -12,53 +12,52 @@ from swift_gguf.drafting.verification import Verdict
 
 @dataclass(frozen=True)
 class Cycle:
-    """A draft and what became of it."""
+    """A draft and the result of its verification."""
 
     tree: Tree
     verdict: Verdict
     draft_s: float
     verify_s: float
-    """The target's pass."""
+    """Time of the target's forward pass."""
 
 
 class Drafter(Protocol):
-    """Guesses how the target goes on."""
+    """Drafts the next tokens of the text."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def prompt_s(self) -> float:
-        """Of the latest draft, the seconds in which sources read the prompt: once an answer."""
+        """Seconds of the latest draft in which sources processed the prompt, once in an answer."""
         ...
 
     def draft(self, pending: int, *, n_max: int) -> Tree:
-        """At most `n_max` tokens after `pending`, the token that is sampled but not decoded yet.
+        """Drafts at most `n_max` tokens after `pending`.
 
-        Leaves the target's context as it was.
+        The pending token is sampled but not decoded yet.  The target's context stays as it is.
         """
         ...
 
     def observe(self, cycle: Cycle) -> None:
-        """What became of the latest draft, empty ones included.
+        """Takes the result of the latest draft.  It is also called for an empty draft.
 
-        The context then holds what was kept, and the logits are still those of the verification:
-        row 0 after the pending token, row i + 1 after node i.
+        The context holds the kept tokens.  The logits are still those of the verification: row 0
+        for the pending token, row i + 1 for node i.
         """
         ...
 
 
 class Lookup(Protocol):
-    """A source that costs next to nothing: it looks up what it has seen."""
+    """A source that looks up tokens, which costs almost no time."""
 
     @property
     def name(self) -> str: ...
 
     def follow(self, text: Sequence[int]) -> None:
-        """`text` (prompt and answer so far, the pending token included) is what is continued."""
+        """Sets the text that is continued: the prompt and the answer with the pending token."""
         ...
 
     def offers(self, path: Sequence[int]) -> Sequence[Offer]:
-        """The likeliest tokens after the text and then `path`, likeliest first; none if it knows
-        none.  Does not change what is known."""
+        """The likeliest tokens after the text and `path`, likeliest first.  Changes nothing."""
         ...

@@ -1,4 +1,4 @@
-"""Trees of draft tokens, and how they grow.  A chain is a tree whose nodes have one child."""
+"""Trees of draft tokens and their growth.  A chain is a tree whose nodes have one child."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ ROOT = -1
 
 @dataclass(frozen=True)
 class Tree:
-    """Draft tokens; node i is `tokens[i]` after the path to `parents[i]`, which is ROOT or < i."""
+    """Draft tokens.  Node i is `tokens[i]` after the path to `parents[i]`, which is ROOT or < i."""
 
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     probabilities: list[float] = field(default_factory=list)
     """The drafter's own probability of each token, given its path."""
     sources: list[str] = field(default_factory=list)
-    """Who offered each token."""
+    """The source of each token."""
     joints: list[float] = field(default_factory=list)
-    """What a policy made of the probabilities along each path."""
+    """The joint probability of the path to each token, as computed by the policy."""
     proposals: Mapping[int, Distribution] = field(default_factory=dict)
-    """Sampled drafts only: what the children of a node were drawn from, in their order."""
+    """Sampled drafts only: the distribution that the children of a node were sampled from."""
     ranks: list[int] = field(default_factory=list)
-    """Of the offers that nodes were made from; empty: all 0."""
+    """The rank of each node's offer; empty: all 0."""
 
     @classmethod
     def chain(cls, tokens: Sequence[int], probabilities: Sequence[float] | None = None) -> Tree:
-        """Each token after the one before."""
+        """A tree in which each token follows the one before."""
         known = list(probabilities) if probabilities is not None else [1.0] * len(tokens)
         joints = list(accumulate(known, mul))
         n = len(tokens)
@@ -43,7 +43,7 @@ class Tree:
         return cls(list(tokens), parents, known, [""] * n, joints, ranks=[0] * n)
 
     def add(self, parent: int, offer: Offer, joint: float) -> int:
-        """A node more, and its number."""
+        """Adds a node and returns its number."""
         self.tokens.append(offer.token)
         self.parents.append(parent)
         self.probabilities.append(offer.probability)
@@ -53,12 +53,12 @@ class Tree:
         return len(self) - 1
 
     def offer(self, node: int) -> Offer:
-        """The offer a node was made from."""
+        """The offer that a node was made from."""
         rank = self.ranks[node] if self.ranks else 0
         return Offer(self.tokens[node], self.probabilities[node], self.sources[node], rank)
 
     def cut(self, n: int) -> Tree:
-        """The first n nodes: parents come before their children."""
+        """The tree of the first n nodes.  Parents always come before their children."""
         return Tree(
             self.tokens[:n],
             self.parents[:n],
@@ -77,11 +77,11 @@ class Tree:
         return [child for child, parent in enumerate(self.parents) if parent == node]
 
     def child(self, node: int, token: int) -> int | None:
-        """The child of `node` that is `token`."""
+        """The child of `node` with this token, if there is one."""
         return next((child for child in self.children(node) if self.tokens[child] == token), None)
 
     def path(self, node: int) -> list[int]:
-        """The tokens from below the root to `node`; none for the root itself."""
+        """The tokens on the path from the root to `node`; empty for the root."""
         tokens: list[int] = []
         while node != ROOT:
             tokens.append(self.tokens[node])
@@ -91,21 +91,21 @@ class Tree:
 
 @dataclass(frozen=True)
 class Offer:
-    """A token that a source proposes after a node, with its own idea of the probability there."""
+    """A token that a source proposes after a node, with the source's probability."""
 
     token: int
     probability: float
     source: str = ""
     rank: int = 0
-    """Among the offers of one pass, 0 for the likeliest; 0 for all of a lookup's, which are told
-    apart by probability alone."""
+    """The rank among the offers of one pass, 0 for the likeliest.  All offers of a lookup have rank
+    0, because only their probability counts."""
 
 
 class Policy(Protocol):
-    """What is worth its time.
+    """Decides which tokens are worth their time.
 
-    probability: of the token after its path, by the draft; joint: the product over the path, by
-    which nodes are compared.
+    probability: the draft's probability of a token after its path.
+    joint: the product of the probabilities on a path.  Nodes are compared by it.
     """
 
     def joint(self, joint: float, offer: Offer) -> float:
@@ -113,37 +113,37 @@ class Policy(Protocol):
         ...
 
     def includes(self, probability: float, joint: float) -> bool:
-        """Is the token worth a place in the verification?"""
+        """True if the token is worth verifying."""
         ...
 
     def extends(self, probability: float, joint: float) -> bool:
-        """Is it worth a draft pass to see what comes after it?"""
+        """True if the token is worth a draft pass for the tokens after it."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """How large a tree may become."""
+    """The limits of a tree."""
 
     n_nodes: int
     """Draft tokens at most."""
     branching: Callable[[float], int] = lambda top: 1
-    """Children of a node at most, by the draft's top probability there."""
+    """The number of a node's children at most, given the draft's top probability there."""
     only_first_extends: bool = False
-    """Only the likeliest child is extended: SWIFT's caterpillar (§4.2)."""
+    """True: only the likeliest child gets children, as in SWIFT's caterpillar (§4.2)."""
 
     @property
     def is_chain(self) -> bool:
-        """Has every node one child at most?"""
+        """True if every node has at most one child."""
         return self.branching(0.0) == 1
 
     def sized(self, n_max: int, *, n_branches: int) -> Shape:
-        """This shape with at most `n_max` nodes, and no more branches than a context has."""
+        """This shape with at most `n_max` nodes, and with no more branches than a context has."""
         return replace(self, n_nodes=n_max if self.is_chain else min(n_max, n_branches))
 
 
 def caterpillar(top: float) -> int:
-    """How many candidates SWIFT verifies beside each other, by the draft's top probability."""
+    """The number of candidates that SWIFT verifies at a position, by the top probability."""
     return 3 if top > 0.95 else 5 if top > 0.8 else 8 if top > 0.5 else 10
 
 
@@ -154,13 +154,13 @@ def grow(
     *,
     is_eog: Callable[[int], bool],
 ) -> Tree:
-    """The likeliest tree of at most `shape.n_nodes` nodes, best first by joint probability.
+    """Grows the likeliest tree of at most `shape.n_nodes` nodes, best first by joint probability.
 
     expand: runs the draft on a node (ROOT first) and returns the likeliest tokens after it,
-        likeliest first; none where the draft cannot go on.  Each call costs a draft pass.
+        likeliest first; empty if the draft cannot continue.  Each call costs a draft pass.
     """
     tree = Tree()
-    serial = count()  # of two equals the older one first
+    serial = count()  # of two equal offers, the older one comes first
     offers: list[tuple[float, int, int, Offer, bool]] = []
 
     def extend(node: int, joint: float) -> None:
@@ -177,7 +177,7 @@ def grow(
         value, _, parent, offer, may_extend = heapq.heappop(offers)
         if not policy.includes(offer.probability, -value):
             continue
-        if tree.child(parent, offer.token) is not None:  # another source's, and likelier there
+        if tree.child(parent, offer.token) is not None:  # already offered by another source
             continue
         node = tree.add(parent, offer, -value)
         if (
@@ -200,14 +200,14 @@ def grow_sampled(
     is_eog: Callable[[int], bool],
     source: str = "",
 ) -> Tree:
-    """A tree whose tokens are drawn from the draft, for speculative sampling.
+    """Grows a tree of sampled draft tokens, for speculative sampling.
 
-    Which tokens are in it may not depend on what was drawn, or the rule is no longer exact: how
-    many children a node gets is decided by the draft's top probability before the draw, and all
-    that are drawn stay, in their order.  Where the tree grows on may depend on everything.
+    The rule is only exact if no sampled token is dropped.  So the number of a node's children is
+    decided by the draft's top probability before they are sampled, and all of them stay, in their
+    order.  The choice of the node that grows next may depend on the sampled tokens.
 
-    draw: runs the draft on a node and draws its children; the callable it is given says how many,
-        by the top probability.  No proposal where the draft cannot go on.
+    draw: runs the draft on a node and samples its children.  Its last argument gives their number
+        for a top probability.  It returns no proposal if the draft cannot continue.
     """
     proposals: dict[int, Distribution] = {}
     tree = Tree(proposals=proposals)

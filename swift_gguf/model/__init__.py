@@ -1,4 +1,4 @@
-"""llama.cpp's model and context: token ids in, logits out, and back to any earlier position."""
+"""llama.cpp's model and context: token ids in, logits out, rollback to any earlier position."""
 
 from swift_gguf.model.loading import ModelOptions
 from swift_gguf.model.model import Model, Sublayer

@@ -1,21 +1,22 @@
-"""Who holds which cells of llama.cpp's KV cache.
+"""Bookkeeping of the cells in llama.cpp's KV cache.
 
-A cell is one position's keys and values, and belongs to any number of sequences.  The text so far
-is the *trunk*.  A tree grows from its end; each of its branches is a sequence that shares the
-trunk's cells, so nothing is ever copied.
+A cell has the keys and values of one position.  It belongs to any number of sequences.  The text so
+far is the *trunk*.  A tree grows from its end.  Each branch of the tree is a sequence that shares
+the trunk's cells, so no cell is copied.
 
-Attention sums over cells in their order, and sums of floats depend on it: for a text decoded
-through trees to be bit-identical to one decoded plainly, the trunk's cells must stay in the order
-of its positions.  Where an accepted branch leaves gaps before its cells, they are therefore
-*parked*, held by sequences that nobody reads, not freed: llama.cpp would fill them next.  Kernels
-that sum blocks of cells (tiled and split attention) need the trunk without gaps: `close_gaps`.
+Attention sums over cells in their order, and the result of a float sum depends on the order.  A
+text decoded with trees must be bit-identical to one decoded plainly, so the trunk's cells must stay
+in the order of its positions.  An accepted branch may leave gaps before its cells.  These cells are
+*parked*: sequences that are never read hold them.  If they were freed, llama.cpp would fill them
+next.  Kernels that sum blocks of cells (tiled and split attention) need a trunk without gaps; see
+`close_gaps`.
 
-llama.cpp also fills cells that a sliding window has passed, if a single sequence holds them and its
-search for free ones comes by.  It goes on from the latest cell, so it comes by parked cells after a
-rollback to between them, and by the trunk after a state was loaded.  Both then have two holders.
+llama.cpp also reuses cells that are outside a sliding window, if only one sequence holds them.  Its
+search for free cells starts at the latest cell.  So it may meet parked cells after a rollback, and
+the trunk after a state was loaded.  Two sequences hold these cells, to keep them.
 
-A Ctrl-C may come between what llama.cpp is told and what is noted here.  Whatever changes both
-says beforehand how much of the trunk is certain meanwhile; that is what `mend` keeps afterwards.
+A Ctrl-C may come between a call of llama.cpp and the update of the bookkeeping.  So every change
+first notes in `certain` how much of the trunk stays valid.  `mend` keeps that much afterwards.
 """
 
 from __future__ import annotations
@@ -31,30 +32,32 @@ from swift_gguf.native import buffer
 TRUNK = 0
 PARKED = (1, 2)
 HELD = 3
-"""Holds trunk cells beside the trunk; see `Cells.hold`."""
+"""A second holder of trunk cells; see `Cells.hold`."""
 FIRST_BRANCH = 4
 N_SEQUENCES = 48
-"""Trunk, holders and branches: room for a scoring window of 32 positions, each a sequence."""
+"""Trunk, holders and branches.  A scoring window of 32 positions fits; each is a sequence."""
 MAX_BRANCHES = N_SEQUENCES - FIRST_BRANCH
 MOVED = 256
-"""So many cells at most are moved at once, which need memory twice meanwhile."""
+"""Cells that are moved at once at most.  They need twice the memory meanwhile."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A token of the tree, and the cell it has or will have."""
+    """A token of the tree and its cell."""
 
     token: int
     parent: int
     pos: int
     sequences: list[int]
-    """The first one is its own; the others are branches below it that it was decoded with."""
+    """The first is its own.  The others are the branches below it that it was decoded with."""
 
 
 class Cells:
-    """The cells of one context with one text, of `capacity` cells and `n_sequences` sequences.
+    """The cells of a context that holds one text.
 
-    n_swa: positions that a sliding window sees, 0 without one.
+    capacity: the number of cells.
+    n_sequences: the number of sequences.
+    n_swa: the positions in a sliding window; 0: there is none.
     """
 
     def __init__(
@@ -62,22 +65,22 @@ class Cells:
     ) -> None:
         self._api, self._ctx = api, ctx
         self._memory = api.llama_get_memory(ctx)
-        self._moved = min(n_swa or MOVED, MOVED)  # a saved state lacks what the window has passed
+        self._moved = min(n_swa or MOVED, MOVED)  # a saved state has only the window's cells
         self.capacity = capacity
         self.n_sequences = n_sequences
         self.n_trunk = 0
         self.certain: int | None = None
-        """So much of the trunk is, after what changed it was interrupted, until `mend`."""
+        """After an interrupted change, the length of the trunk that is valid, until `mend`."""
         self.nodes: list[Node] = []
         self.spoiled = False
-        """Cells hold what is not finite: sums that it is masked out of are not, either."""
+        """True if cells hold numbers that are not finite.  They spoil even sums that mask them."""
         self._parked: list[tuple[int, list[int]]] = []  # trunk length before, positions of cells
-        self._shared = [0] * n_sequences  # how much of the trunk each branch holds
-        self._branches: set[int] = set()  # in use by the tree
+        self._shared = [0] * n_sequences  # the trunk's length that each branch holds
+        self._branches: set[int] = set()  # branches that the tree uses
 
     @property
     def free(self) -> int:
-        """Cells that nobody holds."""
+        """The number of cells that no sequence holds."""
         return self.capacity - self.n_trunk - self.n_parked - len(self.nodes)
 
     @property
@@ -88,14 +91,14 @@ class Cells:
 
     @contextmanager
     def _changing(self, certain: int) -> Iterator[None]:
-        """Left by an error, `certain` stays said."""
+        """Sets `certain` during a change.  After an error it stays set."""
         before = self.certain
         self.certain = certain if before is None else min(certain, before)
         yield
         self.certain = before
 
     def mend(self) -> None:
-        """Keeps what of the trunk is certain after an interrupt, without gaps, and nothing else."""
+        """After an interrupt, keeps only the valid part of the trunk, without gaps."""
         if self.certain is None:
             return
         certain = self.certain = min([self.certain, *(base for base, _ in self._parked)])
@@ -114,10 +117,10 @@ class Cells:
     # -- the tree ----------------------------------------------------------------------------------
 
     def place(self, tokens: Sequence[int], parents: Sequence[int]) -> list[Node]:
-        """Adds nodes that are about to be decoded in one batch, in this order.
+        """Adds nodes that will be decoded in one batch, in this order.
 
-        parents: of each, the number of a node before it (of this batch, too), or -1: the trunk's
-            end.
+        parents: for each node the number of an earlier node, which may be in this batch.  -1: the
+            end of the trunk.
         """
         first = len(self.nodes)
         with self._changing(self.n_trunk):
@@ -131,8 +134,10 @@ class Cells:
         return self.nodes[first:]
 
     def _branch(self, parent: int, first: int) -> int:
-        """A sequence that holds the trunk and the path to `parent`; nodes from `first` on will be
-        decoded with it, the ones before are there already."""
+        """A new sequence that holds the trunk and the path to `parent`.
+
+        Nodes from `first` on will be decoded with it.  The nodes before are already decoded.
+        """
         branch = self._new_branch()
         self._branches.add(branch)
         self._share(branch, self.n_trunk)
@@ -148,12 +153,14 @@ class Cells:
         for branch in range(FIRST_BRANCH, self.n_sequences):
             if branch not in self._branches:
                 return branch
-        raise ValueError(f"a tree of more than {self.n_sequences - FIRST_BRANCH} branches")
+        raise ValueError(f"the tree has more than {self.n_sequences - FIRST_BRANCH} branches")
 
     def keep(self, path: Sequence[int]) -> list[int]:
-        """The nodes on `path`, from the trunk's end on, become trunk; the others are dropped.
+        """Makes the nodes on `path` part of the trunk and drops the others.
 
-        Returns their tokens.
+        path: nodes from the end of the trunk on.
+
+        Returns the tokens of the path.
         """
         base = self.n_trunk
         with self._changing(base):
@@ -190,11 +197,14 @@ class Cells:
     # -- windows -----------------------------------------------------------------------------------
 
     def window(self, start: int, n: int) -> list[int]:
-        """Sequences for trunk positions start, ..., start + n - 1 to be decoded once more, each
-        seeing the trunk before it and none of the others.  Free them with `close_window`."""
+        """Sequences to decode the trunk positions start, ..., start + n - 1 again.
+
+        Each sequence sees the trunk before its position, and none of the others.  `close_window`
+        frees them.
+        """
         branches = list(range(FIRST_BRANCH, FIRST_BRANCH + n))
         if branches[-1] >= self.n_sequences or self.nodes:
-            raise ValueError(f"no window of {n} positions")
+            raise ValueError(f"a window of {n} positions does not fit, or there is a tree")
         with self._changing(self.n_trunk):
             for i, branch in enumerate(branches):
                 self._share(branch, start + i)
@@ -202,7 +212,7 @@ class Cells:
         return branches
 
     def close_window(self) -> None:
-        """Forgets what was decoded in the window's sequences."""
+        """Removes what was decoded in the window's sequences."""
         with self._changing(self.n_trunk):
             for branch in self._branches:
                 self._remove(branch, self._shared[branch])
@@ -211,20 +221,20 @@ class Cells:
     # -- the trunk ---------------------------------------------------------------------------------
 
     def rollback(self, n_past: int) -> None:
-        """The trunk ends at `n_past`; the tree is gone.
+        """Ends the trunk at `n_past` and drops the tree.
 
         Raises:
-            UnsupportedModelError: the cache cannot; it is as before.
+            UnsupportedModelError: the cache cannot remove tokens; it is unchanged.
         """
         with self._changing(min(self.n_trunk, n_past)):
-            # Always told to llama.cpp: an interrupted decode may have left it more than we know.
+            # always call llama.cpp: an interrupted decode may have left cells we do not know of
             is_done = self._remove(TRUNK, n_past)
             if is_done:
                 self._roll_branches_back(n_past)
                 self.n_trunk = min(self.n_trunk, n_past)
                 self._unpark(n_past)
         if not is_done:
-            raise UnsupportedModelError("the cache cannot take tokens back")
+            raise UnsupportedModelError("the cache cannot remove tokens")
         if self.spoiled:
             self.clear()
 
@@ -237,11 +247,11 @@ class Cells:
         self.nodes.clear()
 
     def _unpark(self, n_past: int) -> None:
-        """Frees parked cells that no trunk cell comes after any more."""
+        """Frees parked cells that no longer have a trunk cell after them."""
         stay = [gap for gap in self._parked if gap[0] < n_past]
         if len(stay) == len(self._parked):
             return
-        # a later gap may have a cell at a lower position than an earlier one: such stay parked, too
+        # a later gap may have lower positions than an earlier one; these cells stay parked, too
         end = max((pos + 1 for _, positions in stay for pos in positions), default=0)
         end = max(end, n_past) if stay else 0
         for base, positions in [gap for gap in self._parked if gap[0] >= n_past]:
@@ -256,20 +266,20 @@ class Cells:
                 self._remove(sequence, start)
 
     def forget_branches(self) -> None:
-        """Empties all branches; after an error it is not certain what they hold.  Nothing is held
-        either, until `hold`."""
+        """Empties all branches and the second holder, because after an error their content is not
+        known.  Call `hold` afterwards."""
         with self._changing(self.n_trunk):
             for branch in range(HELD, self.n_sequences):
                 self._remove(branch, 0)
                 self._shared[branch] = 0
 
     def close_gaps(self) -> None:
-        """Moves the trunk's cells to before which cells are parked, so that none need be.
+        """Moves the trunk's cells into the gaps before them, so that no cells are parked.
 
         There must be no tree.  An error or interrupt leaves a shorter trunk.
 
         Raises:
-            DecodeError: llama.cpp could not.
+            DecodeError: llama.cpp could not move the cells.
         """
         if not self._parked:
             return
@@ -287,7 +297,7 @@ class Cells:
             self.hold()
 
     def _move(self, start: int, end: int) -> None:
-        """The trunk's cells of positions start, ..., end - 1 into the first that are free."""
+        """Moves the trunk's cells of positions start, ..., end - 1 to the first free cells."""
         api, ctx, moving = self._api, self._ctx, FIRST_BRANCH
         self._remove(moving, 0)
         self._shared[moving] = 0
@@ -298,18 +308,18 @@ class Cells:
         api.llama_memory_seq_rm(self._memory, TRUNK, start, end)
         self._remove(moving, 0)
         if not is_saved or api.llama_state_seq_set_data(ctx, state, n_bytes, moving) != n_bytes:
-            raise DecodeError("llama.cpp could not move cells of the cache")
+            raise DecodeError("llama.cpp could not move cells of the KV cache")
         self._copy(moving, TRUNK, start, end)
         self._remove(moving, 0)
 
     def only_trunk(self) -> None:
-        """Nothing but the trunk is held any more, and it has no gaps.  There must be no tree."""
+        """Frees everything but the trunk, and closes its gaps.  There must be no tree."""
         with self._changing(self.n_trunk):
             self.close_gaps()
             self.forget_branches()
 
     def assume(self, n_trunk: int) -> None:
-        """The cache was filled by somebody else: the trunk ends at `n_trunk`."""
+        """Takes over a cache that other code filled.  The trunk ends at `n_trunk`."""
         with self._changing(0):
             self.n_trunk = n_trunk
             self._branches.clear()
@@ -321,11 +331,11 @@ class Cells:
             self.hold()
 
     def hold(self, n: int | None = None) -> None:
-        """Keeps the trunk's (first n) cells from being filled anew, after a state was loaded or
-        saved, or an error forgot who held them.
+        """Protects the trunk's cells (the first n) with a second holder.
 
-        llama.cpp then looks for cells from the first on, and takes those that a sliding window has
-        passed, although they may be rolled back to; but none that two sequences hold.
+        It is needed after a state was loaded or saved, and after `forget_branches`.  llama.cpp then
+        searches for free cells from the first on, and takes those outside a sliding window if only
+        one sequence holds them.  A rollback may still need them.
         """
         n = self.n_trunk if n is None else n
         if self.n_sequences > HELD:
@@ -333,9 +343,9 @@ class Cells:
                 self._share(HELD, n)
 
     def clear(self) -> None:
-        """Nothing is held any more; always possible."""
+        """Empties the cache.  This is always possible."""
         with self._changing(0):
-            self._api.llama_memory_clear(self._memory, self.spoiled)  # with or without the numbers
+            self._api.llama_memory_clear(self._memory, self.spoiled)  # True: overwrite the numbers
             self.spoiled = False
             self.n_trunk = 0
             self.nodes.clear()
@@ -346,7 +356,7 @@ class Cells:
     # -- llama.cpp ---------------------------------------------------------------------------------
 
     def _share(self, branch: int, n: int) -> None:
-        """The branch holds exactly the trunk's first `n` cells."""
+        """Makes the branch hold exactly the first `n` cells of the trunk."""
         if self._shared[branch] > n:
             self._remove(branch, n)
         elif self._shared[branch] < n:

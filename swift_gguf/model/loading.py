@@ -1,4 +1,4 @@
-"""llama.cpp's model and context: made as speculation needs them, and freed."""
+"""Loads llama.cpp's model and creates a context that is ready for speculation."""
 
 from __future__ import annotations
 
@@ -22,43 +22,43 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """How to load a model; names follow llama.cpp's command line."""
+    """Options of loading a model, named as on llama.cpp's command line."""
 
     n_ctx: int | None = None
-    """Context size in tokens; None: 4096, or as long as the model was trained for, if that is less;
-    0: as long as it was trained for.  Never longer than a table of learned positions."""
+    """Context size in tokens.  None: 4096, or the trained length if that is less.  0: the trained
+    length.  It is never more than the model's table of learned positions."""
     holds_several: bool = False
-    """Several texts lie in the context beside one another, each shorter than it."""
+    """True: the context holds several texts, each shorter than the context."""
     n_batch: int = 512
-    """Tokens decoded at once during prefill; at least 48, so that trees and windows fit, too."""
+    """Tokens in a batch of prompt processing; at least 48, so that trees and windows fit."""
     n_threads: int | None = None
     """None: see `threads.default_threads`."""
     n_gpu_layers: int = -1
-    """-1: all of them, where there is a GPU."""
+    """-1: all layers, if there is a GPU."""
     flash_attn: bool | None = None
-    """None: where the backend has it.  Texts with it may be others than without."""
+    """None: if the backend supports it.  The text may differ with and without it."""
     sidecar: Path | Literal["auto"] | None = "auto"
-    """Weights for draft passes; ``auto``: those beside the model, if they are there and its own."""
+    """Weights for draft passes; ``auto``: the sidecar beside the model, if it fits the model."""
     exact_kv: bool = False
-    """Keys and values in 32 bits, where llama.cpp rounds them to 16: to compare, not to be fast."""
+    """True: 32-bit keys and values instead of llama.cpp's 16 bits.  Slow; for comparisons."""
     watch: ProductWatch | None = None
-    """Sees every product of a weight that a pass computes; slow."""
+    """Observes every product with a weight in a forward pass.  Slow."""
 
 
 @dataclass
 class Loaded:
-    """A model of llama.cpp's and a context of it."""
+    """A model of llama.cpp and its context."""
 
     model: Any
     ctx: Any
     n_threads: int
     n_ctx: int = 0
-    """Tokens it can hold: not all of llama.cpp's where the model has fewer positions."""
+    """Tokens that the context can hold.  Fewer than its size if the model has fewer positions."""
     is_ours: bool = True
-    """Freed by `close`; otherwise by whoever made them, afterwards."""
+    """True: `close` frees the model and the context.  False: their creator does."""
 
     def close(self) -> None:
-        """Safe to call twice."""
+        """Frees the model and the context.  May be called twice."""
         api = library().api
         ctx, self.ctx = self.ctx, None
         model, self.model = self.model, None
@@ -71,12 +71,12 @@ class Loaded:
 def load(path: Path, options: ModelOptions, *, stop: StopFlag) -> Loaded:
     """Loads a model that generates text token by token.
 
-    stop: raised, it ends the load early.
+    stop: raising the flag stops the load.
 
     Raises:
-        StoppedError: that was so.
-        ModelError: the file is missing, damaged or not a model llama.cpp can run.
-        UnsupportedModelError: it runs, but does something else.
+        StoppedError: the load was stopped.
+        ModelError: the file is missing or damaged, or llama.cpp cannot run the model.
+        UnsupportedModelError: the model does not generate text token by token.
     """
     header = check(path)
     length = context_length(header)
@@ -88,7 +88,7 @@ def load(path: Path, options: ModelOptions, *, stop: StopFlag) -> Loaded:
         loaded.model = _load_model(path, options, overrides(header, path), stop=stop)
         vocab = api.llama_model_get_vocab(loaded.model)
         if api.llama_vocab_n_tokens(vocab) == 0 or api.llama_vocab_type(vocab) == 0:
-            raise ModelError(f"{path} has no tokenizer; convert the model again, with one")
+            raise ModelError(f"{path} has no tokenizer; convert the model again with its tokenizer")
         refuse_if_stopped(stop)
         loaded.ctx = _make_context(path, options, loaded, n_ctx=length.choose(options.n_ctx))
         loaded.n_ctx = length.usable(api.llama_n_ctx(loaded.ctx))
@@ -103,21 +103,21 @@ def load(path: Path, options: ModelOptions, *, stop: StopFlag) -> Loaded:
 
 
 def generates_text(loaded: Loaded) -> bool:
-    """Does the model say a text token by token, each from those before it?"""
+    """True if the model generates text token by token, each from the tokens before it."""
     api = library().api
     has_memory = bool(api.llama_get_memory(loaded.ctx))
     return has_memory and not api.llama_model_has_encoder(loaded.model)
 
 
 def n_sequences(model: Any) -> int:
-    """How many sequences a context needs for trees and windows."""
+    """The number of sequences that a context needs for trees and windows."""
     api = library().api
     has_state = api.llama_model_is_recurrent(model) or api.llama_model_is_hybrid(model)
-    return 1 if has_state else N_SEQUENCES  # each sequence would have a state of its own
+    return 1 if has_state else N_SEQUENCES  # recurrent: each sequence has its own state
 
 
 def fit_context(params: Any, model: Any) -> None:
-    """Makes the parameters of a context those that trees and windows need."""
+    """Sets the parameters of a context that trees and windows need."""
     params.n_seq_max, params.kv_unified = n_sequences(model), True
     # llama.cpp reserves a row of logits for every sequence, and aborts if a batch has fewer
     params.n_batch = max(params.n_batch, params.n_seq_max)
@@ -126,7 +126,8 @@ def fit_context(params: Any, model: Any) -> None:
 
 
 def refuse_if_stopped(stop: StopFlag) -> None:
-    """
+    """Ends a load that was stopped.
+
     Raises:
         StoppedError: the flag is up.
     """
@@ -135,7 +136,7 @@ def refuse_if_stopped(stop: StopFlag) -> None:
 
 
 def cause(messages: Sequence[str]) -> str:
-    """The most telling of llama.cpp's messages: the first is the cause, the rest its echo."""
+    """The first of llama.cpp's messages, which is the cause.  The others follow from it."""
     lines = [line.strip(" .") for line in messages if line.strip(" .")]
     return lines[0].split("\n")[0] if lines else "llama.cpp gives no reason"
 
@@ -149,7 +150,7 @@ def _load_model(
     params.progress_callback = goes_on = library().unless_stopped(stop)
     with library().overriding(params, instead), library().messages() as messages:
         model = api.llama_model_load_from_file(os.fsencode(path), params)
-    del goes_on  # was needed until here
+    del goes_on  # llama.cpp needs it until here
     if not model:
         refuse_if_stopped(stop)
         raise ModelError(f"{path} cannot be loaded: {cause(messages)}")
@@ -173,7 +174,7 @@ def _make_context(path: Path, options: ModelOptions, loaded: Loaded, *, n_ctx: i
         ctx = api.llama_init_from_model(loaded.model, params)
     if not ctx:
         raise ModelError(
-            f"{path}: no context of {params.n_ctx} tokens: {cause(messages)}; "
-            "try a smaller --ctx-size"
+            f"{path}: cannot create a context of {params.n_ctx} tokens ({cause(messages)}); "
+            "use a smaller --ctx-size"
         )
     return ctx

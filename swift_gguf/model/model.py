@@ -1,6 +1,6 @@
-"""A model in memory and its context: what it is, what its passes cost, and how it decodes.
+"""A loaded model and its context: its properties, the costs of its passes, and decoding.
 
-Token ids only, no text.
+It works with token ids, not with text.
 """
 
 from __future__ import annotations
@@ -44,23 +44,24 @@ attention is tiled."""
 
 @dataclass(frozen=True, kw_only=True)
 class Sublayer:
-    """What skipping one sub-layer would save in a one-token pass."""
+    """What a pass of one token saves if it skips this sub-layer."""
 
     status: str
     """``ok``; ``absent``: the layer has none; ``unshared``: the architecture builds it without
     llama.cpp's shared helpers; ``useless``: skipping saves nothing."""
     weight_bytes: int
     kv_bytes: int
-    """At a full context."""
+    """With a full context."""
     n_nodes: int
 
 
 class Model:
-    """A model in memory and its context, of one sequence.  Not safe for use by several threads at
-    once.
+    """A loaded model and its context, which holds one text.
+
+    Only one thread may use it at a time.
 
     Raises:
-        ModelError: the file is missing, damaged or not a model llama.cpp can run.
+        ModelError: the file is missing or damaged, or llama.cpp cannot run the model.
     """
 
     def __init__(
@@ -71,9 +72,12 @@ class Model:
         loaded: Loaded | None = None,
         stop: StopFlag | None = None,
     ) -> None:
-        """loaded: use these, made elsewhere of the same file, in a context that `fit_context` made
-        ready and that is empty; None: load it.
-        stop: ends the load, too; None: one of its own."""
+        """Loads the model, or takes one that is loaded.
+
+        loaded: a model from the same file and an empty context with the parameters of
+            `fit_context`; None: load it.
+        stop: raising the flag stops forward passes and the load; None: a flag of its own.
+        """
         self.path = Path(path)
         self.options = options or ModelOptions()
         self.tokens: list[int] = []
@@ -100,11 +104,11 @@ class Model:
         self.n_batch: int = api.llama_n_batch(ctx)
         self._library.set_stop_flag(ctx, self.stop)
         self.n_passes = 0
-        """Passes so far: while it stands still, so do the rows of logits."""
+        """Forward passes so far.  The rows of logits stay the same until the next one."""
         self._outputs = range(0)
         self._fresh = (-1, -1)  # (n_passes, n_past) after the latest `decode` with logits
         self._invariant = False
-        self._is_draft = False  # was the latest pass one?
+        self._is_draft = False  # True if the latest pass was a draft pass
         n_branches = n_sequences(model)
         self._batch = api.llama_batch_init(self.n_batch, 0, n_branches)
         self.cells = Cells(
@@ -117,7 +121,7 @@ class Model:
 
     @property
     def ctx(self) -> Any:
-        """llama.cpp's context; None once it is closed."""
+        """llama.cpp's context; None after `close`."""
         return self._loaded.ctx
 
     @property
@@ -126,11 +130,11 @@ class Model:
 
     @property
     def n_past(self) -> int:
-        """How many tokens the context holds."""
+        """The number of tokens in the context."""
         return len(self.tokens)
 
     def close(self) -> None:
-        """Frees everything that is its own; safe to call twice."""
+        """Frees the model and everything else that it owns.  May be called twice."""
         if self._batch is not None:
             self._api.llama_batch_free(self._batch)
             self._batch = None
@@ -168,16 +172,16 @@ class Model:
 
     @property
     def description(self) -> str:
-        """Architecture, size and quantisation in a line, as llama.cpp puts it."""
+        """llama.cpp's description: architecture, size and quantisation in a line."""
         return self._library.description(self._model)
 
     def metadata(self, key: str) -> str | None:
-        """A value of the GGUF's metadata as text, or None."""
+        """A value of the GGUF metadata as text; None if the key is missing."""
         return self._library.metadata(self._model, key)
 
     @property
     def has_experts(self) -> bool:
-        """Is it a mixture of experts, of which a draft may run fewer?"""
+        """True for a mixture of experts.  A draft may run fewer experts."""
         architecture = self.metadata("general.architecture")
         return int(self.metadata(f"{architecture}.expert_count") or 0) > 0
 
@@ -188,12 +192,12 @@ class Model:
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """What tokens stand for, to hold answers to a schema."""
+        """The text of the tokens, for constraints by a schema."""
         return Vocabulary.of(self.vocab)
 
     @cached_property
     def sublayers(self) -> tuple[list[Sublayer], list[Sublayer]]:
-        """Attention and FFN of every layer, each [n_layer], from the graphs llama.cpp builds."""
+        """Attention and FFN of every layer, each [n_layer], from the graphs of llama.cpp."""
         attention, ffn = (
             [
                 Sublayer(
@@ -210,19 +214,22 @@ class Model:
 
     @property
     def only_chains(self) -> bool:
-        """Must drafts be chains?  Flash attention sums up the cells that a token sees one after the
-        other.  Without it, sums are shared out by the cells' numbers, so that gaps change them."""
+        """True if drafts must be chains.
+
+        Flash attention sums the cells that a token sees one after the other.  Without it, the sums
+        are split by the cells' numbers, so gaps between cells would change the result.
+        """
         return self.options.flash_attn is False
 
     def is_eog(self, token: int) -> bool:
-        """Does this token end a generation?"""
+        """True if this token ends the generation."""
         return bool(self._api.llama_vocab_is_eog(self.vocab, token))
 
     # -- sub-networks ------------------------------------------------------------------------------
 
     @property
     def sidecar(self) -> Sidecar | None:
-        """The weights for draft passes that were found."""
+        """The sidecar (weights for draft passes) in use, if there is one."""
         return self._handles.sidecar
 
     @property
@@ -240,7 +247,7 @@ class Model:
 
     @contextmanager
     def observe_ffn(self, observer: FfnObserver) -> Iterator[None]:
-        """See `Library.observe_ffn`.  Where the observer raises, a Ctrl-C included, passes stop."""
+        """See `Library.observe_ffn`.  An exception in the observer stops the pass and is raised."""
         failed: list[BaseException] = []
 
         def guarded(layer: int, inputs: Any, activations: Any, output: Any) -> None:
@@ -270,9 +277,9 @@ class Model:
         n_outputs: int = 1,
         n_kv: int | None = None,
     ) -> Cost:
-        """Bytes and operations of a pass, from the graph llama.cpp would run.
+        """Bytes and operations of a forward pass, from the graph of llama.cpp.
 
-        n_kv: positions the cache holds; default: as many as now.
+        n_kv: the number of positions in the KV cache; None: the current number.
         """
         n_kv = self.n_past if n_kv is None else n_kv
         handle = self._handles.of(subnetwork)
@@ -283,16 +290,16 @@ class Model:
     # -- decoding ----------------------------------------------------------------------------------
 
     n_branches = MAX_BRANCHES
-    """Of a tree at most: each is a sequence of its own."""
+    """Branches of a tree at most.  Each is a sequence."""
 
     @property
     def is_fresh(self) -> bool:
-        """Does the latest pass's last row of logits follow the last token of the context?"""
+        """True if the last row of logits belongs to the last token of the context."""
         return self._fresh == (self.n_passes, self.n_past)
 
     @property
     def room(self) -> int:
-        """How many tokens of a tree can be decoded where gaps stay open."""
+        """The number of tree tokens that can be decoded without closing gaps."""
         return min(self.cells.free, self.n_batch)
 
     def decode(
@@ -305,22 +312,22 @@ class Model:
     ) -> None:
         """Appends tokens to the context; the last `n_outputs` of them get logits (rows 0, 1, ...).
 
-        subnetwork: what the pass runs; None: the whole model.  What is decoded under a sub-network
-            must be rolled back before the whole model goes on.
+        subnetwork: the part of the model that the pass runs; None: the full model.  Roll back what
+            a sub-network has decoded before the full model decodes again.
         exact: rows are what single tokens would give, to the bit, up to `NARROW_MAX` tokens; False:
             as fast as it goes.
 
         Raises:
-            ContextFullError: they do not fit; nothing is decoded.
+            ContextFullError: the tokens do not fit; nothing is decoded.
             DecodeError: llama.cpp failed.
             StoppedError: the stop flag is up.
 
-        Whatever is raised, an interrupt included, the context is as before (or empty, if the model
-        cannot take tokens back; or shorter, where an interrupt hit the cache's bookkeeping).
+        After an error or an interrupt, the context is as before.  It is empty if the model cannot
+        remove tokens, and shorter if the interrupt came during the bookkeeping of the cache.
         """
         if not 0 <= n_outputs <= min(len(tokens), self.n_batch):
             raise ValueError(
-                f"{n_outputs} outputs of {len(tokens)} tokens in batches of {self.n_batch}"
+                f"{n_outputs} outputs do not fit {len(tokens)} tokens and batches of {self.n_batch}"
             )
         with self._undo_on_error():
             self._drop_tree()
@@ -338,15 +345,15 @@ class Model:
     def decode_tree(
         self, tokens: Sequence[int], parents: Sequence[int], *, subnetwork: SubNetwork | None = None
     ) -> None:
-        """Decodes nodes of a tree that grows from the end of the context; all of them get logits.
+        """Decodes nodes of a tree that grows from the end of the context.  All of them get logits.
 
-        Nodes are numbered from 0 on, over all calls since the last `keep` or `rollback`.  The
-        context's own tokens stay as they are until `keep`.
+        Nodes are numbered from 0 over all calls since the last `keep` or `rollback`.  The tokens of
+        the context stay as they are until `keep`.
 
-        parents: of each, the number of a node before it (of this call, too), or -1: the context's
-            end.
+        parents: for each node the number of an earlier node, which may be of this call.  -1: the
+            end of the context.
 
-        Raises: as `decode`; the tree is gone then.
+        Raises: as in `decode`.  The tree is dropped then.
         """
         with self._undo_on_error():
             if not self.cells.nodes:
@@ -363,17 +370,22 @@ class Model:
             )
 
     def keep(self, path: Sequence[int]) -> None:
-        """The nodes on `path`, from the context's end on, become text; the others are gone."""
+        """Appends the nodes on `path` to the text and drops the others.
+
+        path: nodes from the end of the context on.
+        """
         with self._undo_on_error():
             self.tokens.extend(self.cells.keep(path))
 
     def redecode(
         self, start: int, n: int, *, subnetwork: SubNetwork | None = None, own_past: bool = False
     ) -> None:
-        """Decodes n tokens of the context once more, from position `start` on, with logits for all,
-        and leaves the context as it is.
+        """Decodes n tokens of the context again from position `start` on, with logits for all.
 
-        own_past: each sees what this pass made of those before it in the window, not the context's.
+        The context stays as it is.
+
+        own_past: each token sees the keys and values that this pass computes for earlier tokens of
+            the window, instead of those in the context.
         """
         with self._undo_on_error():
             self._drop_tree()
@@ -389,7 +401,7 @@ class Model:
             self.cells.close_window()
 
     def _drop_tree(self) -> None:
-        """One that an interrupt left before anything of it was kept."""
+        """Drops a tree that an interrupt left."""
         if self.cells.nodes:
             self.cells.rollback(self.n_past)
 
@@ -411,16 +423,18 @@ class Model:
             raise
 
     def _mend(self) -> None:
-        """What an interrupt left half done becomes a shorter text; called before anything else is
-        done, for an interrupt may come while one is mended."""
+        """Shortens the text to what is valid after an interrupt.
+
+        It is called before every operation, because another interrupt may stop it.
+        """
         self.cells.mend()
         del self.tokens[self.cells.n_trunk :]
 
     def _make_room(self, n: int) -> None:
-        """Cells for `n` tokens, if need be by closing gaps.
+        """Makes sure that `n` cells are free.  Closes gaps if necessary.
 
         Raises:
-            ContextFullError: there are none.
+            ContextFullError: too few cells are free.
         """
         if n > self.cells.free + self.cells.n_parked:
             raise ContextFullError(
@@ -489,15 +503,15 @@ class Model:
         self._outputs = range(first, len(tokens))
 
     def output_index(self, row: int) -> int:
-        """Row of the last decode's outputs -> index llama.cpp knows it by."""
+        """llama.cpp's index of an output row of the last batch."""
         return self._outputs[row]
 
     def top(self, row: int, k: int = 1) -> tuple[list[int], list[float]]:
         """The k likeliest tokens of an output row and their probabilities at temperature 1.
 
         Raises:
-            SpoiledError: those of a draft pass are not finite.
-            NotFiniteError: those of the whole model are not.
+            SpoiledError: logits of a draft pass are not finite.
+            NotFiniteError: logits of the full model are not finite.
         """
         try:
             return self._library.top(self.ctx, self._outputs[row], k)
@@ -507,14 +521,14 @@ class Model:
             raise
 
     def _spoiled(self) -> SpoiledError:
-        """What a draft pass wrote may spoil every pass after it: nothing of the cache is kept."""
+        """Empties the cache: what a bad draft pass wrote may spoil every later pass."""
         self.cells.spoiled = True
         if not self.cells.nodes:
             self.clear()
         sidecar = self.sidecar
         weights = f"{sidecar.path} or of the model" if sidecar else "the model"
         return SpoiledError(
-            f"a draft's logits are not finite: weights of {weights} are damaged; "
+            f"logits of a draft pass are not finite: weights of {weights} are damaged; "
             + ("use --sidecar none" if sidecar else "use --speculation off")
         )
 
@@ -523,27 +537,28 @@ class Model:
         return self.logits_at(self._outputs[row])
 
     def logits_at(self, index: int) -> Any:
-        """As `logits`, of an index that `output_index` gave."""
+        """As `logits`, for an index from `output_index`."""
         return self._library.logits(self.ctx, index, self.n_vocab)
 
     def rollback(self, n_past: int) -> None:
-        """Forgets all tokens from position `n_past` on, exactly, and any tree.
+        """Removes the tree and all tokens from position `n_past` on.
 
         Raises:
-            UnsupportedModelError: the model cannot (recurrent state); it is as before.
+            UnsupportedModelError: the model cannot remove tokens (recurrent state).  The context
+                is unchanged.
         """
         self._mend()
         try:
             self.cells.rollback(n_past)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(
-                f"cannot take tokens back: {self.rollback_refusal}; use --speculation off"
+                f"cannot remove tokens: {self.rollback_refusal}; use --speculation off"
             ) from error
         finally:
             self._mend()
 
     def clear(self) -> None:
-        """Forgets all tokens; always possible."""
+        """Removes all tokens.  This is always possible."""
         try:
             self.cells.clear()
         finally:
@@ -552,7 +567,7 @@ class Model:
     # -- for others that use the context -----------------------------------------------------------
 
     def hand_over(self) -> None:
-        """Makes the context llama.cpp's as it comes: the text in one sequence, the whole model."""
+        """Prepares the context for other code: the text in one sequence, and the full model."""
         with self._undo_on_error():
             self._drop_tree()
             self.cells.only_trunk()
@@ -561,22 +576,22 @@ class Model:
         self._invariant = False
 
     def take_back(self) -> None:
-        """The context is ours again, with the same text."""
+        """Takes the context back after `hand_over`, with the same text."""
         self._mend()
         self.cells.hold()
 
     def assume(self, tokens: Sequence[int]) -> None:
-        """The context was filled by somebody else, with these tokens or more."""
+        """Takes over a context that other code filled with these tokens, or with more."""
         self._fresh = (-1, -1)
         self.cells.assume(len(tokens))
         self.tokens[:] = tokens
 
 
 class Handles:
-    """Native sub-networks of a model, each made when a pass first needs it.
+    """Native sub-networks of a model.  Each is created when a pass first needs it.
 
     path: the model's file.
-    wanted: the sidecar to use; ``auto``: the one beside the model, if it is there and its own.
+    wanted: the sidecar to use; ``auto``: the one beside the model, if it fits the model.
     """
 
     def __init__(self, path: Path, *, wanted: Path | Literal["auto"] | None) -> None:
@@ -590,13 +605,13 @@ class Handles:
         self._made: dict[SubNetwork, SubnetworkHandle] = {}
 
     def open(self, model: Any, *, n_layer: int, has_experts: bool) -> None:
-        """Looks at the sidecar's header; its weights are loaded when a pass first needs them.
+        """Reads the sidecar's header.  Its weights are loaded when a pass first needs them.
 
-        model: llama.cpp's, which must outlive this, or `close`.
-        has_experts: a mixture is narrowed without a sidecar.
+        model: llama.cpp's model, which must not be freed before `close`.
+        has_experts: a mixture of experts is narrowed without a sidecar.
 
         Raises:
-            SidecarError: the one that was asked for cannot be used.
+            SidecarError: the sidecar was named by the user, and it cannot be used.
         """
         self._model, self._has_experts = model, has_experts
         place = path_beside(self._path) if self._wanted == "auto" else self._wanted
@@ -605,26 +620,29 @@ class Handles:
         try:
             found = read(place, model=self._path)
             if len(found.n_narrow) != n_layer:
-                raise SidecarError(f"{place} is for {len(found.n_narrow)} layers")
+                raise SidecarError(
+                    f"{place} is for {len(found.n_narrow)} layers, but the model has {n_layer}; "
+                    "run swift-gguf prepare"
+                )
             self.sidecar = found
         except SidecarError as error:
             self.leave_aside(error)
 
     def leave_aside(self, error: SidecarError) -> None:
-        """Goes on without the sidecar, where it was only found.
+        """Continues without the sidecar, unless the user named it.
 
         Raises:
-            SidecarError: this one, where it was asked for.
+            SidecarError: `error`, if the user named the sidecar.
         """
         if self._wanted != "auto":
             raise error
         self.sidecar, self.refusal = None, str(error)
 
     def of(self, subnetwork: SubNetwork | None) -> SubnetworkHandle | None:
-        """None: the whole model.
+        """The native sub-network; None: the full model.
 
         Raises:
-            SubnetworkError: it needs a sidecar, and there is none.
+            SubnetworkError: the sub-network needs a sidecar, and there is none.
             SidecarError: the sidecar cannot be loaded.
         """
         if subnetwork is None:
@@ -645,10 +663,12 @@ class Handles:
         return self.loaded_sidecar
 
     def usable_sidecar(self) -> Sidecar | None:
-        """The sidecar, loaded; one that was found beside the model and cannot be, is left aside.
+        """The loaded sidecar, if there is one.
+
+        A sidecar that was found beside the model is not used if it cannot be loaded.
 
         Raises:
-            SidecarError: the one that was asked for cannot be loaded.
+            SidecarError: the sidecar was named by the user, and it cannot be loaded.
         """
         try:
             if self._model is not None and self.sidecar is not None:
@@ -658,6 +678,6 @@ class Handles:
         return self.sidecar
 
     def close(self) -> None:
-        """Frees them; before the model."""
+        """Frees the sub-networks and the sidecar.  Called before the model is freed."""
         self._made.clear()
         self.loaded_sidecar = self._model = None

@@ -146,7 +146,7 @@ def test_nothing_is_known_of_a_text_without_repetition(text: list[int]) -> None:
 
 @pytest.mark.parametrize("options", [{"n_offers": 0}, {"min_match": 0}])
 def test_senseless_limits(options: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="must be at least 1"):
         NGram(**options)
 
 

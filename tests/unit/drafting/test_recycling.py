@@ -118,7 +118,7 @@ def test_every_successor_needs_a_probability() -> None:
 
 @pytest.mark.parametrize("options", [{"n_offers": 0}, {"max_rows": 0}])
 def test_senseless_limits(options: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="must be at least 1"):
         Recycling(**options)
 
 
