@@ -1,7 +1,7 @@
-"""The header of a GGUF file: its metadata and the table of its tensors, checked as they are read.
+"""Reads and checks the header of a GGUF file: its metadata, and the table of its tensors.
 
-In plain Python: gguf.GGUFReader takes seconds on a large vocabulary.  Nothing in a file, however
-damaged, makes it take more memory than a few times the file.
+gguf.GGUFReader takes seconds for a large vocabulary; this reader is faster.  Even for a damaged
+file, it never needs more memory than a few times the file's size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from swift_gguf.errors import ModelError
 
-# ggml type -> (weights a block, bytes a block); what is not here is unknown or was removed.
+# ggml type -> (weights per block, bytes per block); other types are unknown or were removed.
 _TYPES: dict[int, tuple[int, int]] = {
     0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34),
     9: (32, 36), 10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210),
@@ -28,8 +28,9 @@ _TYPES: dict[int, tuple[int, int]] = {
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
             12: "d"}  # fmt: skip
 U16, U32, F32, STRING, ARRAY = 2, 4, 6, 8, 9
-_KEEP_ITEMS = 4096  # longer arrays of numbers belong to the vocabulary: their length will do
-# What a few bytes of file each would make hundreds of bytes of memory; no real model comes near.
+_KEEP_ITEMS = 4096  # longer arrays of numbers belong to the vocabulary: only their length is kept
+# Limits for items that take a few bytes in the file but hundreds in memory.  No real model comes
+# near them.
 _MAX_STRINGS = 1 << 21
 _MAX_PAIRS = 1 << 12
 _MAX_TENSORS = 1 << 16
@@ -39,7 +40,7 @@ _AGAIN = "the file is damaged: download or convert it again"
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """A metadata array: its items where they are few numbers, else only how many there are."""
+    """A metadata array: its items if it is a short array of numbers, otherwise only its length."""
 
     item_type: int
     length: int
@@ -53,7 +54,7 @@ class Tensor:
 
     @property
     def size(self) -> int:
-        """Weights."""
+        """Number of weights."""
         return math.prod(self.shape)
 
     @property
@@ -64,7 +65,7 @@ class Tensor:
 
 @dataclasses.dataclass
 class Header:
-    """What precedes the weights of a GGUF file."""
+    """The part of a GGUF file before the weights."""
 
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
     types: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -82,12 +83,12 @@ class Header:
         return self.metadata.get(f"{self.architecture}.{key}", default)
 
     def integer(self, key: str, default: int = 0) -> int:
-        """An integer hyperparameter; llama.cpp refuses other types politely."""
+        """An integer hyperparameter; `default` for other types, which llama.cpp refuses itself."""
         value = self.get(key, default)
         return value if isinstance(value, int) else default
 
     def numbers(self, key: str) -> list[int]:
-        """An integer hyperparameter that may be given once or for each layer."""
+        """An integer hyperparameter that is given once, or for each layer."""
         value = self.get(key)
         if isinstance(value, Array):
             return [item for item in value.items if isinstance(item, int)]
@@ -95,10 +96,10 @@ class Header:
 
 
 class Problem(Exception):
-    """What is wrong and what to do, without the file's name."""
+    """An error message, without the file's name: what is wrong, and what to do."""
 
     def __init__(self, what: str, advice: str = _AGAIN) -> None:
-        # Names from a damaged file may hold anything, and be of any length.
+        # names from a damaged file may have any characters and any length
         text = "".join(char if char.isprintable() else "?" for char in what)
         super().__init__(f"{text if len(text) < 200 else text[:200] + '...'}; {advice}")
 
@@ -117,7 +118,7 @@ class _Reader:
     def raw(self, what: str) -> bytes:
         length = self.number("Q")
         if length > self._size - self.at:
-            raise Problem(f"{what} is said to be {length} bytes long, beyond the end of the file")
+            raise Problem(f"{what} is {length} bytes long, beyond the end of the file")
         self.at += length
         return self._data[self.at - length : self.at]
 
@@ -139,7 +140,7 @@ class _Reader:
             raise Problem(f"'{key}' is an array of the unknown type {item_type}")
         size = struct.calcsize(_SCALARS[item_type])
         if count > (self._size - self.at) // size:
-            raise Problem(f"'{key}' is said to have {count} items, beyond the end of the file")
+            raise Problem(f"'{key}' has {count} items, beyond the end of the file")
         items: tuple[Any, ...] = ()
         if count <= _KEEP_ITEMS:
             items = struct.unpack_from(f"<{count}{_SCALARS[item_type]}", self._data, self.at)
@@ -147,9 +148,9 @@ class _Reader:
         return Array(item_type, count, items)
 
     def _strings(self, key: str, count: int, header: Header) -> None:
-        """Skips, and keeps those of the vocabulary.  A hot loop: 300 000 times for a large one."""
+        """Skips strings; keeps the vocabulary's.  A hot loop: 300,000 steps for a large one."""
         if count > (self._size - self.at) // 8:
-            raise Problem(f"'{key}' is said to have {count} strings, beyond the end of the file")
+            raise Problem(f"'{key}' has {count} strings, beyond the end of the file")
         if count > _MAX_STRINGS:
             raise Problem(f"'{key}' has {count} strings, more than {_MAX_STRINGS}")
         data, at, unpack = self._data, self.at, struct.Struct("<Q").unpack_from
@@ -172,7 +173,7 @@ def _read_metadata(reader: _Reader, count: int, header: Header) -> None:
     for _ in range(count):
         key = reader.text("a metadata key")
         if not key or key in header.metadata:
-            raise Problem(f"the metadata key '{key}' is empty or given twice")
+            raise Problem(f"the metadata key '{key}' is empty or occurs twice")
         header.types[key] = reader.number("I")
         header.metadata[key] = reader.value(header.types[key], key, header)
 
@@ -188,7 +189,7 @@ def _read_tensors(reader: _Reader, count: int, header: Header, size: int) -> Non
         raw = reader.raw("a tensor's name")
         name = raw.decode("utf-8", "replace")
         if len(raw) > _MAX_NAME or name in header.tensors:
-            raise Problem(f"the tensor name '{name[:80]}' is too long or given twice")
+            raise Problem(f"the tensor name '{name[:80]}' is too long or occurs twice")
         n_dims = reader.number("I")
         if n_dims > 4:
             raise Problem(f"tensor '{name}' has {n_dims} dimensions")
@@ -199,20 +200,20 @@ def _read_tensors(reader: _Reader, count: int, header: Header, size: int) -> Non
         if kind not in _TYPES:
             raise Problem(
                 f"tensor '{name}' has the type {kind}, which llama.cpp does not know",
-                "it may be newer than this swift-gguf or no longer supported: convert it again",
+                "the type may be too new or no longer supported: convert the model again",
             )
         block, block_bytes = _TYPES[kind]
         if shape[0] % block:
             raise Problem(f"tensor '{name}' has rows of {shape[0]}, not a multiple of {block}")
         start = end + -end % alignment
         if offset != start:
-            raise Problem(f"tensor '{name}' is at offset {offset} where {start} was expected")
+            raise Problem(f"tensor '{name}' is at offset {offset}, but {start} was expected")
         end = start + math.prod(shape) // block * block_bytes
         header.tensors[name] = Tensor(shape, kind)
     needed = reader.at + -reader.at % alignment + end
     if header.tensors and needed > size:
         raise Problem(
-            f"the file has {size} bytes where its tensors need {needed}",
+            f"the file has {size} bytes, but its tensors need {needed}",
             "it was cut short: download it again",
         )
     header.n_after = max(0, size - needed - -end % alignment)
@@ -237,11 +238,11 @@ def _read(data: mmap.mmap | bytes) -> Header:
         ):
             if not 0 <= count <= len(data) // least:
                 raise Problem(
-                    f"it claims to hold {count} {what}, more than fit into its {len(data)} bytes",
+                    f"it claims to have {count} {what}, more than fit into its {len(data)} bytes",
                     "it is damaged or was cut short: download it again",
                 )
             if count > most:
-                raise Problem(f"it holds {count} {what}, more than {most}")
+                raise Problem(f"it has {count} {what}, more than {most}")
         _read_metadata(reader, n_pairs, header)
         _read_tensors(reader, n_tensors, header, len(data))
         header.length = reader.at
@@ -254,7 +255,7 @@ def _read(data: mmap.mmap | bytes) -> Header:
 
 def _map(path: Path) -> Header:
     if path.exists() and not path.is_file():
-        raise OSError("not a regular file")  # opening a pipe would wait for ever
+        raise OSError("not a regular file")  # opening a pipe would block
     with path.open("rb") as file:
         if file.seek(0, 2) < 24:  # mmap refuses empty files
             file.seek(0)
@@ -264,7 +265,11 @@ def _map(path: Path) -> Header:
 
 
 def read(path: Path | str) -> Header:
-    """The header of a GGUF file.  Raises ModelError where the file is not sound."""
+    """The header of a GGUF file.
+
+    Raises:
+        ModelError: the file is not a valid GGUF, or cannot be read.
+    """
     try:
         return _map(Path(path))
     except Problem as problem:

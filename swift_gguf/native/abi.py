@@ -1,4 +1,4 @@
-"""swift_gguf.h as ctypes sees it: structs, signatures, and what owns native objects."""
+"""swift_gguf.h for ctypes: structs, signatures, and owners of native objects."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ABI = 5
 
 
 class Cost(ctypes.Structure):
-    """struct swift_gguf_cost: what a pass reads, in bytes, and its size in operations."""
+    """struct swift_gguf_cost: bytes that a forward pass reads, and the size of its graph."""
 
     weight_bytes: int
     head_bytes: int
@@ -199,7 +199,10 @@ class SubnetworkHandle:
 
 
 class StopFlag:
-    """Stops a model's load and passes of its context while it is up; any thread may raise it."""
+    """While it is raised, loading a model stops, and so do forward passes.
+
+    Any thread may raise it.
+    """
 
     def __init__(self) -> None:
         self.value = ctypes.c_int32(0)

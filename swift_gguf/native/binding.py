@@ -1,7 +1,7 @@
-"""The native library; only this, `native_abi` and `native_convert` call it by ctypes.
+"""The native library.  Only `binding`, `abi` and `convert` call it with ctypes.
 
 The library is llama.cpp's libllama with our patch (see native/README.md).  `llama_cpp`, the ctypes
-binding of llama-cpp-python, is made to load this very file, so both speak to one library.
+binding of llama-cpp-python, loads the same file, so both use one library.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """A device ggml can compute on."""
+    """A device that ggml can compute on."""
 
     name: str
     description: str
@@ -63,9 +63,9 @@ class Device:
 
 
 class Library:
-    """The loaded library: `api` is the `llama_cpp` module, the methods are swift_gguf.h.
+    """The loaded library: `api` is the `llama_cpp` module; the methods wrap swift_gguf.h.
 
-    Contexts are passed as `llama_cpp` hands them out (`llama_context_p`, an address).
+    Contexts are passed as `llama_cpp` returns them (`llama_context_p`, an address).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -122,8 +122,11 @@ class Library:
             self._interrupted = ending  # ctypes drops what a callback raises
 
     def _catch_interrupts(self) -> None:
-        """What a signal's handler raises while llama.cpp computes is raised on a callback's first
-        line, before any `try`, and all that Python does with it is to tell this hook."""
+        """Keeps a Ctrl-C that arrives while llama.cpp computes.
+
+        Python runs the signal's handler at the first line of the next callback, before any `try`.
+        The exception then reaches only `sys.unraisablehook`.
+        """
         others = sys.unraisablehook
 
         def hook(lost: sys.UnraisableHookArgs) -> None:
@@ -136,28 +139,30 @@ class Library:
         sys.unraisablehook = hook
 
     def show_log(self, wanted: bool) -> None:
-        """Shows llama.cpp's own log on standard error, or not unless SWIFT_GGUF_LOG is set."""
+        """Shows or hides llama.cpp's log on standard error.  SWIFT_GGUF_LOG always shows it."""
         self._shows_log = wanted or bool(os.environ.get("SWIFT_GGUF_LOG"))
 
     @contextmanager
     def messages(self) -> Iterator[deque[str]]:
-        """Warnings and errors that llama.cpp logs inside the block, oldest first.
+        """Collects the warnings and errors that llama.cpp logs inside the block, oldest first.
 
-        A Ctrl-C that arrives while llama.cpp logs or loads, or in another callback, is raised at
-        the end of the block.
+        If Ctrl-C arrives in one of llama.cpp's callbacks, KeyboardInterrupt is raised at the end of
+        the block.
         """
         self._log.clear()
         try:
             yield self._log
-        finally:  # whatever it raises: that it was interrupted may be why
+        finally:  # also after an error, which the interrupt may have caused
             ending = self._interrupted
             if ending and threading.current_thread() is threading.main_thread():
                 self._interrupted = None
                 raise ending
 
     def unless_stopped(self, flag: StopFlag) -> Any:
-        """For `progress_callback` of a model's parameters: the load ends early when the flag is
-        raised, or on Ctrl-C.  To be kept as long as it may be called."""
+        """A `progress_callback` for a model's parameters: stops loading on Ctrl-C or by the flag.
+
+        Keep a reference as long as it may be called.
+        """
 
         def goes_on(_progress: float, _: object) -> bool:
             return not (flag.is_up or self._interrupted)
@@ -166,7 +171,7 @@ class Library:
 
     @contextmanager
     def overriding(self, params: Any, values: Mapping[str, int]) -> Iterator[None]:
-        """Inside, a model that is loaded with `params` has these values in its metadata."""
+        """Inside the block, loading a model with `params` overrides these metadata values."""
         items = (self.api.llama_model_kv_override * (len(values) + 1))()  # the last one is empty
         for item, (key, value) in zip(items, values.items(), strict=False):
             item.tag = self.api.LLAMA_KV_OVERRIDE_TYPE_INT
@@ -177,11 +182,11 @@ class Library:
 
     @property
     def llama_commit(self) -> str:
-        """The llama.cpp commit of the library, "unknown" for a user's own checkout."""
+        """The library's llama.cpp commit; "unknown" if built from the user's own checkout."""
         return str(self._swift.swift_gguf_llama_commit().decode())
 
     def devices(self) -> list[Device]:
-        """The devices ggml found, GPUs first."""
+        """ggml's devices, GPUs first."""
         base, registry = self._ggml("ggml-base"), self._ggml("ggml")
         registry.ggml_backend_dev_count.restype = ctypes.c_size_t
         registry.ggml_backend_dev_get.restype = ctypes.c_void_p
@@ -213,7 +218,7 @@ class Library:
         """Loads a model's sidecar.
 
         Raises:
-            SidecarError: it does not fit the model, or the machine.
+            SidecarError: it does not fit the model, or does not work on this machine.
         """
         with self.messages(), captured_stderr():
             return SidecarHandle(self._swift, model, path)
@@ -225,7 +230,7 @@ class Library:
         return SubnetworkHandle(self._swift, subnetwork, sidecar)
 
     def set_subnetwork(self, ctx: Any, handle: SubnetworkHandle | None) -> None:
-        """The context's next passes run this sub-network; None runs the whole model."""
+        """Sets the sub-network for the context's next forward passes; None is the whole model."""
         pointer = handle.pointer if handle else None
         _check(self._swift.swift_gguf_set_subnetwork(ctx, pointer), "set the sub-network")
 
@@ -235,14 +240,14 @@ class Library:
         return reason.decode() if reason else None
 
     def set_batch_invariant(self, ctx: Any, enable: bool) -> None:
-        """CPU attention whose rows do not depend on the batch they are decoded in."""
+        """Enables CPU attention whose results do not depend on the batch size."""
         code = self._swift.swift_gguf_set_batch_invariant(ctx, enable)
         _check(code, "choose batch-invariant attention")
 
     def pass_cost(
         self, ctx: Any, handle: SubnetworkHandle | None, *, n_tokens: int, n_outputs: int, n_kv: int
     ) -> Cost:
-        """What decoding n_tokens tokens reads when the cache holds n_kv positions."""
+        """The cost of decoding `n_tokens` tokens with `n_kv` positions in the KV cache."""
         cost = Cost()
         pointer = handle.pointer if handle else None
         code = self._swift.swift_gguf_pass_cost(ctx, pointer, n_tokens, n_outputs, n_kv, cost)
@@ -252,7 +257,7 @@ class Library:
     def sublayers(
         self, ctx: Any, n_layer: int
     ) -> tuple[Sequence[SublayerStruct], Sequence[SublayerStruct]]:
-        """Of each layer's attention and FFN: can it be skipped, and what does that save."""
+        """For each layer's attention and FFN: whether it can be skipped, and what that saves."""
         attention, ffn = (SublayerStruct * n_layer)(), (SublayerStruct * n_layer)()
         _check(
             self._swift.swift_gguf_sublayers(ctx, attention, ffn, n_layer), "look at the sub-layers"
@@ -263,12 +268,13 @@ class Library:
     def observe_ffn(
         self, ctx: Any, observer: FfnObserver, sidecar: SidecarHandle | None = None
     ) -> Iterator[None]:
-        """Inside the block `observer(layer, inputs, activations, output)` hears of every dense FFN
-        that a pass computes, narrow ones of the sidecar included: float32 [n_tokens, n_embd] (or
-        [n_tokens, 0] where it was not seen), [n_tokens, n_ff] and [n_tokens, n_embd], valid during
-        the call.
+        """Inside the block, every dense FFN of a pass calls the observer.
 
-        What it raises is raised at the end of the block.
+        The call is `observer(layer, inputs, activations, output)`.  The arrays are float32:
+        [n_tokens, n_embd] (or [n_tokens, 0] if unknown), [n_tokens, n_ff] and [n_tokens, n_embd].
+        They are valid during the call.  Narrow FFNs of the sidecar are observed, too.
+
+        An exception of the observer is raised at the end of the block.
         """
         import numpy as np
 
@@ -291,7 +297,7 @@ class Library:
             ctx, sidecar.pointer if sidecar else None, callback, None
         )
         if not pointer:
-            raise UnsupportedModelError("this model has no dense FFN to look at")
+            raise UnsupportedModelError("this model has no dense FFN that can be observed")
         try:
             yield
         finally:
@@ -300,11 +306,11 @@ class Library:
             raise failed[0]
 
     def set_stop_flag(self, ctx: Any, flag: StopFlag) -> None:
-        """Passes of the context stop early while the flag is up."""
+        """Stops the context's forward passes while the flag is raised."""
         _check(self._swift.swift_gguf_set_stop_flag(ctx, flag.value), "watch the stop flag")
 
     def top(self, ctx: Any, row: int, k: int) -> tuple[list[int], list[float]]:
-        """The k most likely tokens of an output row and their probabilities at temperature 1."""
+        """The k most likely tokens of an output row, and their probabilities at temperature 1."""
         tokens, probabilities = (ctypes.c_int32 * k)(), (ctypes.c_float * k)()
         n = self._swift.swift_gguf_top(ctx, row, k, tokens, probabilities)
         _check(n, "read the logits")
@@ -315,7 +321,7 @@ class Library:
     ) -> tuple[list[int], list[float]]:
         """Greedy draft tokens after `token` at position `pos`, and their probabilities.
 
-        The drafting loop for programs in C; Python grows trees (`swift_gguf.drafting.tree`).
+        This is the drafting loop for C programs; Python drafts trees (`swift_gguf.drafting.tree`).
         """
         tokens, probabilities = (ctypes.c_int32 * n_max)(), (ctypes.c_float * n_max)()
         params = DraftParams(0, n_max, p_min)
@@ -331,22 +337,23 @@ class Library:
 
         pointer = self.api.llama_get_logits_ith(ctx, row)
         if not pointer:
-            raise DecodeError(f"output row {row} has no logits; ask for it when decoding")
+            raise DecodeError(f"output row {row} has no logits; request them when decoding")
         return np.ctypeslib.as_array(pointer, (n_vocab,)).copy()
 
     def candidates(self, chain: Any, logits: Any) -> tuple[Any, Any]:
-        """What a sampler chain leaves of a row of logits, float32 [n_vocab].
+        """Applies a sampler chain to a row of logits, float32 [n_vocab].
 
-        Returns token ids, int32 [n], in no order, and their logits as changed, float32 [n].
+        Returns the remaining token ids, int32 [n], in any order, and their changed logits,
+        float32 [n].
         """
         ids, logits, _ = self._applied(chain, logits)
         return ids.copy(), logits.copy()
 
     def draw(self, chain: Any, logits: Any) -> int | None:
-        """The token a chain draws, and accepts, by a row of logits, float32 [n_vocab].
+        """Draws a token from a row of logits, float32 [n_vocab], and accepts it.
 
-        As llama_sampler_sample, but for None where the chain (a grammar in it) leaves no token:
-        llama.cpp would take one nevertheless, and abort when it is accepted.
+        Like llama_sampler_sample, but returns None if the chain leaves no token, which a grammar
+        may cause: llama.cpp would draw a token anyway, and abort when it is accepted.
         """
         ids, logits, selected = self._applied(chain, logits)
         if not 0 <= selected < len(ids) or logits[selected] == -math.inf:
@@ -356,7 +363,7 @@ class Library:
         return token
 
     def _applied(self, chain: Any, logits: Any) -> tuple[Any, Any, int]:
-        """Ids and logits, valid until the chain is used again, and which of them is selected."""
+        """Token ids and logits, valid until the chain's next use, and the selected index."""
         import numpy as np
 
         data = np.zeros(len(logits), np.dtype(self.api.llama_token_data))
@@ -365,14 +372,14 @@ class Library:
         pointer = data.ctypes.data_as(self.api.llama_token_data_p)
         array = self.api.llama_token_data_array(pointer, len(data), -1, False)
         self.api.llama_sampler_apply(chain, ctypes.byref(array))
-        # a sampler may have put its own buffer in the place of ours
+        # a sampler may have replaced our buffer with its own
         left = np.ctypeslib.as_array(array.data, (array.size,))
         if left.ctypes.data == data.ctypes.data:
-            left = data[: array.size]  # which keeps them alive
+            left = data[: array.size]  # keeps the buffer alive
         return left["id"], left["logit"], int(array.selected)
 
     def quantize(self, rows: NDArray[np.float32], ggml_type: int) -> NDArray[np.uint8]:
-        """Rows of weights, quantised: uint8 [n_rows, bytes a row] (ggml_quantize_chunk)."""
+        """Quantises rows of weights: uint8 [n_rows, bytes per row] (ggml_quantize_chunk)."""
         import numpy as np
 
         base = self._ggml("ggml-base")
@@ -414,13 +421,13 @@ class Library:
         return on_deep_stack(self.stack_characters(vocab, text), tokenized)
 
     def stack_characters(self, vocab: Any, text: bytes) -> int:
-        """How deep llama.cpp may recurse on this text; vocabularies without a regex do not."""
+        """How deep llama.cpp's regex may recurse on this text; 0 for vocabularies without one."""
         if self.api.llama_vocab_type(vocab) != self.api.LLAMA_VOCAB_TYPE_BPE:
             return 0
         return len(text.decode("utf-8", "replace"))
 
     def token_bytes(self, vocab: Any, token: int, *, special: bool) -> bytes:
-        """The UTF-8 bytes a token stands for (llama_token_to_piece); may be part of a character."""
+        """A token's UTF-8 bytes (llama_token_to_piece); may be only a part of a character."""
         size = 64
         for _ in range(2):
             buffer = ctypes.create_string_buffer(size)
@@ -431,7 +438,7 @@ class Library:
         return b""
 
     def pieces(self, vocab: Any) -> tuple[list[bytes], list[int]]:
-        """What each token stands for in an answer, as `token_bytes`, and those that end it."""
+        """The `token_bytes` of each token, and the ids of all end-of-generation tokens."""
         to_piece, is_end = self.api.llama_token_to_piece, self.api.llama_vocab_is_eog
         size = 256
         buffer = ctypes.create_string_buffer(size)
@@ -444,7 +451,7 @@ class Library:
         return pieces, [token for token in range(n_vocab) if is_end(vocab, token)]
 
     def metadata(self, model: Any, key: str) -> str | None:
-        """A value of the GGUF's metadata as text, or None."""
+        """A value of the GGUF's metadata as text; None if there is none."""
         size = 256
         for _ in range(2):
             buffer = ctypes.create_string_buffer(size)
@@ -457,7 +464,7 @@ class Library:
         return None
 
     def description(self, model: Any) -> str:
-        """llama.cpp's one-line name of architecture, size and quantisation."""
+        """llama.cpp's description in one line: architecture, size and quantisation."""
         buffer = ctypes.create_string_buffer(256)
         self.api.llama_model_desc(model, buffer, 256)
         return buffer.value.decode("utf-8", "replace")
@@ -474,7 +481,7 @@ _LLAMA_STRUCTS = (
 
 
 def buffer(n_bytes: int) -> Any:
-    """Memory that llama.cpp may write to."""
+    """A buffer that llama.cpp may write to."""
     return (ctypes.c_uint8 * n_bytes)()
 
 
@@ -489,9 +496,9 @@ def _check(code: int, what: str) -> None:
 
 @cache
 def library() -> Library:
-    """The library, loaded and checked at the first call.
+    """The library; the first call loads and checks it.
 
     Raises:
-        NativeLibraryError: it is missing, foreign or of another version.
+        NativeLibraryError: it is missing, lacks our patch or has another version.
     """
     return Library(find_library())

@@ -1,7 +1,7 @@
-"""llama.cpp's readers of chat answers, in a library of their own (native/chat).
+"""llama.cpp's parsers of chat answers, in a separate library (native/chat).
 
-`analyse` runs a template, which may do anything: call it in a `Sandbox` alone.  A `Reader`
-takes text of any kind; what it does to memory and time has an end.
+`analyse` runs a template, which may do anything: call it only in a `Sandbox`.  A `Reader` accepts
+any text and limits its own use of memory and time.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def _taken(pointer: int | None) -> str:
-    """A text of the library's, which is freed."""
+    """Copies a string of the library, and frees it."""
     if pointer is None:
         raise MemoryError
     try:
@@ -70,18 +70,18 @@ def _taken(pointer: int | None) -> str:
 
 
 def check() -> None:
-    """Is the library there?
+    """Checks that the library can be loaded.
 
     Raises:
-        NativeLibraryError: it is not, or it is another release's.
+        NativeLibraryError: it is missing, or belongs to another release.
     """
     _library()
 
 
 def analyse(request: Mapping[str, Any]) -> str:
-    """How a template has answers written: JSON for `Reader`, or {"error": ...}.
+    """The syntax of a template's answers, as JSON for `Reader`; or {"error": ...}.
 
-    request: as swift-chat.h has it.
+    request: see swift-chat.h.
 
     Raises:
         NativeLibraryError: there is no library.
@@ -91,12 +91,12 @@ def analyse(request: Mapping[str, Any]) -> str:
 
 
 class Reader:
-    """Reads answers of one syntax.  Threads may share it.
+    """Parses answers of one syntax.  Threads may share it.
 
-    syntax: what `analyse` gave.
+    syntax: from `analyse`.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the syntax is not valid.
         NativeLibraryError: there is no library.
     """
 
@@ -108,13 +108,14 @@ class Reader:
         weakref.finalize(self, _library().swift_chat_reader_free, self._handle)
 
     def read(self, text: str, *, is_partial: bool) -> dict[str, Any]:
-        """What an answer says: `content`, `reasoning_content`, and `tool_calls` of `id`, `name` and
-        `arguments`, all texts.
+        """Parses an answer: `content`, `reasoning_content` and `tool_calls`.
 
-        is_partial: more may come; the last call may lack its end.
+        Each tool call has `id`, `name` and `arguments`.  All values are strings.
+
+        is_partial: the answer is not finished, and its last tool call may be incomplete.
 
         Raises:
-            ValueError: it does not fit the syntax, or takes more than an answer may.
+            ValueError: it does not fit the syntax, or exceeds the limits of memory or time.
         """
         given = text.encode("utf-8", "replace")
         said: dict[str, Any] = json.loads(
