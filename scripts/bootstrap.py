@@ -60,7 +60,7 @@ CAUSES = (
 
 
 class Failure(Exception):
-    """What went wrong, in one line."""
+    """An error, in one line."""
 
 
 def cause(output: str) -> str:
@@ -161,7 +161,7 @@ def build_tools() -> list[str]:
 
 
 def read_state(venv: Path) -> dict[str, Any]:
-    """What the last run left, {} if it left nothing whole."""
+    """The state that the last run saved; {} if that run did not finish."""
     try:
         state: dict[str, Any] = json.loads((venv / STATE).read_text())
     except (OSError, ValueError):
@@ -235,7 +235,7 @@ class Bootstrap:
         try:
             code = process.wait()
         except BaseException:
-            stop(process)  # nothing we started goes on compiling
+            stop(process)  # do not leave compilers running
             raise
         self.log.seek(start)
         output = self.log.read().decode(errors="replace")
@@ -295,7 +295,7 @@ class Bootstrap:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a tool and all that it started."""
+    """Stop a tool and all processes that it started."""
     for number in (signal.SIGINT, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)

@@ -62,7 +62,7 @@ def with_requirement(text: str, version: str) -> str:
     """pyproject.toml's text with another version of llama-cpp-python."""
     text, count = re.subn(r'("llama-cpp-python==)[^";\s]+', rf"\g<1>{version}", text)
     if count != 1:
-        raise BumpError(f"pyproject.toml names llama-cpp-python== {count} times; it must be once")
+        raise BumpError(f"pyproject.toml names llama-cpp-python== {count} times, not once")
     return text
 
 
@@ -98,7 +98,7 @@ def commit_in_changelog(text: str, version: str) -> str:
 def choose_commit(found: str, given: str | None, version: str) -> str:
     """The full commit to pin, from what the source names and what the user gave."""
     if given and not given.startswith(found):
-        raise BumpError(f"the source of {version} is of commit {found}, not {given}")
+        raise BumpError(f"the source of {version} has llama.cpp's commit {found}, not {given}")
     commit = given or found
     if not re.fullmatch(r"[0-9a-f]{40}", commit):
         seen = f"only its beginning, {commit}," if commit else "nothing of it"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Hugging Face checkpoint to GGUF: the same as `swift-gguf convert`, for those who look here."""
+"""Converts a Hugging Face checkpoint to GGUF: the same as `swift-gguf convert`."""
 
 import sys
 

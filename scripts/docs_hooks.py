@@ -1,4 +1,4 @@
-"""For mkdocs: links into the source tree lead nowhere on a site; their words stay."""
+"""For mkdocs: replaces links into the source tree, which do not work on the site, by their text."""
 
 from __future__ import annotations
 

@@ -41,11 +41,11 @@ QUANTS = ("Q8_0", "Q4_1")
 STEPS = 60
 LAST_TOKEN = 250
 Compared = tuple[np.ndarray, np.ndarray] | None
-"""Logits of the one and the other."""
+"""The logits of both contexts."""
 
 
 class Round:
-    """One text in two contexts."""
+    """The same text in two contexts."""
 
     def __init__(self, rng: random.Random, folder: Path, stack: ExitStack) -> None:
         family, quant = rng.choice(FAMILIES), rng.choice(QUANTS)
@@ -66,7 +66,7 @@ class Round:
         self._decode(rng.choice((rng.randint(5, 100), n_ctx - 120)))
 
     def step(self) -> str:
-        """Something is done; what was, and what is wrong then, or nothing."""
+        """Runs a random operation; returns its name, and what is wrong afterwards, or None."""
         model = self.model
         if model.n_ctx - model.n_past < 2:
             self._rollback(model.n_ctx // 2)
@@ -110,7 +110,7 @@ class Round:
         return self._decode(1)
 
     def _window(self) -> Compared:
-        """A window of the text is scored, and maybe broken off."""
+        """Scores a window of the text; may stop in the middle."""
         rng, model = self._rng, self.model
         n = min(rng.choice((8, 32)), model.n_past, model.cells.free + model.cells.n_parked)
         if n < 1:
@@ -126,7 +126,7 @@ class Round:
         return None
 
     def _states(self) -> Compared:
-        """Both save their state and load it."""
+        """Both contexts save their state and load it."""
         for model in (self.model, self.plain):
             text, api = list(model.tokens), model._api
             model.hand_over()
@@ -139,7 +139,7 @@ class Round:
         return None
 
     def _prompt(self) -> Compared:
-        """More text at once; from 64 tokens on by the kernels of a prefill."""
+        """Decodes several tokens at once; 64 and more use the kernels of prompt processing."""
         n = self._rng.choice((1, self._rng.randint(2, 30), self._rng.randint(64, 100)))
         return self._decode(n) if n <= self.model.n_ctx - self.model.n_past else None
 
@@ -158,7 +158,7 @@ class Round:
         return row, plain.logits(0)
 
     def _interrupted(self) -> Compared:
-        """A Ctrl-C at some line of what is done to the one; the other gets what is left."""
+        """Ctrl-C at a random line of an operation on one context; the other gets the result."""
         rng, model = self._rng, self.model
         keep, n = (
             rng.randint(1, model.n_past),

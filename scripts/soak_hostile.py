@@ -54,9 +54,9 @@ COMMANDS: dict[str, Callable[[str], list[str]]] = {
 }  # fmt: skip
 FAMILIES = ("llama", "qwen3moe", "gemma3", "lfm2", "gpt2", "phi3")
 REFUSED = {("qwen3moe", "prepare"), ("lfm2", "prepare"), ("lfm2", "layer-skip")}
-"""What not even the good file can."""
+"""Commands that do not support the family, even with an intact file."""
 SIDECAR = "sidecar"
-"""A case's family where the model is sound and the sidecar beside it is not."""
+"""The family of cases with an intact model and a damaged sidecar."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ class Outcome:
     """How a process ended."""
 
     status: int
-    """Exit code, or minus a signal's number."""
+    """Exit code, or the negative number of a signal."""
     error: str
     """Standard error."""
     peak: int
-    """Bytes, resident, beside those that the fork began with."""
+    """Peak resident bytes, without those that the fork started with."""
 
     def complaint(self, *, limit: int) -> str:
-        """What is wrong with it; empty if nothing is."""
+        """What is wrong; empty if nothing is."""
         said = [line for line in self.error.splitlines() if line.startswith("swift-gguf: ")]
         if self.status not in (0, 1):
             return f"ended with {self.status}"
@@ -85,7 +85,7 @@ class Outcome:
 
 
 def run(arguments: Sequence[str], folder: Path, *, stdin: bytes = b"hello\n") -> Outcome:
-    """The command line, in a fork of this process."""
+    """Runs the command line in a fork of this process."""
     given, error = folder / "stdin", folder / "stderr"
     given.write_bytes(stdin)
     sys.stdout.flush()
@@ -122,7 +122,7 @@ def _become(arguments: Sequence[str], given: Path, error: Path) -> None:
 
 
 def warm_up() -> None:
-    """Imports what the commands do, so that no fork has to."""
+    """Imports the commands' modules, so that the forks need not."""
     from importlib import import_module
 
     from swift_gguf.native.binding import library
@@ -136,7 +136,7 @@ def warm_up() -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """One damaged file and who is to meet it."""
+    """A damaged file, and the command that reads it."""
 
     name: str
     family: str
@@ -146,18 +146,18 @@ class Case:
 
 @dataclass
 class Bench:
-    """The good files, and a folder to put damaged ones in."""
+    """The intact files, and a folder for damaged ones."""
 
     folder: Path
     good: dict[str, bytes] = field(default_factory=dict)
     base: dict[tuple[str, str], int] = field(default_factory=dict)
-    """Peak by family and command, of the good file."""
+    """Peak memory with the intact file, by family and command."""
 
     def __post_init__(self) -> None:
         os.environ["SWIFT_GGUF_PROFILES"] = str(self.folder / "profiles")
 
     def content(self, family: str) -> bytes:
-        """A good file's bytes."""
+        """The bytes of an intact file."""
         if family not in self.good:
             path = self.folder / f"good-{family}.gguf"
             if family == SIDECAR:
@@ -171,7 +171,7 @@ class Bench:
         return self.good[family]
 
     def run(self, family: str, command: str, content: bytes) -> Outcome:
-        """A command on a file of these bytes, or on a good model beside this sidecar."""
+        """Runs a command on a file with these bytes, or on an intact model with this sidecar."""
         path = self.folder / "model.gguf"
         damaged = path.with_suffix(".swift.gguf") if family == SIDECAR else path
         if family == SIDECAR:
@@ -185,7 +185,7 @@ class Bench:
             shutil.rmtree(self.folder / "profiles", ignore_errors=True)
 
     def judge(self, case: Case) -> tuple[Outcome, str]:
-        """How a case ended, and what is wrong with that."""
+        """Runs a case; returns how it ended, and what is wrong with that."""
         key = (case.family, case.command)
         if key not in self.base:
             intact = self.run(*key, self.content(case.family))
@@ -197,7 +197,7 @@ class Bench:
 
 
 def named(bench: Bench, families: Sequence[str], commands: Sequence[str]) -> Iterator[Case]:
-    """Every named corruption, each by one of the commands in turn."""
+    """Every named corruption, with one of the commands in turn."""
     n = 0
     for family in families:
         content = bench.content(family)
@@ -211,7 +211,7 @@ def named(bench: Bench, families: Sequence[str], commands: Sequence[str]) -> Ite
 
 
 def texts(family: str, content: bytes) -> Iterator[Case]:
-    """Metadata that a command makes something of, replaced."""
+    """Cases with replaced metadata that a command uses."""
     for i, template in enumerate(("{{ 'a' * 10 ** 10 }}", "{% for %}", "{{ ''.__class__ }}")):
         yield Case(f"{family}/template {i}", family, "chat", with_chat_template(content, template))
     for i, profile in enumerate(("", "[" * 100_000, '{"version": 2}', '{"version": 9e99}', "\0")):
@@ -220,7 +220,7 @@ def texts(family: str, content: bytes) -> Iterator[Case]:
 
 
 def drawn(bench: Bench, seed: int, number: int) -> Case:
-    """The case of this number: flipped bits, mostly in the header, or a cut."""
+    """The case with this number: flipped bits, mostly in the header, or a cut."""
     rng = random.Random(f"{seed}/{number}")
     family = rng.choice((*FAMILIES, SIDECAR))
     content = bench.content(family)
@@ -234,7 +234,7 @@ def drawn(bench: Bench, seed: int, number: int) -> Case:
 
 
 def soak(bench: Bench, cases: Iterator[Case], *, seconds: float = float("inf")) -> Counter[str]:
-    """Judges cases, and prints what is wrong; how many were refused, harmless, wrong."""
+    """Runs cases and prints what is wrong; counts refused, harmless and wrong ones."""
     counts: Counter[str] = Counter()
     end = time.monotonic() + seconds
     for case in cases:

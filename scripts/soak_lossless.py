@@ -58,39 +58,39 @@ WORDS = ("the", "model", "answer", "code", "self", "return", "print", "Hello", "
 GRAMMARS = ("root ::= [a-z ]+", 'root ::= ("yes" | "no" | " ")+', 'root ::= "{" [^{}]* "}"')
 STOPS = ("e", "the", "\n", "an")
 IDLE_ATTN, IDLE_FFN = (3,), (2, 4)
-"""Sub-layers that add nothing in some models: drafts without them are right."""
+"""Sub-layers that output zero in some models: drafts without them are right."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One answer to ask for."""
+    """A request for one answer."""
 
     prompt: tuple[int, ...]
     sampling: SamplingOptions
     max_tokens: int | None
     leave_after: int | None
-    """The consumer leaves after this many tokens."""
+    """The consumer stops reading after this many tokens."""
     stop: str | None
-    """The consumer leaves when the text holds this."""
+    """The consumer stops reading when the text contains this."""
     interrupt_s: float | None
-    """Another thread stops the answer after this time; it is a beginning of the plain one then."""
+    """Another thread stops the answer after this time; then it must begin like the plain one."""
 
 
 @dataclass
 class Result:
     tokens: list[int]
     held: list[int]
-    """What the context holds afterwards."""
+    """The tokens in the context afterwards."""
 
 
 class Models:
-    """Files of models, each written once."""
+    """Model files; each is written once."""
 
     def __init__(self, folder: Path, named: str | None) -> None:
         self._folder, self._named = folder, named
 
     def target(self, rng: random.Random) -> Path:
-        """One to test; some have a sidecar beside them."""
+        """A model to test; some have a sidecar."""
         if self._named:
             return resolve(self._named)
         family, quant, seed = rng.choice(FAMILIES), rng.choice(QUANTS), rng.randrange(3)
@@ -108,7 +108,7 @@ class Models:
         return path
 
     def draft(self) -> Path:
-        """One that drafts for the others, often right for one of them."""
+        """A draft model for the others; for one of them, it is often right."""
         if self._named:
             return resolve(self._named)
         path = self._folder / "draft.gguf"
@@ -160,7 +160,7 @@ def draw_sampling(rng: random.Random) -> SamplingOptions:
 
 
 def draw_prompt(rng: random.Random, model: Model, before: Sequence[int]) -> tuple[int, ...]:
-    """A new text, or one that goes on after what was said; often it repeats itself."""
+    """A new text, or one that continues the conversation; it often repeats itself."""
     phrase = " ".join(rng.choices(WORDS, k=rng.randint(1, 8)))
     tokens = encode(model, phrase * rng.choice((1, 1, 3)))
     if rng.random() < 0.2:
@@ -189,7 +189,7 @@ def draw_request(
 
 @contextmanager
 def drawn_clocks(rng: random.Random) -> Iterator[None]:
-    """Every clock of the package's, instead of telling the time, draws how much of it went by."""
+    """Replaces the package's clock: the elapsed time is random."""
     now = 0.0
 
     def clock() -> float:
@@ -205,7 +205,7 @@ def drawn_clocks(rng: random.Random) -> Iterator[None]:
 
 
 def plainly(model: Model, request: Request, *, n: int | None) -> Result:
-    """The answer by plain decoding; n: the consumer leaves after so many tokens."""
+    """The answer by plain decoding; n: the consumer stops reading after n tokens."""
     with Sampler(model, request.sampling, prompt=request.prompt) as sampler:
         stream = generate(model, request.prompt, sampler=sampler, max_tokens=request.max_tokens)
         tokens: list[int] = []
@@ -220,7 +220,7 @@ def plainly(model: Model, request: Request, *, n: int | None) -> Result:
 
 
 def speculatively(session: Session, request: Request) -> tuple[Result, Stats]:
-    """The answer as a session gives it."""
+    """The answer of a session with drafts."""
     answer = session.answer(request.prompt, request.sampling, max_tokens=request.max_tokens)
     timer = threading.Timer(request.interrupt_s or 0, answer.stop)
     if request.interrupt_s is not None:
@@ -256,7 +256,7 @@ def run_round(
     longest: int,
     tell: Callable[[str], None],
 ) -> Counter[str]:
-    """Requests, draft tokens, and how many of them were accepted; how many answers diverged."""
+    """Runs a round; counts requests, draft tokens, accepted tokens and diverged answers."""
     rng = random.Random(f"{seed}/{number}")
     path, options = models.target(rng), draw_speculation(rng, models)
     loading = ModelOptions(n_ctx=256, n_batch=64, n_threads=1, n_gpu_layers=0)
@@ -328,7 +328,7 @@ def llama_round(
 
 
 def _completion(llama: Any, request: Request) -> list[int]:
-    """The tokens of an answer, as far as the consumer stays."""
+    """The tokens of an answer until the consumer stops reading."""
     sampling = request.sampling
     grammar = sampling.grammar and LlamaGrammar.from_string(sampling.grammar, verbose=False)
     room = llama.n_ctx() - len(request.prompt)
@@ -367,7 +367,7 @@ def soak(
     seconds: float = float("inf"),
     tell: Callable[[str], None] = print,
 ) -> Counter[str]:
-    """Runs rounds until there are no more, or no more time."""
+    """Runs all rounds, or as many as the time allows."""
     total: Counter[str] = Counter()
     end = time.monotonic() + seconds
     with ExitStack() as stack:

@@ -35,9 +35,9 @@ from statistics import median, quantiles
 from typing import Any
 
 TOLD = (400, 404, 405, 408, 413, 415, 503)
-"""Statuses that clients are promised."""
+"""HTTP statuses that a client may get."""
 ACCEPTED_S = 1.0
-"""By then the server has read what was sent to it."""
+"""After this time, the server has read a request."""
 WORDS = [
     "the", "a", "cat", "sat", "on", "mat", "and", "saw", "how", "many", "birds", "flew", "over",
     "there", "東京", "é", "🙂", "{}", "[]", "\\", '"',
@@ -51,7 +51,7 @@ RUBBISH: list[object] = [
     b"", b"{", b"\xff" * 100, b"[" * 5000, b"null", {}, {"pad": "x" * 100_000},
     {"messages": 3, "prompt": [], "input": "", "content": 3, "tokens": [-1]},
 ]  # fmt: skip
-"""Bodies that no route takes."""
+"""Bodies that every route refuses."""
 RUBBISH_OF: dict[str, list[object]] = {
     CHAT: [
         {"messages": []}, {"messages": [{"role": "user", "content": LONG}]},
@@ -65,7 +65,7 @@ RUBBISH_OF: dict[str, list[object]] = {
     "/tokenize": [{"content": "\ud800"}],
     "/detokenize": [{"tokens": [10**9]}, {"tokens": [1.5]}],
 }  # fmt: skip
-"""Those that one takes least."""
+"""Bodies that this route refuses."""
 
 
 class Server:
@@ -76,7 +76,7 @@ class Server:
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.log: list[str] = []
         self.rss: list[int] = []
-        self._told = threading.Event()  # that it is ready, or has ended
+        self._told = threading.Event()  # set when the server is ready, or has ended
         self.host = ""
         self.is_ready = False
         self.stopped = math.inf  # when it got SIGTERM
@@ -96,7 +96,7 @@ class Server:
         self._told.set()
 
     def sample(self) -> None:
-        """Notes the memory that is its own."""
+        """Records the server's own memory."""
         try:
             status = Path(f"/proc/{self.process.pid}/status").read_text()
         except OSError:
@@ -106,7 +106,7 @@ class Server:
 
     @property
     def growth(self) -> float:
-        """Of the last quarter's memory over the second quarter's; 0: flat."""
+        """Growth of memory from the second quarter to the last one; 0: constant."""
         if len(self.rss) < 8:
             return 0.0
         n = len(self.rss) // 4
@@ -118,7 +118,7 @@ class Server:
 
 
 class Call:
-    """A request to a server, and whether it owes an answer."""
+    """A request to a server, and whether the server must answer it."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -142,7 +142,7 @@ class Call:
 
     @property
     def was_accepted(self) -> bool:
-        """Is it lost if its connection breaks?  See above."""
+        """True if a broken connection means a lost answer; see above."""
         is_running = self._server.stopped == math.inf
         return is_running or self._is_answered or self._sent < self._server.stopped - ACCEPTED_S
 
@@ -152,7 +152,7 @@ Deed = Callable[[random.Random, str, Call], None]
 
 @dataclass
 class Record:
-    """What became of all requests."""
+    """The outcomes of all requests."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     statuses: Counter[int] = field(default_factory=Counter)
@@ -189,7 +189,7 @@ class Soak:
 
     @property
     def server(self) -> Server:
-        """The present one."""
+        """The current server."""
         return self.servers[-1]
 
     def run(self) -> None:
@@ -228,7 +228,7 @@ class Soak:
         try:
             self._start()
         except BaseException:
-            self.ended.set()  # nobody would be there for the clients
+            self.ended.set()  # without a server, the clients must stop
             raise
 
     def _start(self) -> None:
@@ -260,7 +260,7 @@ class Soak:
             time.sleep(rng.random() * 0.05)
 
     def attempt(self, deed: Deed, kind: str, rng: random.Random) -> None:
-        """One request, and what became of it."""
+        """Runs one request and records its outcome."""
         call = Call(self.server)
         try:
             deed(rng, kind, call)
@@ -271,7 +271,7 @@ class Soak:
         finally:
             call.close()
 
-    # -- deeds -------------------------------------------------------------------------------------
+    # -- requests ----------------------------------------------------------------------------------
 
     def _chat(self, rng: random.Random, **more: object) -> dict[str, Any]:
         words = rng.choices(WORDS, k=rng.choice([3, 10, 60, 200]))

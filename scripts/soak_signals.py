@@ -35,14 +35,14 @@ from tests.fixtures.tiny_gguf import write_tiny
 
 COMMAND = [sys.executable, "-m", "swift_gguf"]
 PROMPT_S = 5.0
-"""Within which a command that was interrupted must end, on a busy machine."""
+"""Time for an interrupted command to end, on a busy machine."""
 PATIENCE_S = 20.0
-"""After which it is killed."""
+"""After this time it is killed."""
 HALF = (".tmp", ".part", ".partial")
 FEW = ["-t", "1", "-ngl", "0"]
 COMMIT = "0" * 40
 CHECKPOINT, CONVERTED = "checkpoint", "converted.gguf"
-"""For `verify`, beside the folders of the runs: they are made once."""
+"""Files for `verify`, beside the folders of the runs; they are made once."""
 
 
 @dataclass(frozen=True)
@@ -50,20 +50,20 @@ class Scene:
     """A command to interrupt."""
 
     arguments: Callable[[Path], list[str]]
-    """Of a folder with a model.gguf in it."""
+    """Arguments for a folder that contains model.gguf."""
     longest_s: float
-    """The moment is drawn from 0 to here."""
+    """The moment of the interrupt is drawn between 0 and this time, in seconds."""
     stdin: str = ""
     at_terminal: bool = False
-    """Run in a terminal of its own, which Ctrl-C is typed into."""
+    """Run in a terminal of its own, and type Ctrl-C there."""
     leave: str = ""
-    """Typed after Ctrl-C: what an interactive command ends at."""
+    """Typed after Ctrl-C, to end an interactive command."""
     number: signal.Signals = signal.SIGINT
-    """What comes instead of Ctrl-C."""
+    """The signal to send instead of Ctrl-C's."""
 
     @property
     def codes(self) -> tuple[int, ...]:
-        """It may end with."""
+        """The allowed exit codes."""
         return (0, 130) if self.number == signal.SIGINT else (0,)
 
 
@@ -116,7 +116,7 @@ SCENES: dict[str, Scene] = {
 class Ending:
     code: int
     seconds: float
-    """From Ctrl-C on."""
+    """Seconds since Ctrl-C."""
     said: str
     terminal_restored: bool = True
 

@@ -1,4 +1,4 @@
-"""What measured the design, by name: `python scripts/lab EXPERIMENT --help`."""
+"""Runs an experiment by name: `python scripts/lab EXPERIMENT --help`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EXPERIMENTS = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs an experiment; its exit status."""
+    """Runs an experiment; returns its exit status."""
     name, *others = [*arguments, "--help"][: len(arguments) or 1]
     if name not in EXPERIMENTS:
         print("usage: python scripts/lab EXPERIMENT ...\n")

@@ -1,4 +1,4 @@
-"""What a search on the fly costs on the first answers of a model that nothing is known of."""
+"""The cost of the search during the first answers of a model without a profile."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ColdAnswer:
     steps: int
     """Sub-networks scored so far."""
     predicted_speedup: float | None
-    """Of the best so far; None while too little is known."""
+    """The best sub-network's so far; None while too little is known."""
 
 
 @dataclass(kw_only=True)
@@ -38,7 +38,7 @@ class Cold:
     """Filled while the answers come; times are seconds."""
 
     measuring_s: float = 0.0
-    """What passes cost, once for a model and a machine."""
+    """Time to measure the cost of passes; needed once per model and machine."""
     best: SubNetwork | None = None
     answers: list[ColdAnswer] = field(default_factory=list)
 
@@ -48,12 +48,12 @@ class Cold:
 
     @property
     def total_s(self) -> float:
-        """Measuring, then from the first prompt to the last token."""
+        """Time from the first measurement to the last token."""
         return self.measuring_s + sum(answer.prompt_s + answer.cycle_s for answer in self.answers)
 
     @property
     def share(self) -> float:
-        """Of all time, what measuring and search took: measured, spread over nothing else."""
+        """The share of all time that measuring and search take."""
         return (self.measuring_s + self.search_s) / self.total_s if self.answers else 0.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class Cold:
         }
 
     def line(self) -> str:
-        """For people."""
+        """The report as text."""
         if not self.answers:
             return "From nothing: no answer was finished"
         last = self.answers[-1]

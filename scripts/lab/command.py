@@ -1,4 +1,4 @@
-"""What the experiments share: their flags, and how they end."""
+"""Common flags of the experiments, and their common end."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def positive(text: str) -> int:
 
 
 def model_parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """A model, how to run it, and where the report goes.
+    """Flags for a model, how to run it, and where the report goes.
 
-    name: of the experiment.
+    name: the experiment's.
     """
     parser = argparse.ArgumentParser(prog=f"python scripts/lab {name}", description=description)
     parser.add_argument(
@@ -39,8 +39,8 @@ def model_parser(name: str, description: str | None) -> argparse.ArgumentParser:
 def suite_parser(
     name: str, description: str | None, *, prompts: int, tokens: int, seed: int = 0
 ) -> argparse.ArgumentParser:
-    """The same for experiments on the prompts of a suite, with defaults."""
-    parser = model_parser(name, f"{description}\n\nCtrl-C ends it; what there is, is reported.")
+    """The flags of `model_parser`, and those for the prompts of a suite."""
+    parser = model_parser(name, f"{description}\n\nCtrl-C stops; the results so far are reported.")
     parser.add_argument(
         "--suite", type=Path, required=True, metavar="FILE", help="JSON lines with turns"
     )
@@ -76,7 +76,7 @@ def finish(
     render: Callable[[Any], str],
     plot: Callable[[Any, Path], None] | None = None,
 ) -> int:
-    """Fills the report by `run` and writes what there is of it, after a Ctrl-C, too.
+    """Fills the report by `run` and writes it, also after Ctrl-C.
 
     Returns the exit status.
     """

@@ -19,12 +19,12 @@ from swift_gguf.suite import read_suite
 from swift_gguf.text import chat_template, encode, render_chat
 
 Progress = Callable[[str], None]
-"""Told what happens, a line each."""
+"""Called with a line of text for each event."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A suite's first turn, as the model reads it."""
+    """The first turn of a suite's row, tokenized."""
 
     category: str
     question_id: str
@@ -33,7 +33,7 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """A prompt and the target's own greedy answer, an end of generation excluded."""
+    """A prompt and the target's greedy answer, without an end-of-generation token."""
 
     prompt: Prompt
     answer: tuple[int, ...]

@@ -47,7 +47,7 @@ class Run:
     prompt: int
     round: int
     tokens: int
-    """That the cycles gave: the first one of an answer comes with the prompt."""
+    """Tokens that the cycles produce; the first token comes from the prompt's pass."""
     cycle_s: float
     draft_s: float
     verify_s: float
@@ -64,13 +64,13 @@ class Summary:
 
     mode: str
     tokens_per_s: float
-    """All tokens over all time."""
+    """Total tokens per total second."""
     ratio: Spread | None
-    """Tokens per second against plain decoding, one value a prompt."""
+    """Speed-up over plain decoding, one value per prompt."""
     total_ratio: float
-    """All tokens over all time, against plain decoding's."""
+    """Speed-up over plain decoding, from total tokens per total second."""
     acceptance: float
-    """Accepted of drafted tokens; of a tree's tokens beside each other, one at most can be."""
+    """Acceptance rate; at most one of a tree's sibling tokens can be accepted."""
     mean_length: float
     drafted_a_cycle: float
     diverged: int
@@ -80,7 +80,7 @@ class Summary:
 
 @dataclass(kw_only=True)
 class Report:
-    """Filled while the measurement runs, so that an interrupted one keeps what is there."""
+    """The results so far; an interrupted measurement keeps them."""
 
     machine: Machine | None = None
     subject: Subject | None = None
@@ -90,7 +90,7 @@ class Report:
     cold: Cold | None = None
 
     def begin(self, model: Model, prompts: Sequence[Prompt]) -> None:
-        """Notes what will be measured, and where."""
+        """Records the model, the machine and the prompts."""
         self.machine, self.subject = machine(), subject(model)
         self.prompts = list(prompts)
 
@@ -187,7 +187,7 @@ def known_subnetwork(model: Model, store: Store | None = None) -> SubNetwork:
     profile = (store or Store()).load(fingerprint(model.path))
     if profile is None or not profile.known or profile.n_layer != model.n_layer:
         raise ModelError(
-            f"no sub-network is known of {model.path}; run swift-gguf tune first, or name one "
+            f"no sub-network is known for {model.path}; run swift-gguf tune first, or name one "
             "with --skip-attn and --skip-ffn"
         )
     return profile.known[0].subnetwork

@@ -28,14 +28,14 @@ class DraftTime:
     subnetwork: str
     ms: Spread
     byte_share: float
-    """Weights and KV it reads, of what a full pass reads."""
+    """Bytes of weights and KV cache that it reads, relative to a full pass."""
     ratio: Spread
     """Measured time over full time x byte_share; 1: it saves as much time as bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartTime:
-    """A part of a one-token pass, by the difference of passes with and without it."""
+    """A part of a one-token pass: the difference between passes with and without it."""
 
     name: str
     ms: float
@@ -43,7 +43,7 @@ class PartTime:
 
     @property
     def gb_per_s(self) -> float:
-        """Bytes over time; 0 where the difference is lost in the noise."""
+        """Bytes per time; 0 if the difference is smaller than the noise."""
         return self.n_bytes / self.ms / 1e6 if self.ms > 0 else 0.0
 
 
@@ -55,7 +55,7 @@ class SwitchTime:
     width: int
     """Tokens of the verification."""
     extra_ms: Spread
-    """Per switch, one value a round."""
+    """Per switch, one value per round."""
     floor_ms: float
     """Per switch, from the fastest pass of each kind: what is left without any disturbance."""
 
@@ -82,7 +82,7 @@ class EngineTime:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Everything `measure` finds out."""
+    """All results of `measure`."""
 
     machine: Machine
     subject: Subject

@@ -1,4 +1,4 @@
-"""The patched library, no sub-network set, against llama.cpp as it came: speed and logits.
+"""Compares the patched library, without a sub-network, with stock llama.cpp: speed and logits.
 
 Two workers, one library each, use `llama_cpp`'s low-level functions alone, so nothing but the
 library differs between them.
@@ -75,7 +75,7 @@ def _open(
 def compare_logits(
     model: Path, patched_lib: Path, reference_lib: Path, *, n_gpu_layers: int = 0
 ) -> int:
-    """How many rows of logits differ, bit by bit, between the two libraries: 0 is as it must be.
+    """Compares rows of logits of the two libraries bit by bit; none may differ.
 
     Compares rows of a prefill, single tokens and batches of four.  With the same number of threads
     llama.cpp is deterministic, so there is no tolerance.  patched_lib, reference_lib: folders of a
@@ -102,7 +102,7 @@ def compare_logits(
 def _different(reference: dict[str, str], patched: dict[str, str]) -> LogitsComparison:
     labels = reference.keys() | patched.keys()
     if not labels:
-        raise SwiftError("the workers compared nothing; that is a fault of swift-gguf, report it")
+        raise SwiftError("the workers compared nothing; this is a bug, please report it")
     different = [label for label in labels if reference.get(label) != patched.get(label)]
     return LogitsComparison(n_rows=len(labels), different=tuple(sorted(different)))
 

@@ -49,7 +49,7 @@ LOOKUPS: Mapping[str, Callable[[], Lookup]] = {"ngram": NGram, "recycling": Recy
 
 @dataclass(frozen=True, kw_only=True)
 class Recording:
-    """A prompt, the target's own greedy answer, and what it nearly said.
+    """A prompt, the target's greedy answer, and the most likely tokens at each position.
 
     Raises:
         ValueError: there are not as many rows of likeliest tokens as tokens and one.
@@ -107,7 +107,7 @@ def record(model: Model, category: str, prompt: Sequence[int], *, max_tokens: in
 
 
 class Prices:
-    """Costs that neither change nor learn; see `economy.Prices`."""
+    """Fixed costs; see `economy.Prices`."""
 
     def __init__(self, costs: Costs) -> None:
         self._ms = [costs.verify_ms(width) for width in range(1, MAX_NODES + 2)]
@@ -120,7 +120,7 @@ class Prices:
 
 
 class Text:
-    """What the planner asks of a model, from a recording."""
+    """Stands for the model that the planner uses; answers from a recording."""
 
     n_branches = Model.n_branches
 
@@ -164,7 +164,7 @@ class Replay:
         return total
 
     def _cycle(self, recording: Recording, pending: int, n_max: int) -> tuple[float, int]:
-        """Of which the answer's token `pending` is the first to be decoded."""
+        """One cycle; the answer's token `pending` is the first one to decode."""
         text, answer = self._text, recording.answer
         tree = self._planner.draft(answer[pending], n_max=n_max) if n_max > 0 else Tree()
         places = _places(tree, answer, pending)
@@ -180,7 +180,7 @@ class Replay:
 
 
 def _places(tree: Tree, answer: Sequence[int], pending: int) -> dict[int, int]:
-    """The nodes whose whole path is the answer's, and where in it they stand."""
+    """The nodes whose path agrees with the answer, and their positions in it."""
     places = {ROOT: pending}
     for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
         place = places.get(parent, len(answer)) + 1
@@ -200,14 +200,14 @@ class Line:
 
     category: str
     auto: float
-    """Times plain decoding, by tokens over time."""
+    """Speed-up over plain decoding."""
     best: float
-    """Of the fixed settings, plain decoding among them."""
+    """The best of the fixed settings, including plain decoding."""
     best_name: str
 
 
 def compare(recordings: Sequence[Recording], costs: Costs, *, cold: bool = False) -> list[Line]:
-    """`auto` against every fixed setting, by category and in all.
+    """Compares `auto` with every fixed setting, by category and in total.
 
     cold: each recording is the first that a mode meets.
     """
