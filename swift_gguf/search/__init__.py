@@ -1,1 +1,1 @@
-"""The search for what a draft pass can leave out."""
+"""The search for the sub-layers that a draft pass can skip."""

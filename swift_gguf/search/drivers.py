@@ -1,6 +1,6 @@
-"""Who calls a search's steps, and when: while generating, while nobody asks, or on purpose.
+"""Run the steps of a search: during generation (`OnTheFly`) and in idle time (`IdleSearch`).
 
-The steps are the same; drivers differ in the windows they offer and the time they may take.
+The steps are the same.  Drivers differ in their windows and in the time they may take.
 """
 
 from __future__ import annotations
@@ -23,23 +23,24 @@ _log = logging.getLogger("swift_gguf")
 
 @dataclass
 class Meter:
-    """What a search has cost so far."""
+    """The time and the steps of a search so far."""
 
     seconds: float = 0.0
     steps: int = 0
 
 
 class OnTheFly:
-    """Steps between the cycles of a generation, within a share of its time.
+    """Runs steps between the cycles of a generation, within a share of its time.
 
-    A step is only begun when the budget covers what the dearest of the latest steps took, so the
-    share holds at any moment but for a step that takes longer than those; it is made up for before
-    the next.  What was not used is left for later generations.
+    A step only begins when the time budget covers the longest of the latest steps.  If a step takes
+    longer, the next one waits until the budget covers that, too.  Unused time is kept for later
+    generations.
 
-    window: makes the window of a step, None while the text is too short.
-    cost_s: what a step is expected to take, until there was one.
+    window: makes the window of a step; None while the text is too short.
+    cost_s: the expected time of a step, used for the first one.
+    share: the share of the generation's time.  None: one step after every `interval` cycles, as
+        SWIFT does.
     on_step: called after every step.
-    share: of the generation's time; None: SWIFT's way, a step after every `interval`-th cycle.
     """
 
     def __init__(
@@ -78,12 +79,12 @@ class OnTheFly:
         start = perf_counter()
         try:
             self._score()
-        except StoppedError:  # whoever stopped it wants the text stopped, not the search
+        except StoppedError:  # the generation is stopped, not the search
             raise
-        except SpoiledError:  # and the text with it
+        except SpoiledError:  # the generation cannot continue either
             self._failed = True
             raise
-        except SwiftError as error:  # the text is what matters
+        except SwiftError as error:  # the generation continues without the search
             _log.warning("the search stops: %s", error)
             self._failed = True
         finally:
@@ -103,17 +104,15 @@ class OnTheFly:
 
 
 class IdleSearch:
-    """Steps on the live context while nobody uses the model, in a thread of its own.
+    """Runs steps in a thread of its own while the model is idle, on the text in its context.
 
-    Whoever uses the model does so inside `paused`.  A pass under way is stopped by the model's
-    flag, within one operation, and leaves nothing behind: the text cannot be changed.
+    All other use of the model is inside `paused`.  The model's stop flag ends the current forward
+    pass within one operation.  The text in the context does not change.
 
-    window: makes the window of the present text, None if there is none.
-    on_step: called after every step, in the thread, while the model is still its own.
-    before: called there before a step, for what is more urgent than the search; True: it took the
-        step's turn.
-    limit_s: rest after so much time on one text: a laptop's battery is worth more than the last
-        per cent.
+    window: makes a window of the current text; None if there is none.
+    on_step: called in the thread after every step, while the thread still has the model.
+    before: called in the thread before a step, for more urgent work.  True: it replaces the step.
+    limit_s: the time limit for one text, which saves a laptop's battery.
     """
 
     def __init__(
@@ -141,9 +140,10 @@ class IdleSearch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """The model is the caller's inside; the search goes on afterwards, on the text then there.
+        """Pauses the search, so that the caller may use the model.
 
-        May be nested, by one thread or several; who of them uses the model is theirs to agree on.
+        Afterwards the search continues on the text that is in the context then.  Calls may be
+        nested, in one thread or several.  The callers must agree on who uses the model.
         """
         entered = False
         try:
@@ -158,7 +158,11 @@ class IdleSearch:
                 self._state.notify_all()
 
     def close(self) -> None:
-        """Ends the thread; the model may be used freely afterwards.  Safe to call twice."""
+        """Ends the thread.  The model may be used freely afterwards.  May be called twice.
+
+        Raises:
+            The exception that ended the search, if there was one.
+        """
         with self._state:
             self._closed = True
             self._wait_for_worker()
@@ -169,7 +173,7 @@ class IdleSearch:
             raise error
 
     def end(self) -> None:
-        """As `close`, where the text matters alone: what broke the search is logged."""
+        """As `close`, but an error of the search is logged and not raised."""
         try:
             self.close()
         except SwiftError as error:
@@ -186,7 +190,7 @@ class IdleSearch:
             self._model.stop.raise_()
             try:
                 self._state.wait()
-            finally:  # an interrupt must not leave it up
+            finally:  # an interrupt must not leave the flag raised
                 self._model.stop.lower()
 
     def _run(self) -> None:
@@ -196,13 +200,13 @@ class IdleSearch:
                 worked = self._step()
             except StoppedError:
                 worked = True
-            except BaseException as error:  # told to whoever closes; the text goes on without
+            except BaseException as error:  # raised by `close`
                 self._error, worked = error, False
                 self._closed = True
             self._end(perf_counter() - start if worked else self._limit_s)
 
     def _begin(self) -> bool:
-        """Waits for its turn; False at the end."""
+        """Waits until the model is idle.  False: the thread should end."""
         with self._state:
             while not self._closed and (self._users or self._left_s <= 0):
                 self._state.wait()
@@ -210,7 +214,7 @@ class IdleSearch:
             return self._working
 
     def _step(self) -> bool:
-        """One step; False if there is nothing to do on this text."""
+        """Runs a step.  False: there is nothing to do on this text."""
         if self._before():
             return True
         window = None if self._searcher.done else self._window()

@@ -1,10 +1,10 @@
-"""What leaving out single sub-layers costs in agreement: a linear model of its logarithm.
+"""The harm of skipping a sub-layer: a linear model of the logarithm of the agreement.
 
     log agreement(S) = - sum of harm_l over the skipped sub-layers l
 
-holds roughly while harms are small (each is another chance to go astray), and makes every scored
-sub-network evidence on all the sub-layers it skips.  Bayesian linear regression with a Gaussian
-prior (Bishop 2006, §3.3), so that proposals can be Thompson samples.
+This holds roughly while harms are small.  With it, every scored sub-network is evidence about all
+sub-layers that it skips.  The model is a Bayesian linear regression with a Gaussian prior (Bishop
+2006, §3.3), so that proposals can be Thompson samples.
 """
 
 from __future__ import annotations
@@ -24,17 +24,20 @@ from swift_gguf.subnetwork import SubNetwork
 
 @dataclass
 class Scored:
-    """What is known of one sub-network."""
+    """The results of one sub-network."""
 
     subnetwork: SubNetwork
     positions: float = 0.0
-    """How many were seen; a fraction where evidence has aged."""
+    """The number of scored positions.  It is a fraction after evidence has aged."""
     agreements: float = 0.0
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything a proposal may draw on; `incumbent` is the best sub-network so far."""
+    """Everything that a proposer may use.
+
+    incumbent: the best sub-network so far.
+    """
 
     space: Space
     costs: Costs
@@ -44,12 +47,15 @@ class Evidence:
 
     @cached_property
     def harms(self) -> Harms:
-        """What single sub-layers cost in agreement."""
+        """The harms of the sub-layers."""
         return estimate(self.space, self.scored)
 
     @cached_property
     def savings_ms(self) -> NDArray[Any]:
-        """[space.size], what a draft token gets cheaper by; never zero, so that it can divide."""
+        """[space.size], milliseconds that skipping a sub-layer saves in a draft token.
+
+        They are never 0, because harms are divided by them.
+        """
         full = self.costs.draft_ms(SubNetwork(n_layer=self.space.n_layer))
         left = np.array([self.costs.draft_ms(single) for single in self.space.singles()])
         return np.asarray(np.maximum(full - left, 1e-6 * full))
@@ -57,7 +63,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Harms:
-    """The posterior: a Gaussian."""
+    """The posterior of the harms, a Gaussian."""
 
     mean: NDArray[Any]
     """[size]"""
@@ -65,27 +71,28 @@ class Harms:
     """[size, size], root @ root.T is the covariance."""
 
     def sample(self, rng: np.random.Generator) -> NDArray[Any]:
-        """A tempered Thompson sample [size]; leaving something out does not help: never below 0."""
+        """A tempered Thompson sample [size].  It is never below 0: skipping does not help."""
         noise = self.root @ rng.standard_normal(len(self.mean))
         return np.maximum(self.mean + TEMPERATURE * noise, 0.0)
 
 
-# Prior of a harm, and its spread: common to a kind, shared with neighbours in depth, its own.  Even
-# patterns on a 1.5B cost .012 to .022 a sub-layer (docs/lab/search.md).
+# The prior of a harm.  Its spread has three parts: one common to a kind of sub-layer, one shared
+# with neighbours in depth, and one of the sub-layer itself.  Even patterns on a 1.5B model have
+# harms of .012 to .022 for each sub-layer (docs/lab/search.md).
 PRIOR_MEAN = 0.015
 PRIOR_SPREADS = (0.01, 0.01, 0.02)
 NEIGHBOURHOOD = 3.0  # layers
-# Errors beyond counting: neighbouring positions are alike (so a position counts half), texts differ
-# in difficulty and harms do not quite add up (a share of what is explained).
+# Further errors.  Neighbouring positions are alike, so a position counts half.  Texts differ in
+# difficulty, and harms do not quite add up; this error is a share of the harm.
 DESIGN_EFFECT = 2.0
 MISFIT = 0.25
-# Full Thompson samples are too optimistic in many dimensions: a set is then chosen for all the
-# sub-layers whose harm happens to be drawn low.
+# Full Thompson samples are too optimistic in many dimensions: the best set would consist of all
+# sub-layers whose sampled harm happens to be low.
 TEMPERATURE = 0.15
 
 
 def estimate(space: Space, scored: Sequence[Scored]) -> Harms:
-    """Harms given what was scored; without any, the prior's."""
+    """The harms given the scored sub-networks.  Without any, they are those of the prior."""
     mean, precision = np.full(space.size, PRIOR_MEAN), np.linalg.inv(_prior_covariance(space))
     if scored:
         skip = np.array([space.mask(item.subnetwork) for item in scored], dtype=float)

@@ -1,30 +1,31 @@
-"""What a sub-network is worth: expected tokens per second, from teacher-forced outcomes.
+"""The value of a sub-network: expected tokens per second, from teacher-forced outcomes.
 
 SWIFT maximises *matchness*, the share of positions where the draft's top-1 is the text's token
-(§4.1).  That counts neither what a draft pass costs nor when drafting stops.  We maximise, over the
-draft length d and the confidence p under which drafting stops,
+(§4.1).  That ignores the cost of a draft pass and the end of the draft.  We maximise a rate over
+the draft length d and the confidence p below which a draft stops:
 
     rate = sum_i tokens_i / sum_i cost_i
     tokens_i = 1 + min(A_i, drafted_i)                    drafted_i = min(C_i, d)
     cost_i = (drafted_i + [C_i < d]) draft + verify(drafted_i + 1)
 
-where A_i and C_i count the agreeing and the confident positions from i on: the long-run rate of
-cycles that begin anywhere (renewal-reward).  The last pass of a draft that stops by confidence is
-paid though its token is not drafted.  Behind a wrong draft token the draft's own confidence is
-unknown; the one on the true text stands in for it.
+A_i is the number of consecutive positions from i on where the draft agrees, and C_i the number
+where it is confident.  The rate is the long-run rate of cycles that begin at any position
+(renewal-reward).  A draft that stops by confidence pays for its last pass, although that token is
+not drafted.  After a wrong draft token, the draft's confidence is not known; the confidence on the
+true text replaces it.
 
-Where that is below plain decoding, maximising it would find the draft that costs next to nothing
-and is never right: every cycle yields a token of the target's own.  So below plain, what counts is
-the tokens gained for the time added to a plain pass,
+Below the speed of plain decoding, the best rate belongs to a draft that costs almost nothing and is
+never right, because every cycle yields one token of the target anyway.  So below plain decoding we
+maximise the tokens gained for the time added to a plain pass:
 
     gain = sum_i (tokens_i - 1) / sum_i (cost_i - verify(1))
 
-The rate passes plain's just where the gain does, so the two meet there, and a search that climbs
-the gain climbs towards where speculation begins to pay.
+The rate equals that of plain decoding exactly where the gain does.  So a search that increases the
+gain moves towards the point where speculation begins to pay.
 
-A window is read as a ring: runs cut by its end go on at its start.  Leaving such starts out, or
-only those whose end is not seen, would favour short runs; on a ring every position counts equally,
-and only one seam of n is made up (the circular block bootstrap, Politis & Romano 1992).
+A window is treated as a ring: a run that reaches the end continues at the start.  To leave out such
+runs would favour short ones.  On a ring every position counts equally, and only one of n
+transitions is artificial (the circular block bootstrap, Politis & Romano 1992).
 """
 
 from __future__ import annotations
@@ -40,19 +41,19 @@ from numpy.typing import NDArray
 from swift_gguf.subnetwork import SubNetwork
 
 P_MIN_GRID = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9)
-TINY_S = 1e-9  # costs are measured: a draft may seem to take no time at all
+TINY_S = 1e-9  # avoids division by 0, because a measured cost may be 0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A sub-network's guesses at n >= 1 consecutive positions of a text.
+    """A sub-network's draft tokens at n >= 1 consecutive positions of a text.
 
     Raises:
         ValueError: the two arrays differ in length, or are empty.
     """
 
     agrees: NDArray[np.bool_]
-    """[n], is the draft's top-1 the text's next token?"""
+    """[n], true if the draft's top-1 is the text's next token."""
     confidence: NDArray[np.float32]
     """[n], the draft's probability of its own top-1."""
 
@@ -67,57 +68,57 @@ class Outcome:
 
 
 class Window(Protocol):
-    """A piece of text whose target KV is at hand, so that drafts of it can be scored."""
+    """A part of a text that is in the target's KV cache, so that drafts can be scored on it."""
 
     @property
     def key(self) -> Hashable:
-        """Outcomes under equal keys are of the same positions: they can be paired."""
+        """A key of the text and the positions.  Outcomes with equal keys can be paired."""
         ...
 
     def score(self, subnetwork: SubNetwork) -> Outcome:
-        """One parallel draft pass over the window: expensive, and it may raise."""
+        """Scores a sub-network in one parallel draft pass, which is expensive and may fail."""
         ...
 
 
 class Costs(Protocol):
-    """What passes take on this machine; calls are expected to be cheap."""
+    """The costs of passes on this machine.  Calls are cheap."""
 
     def draft_ms(self, subnetwork: SubNetwork) -> float:
-        """One draft token."""
+        """Milliseconds of a draft token."""
         ...
 
     def verify_ms(self, width: int) -> float:
-        """A full pass of `width` tokens with all logits; width 1 is plain decoding.
+        """Milliseconds of a pass of the full model with `width` tokens and all logits.
 
-        Need not be monotone.
+        Width 1 is plain decoding.  The costs need not increase with the width.
         """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """The best way to draft with a sub-network, and what it yields."""
+    """The best way to draft with a sub-network, and its speed."""
 
     value: float
-    """What is maximised: `tokens_per_s` where that is more than plain decoding's, else the tokens
-    gained per second added."""
+    """The maximised value: `tokens_per_s` if it exceeds plain decoding, else the tokens gained per
+    second added."""
     tokens_per_s: float
     speedup: float
-    """Against plain decoding; below 1 speculation does not pay."""
+    """The speed-up over plain decoding.  Below 1, speculation does not pay."""
     draft_max: int
     p_min: float
     agreement: float
-    """Share of positions whose top-1 agrees: SWIFT's matchness."""
+    """The share of positions whose top-1 agrees (SWIFT's matchness)."""
     positions: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """How much more one sub-network is worth than another, in tokens per second."""
+    """The difference in value between two sub-networks, in tokens per second."""
 
     difference: float
     standard_error: float
-    """Infinite where the positions are too few to tell."""
+    """Infinite if there are too few positions."""
     positions: int
 
 
@@ -125,9 +126,9 @@ class Comparison:
 class Objective:
     """Expected tokens per second under `costs`.
 
-    draft_max: the longest draft considered, at least 1.  Plain decoding is no choice here: a search
+    draft_max: the longest draft, at least 1.  Plain decoding (0) is not a choice, because a search
         needs a direction even where speculation does not pay yet.
-    p_min: the confidence under which drafting stops; None: the best of `P_MIN_GRID`.
+    p_min: the confidence below which a draft stops; None: the best of `P_MIN_GRID`.
 
     Raises:
         ValueError: draft_max is below 1.
@@ -142,7 +143,7 @@ class Objective:
             raise ValueError(f"draft_max is {self.draft_max}; it must be at least 1")
 
     def rate(self, subnetwork: SubNetwork, outcomes: Sequence[Outcome]) -> Rate:
-        """The rate over all positions of `outcomes`, at the d and p that suit them best."""
+        """The rate over all positions of `outcomes`, with the best d and p."""
         if not outcomes:
             raise ValueError("a rate needs at least one outcome")
         p_mins = P_MIN_GRID if self.p_min is None else (self.p_min,)
@@ -174,14 +175,14 @@ class Objective:
     def compare(
         self, a: SubNetwork, b: SubNetwork, pairs: Sequence[tuple[Outcome, Outcome]]
     ) -> Comparison:
-        """How much more a is worth than b, from outcomes of both on the same windows.
+        """The difference in value between a and b, from outcomes of both on the same windows.
 
-        The error is the delta method's: start i moves a ratio of sums, rate or gain, by
-        (tokens_i - ratio cost_i) / mean cost.  Starts are dependent, by overlapping drafts and by
-        the text; so the variance is that of sums over moving blocks (Bartlett's kernel on the
-        ring), two longest drafts wide, or a quarter of a long window.  Clustering by window would
-        need more windows than a search has.  That d and p are chosen on the same positions matters
-        little: both have the same luck.
+        The error is from the delta method: start i changes a ratio of sums (rate or gain) by
+        (tokens_i - ratio cost_i) / mean cost.  Starts are dependent, because drafts overlap and
+        because of the text.  So the variance is that of sums over moving blocks (Bartlett's kernel
+        on the ring).  A block is two longest drafts wide, or a quarter of a long window.
+        Clustering by window would need more windows than a search has.  d and p are chosen on the
+        same positions; that matters little, because it helps both sub-networks equally.
         """
         first, second = ([pair[i] for pair in pairs] for i in range(2))
         rates = self.rate(a, first), self.rate(b, second)
@@ -195,7 +196,7 @@ class Objective:
         width = min(max(2 * self.draft_max, longest // 4), longest)
         variance = math.inf
         if positions > width:
-            # the rates were fitted to the same positions: one block's worth of freedom is gone
+            # the rates were fitted to the same positions, which costs one block of freedom
             total = sum(_block_variance(move, width) for move in moves)
             variance = total / positions / (positions - width)
         return Comparison(
@@ -207,7 +208,7 @@ class Objective:
     def _runs(
         self, outcome: Outcome, p_mins: Sequence[float]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """A [n] and, for each p_min, C [p_mins, n]; none above draft_max."""
+        """A [n] and, for each p_min, C [p_mins, n], both limited to draft_max."""
         confident = (
             outcome.confidence >= np.array(p_mins, dtype=np.float32)[:, None]
         )  # as drafting does
@@ -215,7 +216,7 @@ class Objective:
         return runs[0], runs[1:]
 
     def _cost_s(self, subnetwork: SubNetwork, confident: NDArray[Any]) -> NDArray[Any]:
-        """Seconds of all drafts by p_min and d, [p_mins, draft_max], from the counts of C."""
+        """Seconds of all cycles by p_min and d, [p_mins, draft_max], from the counts of C."""
         lengths = np.arange(self.draft_max + 1)
         draft, verify = self._pass_s(subnetwork)
         stopped = np.cumsum(confident * ((lengths + 1) * draft + verify), axis=1)[:, :-1]
@@ -225,9 +226,10 @@ class Objective:
     def _influences(
         self, subnetwork: SubNetwork, outcomes: Sequence[Outcome], rate: Rate
     ) -> list[NDArray[Any]]:
-        """Of each window [n]: what its starts add to the value, times the number of positions."""
+        """For each window, [n]: the effect of its starts on the value, times the number of
+        positions."""
         draft, verify = self._pass_s(subnetwork)
-        # below plain, the token and the pass that plain decoding has too are not counted
+        # below plain decoding, the token and the pass of plain decoding are not counted
         base = (0.0, 0.0) if rate.tokens_per_s >= self._plain else (1.0, 1.0 / self._plain)
         tokens, costs = [], []
         for outcome in outcomes:
@@ -250,13 +252,13 @@ class Objective:
         return np.asarray((tokens - positions) / np.maximum(added, TINY_S))
 
     def _pass_s(self, subnetwork: SubNetwork) -> tuple[float, NDArray[Any]]:
-        """Seconds of a draft token, and of verifying 0 .. draft_max of them."""
+        """Seconds of a draft token, and of verifying 0 .. draft_max draft tokens."""
         verify = [self.costs.verify_ms(width) / 1e3 for width in range(1, self.draft_max + 2)]
         return self.costs.draft_ms(subnetwork) / 1e3, np.array(verify)
 
 
 def _ring_runs(good: NDArray[np.bool_], longest: int) -> NDArray[np.int64]:
-    """How many true positions follow from each on, itself included, on a ring: [..., n]."""
+    """The number of consecutive true positions from each position on, on a ring: [..., n]."""
     n = good.shape[-1]
     far = 2 * n + longest
     stops = np.where(np.concatenate([good, good], axis=-1), far, np.arange(2 * n))
@@ -266,7 +268,7 @@ def _ring_runs(good: NDArray[np.bool_], longest: int) -> NDArray[np.int64]:
 
 
 def _at_least(counts: NDArray[Any]) -> NDArray[Any]:
-    """How many runs are at least 1, 2, .. long, [..., longest], from counts [..., longest + 1]."""
+    """The number of runs with length >= 1, 2, ..: [..., longest], from [..., longest + 1]."""
     at_least: NDArray[Any] = np.cumsum(counts[..., :0:-1], axis=-1)[..., ::-1]
     return at_least
 

@@ -1,4 +1,4 @@
-"""Tuning on purpose: texts of the model's own are the windows, one after another."""
+"""Offline tuning: the search runs on windows of texts that the model generates."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ from swift_gguf.search.window import TextWindow
 ANSWER_TOKENS = 96
 WINDOW = 32
 STEPS = 12
-"""A window serves for so many steps before the next: the incumbent, four challengers, the rest new
-candidates."""
+"""Steps on a window: one for the incumbent, four for challengers, the others for new candidates."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a tuning has come."""
+    """The progress of a tuning."""
 
     seconds: float
     steps: int
     texts: int
     done: bool
-    """The search expects no more of further steps."""
+    """True if the search does not expect to find anything better."""
 
 
 def tune(
@@ -45,14 +44,15 @@ def tune(
     steps: int = STEPS,
     own_past: bool = False,
 ) -> Progress:
-    """Searches on the model's greedy answers to prompts, again from the first after the last.
+    """Searches on the model's greedy answers to the prompts, which are used in turn.
 
-    May be interrupted at any time: what the searcher holds then is the best so far.
+    It may be interrupted at any time.  The searcher then has the best sub-network so far.
 
-    prompts: token ids; those that do not fit the context with an answer are left out.
-    seconds: time after which no further step is begun, the answers' included.
-    window, steps, own_past: positions of a window, steps on each, and what a position sees; SWIFT's
-        search wants 1 step and the draft's own past (see `search.window`).
+    prompts: token ids.  Prompts that do not fit the context with an answer are left out.
+    seconds: the time limit, which includes the time of the answers.  No step begins after it.
+    window: the number of positions in a window.
+    steps: the number of steps on a window.  SWIFT's search needs 1.
+    own_past: see `search.window`.  SWIFT's search needs True.
 
     Raises:
         ContextFullError: no prompt fits.
@@ -95,8 +95,8 @@ def _answer(model: Model, prompt: Sequence[int], n: int) -> None:
 
 
 def _windows(model: Model, prompt_n: int, longest: int, *, own_past: bool) -> Iterator[TextWindow]:
-    """Of the answer, in windows of equal length; none if it is next to nothing."""
-    length = model.n_past - prompt_n  # positions whose next token the target chose
+    """Windows of equal length that cover the answer; none if it is too short."""
+    length = model.n_past - prompt_n  # positions before a token that the target chose
     n_windows = max(1, round(length / longest))
     size = min(longest, length // n_windows)
     if size < 4:

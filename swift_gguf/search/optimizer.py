@@ -1,11 +1,11 @@
-"""The search for the fastest sub-network: one expensive pass a step, never worse by noise.
+"""The search for the fastest sub-network, with one expensive pass in each step.
 
-The same code serves the search on the fly, in idle time and offline; they differ in who calls
-`step`, how often, and with which windows.  SWIFT's own search (`paper.PaperSearch`) scores a
-candidate once, on 32 positions, and keeps the best score ever seen.  Among many candidates that is
-the luckiest one (the winner's curse), and it can never be corrected.  Here a candidate that looks
-good becomes a *challenger*, and must then beat the incumbent on further windows, position by
-position; what it was discovered on does not count.
+The search on the fly, in idle time and offline use the same code.  They differ in the caller of
+`step` and in the windows.  SWIFT's own search (`paper.PaperSearch`) scores a candidate once, on 32
+positions, and keeps the best score.  Among many candidates, the best score belongs to the luckiest
+one (the winner's curse), and it is never corrected.  Here a good candidate becomes a *challenger*.
+It replaces the best sub-network so far (the *incumbent*) only if it is better on further windows,
+position by position.  The window of its discovery does not count.
 """
 
 from __future__ import annotations
@@ -24,48 +24,48 @@ from swift_gguf.search.proposals import HarmModel, LocalMove, RandomSubset
 from swift_gguf.search.space import Space
 from swift_gguf.subnetwork import SubNetwork
 
-# On synthetic models (tests/unit/search_model.py) the harm model is quick to find the region and
-# local moves go on where it does not add up.  Random subsets never beat the even patterns there,
-# but on a real model one in a hundred did (docs/lab/search.md): harms add up less than planted.
+# On synthetic models (tests/unit/search_model.py) the harm model finds the region quickly, and
+# local moves improve on it where harms do not add up.  Random subsets never beat the even patterns
+# there, but on a real model one in a hundred did (docs/lab/search.md): its harms add up less.
 PROPOSERS = (LocalMove(), HarmModel(), RandomSubset(0.3))
 SHARES = (0.4, 0.4, 0.2)
-"""How often each of them is asked."""
+"""How often each proposer is used."""
 
-MAX_WINDOWS = 16  # whose outcomes a record keeps
+MAX_WINDOWS = 16  # windows whose outcomes a record keeps
 MAX_RECORDS = 1000
 MAX_CHALLENGERS = 4
 MAX_PORTFOLIO = 4
-# A sub-network that was dropped may be proposed again until it was scored on as many windows.
+# A dropped sub-network may be proposed again until it was scored on this many windows.
 SECOND_CHANCES = 3
-# A challenger is promoted when, after this many positions, it is this many standard errors above
-# the incumbent; dropped when it is below, or undecided after so many.  Less would follow luck
-# (its test plants it), more would wait for ever: real candidates are some per cent
-# better, and that is also the error of two hundred positions.
+# After MIN_POSITIONS, a challenger is promoted if it is PROMOTE_Z standard errors above the
+# incumbent, and dropped if it is below.  After MAX_POSITIONS it is dropped if still undecided.
+# A smaller PROMOTE_Z would follow luck.  A larger one would take too long: real candidates are
+# better by a few per cent, which is also the error of two hundred positions.
 MIN_POSITIONS = 96
 PROMOTE_Z = 2.0
 MAX_POSITIONS = 192
-# The share of the rate by which a new incumbent must certainly be faster to count as a gain.
+# A new incumbent counts as a gain if it is certainly faster by this share of the rate.
 TOLERANCE = 0.005
-# What evidence is worth after the text has changed, and how much of it is kept as it is.
+# The weight of evidence after the text has changed, and the number of windows that are kept.
 AGED = 0.25
 KEPT_WINDOWS = 4
 
 
 class Searcher(Protocol):
-    """What drives a search: `Search`, or `paper.PaperSearch`."""
+    """The interface of `Search` and `paper.PaperSearch`."""
 
     @property
     def best(self) -> SubNetwork: ...
     @property
     def done(self) -> bool: ...
     def step(self, window: Window) -> None:
-        """Exactly one `window.score`, none if done.  If that raises, nothing has happened."""
+        """Calls `window.score` once, or not at all if done.  If it fails, nothing has changed."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Knowledge:
-    """What was seen of a sub-network, by window, and what that means here."""
+    """A sub-network's outcomes by window, and its rate on this machine."""
 
     subnetwork: SubNetwork
     outcomes: Mapping[Hashable, Outcome]
@@ -74,7 +74,7 @@ class Knowledge:
 
 @dataclass
 class _Record(Scored):
-    """All that was seen of a sub-network; outcomes of the latest windows only."""
+    """The results of a sub-network, with the outcomes of the latest windows only."""
 
     outcomes: dict[Hashable, Outcome] = field(default_factory=dict)
     value: float = 0.0  # the rate over the outcomes that are kept
@@ -87,7 +87,7 @@ class _Record(Scored):
             del self.outcomes[next(iter(self.outcomes))]
 
     def age(self) -> None:
-        """The latest windows stay: something must be known until there are new ones."""
+        """Keeps only the latest windows, which are needed until there are new ones."""
         for key in list(self.outcomes)[:-KEPT_WINDOWS]:
             del self.outcomes[key]
         self.positions *= AGED
@@ -97,15 +97,15 @@ class _Record(Scored):
 class Search:
     """Finds the sub-network that drafts fastest.
 
-    known: good sub-networks, best first: incumbent and first challengers.  Without any the search
-        starts with the best of some even patterns.
-    seen: outcomes of earlier searches; what they scored is not scored again to begin with.
+    known: good sub-networks, best first: the incumbent and the first challengers.  Without any, the
+        search starts with the best of some even patterns.
+    seen: outcomes of earlier searches.
     draft_max, p_min: see `Objective`.
-    patience: the search is done when this many proposals in a row brought no certain gain.
+    patience: the search is done after this many proposals in a row without a certain gain.
 
-    A window should serve for several steps: the first measures the incumbent again, the next ones
-    the challengers (at most 4), and only then come new proposals.  Deterministic given the seed,
-    the windows and the outcomes.
+    A window should be used for several steps.  The first step scores the incumbent on it, the next
+    ones score the challengers (at most 4), and only then come new proposals.  The search is
+    deterministic given the seed, the windows and the outcomes.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Search:
         self.objective = Objective(costs=costs, draft_max=draft_max, p_min=p_min)
         self.patience = patience
         self.seed = seed
-        # a profile may be of a build that could skip more
+        # a profile may be from a build that could skip more sub-layers
         self._known = [subnetwork for subnetwork in known if subnetwork in space]
         self._records: dict[SubNetwork, _Record] = {}
         for subnetwork, outcomes in (seen or {}).items():
@@ -134,7 +134,7 @@ class Search:
         self._starts = [start for start in starts if start not in self._records]
         begun = sorted(self._records, key=lambda s: -self._records[s].value)
         self._incumbent = next(iter([*self._known, *begun, *self._starts]))
-        # challenger -> the windows it was discovered on, which prove nothing
+        # challenger -> the windows of its discovery, which do not count
         self._challengers: dict[SubNetwork, frozenset[Hashable]] = {}
         self._challenge_with(self._known)
         self._former: list[SubNetwork] = []  # incumbents on earlier texts, the latest first
@@ -151,18 +151,18 @@ class Search:
 
     @property
     def done(self) -> bool:
-        """Whether a further step is unlikely to bring anything; `reopen` starts again."""
-        # challengers found on a window that is used for long get as much time again for another one
+        """True if further steps are unlikely to find anything better.  `reopen` starts again."""
+        # challengers need another window, so there is twice the time while there are any
         return self._fruitless >= self.patience * (2 if self._challengers else 1)
 
     @property
     def portfolio(self) -> list[SubNetwork]:
-        """At most 4: the incumbent, the best of earlier texts, then what else was known."""
+        """At most 4: the incumbent, the incumbents of earlier texts, then other known ones."""
         candidates = dict.fromkeys([self._incumbent, *self._former, *self._known])
         return list(candidates)[:MAX_PORTFOLIO]
 
     def knowledge(self, n: int = 8) -> list[Knowledge]:
-        """Of the portfolio, then of what else looked best; as far as it was scored."""
+        """The results of the portfolio and then of the best others, as far as they were scored."""
         others = sorted(self._records, key=lambda s: -self._records[s].value)
         scored = [s for s in dict.fromkeys([*self.portfolio, *others]) if self._record(s).outcomes]
         return [
@@ -171,7 +171,7 @@ class Search:
         ]
 
     def rate(self, subnetwork: SubNetwork) -> Rate:
-        """What was measured of a sub-network on the latest windows it was scored on.
+        """The rate of a sub-network on the latest windows where it was scored.
 
         Raises:
             KeyError: it was not scored.
@@ -181,11 +181,11 @@ class Search:
     # -- the search --------------------------------------------------------------------------------
 
     def step(self, window: Window) -> None:
-        """One candidate on one window; see `Searcher.step`."""
+        """Scores one candidate on one window; see `Searcher.step`."""
         if self.done:
             return
         candidate = self._next(window.key)
-        if candidate is None:  # a tiny space, and all of it is known
+        if candidate is None:  # everything in a tiny space is scored
             self._challengers.clear()
             self._fruitless = self.patience
             return
@@ -196,12 +196,13 @@ class Search:
         self._forget()
 
     def observe(self, accepted: int, drafted: int) -> None:
-        """Live acceptance of the incumbent, draft by draft; reopens the search when it falls."""
+        """Counts a draft of the incumbent.  Reopens the search if the acceptance rate falls."""
         if self._drift.observe(accepted, drafted):
             self.reopen()
 
     def reopen(self) -> None:
-        """The text is another: what was learned counts less, and what was good is tried again."""
+        """Starts again on another text: old evidence counts less, and good sub-networks are tried
+        again."""
         self._former = list(dict.fromkeys([self._incumbent, *self._former]))[:MAX_PORTFOLIO]
         for record in self._records.values():
             record.age()
@@ -222,7 +223,7 @@ class Search:
     # -- what to score -----------------------------------------------------------------------------
 
     def _next(self, key: Hashable) -> SubNetwork | None:
-        """Changes nothing: scoring may yet fail."""
+        """The next candidate.  Nothing is changed here, because scoring may fail."""
         if self._starts:
             return self._starts[0]
         for subnetwork in (self._incumbent, *self._challengers):
@@ -243,7 +244,7 @@ class Search:
             candidate = PROPOSERS[number].propose(evidence, rng)
             if candidate is not None and self._is_worth_scoring(candidate, key):
                 return candidate
-        for _ in range(32):  # everything the sources can think of is known
+        for _ in range(32):  # the proposers have nothing new
             candidate = self.space.random(rng, int(rng.integers(1, self.space.size + 1)))
             if self._is_worth_scoring(candidate, key):
                 return candidate
@@ -266,7 +267,7 @@ class Search:
             self._consider(candidate)
 
     def _settle(self, start: SubNetwork) -> None:
-        """The best start becomes the incumbent: they differ by more than luck."""
+        """Makes the best start the incumbent.  Starts differ by more than luck."""
         if self._records[start].value > self._records[self._incumbent].value:
             self._incumbent = start
 
@@ -301,7 +302,7 @@ class Search:
     def _compare(
         self, candidate: SubNetwork, *, without: frozenset[Hashable] = frozenset()
     ) -> Comparison:
-        """Candidate against incumbent, on the windows both were scored on."""
+        """Compares a candidate with the incumbent on the windows where both were scored."""
         first, second = self._record(candidate).outcomes, self._record(self._incumbent).outcomes
         pairs = [(first[key], second[key]) for key in first if key in second and key not in without]
         if not pairs:
@@ -312,7 +313,7 @@ class Search:
         return self._records.get(subnetwork) or _Record(subnetwork)
 
     def _forget(self) -> None:
-        """Bounds the memory: the oldest records go, but for those in use."""
+        """Limits the memory: the oldest records that are not in use are dropped."""
         excess = len(self._records) - MAX_RECORDS
         if excess > 0:
             used = set(chain(self.portfolio, self._challengers))
@@ -321,7 +322,7 @@ class Search:
 
 
 def _structured_starts(space: Space) -> list[SubNetwork]:
-    """Even patterns from mild to bold: somewhere to begin, and what the kinds cost in agreement."""
+    """Even patterns that skip few to many sub-layers.  They also show the harm of each kind."""
     patterns = [(0, 4), (2, 0), (0, 2), (2, 4), (0, 3), (1, 0)]
     if space.is_narrow:
         patterns = [(0, 1), (3, 1), (0, 2), (2, 1), (6, 1)]

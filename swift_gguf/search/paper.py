@@ -1,7 +1,7 @@
 """SWIFT's own search, as published (Xia et al., ICLR 2025, §4.1 and appendix), for comparison.
 
-Its known weaknesses are kept: the start is never scored, sub-layers count as equal in cost, scores
-from different texts are compared, and the luckiest one stays.
+Its known weaknesses are kept: the start is never scored, all sub-layers have the same cost, scores
+from different texts are compared, and the luckiest candidate wins.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ class PaperOptions:
     """The paper's hyperparameters and their defaults.
 
     Raises:
-        ValueError: a ratio outside (0, 1), or an interval below 1.
+        ValueError: the ratio is outside (0, 1), or an interval is below 1.
     """
 
     skip_ratio: float = 0.45
-    """r: the share of sub-layers every candidate leaves out."""
+    """r: the share of sub-layers that every candidate skips."""
     context_window: int = 32
-    """How many of the latest tokens the driver's windows hold."""
+    """The number of latest tokens in a window."""
     opt_interval: int = 1
-    """The driver makes one step in so many decoding steps."""
+    """The number of decoding steps for each step of the search."""
     bayes: bool = True
     bayes_interval: int = 25
-    """Every so many candidates, one is a Gaussian process's."""
+    """The number of candidates for each one from the Gaussian process."""
     max_steps: int = 1000
     max_tolerance: int = 300
-    """Stop after more steps than this without gain."""
+    """The search stops after more steps than this without a gain."""
     max_score: float = 0.95
-    """Stop above this matchness."""
+    """The search stops above this matchness."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.skip_ratio < 1:
-            raise ValueError(f"skip_ratio is {self.skip_ratio}; it must lie between 0 and 1")
+            raise ValueError(f"skip_ratio is {self.skip_ratio}; it must be between 0 and 1")
         if min(self.context_window, self.opt_interval, self.bayes_interval) < 1:
             raise ValueError("context_window, opt_interval and bayes_interval must be at least 1")
 
@@ -61,7 +61,7 @@ class PaperSearch:
             check_bayes_opt()
         self.best = space.uniform()
         self.best_score = 0.0
-        """Of the best candidate so far; the start is never scored."""
+        """The score of the best candidate so far.  The start is never scored."""
         self._scored: list[tuple[SubNetwork, float]] = []
         self._last_gain = 0
 
@@ -75,7 +75,7 @@ class PaperSearch:
         )
 
     def step(self, window: Window) -> None:
-        """One candidate, scored once; see `Searcher.step`."""
+        """Scores one candidate once; see `Searcher.step`."""
         if self.done:
             return
         candidate = self._propose()

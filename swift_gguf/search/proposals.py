@@ -1,4 +1,4 @@
-"""Where candidates come from."""
+"""Proposers of candidates for the search."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from swift_gguf.search.space import Space
 from swift_gguf.subnetwork import SubNetwork
 
 MAX_MOVES = 6
-LOG_WASTE = (np.log(0.5), np.log(1.2))  # between what a harm's random factor is drawn
+LOG_WASTE = (np.log(0.5), np.log(1.2))  # the range of the random factor of harms
 
 
 class Proposer(Protocol):
-    """A source of candidates.  Without state: all it knows is the evidence."""
+    """A source of candidates.  It has no state and uses only the evidence."""
 
     def propose(self, evidence: Evidence, rng: np.random.Generator) -> SubNetwork | None:
-        """A candidate, scored before or not; None where the source has nothing to offer."""
+        """A candidate, which may have been scored before; None: there is no candidate."""
         ...
 
 
 @dataclass(frozen=True)
 class RandomSubset:
-    """SWIFT's main source: a share of all sub-layers, uniformly (§4.1)."""
+    """SWIFT's main source: a random subset with a share of all sub-layers (§4.1)."""
 
     skip_ratio: float
 
@@ -40,10 +40,10 @@ class RandomSubset:
 
 
 class LocalMove:
-    """The incumbent with some sub-layers added, dropped or swapped: often one or two, but what a
-    few more bring together can be told from noise.
+    """The incumbent with some skipped sub-layers added, dropped or swapped.
 
-    What is skipped more often is what seems to do little harm for the time it saves.
+    Often it changes one or two.  The effect of more changes is easier to tell from noise.
+    Sub-layers with little harm for the time they save are skipped more often.
     """
 
     def propose(self, evidence: Evidence, rng: np.random.Generator) -> SubNetwork | None:
@@ -62,16 +62,16 @@ class LocalMove:
 
 
 class HarmModel:
-    """A Thompson sample of the harms, and the best set under it.
+    """The best set of sub-layers to skip under a Thompson sample of the harms.
 
-    Sub-layers are left out in the order of harm per millisecond saved, as many as make drafting
-    with the resulting agreement a most worth it, by the simple form of the objective:
+    Sub-layers are skipped in the order of harm per millisecond saved.  Their number maximises a
+    simple form of the objective, where a is the agreement:
 
         rate = (1 + a + .. + a^d) / (d draft + verify(d + 1)),   or below plain decoding
         gain = (a + .. + a^d) / (d draft + verify(d + 1) - verify(1)),   at the best d
 
-    Drafts that stop when unsure waste less than that, by an unknown measure: the harms are scaled
-    down by a random factor, which also spreads the sizes tried.
+    Drafts that stop by confidence waste less than this, by an unknown factor.  So the harms are
+    scaled by a random factor, which also varies the number of skipped sub-layers.
     """
 
     def propose(self, evidence: Evidence, rng: np.random.Generator) -> SubNetwork | None:
@@ -100,15 +100,15 @@ class HarmModel:
 
 
 def check_bayes_opt() -> None:
-    """To be called before a search begins, so that it does not fail on the way.
+    """Checks that the package for `gaussian_process` is installed, before a search begins.
 
     Raises:
-        SwiftError: the package that `gaussian_process` needs is not installed.
+        SwiftError: it is not installed.
     """
     if find_spec("bayes_opt") is None:
         raise SwiftError(
             "Bayesian optimisation needs the bayesian-optimization package; "
-            "pip install 'swift-gguf[search]'"
+            "run: pip install 'swift-gguf[search]'"
         )
 
 
@@ -120,9 +120,9 @@ def gaussian_process(
 ) -> SubNetwork:
     """The `n_skip` sub-layers to skip that maximise the upper confidence bound (kappa 2.5).
 
-    The process (Matérn 5/2) is over [0, 1]^size; of its best point the largest coordinates are
-    taken.  Its time grows with the cube of what was scored: half a second at some hundreds.
-    Needs what `check_bayes_opt` checks.
+    The Gaussian process (Matérn 5/2) is over [0, 1]^size.  The largest coordinates of its best
+    point are taken.  Its time grows with the cube of the number of scored sub-networks: half a
+    second for some hundreds.  It needs the package that `check_bayes_opt` checks.
     """
     from bayes_opt import BayesianOptimization
     from bayes_opt.acquisition import UpperConfidenceBound
@@ -137,9 +137,9 @@ def gaussian_process(
     values: dict[SubNetwork, list[float]] = {}
     for subnetwork, value in scored:
         values.setdefault(subnetwork, []).append(value)
-    for subnetwork, repeated in values.items():  # it knows no noise: a point has one value
+    for subnetwork, repeated in values.items():  # without noise, a point has one value
         optimizer.register(space.mask(subnetwork).astype(float), float(np.mean(repeated)))
-    with warnings.catch_warnings():  # scikit-learn's, on kernels at the bounds of their scale
+    with warnings.catch_warnings():  # scikit-learn warns of kernels at the bounds of their scale
         warnings.simplefilter("ignore")
         point = np.array(list(optimizer.suggest().values()))
     skip = np.zeros(space.size, dtype=bool)
@@ -148,6 +148,6 @@ def gaussian_process(
 
 
 def _ranked_choice(items: NDArray[Any], keys: NDArray[Any], rng: np.random.Generator) -> int:
-    """One of `items`, the smaller its key the likelier, by the harmonic weights of the ranks."""
+    """A random one of `items`.  Small keys are more likely (harmonic weights of the ranks)."""
     weights = 1.0 / (1.0 + np.argsort(np.argsort(keys)))
     return int(rng.choice(items, p=weights / weights.sum()))

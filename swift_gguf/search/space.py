@@ -1,4 +1,4 @@
-"""Which sub-layers may be left out, and sub-networks as vectors over them."""
+"""The sub-layers that may be skipped, and sub-networks as vectors over them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from swift_gguf.subnetwork import SubNetwork
 
 @dataclass(frozen=True)
 class Space:
-    """The sub-layers a search may leave out: attention and FFN of some layers.
+    """The sub-layers that a search may skip: attention and FFN of some layers.
 
     The first and the last layer are always kept, as in SWIFT (§4.1).
 
-    is_narrow: an FFN is not left out but narrowed to what the model's sidecar has of it, the first
-        and the last one, too, and every sub-network uses the sidecar's head.
+    is_narrow: FFNs are not skipped but narrowed to the part in the model's sidecar.  This includes
+        the first and the last one.
 
     Raises:
-        SubnetworkError: a layer the model does not have, or nothing that may be skipped.
+        SubnetworkError: the model does not have a layer, or no sub-layer may be skipped.
     """
 
     n_layer: int
@@ -30,7 +30,7 @@ class Space:
     ffn: Sequence[int]
     is_narrow: bool = False
     has_head: bool = False
-    """Is there a draft head, too?"""
+    """True if the sidecar has a draft head.  Every sub-network then uses it."""
 
     def __post_init__(self) -> None:
         SubNetwork(n_layer=self.n_layer, skip_attn=frozenset([*self.attn, *self.ffn]))
@@ -82,22 +82,22 @@ class Space:
         return is_inside and ffn <= set(self.ffn) and subnetwork == self._of(attn, ffn)
 
     def singles(self) -> list[SubNetwork]:
-        """Each sub-layer left out alone: [size]."""
+        """The sub-networks that skip one sub-layer each: [size]."""
         return [self.subnetwork(row) for row in np.eye(self.size, dtype=bool)]
 
     def random(self, rng: np.random.Generator, n_skip: int) -> SubNetwork:
-        """`n_skip` of all sub-layers, uniformly."""
+        """A sub-network that skips `n_skip` random sub-layers."""
         skip = np.zeros(self.size, dtype=bool)
         skip[rng.choice(self.size, min(n_skip, self.size), replace=False)] = True
         return self.subnetwork(skip)
 
     def every(self, *, attn: int = 0, ffn: int = 0) -> SubNetwork:
-        """Every `attn`-th attention and every `ffn`-th FFN left out, evenly; 0: none."""
+        """A sub-network that skips every `attn`-th attention and every `ffn`-th FFN; 0: none."""
         return self._of(
             self.attn[attn // 2 :: attn] if attn else (), self.ffn[ffn // 2 :: ffn] if ffn else ()
         )
 
     def uniform(self) -> SubNetwork:
-        """SWIFT's start (§4.1), as far as the space has it."""
+        """SWIFT's start (§4.1), as far as it is in the space."""
         start = SubNetwork.uniform(self.n_layer)
         return self._of(start.skip_attn & set(self.attn), start.skip_ffn & set(self.ffn))

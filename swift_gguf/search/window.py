@@ -1,12 +1,11 @@
-"""The end of a live text as a window: candidates are scored on the target's own cache.
+"""Windows at the end of a text, where candidates are scored on the target's own KV cache.
 
-Two estimators of what a sub-network's drafts would be worth:
+There are two ways to score a sub-network:
 
 - *target's past* (ours): every position of the window is a sequence of its own that shares the
-  target's cells before it, so each is what the first token of a draft would meet.
-- *own past* (SWIFT's): one pass over the window as one text; each position sees what the
-  sub-network made of those before it, for the whole window, which no draft does for more than a
-  few tokens.
+  target's cells before it.  So each position is scored like the first token of a draft.
+- *own past* (SWIFT's): one pass over the window as one text.  Each position sees the sub-network's
+  own keys and values in the whole window before it.  In a draft, these are only a few tokens.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from swift_gguf.search.objective import Outcome
 from swift_gguf.subnetwork import SubNetwork
 
 MIN_POSITIONS = 8
-"""Fewer say too little to be worth a pass."""
+"""Fewer positions are not worth a pass."""
 
 
 class TextWindow:
-    """Positions start, ..., start + n - 1 of the text that the model's context holds.
+    """Positions start, ..., start + n - 1 of the text in the model's context.
 
-    What a stopped pass had already scored is kept for the next try.
+    If scoring is stopped, the scored positions are kept for the next try.
 
-    chunk: positions scored in one pass; short passes can be stopped sooner.
+    chunk: the number of positions in a pass.  Short passes can be stopped sooner.
     """
 
     def __init__(
@@ -45,19 +44,19 @@ class TextWindow:
 
     @property
     def key(self) -> str:
-        """A name of the text and the positions, the same in every process."""
+        """A key of the text and the positions, which is the same in every process."""
         return self._key
 
     @property
     def is_current(self) -> bool:
-        """Does the context still hold the text?"""
+        """True if the context still holds the text."""
         return self._model.tokens[: len(self._text)] == self._text
 
     def score(self, subnetwork: SubNetwork) -> Outcome:
-        """What the sub-network would draft after each position, against the text.
+        """Compares the sub-network's draft token at each position with the text.
 
         Raises:
-            StoppedError: the model's stop flag is up; scored positions are remembered.
+            StoppedError: the model's stop flag is up; scored positions are kept.
             ContextFullError: there is no room for the window.
         """
         found = self._found.setdefault(subnetwork, [])
@@ -74,21 +73,22 @@ class TextWindow:
 
 
 class Windows:
-    """The windows of one growing text, offered to a search one after another.
+    """The windows of a growing text, for the steps of a search.
 
-    A search compares sub-networks on the same window, so one serves for some steps before the next,
-    which ends where the text ends then.  While the text stands still, the windows before it follow,
-    and after the first of them the last one again.
+    A search compares sub-networks on the same window, so each window is used for several steps.
+    The next window is at the end of the text.  If the text has not grown, it is the window before
+    the current one, and after the first window the last one again.
 
-    n: positions of a window; shorter ones are made while the text is short.
+    n: the positions of a window.  Windows are shorter while the text is short.
+    steps: the number of steps on a window.
     """
 
     def __init__(
         self, model: Model, *, n: int, steps: int = 8, chunk: int = 32, own_past: bool = False
     ) -> None:
         self.first = 0
-        """Where the text begins that the target chose itself; others' text would teach what they
-        write, not what it does.  To be set for every generation."""
+        """The position of the first token that the target has generated.  Only generated text shows
+        what the target does.  Set it for every generation."""
         self._model, self._n, self._steps = model, n, steps
         self._chunk, self._own_past = chunk, own_past
         self._current: TextWindow | None = None
@@ -96,13 +96,13 @@ class Windows:
         self._left = 0
 
     def __call__(self) -> TextWindow | None:
-        """The window of the next step; None while the text is too short."""
+        """The window for the next step; None while the text is too short."""
         current = self._current
         fits = current and current.n <= self._model.room and current.is_current
         if self._left == 0 or not fits:
             stands_still = fits and self._text_end == self._model.n_past
             before = self._ending_at(current.start) if current and stands_still else None
-            # the last token is what the position before it is judged by
+            # the last token is only used to score the position before it
             self._current = before or self._ending_at(self._model.n_past - 1)
             self._text_end = self._model.n_past
             self._left = self._steps

@@ -1,9 +1,8 @@
-"""Several conversations on one context: the others' states wait in memory.
+"""Several conversations on one context: the states of the others are kept in memory.
 
-The context holds the text of the latest answer, and what a prompt has in common with it is not
-decoded again.  When a request belongs to another conversation, the present state is put aside, and
-the one that has most in common with the prompt is brought back.  Copies are exact: to the bit what
-the context held.
+The context holds the text of the latest answer.  The part that a prompt has in common with it is
+not processed again.  When a request belongs to another conversation, the current state is saved,
+and the state that has most in common with the prompt is loaded.  Saved states are exact to the bit.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from swift_gguf.tokens import common_prefix
 _log = logging.getLogger("swift_gguf")
 
 MIN_TOKENS = 64
-"""Fewer are decoded sooner than it is worth to keep them."""
+"""A state is not kept for fewer tokens, because processing them again takes little time."""
 
 
 @dataclass
@@ -30,17 +29,20 @@ class _Kept:
 
     @property
     def size(self) -> int:
-        """Bytes, near enough."""
+        """Bytes, approximately."""
         return int(self.state.llama_state_size + self.state.input_ids.nbytes) + 8 * len(self.tokens)
 
 
 def _would_lose(tokens: Sequence[int], common: int) -> bool:
-    """Is it too much to forget, what these have after the first `common`?"""
+    """True if the tokens after the first `common` are worth keeping."""
     return len(tokens) - common >= MIN_TOKENS and common < len(tokens) / 2
 
 
 class Conversations:
-    """States of a llama's context, within `budget` bytes; those unused for longest go first."""
+    """Saved states of a llama's context, up to `budget` bytes.
+
+    The least recently used states are dropped first.
+    """
 
     def __init__(self, llama: Llama, *, budget: int) -> None:
         self._llama, self._budget = llama, budget
@@ -48,14 +50,14 @@ class Conversations:
 
     @property
     def size(self) -> int:
-        """Bytes that are kept."""
+        """Bytes of all saved states."""
         return sum(kept.size for kept in self._kept)
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def enter(self, prompt: Sequence[int]) -> None:
-        """The context becomes the one that has most of the prompt."""
+        """Loads the state that has most of the prompt into the context."""
         if self._budget == 0:
             return
         here = self._present()
@@ -67,15 +69,17 @@ class Conversations:
             return
         shared = self._shared(best.tokens, prompt)
         if shared - common >= MIN_TOKENS:
-            # it may have been dropped for the present one; of what it loses most, a copy stays
+            # it may have been dropped to save the current one; a copy stays if it loses much
             stays = any(kept is best for kept in self._kept) and _would_lose(best.tokens, shared)
             others = [kept for kept in self._kept if kept is not best]
             self._kept = [*others, best] if stays else others
             self._llama.load_state(best.state)
 
     def _shared(self, tokens: Sequence[int], prompt: Sequence[int]) -> int:
-        """How much of the prompt a state of these tokens saves: nothing of a running state that is
-        beyond it, which cannot be taken back."""
+        """The number of prompt tokens that a state of these tokens saves.
+
+        A recurrent state with more tokens saves nothing, because it cannot be rolled back.
+        """
         common = common_prefix(tokens, prompt)
         model = self._llama.speculation.model
         is_running = model is not None and model.rollback_refusal is not None
@@ -85,7 +89,7 @@ class Conversations:
         return [int(token) for token in self._llama.input_ids[: self._llama.n_tokens]]
 
     def _keep(self, tokens: list[int]) -> None:
-        """The present state; those that it contains go."""
+        """Saves the current state and drops the states that it contains."""
         kept = _Kept(tokens, self._llama.save_state())
         self._kept = [
             other for other in self._kept if common_prefix(other.tokens, tokens) < len(other.tokens)

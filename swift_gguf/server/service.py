@@ -1,4 +1,4 @@
-"""What the routes share: the model's thread, the counts, and what there is to tell of the model."""
+"""What the routes share: the model's thread, the metrics, and information about the model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from swift_gguf.server.worker import Job, Worker
 
 
 class Service:
-    """One model and those who wait for it.
+    """A model and its queue of requests.
 
-    load: makes the model, in the model's thread.
-    on_loaded: called there when it is made, or when that failed (`error`).
+    load: loads the model, in the model's thread.
+    on_loaded: called in that thread when the model is loaded, or when loading failed (`error`).
     stop_loading: makes `load` end early.
     """
 
@@ -50,7 +50,7 @@ class Service:
 
     @property
     def error(self) -> BaseException | None:
-        """Why there is no model and will be none."""
+        """The reason why the model could not be loaded."""
         return self._worker.error
 
     @property
@@ -60,25 +60,25 @@ class Service:
 
     @property
     def model(self) -> ServedLlama | None:
-        """None while it is loaded."""
+        """The model; None while it is loading."""
         return self._worker.model
 
     def submit(self, work: Work) -> Job[ServedLlama]:
         """Queues work on the model.
 
         Raises:
-            ApiError: 503: as `Worker.submit`.
+            ApiError: 503, as in `Worker.submit`.
         """
         return self._worker.submit(work, timeout_s=self.options.timeout_s)
 
     def count(self, tally: Tally, queue_s: float) -> None:
-        """Keeps what a request came to."""
+        """Adds a request to the metrics."""
         self.metrics.count(tally, queue_s)
 
     # -- about the model ---------------------------------------------------------------------------
 
     def model_card(self) -> dict[str, Any]:
-        """For /v1/models."""
+        """The answer of /v1/models."""
         card = {
             "id": self.options.alias,
             "object": "model",
@@ -90,10 +90,10 @@ class Service:
         return card
 
     def props(self) -> dict[str, Any]:
-        """For /props.
+        """The answer of /props.
 
         Raises:
-            ApiError: 503: as `require_model`.
+            ApiError: 503, as in `require_model`.
         """
         model, sampling = self.require_model(), self.options.sampling
         return {
