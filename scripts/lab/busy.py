@@ -1,4 +1,4 @@
-"""Answers beside other programs that compute: stock llama.cpp against us, plainly and with drafts.
+"""Compares stock llama.cpp with us, with and without drafts, while other programs compute.
 
 Every contender is a process of its own that has its model loaded.  In every round each of them
 answers the same prompt, in turns, with 0, 1, 2, ... busy loops beside it.  A figure is the median
@@ -54,7 +54,7 @@ def render(loops: int, rows: list[dict[str, float]], names: list[str]) -> str:
 
 @contextmanager
 def busy(n: int) -> Iterator[None]:
-    """Programs that compute beside us, for ever."""
+    """Runs busy loops beside us."""
     loops = [subprocess.Popen([sys.executable, "-c", BUSY_LOOP]) for _ in range(n)]
     try:
         sleep(SETTLE_S)

@@ -1,4 +1,4 @@
-"""One side of `lab.busy`: answers prompts, by stock llama.cpp or by us; the speed of each."""
+"""One side of `lab.busy`: answers prompts with stock llama.cpp or with us, and times them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ N_CTX = 1024
 
 
 class Stock:
-    """llama.cpp's own API, greedy, a token a pass."""
+    """llama.cpp's own API: greedy, one token per pass."""
 
     def __init__(self, model: str, n_threads: int, n_gpu_layers: int) -> None:
         import llama_cpp
@@ -27,7 +27,7 @@ class Stock:
         )
 
     def __call__(self, text: str, n_tokens: int) -> float:
-        """Greedy by C calls alone: `Llama.sample` builds arrays in Python."""
+        """Greedy with C calls only: `Llama.sample` builds arrays in Python."""
         import llama_cpp as api
 
         llama = self._llama
@@ -50,7 +50,7 @@ class Stock:
 
 
 class Ours:
-    """What `swift-gguf generate` runs, greedy, with or without drafts."""
+    """The engine of `swift-gguf generate`: greedy, with or without drafts."""
 
     def __init__(self, model: str, n_threads: int, n_gpu_layers: int, *, drafts: bool) -> None:
         from swift_gguf.model import Model, ModelOptions

@@ -31,7 +31,7 @@ from swift_gguf.subnetwork import SubNetwork
 CONFIDENT = 0.8
 """SWIFT's threshold (§4.2)."""
 SKIPPED = (1 / 7, 2 / 7, 3 / 7, 1 / 2, 5 / 7)
-"""Of FFNs, evenly spread over the layers between the first and the last."""
+"""Shares of FFNs to skip, evenly spread over the layers between the first and the last."""
 TIMED_AT = 128
 """Tokens in the context while passes are timed."""
 CHUNK = 32
@@ -43,17 +43,17 @@ class Point:
 
     uses_sidecar: bool
     cost: float
-    """A pass of one token, of the whole model's, in medians."""
+    """Time of a one-token pass relative to the whole model's; both are medians."""
     agreement: float
     confident: float
-    """Share of positions where the draft is."""
+    """Share of positions where the draft is confident."""
     confident_agreement: float | None
-    """Among those; None: there are none."""
+    """Agreement at these positions; None if there are none."""
 
 
 @dataclass
 class Report:
-    """Filled as measurements come in."""
+    """The results so far."""
 
     subject: Subject | None = None
     machine: Machine | None = None
@@ -69,7 +69,7 @@ class Report:
 
 
 def drafts(model: Model) -> dict[str, SubNetwork]:
-    """What is compared; narrow ones where there is a sidecar."""
+    """The sub-networks to compare; narrow ones only if there is a sidecar."""
     n = model.n_layer
     inner = range(1, n - 1)
     found: dict[str, SubNetwork] = {}
@@ -136,7 +136,7 @@ def measure(
 def _time(
     model: Model, prompt: Prompt, compared: Mapping[str, SubNetwork], rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of passes of one token; of the whole model under the empty name."""
+    """Seconds of one-token passes by name; the empty name is the whole model."""
     hold(model, (list(prompt.tokens) * TIMED_AT)[:TIMED_AT])
     cases: dict[str, SubNetwork | None] = {"": None, **compared}
     seconds: dict[str, list[float]] = {name: [] for name in cases}
@@ -198,7 +198,7 @@ def render(report: Report) -> str:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Agreement by the cost of a pass, skipping and narrowing apart."""
+    """Plots agreement against the cost of a pass, separately for skipping and narrowing."""
     figure, (panel,) = panels(1)
     for label, uses_sidecar in (("sub-layers left out", False), ("narrow, draft head", True)):
         points = [p for p in report.points.values() if p.uses_sidecar == uses_sidecar]

@@ -1,4 +1,4 @@
-"""How long a request waits for the idle search to let go of the model."""
+"""How long a request waits until the idle search releases the model."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from swift_gguf.text import encode
 
 ANSWER_TOKENS = 24
 GAPS_S = (0.2, 3.0)
-"""Between which a request follows the one before."""
+"""Minimum and maximum time between two requests."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Waiting times are of the model, from the request to its first decode."""
+    """Waiting times for the model: from the request to its first decode."""
 
     machine: Machine
     subject: Subject
     wait_ms: Spread
     longest_wait_ms: float
     steps: int
-    """What the search made of the time between requests."""
+    """What the search did between requests."""
     same_texts: int
     requests: int
 
@@ -93,7 +93,7 @@ def measure(
 
 
 def _answer(model: Model, prompt: Sequence[int]) -> list[int]:
-    """Plainly decoded, so that nothing but the search can change it."""
+    """Decodes an answer plainly, so that only the search could change it."""
     with Sampler(model, SamplingOptions(temperature=0)) as sampler:
         tokens = generate(model, prompt, sampler=sampler, max_tokens=ANSWER_TOKENS)
         return [token.id for token in tokens]

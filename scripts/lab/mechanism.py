@@ -96,7 +96,7 @@ _FULL = _Case()
 
 
 class _Bench:
-    """Passes over a context of fixed length; every pass is taken back."""
+    """Passes over a context of fixed length; every pass is rolled back."""
 
     def __init__(self, model: Model, context: int, repeats: int) -> None:
         self.model, self.context, self.repeats = model, context, repeats
@@ -259,7 +259,7 @@ class _Drafts:
         )
 
     def parts(self) -> tuple[PartTime, ...]:
-        """FFN, attention, head, the rest, and what these four do not explain of a full pass."""
+        """FFN, attention, head, the rest, and the unexplained remainder of a full pass."""
         if not self._cases:
             return ()
         ms = {name: _ms(samples).median for name, samples in self._samples.items()}
@@ -280,7 +280,7 @@ class _Drafts:
 
 
 class _Switches:
-    """Drafts and verifications in turn, against each repeated on its own."""
+    """Compares alternating drafts and verifications with each repeated alone."""
 
     def __init__(self, bench: _Bench, subnetwork: SubNetwork | None) -> None:
         self._bench, self._draft = bench, _Case(subnetwork)

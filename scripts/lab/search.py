@@ -1,4 +1,4 @@
-"""What searches find in equal time, and how well their estimates foretell real drafts.
+"""Compares what searches find in the same time, and their estimates with real drafts.
 
 Every method scores windows of the same texts in the same order, in slices of equal length; its
 passes and its own thinking count, prefilling a text does not.  All methods work on one text before
@@ -53,7 +53,7 @@ COST_CONTEXT = 200
 LIVE_DRAFT_MAX = 4
 BIN = 0.1
 MIN_ANSWER = 8
-"""Shorter answers say nothing."""
+"""Shorter answers are skipped."""
 
 # -- the measurement -------------------------------------------------------------------------------
 
@@ -99,7 +99,7 @@ def measure(model: Model, prompts: Sequence[Prompt], report: Report, *, progress
 def _documents(
     model: Model, prompts: Sequence[Prompt], report: Report, progress: Progress
 ) -> tuple[list[Document], list[Document]]:
-    """To search on, and held out."""
+    """The documents to search on, and those held out."""
     parts: tuple[list[Document], list[Document]] = [], []
     for number, prompt in enumerate(prompts):
         document = answer(model, prompt, report.options.tokens)
@@ -124,7 +124,7 @@ def _documents(
 
 
 def _patterns(space: Space) -> dict[str, SubNetwork]:
-    """What one would try without a search."""
+    """Sub-networks that one would try without a search."""
     patterns = {
         "uniform (SWIFT's start)": space.uniform(),
         "every 4th FFN": space.every(ffn=4),
@@ -172,7 +172,7 @@ class Method:
         self._done: Counter[Hashable] = Counter()  # steps by text
 
     def work(self, text: Hashable, windows: Sequence[Window], *, until: float) -> None:
-        """Steps on a text, from where it was left, until so many seconds were spent in all.
+        """Continues the search on a text until it has used `until` seconds in total.
 
         The last step may take longer: the next slice is shorter by that, and what the step brings
         counts from then on only.
@@ -189,7 +189,7 @@ class Method:
 
 
 def _methods(space: Space, costs: Costs, options: Options) -> list[Method]:
-    """Ours first, for the costs here and for a machine where width is free."""
+    """Our search first: for this machine's costs, and for a machine where width is free."""
     methods = [
         Method(name, Search(space, priced, seed=options.seed), own_past=False, steps=STEPS)
         for name, priced in (("ours, width free", FreeWidth(costs)), ("ours", costs))
@@ -268,7 +268,7 @@ def _score(model: Model, documents: Sequence[Document], report: Report, progress
 
 
 class _Live:
-    """Counts what becomes of drafts."""
+    """Counts accepted and rejected draft tokens."""
 
     def __init__(self) -> None:
         self.drafts = self.first = self.judged = self.accepted = 0

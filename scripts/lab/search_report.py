@@ -18,9 +18,9 @@ from swift_gguf.search.objective import Objective, Outcome
 from swift_gguf.subnetwork import SubNetwork
 
 BY_COST = "ours, cost"
-"""What the names of our best by cost begin with."""
+"""Prefix of the names of our best sub-networks by cost."""
 BLOCK = 32
-"""Positions that an interval takes for dependent; a quarter of all if they are few."""
+"""Block size of the bootstrap, in positions; at most a quarter of all positions."""
 
 _T = TypeVar("_T")
 
@@ -33,21 +33,21 @@ class Options:
     """What to compare, and for how long."""
 
     tokens: int = 128
-    """Of an answer, at most."""
+    """Maximum tokens per answer."""
     seconds: float = 120.0
     """Search time of each method."""
     ratios: tuple[float, ...] = (0.15, 0.3, 0.45)
-    """The paper's r, the share of sub-layers to skip: a method each."""
+    """The paper's r, the share of sub-layers to skip; each value is a method."""
     checkpoints: int = 20
-    """About how often a method's best is noted; each text comes equally often."""
+    """Approximate number of records of a method's best; all texts occur equally often."""
     estimates: int = 8
-    """Sub-networks that are also drafted with, to compare estimators; 0: none."""
+    """Number of sub-networks that also make real drafts, to compare estimators."""
     seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What a method held best after some time."""
+    """The best sub-network of a method after some time."""
 
     seconds: float
     steps: int
@@ -59,14 +59,14 @@ class Score:
     """A sub-network on the held-out texts, the target's cache for the past."""
 
     pass_share: float
-    """Time of a draft pass, of a full pass's."""
+    """Time of a draft pass relative to a full pass."""
     agreement: float
     low: float
     high: float
     """95 % interval of the agreement, for more text of the same kinds."""
     value: float
-    """What the search maximises, of plain decoding's: from 1 on it is the speed-up, below it the
-    tokens gained for the time added."""
+    """What the search maximises, relative to plain decoding.  From 1 on, it is the speed-up; below
+    1, it is the tokens gained per time added."""
     free_width: float
     """The speed-up where a pass over some tokens takes no longer than over one."""
     positions: int
@@ -74,7 +74,7 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What two estimators say of a sub-network, and what became of real drafts."""
+    """Two estimates for a sub-network, and the results of real drafts."""
 
     pass_share: float
     own_past: float
@@ -83,7 +83,7 @@ class Estimate:
     live_first: float
     """Share of the first tokens of drafts that were accepted."""
     live_judged: float
-    """Share of all tokens that were judged: behind a rejected one none is."""
+    """Accepted share of judged tokens; tokens after a rejected one are not judged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ class Text:
 
 @dataclass(kw_only=True)
 class Report:
-    """Filled while the measurement runs, so that an interrupted one keeps what is there."""
+    """The results so far; an interrupted measurement keeps them."""
 
     options: Options
     machine: Machine | None = None
@@ -109,7 +109,7 @@ class Report:
     runs: dict[str, list[Checkpoint]] = field(default_factory=dict)
     """By method."""
     named: dict[str, SubNetwork] = field(default_factory=dict)
-    """The sub-networks of the table, by what to call them."""
+    """The sub-networks of the table by name."""
     scores: dict[SubNetwork, Score] = field(default_factory=dict)
     estimates: dict[SubNetwork, Estimate] = field(default_factory=dict)
 
@@ -154,7 +154,7 @@ class FreeWidth:
 
 
 def pass_share(costs: Costs, subnetwork: SubNetwork) -> float:
-    """Time of a draft pass, of a full pass's."""
+    """Time of a draft pass relative to a full pass."""
     return costs.draft_ms(subnetwork) / costs.verify_ms(1)
 
 
@@ -209,7 +209,7 @@ def mean_error(estimates: Sequence[Estimate], estimator: str, live: str) -> floa
 
 
 def render(report: Report) -> str:
-    """Markdown; sections that an interrupted measurement has nothing for are left out."""
+    """The report in Markdown; sections without results are left out."""
     return "\n\n".join(_sections(report))
 
 

@@ -1,4 +1,4 @@
-"""Everyday requests to stock `llama-server` and to `swift-gguf serve`: who answers how fast?
+"""Compares the speed of stock `llama-server` and `swift-gguf serve` on everyday requests.
 
 Each server is a process of its own with its default settings.  They answer the same requests over
 HTTP, greedily, one request at a time and in turns; the order rotates.  A server is stopped while
@@ -48,12 +48,12 @@ ANSWER_S = 3600.0
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a server says of an answer in its `timings`, and what we saw."""
+    """The `timings` that a server reports for an answer, and our own measurements."""
 
     prompt_n: int
     prompt_ms: float
     predicted_n: int
-    """The first one comes with the prompt."""
+    """Includes the first token, which comes from the prompt's pass."""
     predicted_ms: float
     seconds: float
     """From sending the request to the end of the answer."""
@@ -76,30 +76,30 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """A server on all requests; speeds are all tokens over all time."""
+    """A server on all requests; speeds are total tokens per total second."""
 
     answer_tokens_per_second: float
     prompt_tokens_per_second: float
     seconds: float
     """Of all requests, prompts included."""
     ratio: tuple[float, float, float] | None
-    """Speed of the answer against stock's, by request: median, least, most."""
+    """Speed relative to the stock server by request: median, minimum, maximum."""
     different_texts: int
-    """From stock's."""
+    """Number of answers that differ from the stock server's."""
 
 
 @dataclass(kw_only=True)
 class Report:
-    """Filled request by request, so that an interrupted run keeps what is there."""
+    """The results so far; an interrupted run keeps them."""
 
     model: str
     suites: Sequence[str]
     tokens: int
     machine: Machine
     has_sidecar: bool
-    """Our server picks one up that lies beside the model."""
+    """Our server uses a sidecar beside the model automatically."""
     servers: Mapping[str, Sequence[str]]
-    """Their flags by name, the addresses they listen on left out."""
+    """The flags of each server by name, without the address."""
     requests: list[Request] = field(default_factory=list)
 
     def summary(self, name: str) -> Summary:
@@ -126,7 +126,7 @@ class Report:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON types; of the answers no text."""
+        """The report as JSON types, without the answers' texts."""
         values = asdict(self)
         for request in values["requests"]:
             texts = {name: answer.pop("text") for name, answer in request["answers"].items()}
@@ -277,7 +277,7 @@ def measure(
     *,
     progress: Callable[[str], None],
 ) -> None:
-    """Every server answers every row's first turn; the first row is also what warms them up."""
+    """Every server answers the first turn of every row; the first row also warms them up."""
     for server in servers.values():
         server.answer(rows[0].turns[0], 8)
     for number, row in enumerate(rows):
