@@ -1,4 +1,4 @@
-"""Requests to answers, on the model's thread: llama_cpp's completions in OpenAI's envelope."""
+"""Answers requests on the model's thread, with llama_cpp's completions in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from swift_gguf.server.served import ServedLlama, Tally, Work
 from swift_gguf.server.worker import Job
 
 OnEnd = Callable[[Tally, float], None]
-"""Called with what a request came to and the seconds it waited."""
+"""Called with the tally of a request and the seconds that it waited."""
 Call = Callable[..., Any]
-"""`create_completion` or `create_chat_completion`, with all but stream and seed."""
+"""`create_completion` or `create_chat_completion` with all arguments but stream and seed."""
 
 Choice = dict[str, Any]
 
@@ -57,7 +57,7 @@ def chat(request: ChatRequest, options: ServerOptions, on_end: OnEnd) -> Work:
         )
 
     def before(llama: ServedLlama) -> str:
-        """What of the answer the prompt has already."""
+        """The beginning of the answer that is already in the prompt."""
         if request.continued is None:
             return reading.OPEN if llama.thinks and request.grammar is None else ""
         return (reading.OPEN if request.continued == "reasoning_content" else "") + request.prefix
@@ -85,7 +85,7 @@ def chat(request: ChatRequest, options: ServerOptions, on_end: OnEnd) -> Work:
 
 
 def _with_prefix(choice: Choice, request: ChatRequest) -> Choice:
-    """An answer, with what it continues."""
+    """An answer with the text that it continues."""
     if request.continued is None:
         return choice
     message = choice["message"]
@@ -94,7 +94,7 @@ def _with_prefix(choice: Choice, request: ChatRequest) -> Choice:
 
 
 def _after_prefix(choices: Iterator[Choice], request: ChatRequest) -> Iterator[Choice]:
-    """The chunks of an answer, after what it continues."""
+    """The text that an answer continues, and then its chunks."""
     first = next(choices)
     yield first
     if request.continued:
@@ -117,7 +117,7 @@ def complete(request: CompletionRequest, options: ServerOptions, on_end: OnEnd) 
 
 
 class _Envelope:
-    """One or several of llama_cpp's answers as one of OpenAI's."""
+    """Combines one or several answers of llama_cpp into one of OpenAI's."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class _Envelope:
         ] = lambda _, choices: choices,
     ) -> None:
         """kinds: `object` of the whole and of a chunk.
-        finish, finish_stream: what is still to be done to llama_cpp's choices.
+        finish, finish_stream: convert llama_cpp's choices.
         """
         self._request, self._options = request, options
         self._finish, self._finish_stream = finish, finish_stream
@@ -158,7 +158,7 @@ class _Envelope:
                     answer = self._whole(llama, job, tally)
             finally:
                 self._on_end(tally, job.queue_s)
-            if answer is not None:  # counted before anybody can look at the counts
+            if answer is not None:  # after it was added to the metrics
                 yield answer
 
     def _seeds(self) -> Iterator[int]:
@@ -192,19 +192,19 @@ class _Envelope:
 
 @contextmanager
 def _telling() -> Iterator[None]:
-    """What may be the request's fault is said to be; all else is a fault of ours."""
+    """Reports errors of the request as such.  Other errors are errors of the server."""
     try:
         yield
     except TemplateError as error:
         raise bad_request(
-            f"the prompt cannot be made: {one_line(error)}", param="messages"
+            f"the chat template cannot render the messages: {one_line(error)}", param="messages"
         ) from error
-    except SpoiledError as error:  # asked again, it is answered without them
+    except SpoiledError as error:  # a second try runs without drafts
         raise unavailable(one_line(error), code="draft_weights", retry_s=1.0) from error
     except GrammarError as error:
         raise bad_request(one_line(error), param="grammar") from error
     except UnicodeEncodeError as error:
-        raise bad_request("a lone surrogate is no character") from error
+        raise bad_request("a lone surrogate is not a character") from error
     except (ContextFullError, ValueError) as error:
         if isinstance(error, ValueError) and _TOO_LONG not in str(error):
             raise
@@ -214,7 +214,7 @@ def _telling() -> Iterator[None]:
 
 
 def usage(tally: Tally, n: int) -> dict[str, Any]:
-    """OpenAI's `usage`; a prompt counts once, however many choices `n` it got."""
+    """OpenAI's `usage`.  A prompt counts once for all its `n` choices."""
     prompt = tally.prompt_tokens // n
     return {
         "prompt_tokens": prompt,
@@ -225,7 +225,7 @@ def usage(tally: Tally, n: int) -> dict[str, Any]:
 
 
 def timings(tally: Tally, queue_s: float) -> dict[str, Any]:
-    """llama-server's `timings`, and how long the request waited for its turn."""
+    """llama-server's `timings`, and the time that the request waited in the queue."""
     stats, rate = tally.stats, tally.predicted_per_second
     return {
         "cache_n": tally.prompt_tokens - stats.prompt_n,
@@ -268,7 +268,9 @@ def _chat_arguments(
     if request.offered:
         arguments["tools"] = [tool.model_dump(exclude_none=True) for tool in request.offered]
     elif request.choice not in (None, "auto", "none"):
-        raise bad_request("a call is asked for, and there are no tools", param="tool_choice")
+        raise bad_request(
+            "tool_choice asks for a call, but there are no tools", param="tool_choice"
+        )
     form = _form(request, options)
     if form is not None:
         if request.grammar is not None:
@@ -285,7 +287,7 @@ def _chat_arguments(
 
 
 def _form(request: ChatRequest, options: ServerOptions) -> Constraint | None:
-    """What the answer must be: JSON by a schema, a call, or either of them."""
+    """The constraint of the answer: JSON by a schema, a call, or one of both."""
     schema = _schema(request)
     tools = [schemas.Tool(tool.name, tool.function.parameters) for tool in request.offered]
     if request.must_call:
@@ -294,7 +296,7 @@ def _form(request: ChatRequest, options: ServerOptions) -> Constraint | None:
         if isinstance(choice, ToolChoice):
             tools = [tool for tool in tools if tool.name == choice.name]
         if not tools:
-            raise bad_request("the tool_choice is none of the tools", param="tool_choice")
+            raise bad_request("tool_choice is not one of the tools", param="tool_choice")
         with _naming("tools"):
             return schemas.call_of(tools)
     if schema is None:
@@ -311,7 +313,7 @@ def _form(request: ChatRequest, options: ServerOptions) -> Constraint | None:
 
 @contextmanager
 def _naming(param: str) -> Iterator[None]:
-    """What cannot be held is the request's fault, in this part of it."""
+    """Reports a schema that is not supported as an error in this field of the request."""
     try:
         yield
     except GrammarError as error:
@@ -320,7 +322,7 @@ def _naming(param: str) -> Iterator[None]:
 
 def _allow(options: ServerOptions, param: str) -> None:
     if not options.grammars:
-        raise bad_request("this server takes no grammars or schemas from clients", param=param)
+        raise bad_request("this server does not accept grammars or schemas", param=param)
 
 
 def _schema(request: ChatRequest) -> dict[str, Any] | bool | None:
@@ -332,7 +334,7 @@ def _completion_arguments(
 ) -> dict[str, Any]:
     if request.suffix and gap_tokens(llama.vocab) is None:
         raise bad_request(
-            "this model cannot fill a gap: its vocabulary has no FIM tokens", param="suffix"
+            "suffix is not supported: the model's vocabulary has no FIM tokens", param="suffix"
         )
     if request.best_of not in (None, 1, request.n):
         raise bad_request("best_of is not supported", param="best_of")
@@ -349,7 +351,7 @@ def _common(request: Sampling, options: ServerOptions, llama: ServedLlama) -> di
     n = request.repeat_last_n
     llama.look_back(options.sampling.repeat_last_n if n is None else n)
     if any(token >= llama.n_vocab() for token in arguments.get("logit_bias", ())):
-        raise bad_request("there is no such token", param="logit_bias")
+        raise bad_request("a token id is not in the vocabulary", param="logit_bias")
     if request.grammar is not None:
         _allow(options, "grammar")
     gbnf = options.sampling.grammar if request.grammar is None else request.grammar
@@ -369,5 +371,5 @@ def _prompt(given: str | list[int], llama: ServedLlama) -> str | list[int]:
     if not given and llama.token_bos() < 0:
         raise bad_request("the prompt is empty", param="prompt")
     if not isinstance(given, str) and any(token >= llama.n_vocab() for token in given):
-        raise bad_request("there is no such token", param="prompt")
+        raise bad_request("a token id is not in the vocabulary", param="prompt")
     return given

@@ -1,4 +1,4 @@
-"""The model as the server uses it: every generation is watched, counted and can be stopped."""
+"""The model as the server uses it: every generation is counted and can be stopped."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _log = logging.getLogger("swift_gguf")
 
 TIDY_EVERY_S = 20.0
 PROMPT_END = 64
-"""Tokens at a prompt's end that are looked at: they hold all that it has of the answer."""
+"""Tokens at the end of a prompt that are examined.  They contain the beginning of the answer."""
 
 CHATML_END = "<|im_end|>"
 _JOINED_ARGUMENTS = re.compile(r"arguments['\"\]]*\s*\+")
@@ -71,11 +71,11 @@ class Tally:
 
 
 class Started:
-    """Event: the prompt is known to fit, and is being decoded."""
+    """Event: the prompt fits, and prompt processing begins."""
 
 
 class ServedLlama(Llama):
-    """Not safe for use by several threads at once, `interrupt` excepted."""
+    """A `Llama` for the server.  Only one thread may use it at a time, except for `interrupt`."""
 
     last_n_tokens_size: int
     _conversations: Conversations | None = None
@@ -85,11 +85,11 @@ class ServedLlama(Llama):
     _reuses = True
     _tidied_at = -math.inf
     thinks = False
-    """Has the prompt of the generation under way, or the latest, opened the model's thoughts?"""
+    """True if the prompt of the latest generation opens the reasoning."""
     _syntaxes: Syntaxes
     _syntax_of: Callable[[Mapping[str, Any]], Syntax | None]
     _may_expect: Sequence[Mapping[str, Any]] = ()
-    """Variables of the template that may have made the prompt."""
+    """Variables with which the template may have rendered the prompt."""
     _shown: frozenset[int] = frozenset()
     _prompt_end = ""
 
@@ -110,14 +110,14 @@ class ServedLlama(Llama):
         *,
         stop: StopFlag | None = None,
     ) -> ServedLlama:
-        """Loads a model to serve, and searches for better drafts whenever nobody asks.
+        """Loads a model for the server, and searches for better drafts in idle time.
 
-        stop: raised, it ends that early.
+        stop: raising the flag stops the load.
 
         Raises:
-            StoppedError: that was so.
-            ModelError: the file is missing, damaged or not a model llama.cpp can run.
-            UnsupportedModelError: drafts are asked for by name, and there can be none.
+            StoppedError: the load was stopped.
+            ModelError: the file is missing or damaged, or llama.cpp cannot run the model.
+            UnsupportedModelError: the options name a draft source that the model does not support.
         """
         llama = cls(
             str(path),
@@ -135,12 +135,12 @@ class ServedLlama(Llama):
         return llama
 
     def prepare(self, *, cache_bytes: int, template: str | None = None) -> None:
-        """Makes it ready for jobs.
+        """Prepares the model for jobs.
 
-        template: Jinja for chats, instead of the model's own.
+        template: a Jinja template for chats that replaces the model's own.
 
         Raises:
-            NativeLibraryError: the library that reads answers is missing.
+            NativeLibraryError: the library that parses answers is missing.
         """
         native_chat.check()
         bos, eos = self._ends_as_text()
@@ -154,7 +154,7 @@ class ServedLlama(Llama):
         self.speculation.idle()
 
     def look_back(self, repeat_last_n: int) -> None:
-        """Penalties look at so many tokens; -1: at all, where llama_cpp looks at none."""
+        """Sets the number of tokens that are penalised; -1: all.  In llama_cpp, -1 means none."""
         self.last_n_tokens_size = self.n_ctx() if repeat_last_n < 0 else repeat_last_n
 
     def _chat_by(self, template: str | None) -> None:
@@ -162,7 +162,7 @@ class ServedLlama(Llama):
         bos, eos = self._ends_as_text()
         stop: list[str] = []
         if template is None:
-            _log.warning("the model has no chat template; chats go by ChatML (--chat-template)")
+            _log.warning("the model has no chat template; using ChatML; see --chat-template")
             self.chat_format: str | None = "chatml"
             template = CHATML
             end = self.tokenize(CHATML_END.encode(), add_bos=False, special=True)
@@ -177,7 +177,7 @@ class ServedLlama(Llama):
         self._chat_handlers[self.chat_format] = formatter.to_chat_handler()
 
     def _ends_as_text(self) -> tuple[str, str]:
-        """Begin and end of text, for templates."""
+        """The texts of the BOS and EOS tokens, for templates."""
         bos, eos = (
             self._model.token_get_text(token) if token >= 0 else ""
             for token in (self.token_bos(), self.token_eos())
@@ -190,7 +190,7 @@ class ServedLlama(Llama):
     def working_for(self, job: Job[ServedLlama], *, reuses: bool = True) -> Iterator[Tally]:
         """Generations inside belong to the job, and end when it is stopped.
 
-        reuses: what is known of a prompt is not decoded again.
+        reuses: tokens in the KV cache or in a saved state are not processed again.
         """
         self._job, self._tally, self._reuses = job, Tally(), reuses
         try:
@@ -244,11 +244,11 @@ class ServedLlama(Llama):
         return answer if arguments.get("stream") else next(answer)
 
     def piece(self, token: int) -> bytes:
-        """What a token stands for in an answer."""
+        """The bytes of a token in an answer."""
         return library().token_bytes(self.vocab, token, special=token in self._shown)
 
     def _text_of(self, tokens: Sequence[int]) -> str:
-        """Control tokens included."""
+        """The text of tokens, with control tokens."""
         pieces = [library().token_bytes(self.vocab, token, special=True) for token in tokens]
         return b"".join(pieces).decode("utf-8", "replace")
 
@@ -259,12 +259,12 @@ class ServedLlama(Llama):
         tools: Sequence[Mapping[str, Any]] | None,
         variables: Mapping[str, Any] | None = None,
     ) -> Sequence[str]:
-        """Chats that come now are answered as the template has it for these tools.
+        """Sets the syntax of the next answers to the template's syntax for these tools.
 
-        tools: None: they have another form, or are no chats.
-        variables: what else the template is given.
+        tools: None: the answers have another form, or are not chats.
+        variables: further variables of the template.
 
-        Returns: texts that end such an answer.
+        Returns: the texts that end such an answer.
         """
         source = None if tools is None else self._template(bool(tools))
         self._may_expect = []
@@ -279,12 +279,12 @@ class ServedLlama(Llama):
         return syntax.stops if syntax else ()
 
     def syntax_here(self, *, thinks: bool, splits: bool) -> Syntax | None:
-        """How the answer under way is written, if its prompt ends as llama.cpp's would.
+        """The syntax of the current answer, if its prompt ends like llama.cpp's prompt.
 
-        thinks: may it have thoughts?
-        splits: are they told apart?  llama.cpp's reader of a template that has them does so.
+        thinks: the answer may have reasoning.
+        splits: the reasoning is split from the content, as llama.cpp's parser does.
         """
-        # llama.cpp has models think unless it is told not to; to our templates nothing is told
+        # llama.cpp enables reasoning by default, while our templates use their own default
         known = (self._syntax_of(variables) for variables in self._may_expect)
         end = self._prompt_end.rstrip()
         syntax = next((one for one in known if one and end.endswith(one.opening.rstrip())), None)
@@ -302,11 +302,11 @@ class ServedLlama(Llama):
         return bool(library().api.llama_vocab_is_eog(self.vocab, token))
 
     def interrupt(self) -> None:
-        """The pass under way ends early; called from any thread."""
+        """Ends the current forward pass early.  Called from any thread."""
         self._stop.raise_()
 
     def resume(self) -> None:
-        """Takes `interrupt` back."""
+        """Reverts `interrupt`."""
         self._stop.lower()
 
     def close(self) -> None:
@@ -327,15 +327,15 @@ class ServedLlama(Llama):
 
     @property
     def chat_template(self) -> str:
-        """What chats go by."""
+        """The template of chats."""
         return self._template(has_tools=False) or CHATML
 
     def calls_as_text(self, *, has_tools: bool) -> bool:
-        """Does the chat template join a call's arguments to text, as DeepSeek's do?"""
+        """True if the chat template joins a call's arguments to text, as DeepSeek's does."""
         return bool(_JOINED_ARGUMENTS.search(self._template(has_tools) or ""))
 
     def embedder(self) -> Embedder:
-        """Made when it is first needed."""
+        """The embedder, which is created when it is first needed."""
         if self._embedder is None:
             self._embedder = Embedder(
                 self.model,
@@ -346,7 +346,7 @@ class ServedLlama(Llama):
         return self._embedder
 
     def meta(self) -> dict[str, Any]:
-        """For /v1/models; llama-server's names."""
+        """The model's entry in /v1/models, with llama-server's names."""
         return {
             "n_vocab": self.n_vocab(),
             "n_ctx": self.n_ctx(),
@@ -357,9 +357,9 @@ class ServedLlama(Llama):
         }
 
     def about_speculation(self) -> dict[str, Any]:
-        """For /props."""
+        """The entry in /props."""
         return {"enabled": self.speculation.enabled, "why": self.speculation.reason}
 
 
 Work = Callable[[ServedLlama, Job[ServedLlama]], Iterator[object]]
-"""What a request has done with the model: its results, one after another."""
+"""The work of a request on the model.  It yields the results, one after another."""

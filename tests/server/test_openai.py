@@ -223,7 +223,7 @@ def test_a_tool_that_may_be_called(client: Any) -> None:
         ).choices[0]
         assert answer.message.tool_calls is None
         assert answer.message.content
-    with pytest.raises(openai.BadRequestError, match="none of the tools"):
+    with pytest.raises(openai.BadRequestError, match="not one of the tools"):
         client.chat.completions.create(
             model="tiny", messages=HELLO, tools=[WEATHER],
             tool_choice={"type": "function", "function": {"name": "no_such_tool"}},
