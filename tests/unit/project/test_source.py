@@ -176,7 +176,7 @@ def test_a_full_commit_is_pinned() -> None:
         (COMMIT[:9], None, "--commit"),
         ("", None, "nothing of it"),
         ("", "master", "--commit"),
-        (COMMIT[:9], "f" * 40, f"of commit {COMMIT[:9]}, not {'f' * 40}"),
+        (COMMIT[:9], "f" * 40, f"commit {COMMIT[:9]}, not {'f' * 40}"),
     ],
 )
 def test_half_a_commit_is_refused(found: str, given: str | None, message: str) -> None:
