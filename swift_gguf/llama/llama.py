@@ -26,7 +26,7 @@ from swift_gguf.llama.adopted import AdoptedLlama
 from swift_gguf.llama.adoption import check_grammar, guarded, instead_of
 from swift_gguf.llama.completion import Asked, Completion, Request
 from swift_gguf.llama.scores import Scores
-from swift_gguf.model import Model
+from swift_gguf.model import NARROW_MAX, Model
 from swift_gguf.native import library
 from swift_gguf.schemas.constraint import Constraint
 from swift_gguf.schemas.matching import Vocabulary
@@ -59,6 +59,9 @@ class Llama(AdoptedLlama):
         SidecarError: the sidecar that was named cannot be used.
     """
 
+    _has_own_prompts = False
+    """Are wide batches processed by our kernels?  They are faster, and round differently from those
+    of llama_cpp, whose answers these are to the letter."""
     _request = Request()
     _rows: _Rows | None = None
     """Of the generation whose stream is open: what `_settle` closes."""
@@ -173,12 +176,14 @@ class Llama(AdoptedLlama):
             self._requires_eval = False
 
     def _evaluate(self, model: Model, tokens: list[int]) -> None:
-        """Decodes tokens in the batches and by the kernels that llama_cpp would."""
+        """Decodes tokens in the batches that llama_cpp would."""
         records = self._request.records if self._request.echo else None
         for first in range(0, len(tokens), self.n_batch):
             batch = tokens[first : first + self.n_batch]
             n_rows = len(batch) if self._keeps_all or records is not None else 1
-            model.decode(batch, n_outputs=n_rows, exact=False)
+            model.decode(
+                batch, n_outputs=n_rows, exact=self._has_own_prompts and len(batch) > NARROW_MAX
+            )
             if self._keeps_all:
                 rows = [model.logits(row) for row in range(n_rows)]
                 self.scores[self.n_tokens : self.n_tokens + n_rows] = rows
