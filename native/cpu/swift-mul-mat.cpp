@@ -126,11 +126,15 @@ bool is_plain_product(const ggml_tensor * dst) {
 } // namespace
 
 bool swift_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int64_t n_interleaved, int64_t n_block) {
-    if (!params->use_ref || !is_plain_product(dst)) {
+    if (!is_plain_product(dst)) {
         return false;
     }
-    if (dst->src[1]->ne[1] > SWIFT_NARROW_MAX) {
-        return swift_mul_mat_wide(params, dst, n_interleaved, n_block);
+    const bool is_wide = dst->src[1]->ne[1] > SWIFT_NARROW_MAX;
+    if (params->swift_prompts) {
+        return is_wide && swift_mul_mat_wide(params, dst, n_interleaved, n_block);
+    }
+    if (!params->use_ref || is_wide) {
+        return false;
     }
     const ggml_tensor * src0 = dst->src[0];
     if (n_interleaved == 8 && n_block == 8 && src0->ne[1] % 8 == 0) {

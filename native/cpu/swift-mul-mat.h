@@ -12,14 +12,11 @@ extern "C" {
 struct ggml_compute_params;
 struct ggml_tensor;
 
-// A pending token and 64 draft tokens fit. Up to this width each row of a batch has the bits that it has alone;
-// wider batches are prompts, whose products and attention have kernels of their own.
+// Room for a token and 64 draft tokens. Wider passes process prompts, which have kernels of their own.
 #define SWIFT_NARROW_MAX 72
 
-#define swift_is_narrow(params, n_columns) ((params)->use_ref && (n_columns) <= SWIFT_NARROW_MAX)
-
-// Computes the product in batch-invariant mode (params->use_ref), if there is a kernel for its types. Every
-// thread of the pool calls it. Returns false if nothing was done; then no thread has waited for another.
+// Computes the product, if there is a kernel for its types: in batch-invariant mode (params->use_ref) up to
+// SWIFT_NARROW_MAX columns, with params->swift_prompts more than that. Every thread of the pool calls it. Returns false if nothing was done; then no thread has waited for another.
 //
 // n_interleaved, n_block: how many rows ggml's repacking interleaves, and how many bytes of each at a time;
 // 1, 1 for a matrix that is not repacked.

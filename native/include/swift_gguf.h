@@ -138,6 +138,10 @@ LLAMA_API const char * swift_gguf_rollback_refusal(const struct llama_context * 
  * Returns 0, or SWIFT_GGUF_ERROR_ARGUMENT if the CPU backend has no such switch. */
 LLAMA_API int32_t swift_gguf_set_batch_invariant(struct llama_context * ctx, bool enable);
 
+/* Processes prompts with the kernels of native/cpu where there are any: products with more than 72 columns, out of
+ * batch-invariant mode. They are faster than ggml's and round differently. Returns as above. */
+LLAMA_API int32_t swift_gguf_set_prompt_kernels(struct llama_context * ctx, bool enable);
+
 /* Once *flag is not zero, the context's passes stop within one operation: llama_decode returns 2 and its
  * tokens are not in the memory. The CPU can stop; other backends finish their pass. The flag belongs to the
  * caller. Any thread may write it. It must outlive the context or be replaced; NULL: never stop.

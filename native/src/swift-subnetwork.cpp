@@ -115,19 +115,27 @@ int32_t swift_gguf_set_subnetwork(llama_context * ctx, const swift_gguf_subnetwo
     return 0;
 }
 
-int32_t swift_gguf_set_batch_invariant(llama_context * ctx, bool enable) {
+// Sets a switch of the CPU backend by its name in the backend's registry.
+static int32_t set_switch(llama_context * ctx, const char * name, bool enable) {
     if (ctx == nullptr || swift_access::cpu(*ctx) == nullptr) {
         return SWIFT_GGUF_ERROR_ARGUMENT;
     }
     const ggml_backend_t     cpu = swift_access::cpu(*ctx);
     const ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(cpu));
-    using set_use_ref_t          = void (*)(ggml_backend_t, bool);
-    const auto set_use_ref       = (set_use_ref_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_cpu_set_use_ref");
-    if (set_use_ref == nullptr) {
+    const auto               set = (void (*)(ggml_backend_t, bool)) ggml_backend_reg_get_proc_address(reg, name);
+    if (set == nullptr) {
         return SWIFT_GGUF_ERROR_ARGUMENT;
     }
-    set_use_ref(cpu, enable);
+    set(cpu, enable);
     return 0;
+}
+
+int32_t swift_gguf_set_batch_invariant(llama_context * ctx, bool enable) {
+    return set_switch(ctx, "ggml_backend_cpu_set_use_ref", enable);
+}
+
+int32_t swift_gguf_set_prompt_kernels(llama_context * ctx, bool enable) {
+    return set_switch(ctx, "swift_backend_cpu_set_prompts", enable);
 }
 
 int32_t swift_gguf_set_stop_flag(llama_context * ctx, const int32_t * flag) {

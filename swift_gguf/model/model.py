@@ -37,9 +37,13 @@ from swift_gguf.native import (
 from swift_gguf.schemas.matching import Vocabulary
 from swift_gguf.subnetwork import SubNetwork
 
+# From this width on (ggml_fa_tile_config::Q), CPU flash attention has a tiled kernel: right for
+# prompts; never used where several rows are asked for, as in a verification.
+PROMPT_WIDTH = 64
+
 NARROW_MAX = 72
-"""SWIFT_NARROW_MAX: no verification is wider.  Wider batches have kernels for prompts, whose
-attention is tiled."""
+"""SWIFT_NARROW_MAX: no verification is wider, and products of wider batches have kernels for
+prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +111,7 @@ class Model:
         """Forward passes so far.  The rows of logits stay the same until the next one."""
         self._outputs = range(0)
         self._fresh = (-1, -1)  # (n_passes, n_past) after the latest `decode` with logits
-        self._invariant = False
+        self._kernels = (False, False)
         self._is_draft = False  # True if the latest pass was a draft pass
         n_branches = n_sequences(model)
         self._batch = api.llama_batch_init(self.n_batch, 0, n_branches)
@@ -477,10 +481,9 @@ class Model:
     ) -> None:
         if len(tokens) > self.n_batch:
             raise ValueError(f"{len(tokens)} tokens in a batch of {self.n_batch}")
-        if exact != self._invariant:
-            self._library.set_batch_invariant(self.ctx, exact)
-            self._invariant = exact
-        if not exact or len(tokens) > NARROW_MAX:
+        is_narrow = len(tokens) < PROMPT_WIDTH or (n_outputs > 1 and len(tokens) <= NARROW_MAX)
+        self._choose_kernels(invariant=exact and is_narrow, prompts=exact and not is_narrow)
+        if not self._kernels[0]:
             self.cells.close_gaps()
         self._library.set_subnetwork(self.ctx, self._handles.of(subnetwork))
         self._is_draft = subnetwork is not None
@@ -501,6 +504,12 @@ class Model:
         if code != 0:
             raise DecodeError(f"llama.cpp could not decode (code {code}): {cause(messages)}")
         self._outputs = range(first, len(tokens))
+
+    def _choose_kernels(self, *, invariant: bool, prompts: bool) -> None:
+        if self._kernels != (invariant, prompts):
+            self._library.set_batch_invariant(self.ctx, invariant)
+            self._library.set_prompt_kernels(self.ctx, prompts)
+            self._kernels = (invariant, prompts)
 
     def output_index(self, row: int) -> int:
         """llama.cpp's index of an output row of the last batch."""
@@ -572,8 +581,7 @@ class Model:
             self._drop_tree()
             self.cells.only_trunk()
         self._library.set_subnetwork(self.ctx, None)
-        self._library.set_batch_invariant(self.ctx, False)
-        self._invariant = False
+        self._choose_kernels(invariant=False, prompts=False)
 
     def take_back(self) -> None:
         """Takes the context back after `hand_over`, with the same text."""

@@ -244,6 +244,11 @@ class Library:
         code = self._swift.swift_gguf_set_batch_invariant(ctx, enable)
         _check(code, "choose batch-invariant attention")
 
+    def set_prompt_kernels(self, ctx: Any, enable: bool) -> None:
+        """Our kernels for wide batches, out of batch-invariant mode."""
+        code = self._swift.swift_gguf_set_prompt_kernels(ctx, enable)
+        _check(code, "choose the kernels for prompts")
+
     def pass_cost(
         self, ctx: Any, handle: SubnetworkHandle | None, *, n_tokens: int, n_outputs: int, n_kv: int
     ) -> Cost:

@@ -313,7 +313,7 @@ def test_an_interrupt_while_gaps_are_closed(
     with monkeypatch.context() as patch:
         patch.setattr(Cells, "_move", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            model.decode(range(5, 80))  # wide enough for tiles, which need the text in one piece
+            model.decode(range(5, 75))
     assert len(PROMPT) + 20 < model.n_past < len(PROMPT) + 40
     start(plain, model.tokens)
     for m in (model, plain):

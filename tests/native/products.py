@@ -12,6 +12,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
+from swift_gguf.model import NARROW_MAX
 from swift_gguf.native import library
 
 Floats = NDArray[np.float32]
@@ -85,7 +86,7 @@ class Products:
     """Products of one matrix with any number of columns.
 
     is_repacked: in ggml's memory type whose rows are interleaved, if it has one for the matrix.
-    is_ours: by the kernels of batch-invariant mode.
+    is_ours: by our kernels.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Products:
         self._matrix = matrix
         self._backend = ctypes.c_void_p(ggml.ggml_backend_cpu_init())
         ggml.ggml_backend_cpu_set_n_threads(self._backend, n_threads)
-        ggml.ggml_backend_cpu_set_use_ref(self._backend, is_ours)
+        self._is_ours = is_ours
         self._context = ctypes.c_void_p(ggml.ggml_init(_InitParams(1 << 16, None, True)))
         sizes = ctypes.c_int64(matrix.n), ctypes.c_int64(matrix.n_rows)
         self._weights = ctypes.c_void_p(
@@ -141,6 +142,9 @@ class Products:
     def with_columns(self, columns: Floats) -> Floats:
         """[n_columns, n] -> [n_columns, n_rows]."""
         ggml, n_columns = self._ggml, len(columns)
+        is_wide = n_columns > NARROW_MAX
+        ggml.ggml_backend_cpu_set_use_ref(self._backend, self._is_ours and not is_wide)
+        ggml.swift_backend_cpu_set_prompts(self._backend, self._is_ours and is_wide)
         columns = np.ascontiguousarray(columns)
         out = np.empty((n_columns, self._matrix.n_rows), np.float32)
         with ggml.context() as context:
