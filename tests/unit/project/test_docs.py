@@ -89,7 +89,7 @@ def _flags(name: str) -> set[str]:
 
 
 def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text().split()) <= 950
+    assert len((ROOT / "README.md").read_text().split()) <= 1050  # with the table of servers
 
 
 @pages
