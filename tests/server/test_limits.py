@@ -192,7 +192,7 @@ def test_grammars_can_be_refused(serve: Callable[..., Server], model: Path) -> N
         {"tools": offered, "tool_choice": "required"},
     ]
     for fields in refused:
-        assert "no grammars" in told(*server.post(CHAT, chat(**fields)))["message"]
+        assert "does not accept grammars" in told(*server.post(CHAT, chat(**fields)))["message"]
     taken: list[dict[str, object]] = [
         {"response_format": {"type": "json_object"}},
         {"tools": offered},
