@@ -36,7 +36,6 @@ inline ints  load(const void * from) { return _mm512_loadu_si512(from); }
 inline void  store(void * to, ints x) { _mm512_storeu_si512(to, x); }
 inline ints  everywhere(int32_t x) { return _mm512_set1_epi32(x); }
 inline ints  add(ints a, ints b) { return _mm512_add_epi32(a, b); }
-inline ints  subtract(ints a, ints b) { return _mm512_sub_epi32(a, b); }
 inline ints  multiply(ints a, ints b) { return _mm512_mullo_epi32(a, b); }
 inline reals load(const float * from) { return _mm512_loadu_ps(from); }
 inline void  store(float * to, reals x) { _mm512_storeu_ps(to, x); }
@@ -47,7 +46,6 @@ inline reals subtract(reals a, reals b) { return _mm512_sub_ps(a, b); }
 inline reals multiply_add(reals a, reals b, reals c) { return _mm512_fmadd_ps(a, b, c); }
 inline reals to_reals(ints x) { return _mm512_cvtepi32_ps(x); }
 inline ints  widen_unsigned(__m128i bytes) { return _mm512_cvtepu8_epi32(bytes); }
-inline ints  widen_signed(__m128i bytes) { return _mm512_cvtepi8_epi32(bytes); }
 inline reals maximum(reals a, reals b) { return _mm512_max_ps(a, b); }
 inline reals absolute(reals x) { return _mm512_abs_ps(x); }
 inline float largest_of(reals x) { return _mm512_reduce_max_ps(x); }
@@ -68,7 +66,6 @@ inline ints  unpack_low_32(ints a, ints b) { return _mm512_unpacklo_epi32(a, b);
 inline ints  unpack_high_32(ints a, ints b) { return _mm512_unpackhi_epi32(a, b); }
 inline ints  unpack_low_64(ints a, ints b) { return _mm512_unpacklo_epi64(a, b); }
 inline ints  unpack_high_64(ints a, ints b) { return _mm512_unpackhi_epi64(a, b); }
-inline reals as_reals(ints x) { return _mm512_castsi512_ps(x); }
 // What a table of 16 has for each byte below 16
 inline ints look_up(const int8_t * table, ints bytes) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) table)), bytes);
@@ -86,7 +83,6 @@ inline ints  load(const void * from) { return _mm256_loadu_si256((const __m256i 
 inline void  store(void * to, ints x) { _mm256_storeu_si256((__m256i *) to, x); }
 inline ints  everywhere(int32_t x) { return _mm256_set1_epi32(x); }
 inline ints  add(ints a, ints b) { return _mm256_add_epi32(a, b); }
-inline ints  subtract(ints a, ints b) { return _mm256_sub_epi32(a, b); }
 inline ints  multiply(ints a, ints b) { return _mm256_mullo_epi32(a, b); }
 inline reals load(const float * from) { return _mm256_loadu_ps(from); }
 inline void  store(float * to, reals x) { _mm256_storeu_ps(to, x); }
@@ -97,7 +93,6 @@ inline reals subtract(reals a, reals b) { return _mm256_sub_ps(a, b); }
 inline reals multiply_add(reals a, reals b, reals c) { return _mm256_fmadd_ps(a, b, c); }
 inline reals to_reals(ints x) { return _mm256_cvtepi32_ps(x); }
 inline ints  widen_unsigned(__m128i bytes) { return _mm256_cvtepu8_epi32(bytes); }
-inline ints  widen_signed(__m128i bytes) { return _mm256_cvtepi8_epi32(bytes); }
 inline reals maximum(reals a, reals b) { return _mm256_max_ps(a, b); }
 inline reals absolute(reals x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 inline bool  has_nan(reals x) { return _mm256_movemask_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)) != 0; }
@@ -106,23 +101,22 @@ inline float largest_of(reals x) {
     most        = _mm_max_ps(most, _mm_movehl_ps(most, most));
     return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
 }
-inline ints  and_bytes(ints x, char mask) { return _mm256_and_si256(x, _mm256_set1_epi8(mask)); }
-inline ints  shift_right(ints x, int bits) { return _mm256_srli_epi16(x, bits); }
-inline ints  shift_left(ints x, int bits) { return _mm256_slli_epi16(x, bits); }
-inline ints  or_(ints a, ints b) { return _mm256_or_si256(a, b); }
-inline ints  and_words(ints x, int mask) { return _mm256_and_si256(x, _mm256_set1_epi32(mask)); }
-inline ints  flip_bytes(ints x, char bits) { return _mm256_xor_si256(x, _mm256_set1_epi8(bits)); }
-inline ints  shift_right_32(ints x, int bits) { return _mm256_srli_epi32(x, bits); }
-inline ints  shift_left_32(ints x, int bits) { return _mm256_slli_epi32(x, bits); }
-inline ints  arithmetic_right_32(ints x, int bits) { return _mm256_srai_epi32(x, bits); }
-inline ints  arithmetic_right_16(ints x, int bits) { return _mm256_srai_epi16(x, bits); }
-inline ints  subtract_bytes(ints x, char y) { return _mm256_sub_epi8(x, _mm256_set1_epi8(y)); }
-inline ints  multiply_16(ints x, int16_t y) { return _mm256_mullo_epi16(x, _mm256_set1_epi16(y)); }
-inline ints  unpack_low_32(ints a, ints b) { return _mm256_unpacklo_epi32(a, b); }
-inline ints  unpack_high_32(ints a, ints b) { return _mm256_unpackhi_epi32(a, b); }
-inline ints  unpack_low_64(ints a, ints b) { return _mm256_unpacklo_epi64(a, b); }
-inline ints  unpack_high_64(ints a, ints b) { return _mm256_unpackhi_epi64(a, b); }
-inline reals as_reals(ints x) { return _mm256_castsi256_ps(x); }
+inline ints and_bytes(ints x, char mask) { return _mm256_and_si256(x, _mm256_set1_epi8(mask)); }
+inline ints shift_right(ints x, int bits) { return _mm256_srli_epi16(x, bits); }
+inline ints shift_left(ints x, int bits) { return _mm256_slli_epi16(x, bits); }
+inline ints or_(ints a, ints b) { return _mm256_or_si256(a, b); }
+inline ints and_words(ints x, int mask) { return _mm256_and_si256(x, _mm256_set1_epi32(mask)); }
+inline ints flip_bytes(ints x, char bits) { return _mm256_xor_si256(x, _mm256_set1_epi8(bits)); }
+inline ints shift_right_32(ints x, int bits) { return _mm256_srli_epi32(x, bits); }
+inline ints shift_left_32(ints x, int bits) { return _mm256_slli_epi32(x, bits); }
+inline ints arithmetic_right_32(ints x, int bits) { return _mm256_srai_epi32(x, bits); }
+inline ints arithmetic_right_16(ints x, int bits) { return _mm256_srai_epi16(x, bits); }
+inline ints subtract_bytes(ints x, char y) { return _mm256_sub_epi8(x, _mm256_set1_epi8(y)); }
+inline ints multiply_16(ints x, int16_t y) { return _mm256_mullo_epi16(x, _mm256_set1_epi16(y)); }
+inline ints unpack_low_32(ints a, ints b) { return _mm256_unpacklo_epi32(a, b); }
+inline ints unpack_high_32(ints a, ints b) { return _mm256_unpackhi_epi32(a, b); }
+inline ints unpack_low_64(ints a, ints b) { return _mm256_unpacklo_epi64(a, b); }
+inline ints unpack_high_64(ints a, ints b) { return _mm256_unpackhi_epi64(a, b); }
 // What a table of 16 has for each byte below 16
 inline ints look_up(const int8_t * table, ints bytes) {
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) table)), bytes);

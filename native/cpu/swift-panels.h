@@ -23,7 +23,7 @@ struct columns {
 
     columns at(int64_t column, int64_t b) const {
         const int64_t i = column * n_blocks + b;
-        return { blocks + i, scales + i, sums + i, n_blocks };
+        return { blocks + i, scales ? scales + i : nullptr, sums ? sums + i : nullptr, n_blocks };
     }
 };
 
