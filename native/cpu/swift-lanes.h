@@ -50,6 +50,10 @@ inline reals maximum(reals a, reals b) { return _mm512_max_ps(a, b); }
 inline reals absolute(reals x) { return _mm512_abs_ps(x); }
 inline float largest_of(reals x) { return _mm512_reduce_max_ps(x); }
 inline bool  has_nan(reals x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) != 0; }
+inline reals as_reals(ints x) { return _mm512_castsi512_ps(x); }
+inline reals from_halves(const uint16_t * x) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) x)); }
+// Where a is b, x, else y
+inline reals where_equal(reals a, reals b, reals x, reals y) { return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), x); }
 inline ints  and_bytes(ints x, char mask) { return _mm512_and_si512(x, _mm512_set1_epi8(mask)); }
 inline ints  shift_right(ints x, int bits) { return _mm512_srli_epi16(x, bits); }
 inline ints  shift_left(ints x, int bits) { return _mm512_slli_epi16(x, bits); }
@@ -95,6 +99,9 @@ inline reals to_reals(ints x) { return _mm256_cvtepi32_ps(x); }
 inline ints  widen_unsigned(__m128i bytes) { return _mm256_cvtepu8_epi32(bytes); }
 inline reals maximum(reals a, reals b) { return _mm256_max_ps(a, b); }
 inline reals absolute(reals x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+inline reals as_reals(ints x) { return _mm256_castsi256_ps(x); }
+inline reals from_halves(const uint16_t * x) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) x)); }
+inline reals where_equal(reals a, reals b, reals x, reals y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_EQ_OQ)); }
 inline bool  has_nan(reals x) { return _mm256_movemask_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)) != 0; }
 inline float largest_of(reals x) {
     __m128 most = _mm_max_ps(_mm256_extractf128_ps(x, 1), _mm256_castps256_ps128(x));

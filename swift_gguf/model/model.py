@@ -482,7 +482,7 @@ class Model:
         if len(tokens) > self.n_batch:
             raise ValueError(f"{len(tokens)} tokens in a batch of {self.n_batch}")
         is_narrow = len(tokens) < PROMPT_WIDTH or (n_outputs > 1 and len(tokens) <= NARROW_MAX)
-        self._choose_kernels(invariant=exact and is_narrow, prompts=exact and not is_narrow)
+        self._choose_kernels(invariant=exact, prompts=exact and not is_narrow)
         if not self._kernels[0]:
             self.cells.close_gaps()
         self._library.set_subnetwork(self.ctx, self._handles.of(subnetwork))

@@ -18,7 +18,7 @@ from swift_gguf.native import library
 Floats = NDArray[np.float32]
 
 
-class _InitParams(ctypes.Structure):
+class InitParams(ctypes.Structure):
     _fields_ = (
         ("mem_size", ctypes.c_size_t),
         ("mem_buffer", ctypes.c_void_p),
@@ -26,7 +26,7 @@ class _InitParams(ctypes.Structure):
     )
 
 
-class _Ggml:
+class Ggml:
     """ggml's functions, which all take and return pointers where nothing else is said."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class _Ggml:
 
     @contextmanager
     def context(self) -> Iterator[ctypes.c_void_p]:
-        made = ctypes.c_void_p(self.ggml_init(_InitParams(1 << 20, None, True)))
+        made = ctypes.c_void_p(self.ggml_init(InitParams(1 << 20, None, True)))
         try:
             yield made
         finally:
@@ -66,7 +66,7 @@ class Matrix:
     @classmethod
     def quantized(cls, kind: GGMLQuantizationType, weights: Floats) -> Matrix:
         """By ggml's own quantisation."""
-        ggml, (n_rows, n) = _Ggml(), weights.shape
+        ggml, (n_rows, n) = Ggml(), weights.shape
         ggml.ggml_row_size.restype = ctypes.c_size_t
         size = n_rows * ggml.ggml_row_size(int(kind), ctypes.c_int64(n))
         data = ctypes.create_string_buffer(size)
@@ -97,12 +97,12 @@ class Products:
         is_ours: bool = True,
         n_threads: int = 1,
     ) -> None:
-        self._ggml = ggml = _Ggml()
+        self._ggml = ggml = Ggml()
         self._matrix = matrix
         self._backend = ctypes.c_void_p(ggml.ggml_backend_cpu_init())
         ggml.ggml_backend_cpu_set_n_threads(self._backend, n_threads)
         self._is_ours = is_ours
-        self._context = ctypes.c_void_p(ggml.ggml_init(_InitParams(1 << 16, None, True)))
+        self._context = ctypes.c_void_p(ggml.ggml_init(InitParams(1 << 16, None, True)))
         sizes = ctypes.c_int64(matrix.n), ctypes.c_int64(matrix.n_rows)
         self._weights = ctypes.c_void_p(
             ggml.ggml_new_tensor_2d(self._context, int(matrix.type), *sizes)
@@ -137,7 +137,7 @@ class Products:
     @staticmethod
     def are_repacked(kind: GGMLQuantizationType) -> bool:
         """Does ggml repack this type here?  It has Q2_K for AVX-512 only."""
-        return kind != GGMLQuantizationType.Q2_K or bool(_Ggml().ggml_cpu_has_avx512())
+        return kind != GGMLQuantizationType.Q2_K or bool(Ggml().ggml_cpu_has_avx512())
 
     def with_columns(self, columns: Floats) -> Floats:
         """[n_columns, n] -> [n_columns, n_rows]."""
