@@ -523,6 +523,10 @@ bool swift_attention(const ggml_compute_params * params, ggml_tensor * dst) {
     return true;
 }
 
+bool swift_has_kernels(void) {
+    return true;
+}
+
 size_t swift_attention_work_size(const ggml_tensor * dst, int n_threads) {
     return has_kernel(dst) ? shape(dst).size(n_threads) * n_threads * sizeof(float) : 0;
 }
@@ -530,6 +534,10 @@ size_t swift_attention_work_size(const ggml_tensor * dst, int n_threads) {
 #else // SWIFT_AVX2
 
 bool swift_attention(const ggml_compute_params *, ggml_tensor *) {
+    return false;
+}
+
+bool swift_has_kernels(void) {
     return false;
 }
 

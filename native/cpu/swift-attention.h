@@ -17,6 +17,9 @@ struct ggml_tensor;
 // the pool calls it. Returns false if nothing was done; then no thread has waited for another.
 bool swift_attention(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
+// Is there a kernel for this processor?
+bool swift_has_kernels(void);
+
 // Bytes of the work buffer that it needs.
 size_t swift_attention_work_size(const struct ggml_tensor * dst, int n_threads);
 

@@ -132,11 +132,16 @@ LLAMA_API int32_t swift_gguf_set_subnetwork(
 LLAMA_API const char * swift_gguf_rollback_refusal(const struct llama_context * ctx);
 
 /* Batch-invariant mode of the CPU backend. In this mode a row's logits depend neither on how many rows are
- * decoded with it nor on how far the cache is padded, so drafts can be verified exactly. Flash attention runs
- * ggml's reference path (no tiles, sums not split over threads). Products with up to 72 columns run the
- * kernels of native/cpu where there are any; they are also faster. May be switched between any two passes.
+ * decoded with it nor on where their cells lie, so drafts can be verified exactly. Flash attention and products
+ * run the kernels of native/cpu where there are any, which are also faster, and ggml's reference path elsewhere
+ * (no tiles, sums not split over threads). May be switched between any two passes.
  * Returns 0, or SWIFT_GGUF_ERROR_ARGUMENT if the CPU backend has no such switch. */
 LLAMA_API int32_t swift_gguf_set_batch_invariant(struct llama_context * ctx, bool enable);
+
+/* True if batch-invariant mode serves prompts, too: this processor has the kernels of native/cpu, and the model uses no
+ * other device. Then a row's logits have the same bits at every width, with flash attention. Elsewhere the mode is
+ * meant for narrow batches and slow for wide ones. */
+LLAMA_API bool swift_gguf_has_kernels(const struct llama_context * ctx);
 
 /* Processes prompts with the kernels of native/cpu where there are any: products with more than 72 columns, out of
  * batch-invariant mode. They are faster than ggml's and round differently. Returns as above. */

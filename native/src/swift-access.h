@@ -28,6 +28,10 @@ struct swift_access {
         return ctx.backend_cpu;
     }
 
+    static size_t n_devices(const llama_context & ctx) {
+        return ctx.get_model().n_devices();
+    }
+
     // The graph of a pass over one sequence with a full cache, split over the backends but neither
     // allocated nor computed. Valid until the next graph of the context. May throw.
     static ggml_cgraph * build(llama_context & ctx, uint32_t n_tokens, uint32_t n_outputs) {

@@ -115,19 +115,24 @@ int32_t swift_gguf_set_subnetwork(llama_context * ctx, const swift_gguf_subnetwo
     return 0;
 }
 
-// Sets a switch of the CPU backend by its name in the backend's registry.
+// A function of the CPU backend by its name in the backend's registry; null where there is none.
+static void * cpu_function(const llama_context * ctx, const char * name) {
+    const ggml_backend_t cpu = ctx != nullptr ? swift_access::cpu(*ctx) : nullptr;
+    return cpu != nullptr ? ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(ggml_backend_get_device(cpu)), name) : nullptr;
+}
+
 static int32_t set_switch(llama_context * ctx, const char * name, bool enable) {
-    if (ctx == nullptr || swift_access::cpu(*ctx) == nullptr) {
-        return SWIFT_GGUF_ERROR_ARGUMENT;
-    }
-    const ggml_backend_t     cpu = swift_access::cpu(*ctx);
-    const ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(cpu));
-    const auto               set = (void (*)(ggml_backend_t, bool)) ggml_backend_reg_get_proc_address(reg, name);
+    const auto set = (void (*)(ggml_backend_t, bool)) cpu_function(ctx, name);
     if (set == nullptr) {
         return SWIFT_GGUF_ERROR_ARGUMENT;
     }
-    set(cpu, enable);
+    set(swift_access::cpu(*ctx), enable);
     return 0;
+}
+
+bool swift_gguf_has_kernels(const llama_context * ctx) {
+    const auto has_kernels = (bool (*)()) cpu_function(ctx, "swift_has_kernels");
+    return has_kernels != nullptr && has_kernels() && swift_access::n_devices(*ctx) == 0;
 }
 
 int32_t swift_gguf_set_batch_invariant(llama_context * ctx, bool enable) {

@@ -112,6 +112,10 @@ class Model:
         self._outputs = range(0)
         self._fresh = (-1, -1)  # (n_passes, n_past) after the latest `decode` with logits
         self._kernels = (False, False)
+        # Without flash attention, products with the cache have no kernels of ours for prompts.
+        self._at_every_width = self.options.flash_attn is not False and self._library.has_kernels(
+            self.ctx
+        )
         self._is_draft = False  # True if the latest pass was a draft pass
         n_branches = n_sequences(model)
         self._batch = api.llama_batch_init(self.n_batch, 0, n_branches)
@@ -337,12 +341,14 @@ class Model:
             self._drop_tree()
             self._make_room(len(tokens))
             # outputs must all be in the last batch: earlier rows are overwritten
-            body = len(tokens) - n_outputs
-            cuts = [*range(0, body, self.n_batch), body] if len(tokens) > self.n_batch else [0]
-            for start, end in zip(cuts, [*cuts[1:], len(tokens)], strict=True):
-                if start < end:
-                    n_rows = n_outputs if end == len(tokens) else 0
-                    self._append(tokens[start:end], n_rows, subnetwork, exact=exact)
+            start = 0
+            while start < len(tokens):
+                end = min(start + self.n_batch, len(tokens))
+                if len(tokens) - n_outputs < end < len(tokens):
+                    end = len(tokens) - n_outputs
+                n_rows = n_outputs if end == len(tokens) else 0
+                self._append(tokens[start:end], n_rows, subnetwork, exact=exact)
+                start = end
         if n_outputs and subnetwork is None:
             self._fresh = (self.n_passes, self.n_past)
 
@@ -482,7 +488,10 @@ class Model:
         if len(tokens) > self.n_batch:
             raise ValueError(f"{len(tokens)} tokens in a batch of {self.n_batch}")
         is_narrow = len(tokens) < PROMPT_WIDTH or (n_outputs > 1 and len(tokens) <= NARROW_MAX)
-        self._choose_kernels(invariant=exact, prompts=exact and not is_narrow)
+        self._choose_kernels(
+            invariant=exact and (is_narrow or self._at_every_width),
+            prompts=exact and not is_narrow,
+        )
         if not self._kernels[0]:
             self.cells.close_gaps()
         self._library.set_subnetwork(self.ctx, self._handles.of(subnetwork))

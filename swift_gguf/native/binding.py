@@ -244,6 +244,10 @@ class Library:
         code = self._swift.swift_gguf_set_batch_invariant(ctx, enable)
         _check(code, "choose batch-invariant attention")
 
+    def has_kernels(self, ctx: Any) -> bool:
+        """True if the batch-invariant mode serves prompts, too, with kernels of ours."""
+        return bool(self._swift.swift_gguf_has_kernels(ctx))
+
     def set_prompt_kernels(self, ctx: Any, enable: bool) -> None:
         """Our kernels for wide batches, out of batch-invariant mode."""
         code = self._swift.swift_gguf_set_prompt_kernels(ctx, enable)

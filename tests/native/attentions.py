@@ -81,7 +81,7 @@ class Attention:
         ggml.ggml_backend_cpu_set_n_threads(backend, n_threads)
         ggml.ggml_backend_cpu_set_use_ref(backend, is_ours)
         n_tokens, n_heads, n = self.queries.shape
-        n_cells, n_groups, n_values = self.values.shape
+        n_values = self.values.shape[2]
         context = ctypes.c_void_p(ggml.ggml_init(InitParams(1 << 20, None, True)))
         filled: list[tuple[ctypes.c_void_p, bytes]] = []
 

@@ -32,6 +32,10 @@ LISTED = {
     },
     "0003-bounded-parsing.patch": {"common/peg-parser.cpp", "common/peg-parser.h"},
     "0004-waiting-threads.patch": {"ggml/src/ggml-cpu/ggml-cpu.c"},
+    "0005-attention.patch": {
+        "ggml/src/ggml-cpu/ggml-cpu.c",
+        "ggml/src/ggml-cpu/ggml-cpu.cpp",
+    },
 }
 
 
