@@ -51,6 +51,10 @@ class SubnetworkError(SwiftError, ValueError):
     """A sub-network names missing layers, or sub-layers that cannot be skipped."""
 
 
+class StateError(SwiftError):
+    """The saved state of a context is damaged, or does not fit this context."""
+
+
 class SidecarError(SwiftError):
     """A sidecar is damaged, or was made from another model."""
 

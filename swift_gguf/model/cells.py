@@ -298,19 +298,83 @@ class Cells:
 
     def _move(self, start: int, end: int) -> None:
         """Moves the trunk's cells of positions start, ..., end - 1 to the first free cells."""
-        api, ctx, moving = self._api, self._ctx, FIRST_BRANCH
-        self._remove(moving, 0)
-        self._shared[moving] = 0
-        self._copy(TRUNK, moving, start, end)
-        n_bytes = api.llama_state_seq_get_size(ctx, moving)
+        state = self._state(start, end)
+        self._api.llama_memory_seq_rm(self._memory, TRUNK, start, end)
+        self._put(state, start, end)
+
+    def _state(self, start: int, end: int) -> Any:
+        """The keys and values of positions start, ..., end - 1 of the trunk, as llama.cpp writes
+        them.
+
+        Raises:
+            DecodeError: llama.cpp could not write them.
+        """
+        sequence = self._moving()
+        if sequence != TRUNK:
+            self._copy(TRUNK, sequence, start, end)
+        n_bytes = self._api.llama_state_seq_get_size(self._ctx, sequence)
         state = buffer(n_bytes)
-        is_saved = api.llama_state_seq_get_data(ctx, state, n_bytes, moving) == n_bytes
-        api.llama_memory_seq_rm(self._memory, TRUNK, start, end)
-        self._remove(moving, 0)
-        if not is_saved or api.llama_state_seq_set_data(ctx, state, n_bytes, moving) != n_bytes:
-            raise DecodeError("llama.cpp could not move cells of the KV cache")
-        self._copy(moving, TRUNK, start, end)
-        self._remove(moving, 0)
+        n_written = self._api.llama_state_seq_get_data(self._ctx, state, n_bytes, sequence)
+        self._leave(sequence)
+        if n_written != n_bytes:
+            raise DecodeError("llama.cpp could not save cells of the KV cache")
+        return state
+
+    def _put(self, state: Any, start: int, end: int) -> None:
+        """Puts what `_state` gave into the first free cells, as the trunk's positions."""
+        n_bytes = len(state)
+        sequence = self._moving()
+        is_read = (
+            self._api.llama_state_seq_set_data(self._ctx, state, n_bytes, sequence) == n_bytes
+            and self._api.llama_memory_seq_pos_max(self._memory, sequence) == end - 1
+        )
+        if is_read and sequence != TRUNK:
+            self._copy(sequence, TRUNK, start, end)
+        self._leave(sequence)
+        if not is_read:
+            raise DecodeError("llama.cpp could not restore cells of the KV cache")
+
+    def _moving(self) -> int:
+        """An empty sequence for cells that are moved; the trunk itself if there is no other."""
+        if self.n_sequences == 1:
+            return TRUNK
+        self._leave(FIRST_BRANCH)
+        return FIRST_BRANCH
+
+    def _leave(self, sequence: int) -> None:
+        if sequence != TRUNK:
+            self._remove(sequence, 0)
+            self._shared[sequence] = 0
+
+    # -- states ------------------------------------------------------------------------------------
+
+    def states(self, n: int) -> Iterator[tuple[int, Any]]:
+        """The first `n` positions of the trunk in pieces: the end of each, and its state.
+
+        A state of all cells would lack those before a sliding window, which a rollback needs.
+        There must be no tree.
+
+        Raises:
+            DecodeError: llama.cpp could not write a state.
+        """
+        start, step = 0, self._moved if self.n_sequences > 1 else n
+        while start < n:
+            end = min(start + step, n)
+            with self._changing(self.n_trunk):
+                state = self._state(start, end)
+            yield end, state
+            start = end
+
+    def put(self, state: Any, end: int) -> None:
+        """Appends a piece that `states` gave; the trunk then has `end` positions.
+
+        Raises:
+            DecodeError: llama.cpp refuses the state.
+        """
+        with self._changing(self.n_trunk):
+            self._put(state, self.n_trunk, end)
+            self.n_trunk = end
+            self.hold()
 
     def only_trunk(self) -> None:
         """Frees everything but the trunk, and closes its gaps.  There must be no tree."""
@@ -344,14 +408,15 @@ class Cells:
 
     def clear(self) -> None:
         """Empties the cache.  This is always possible."""
-        with self._changing(0):
-            self._api.llama_memory_clear(self._memory, self.spoiled)  # True: overwrite the numbers
-            self.spoiled = False
-            self.n_trunk = 0
-            self.nodes.clear()
-            self._branches.clear()
-            self._parked.clear()
-            self._shared = [0] * self.n_sequences
+        self.certain = 0
+        self._api.llama_memory_clear(self._memory, self.spoiled)  # True: overwrite the numbers
+        self.spoiled = False
+        self.n_trunk = 0
+        self.nodes.clear()
+        self._branches.clear()
+        self._parked.clear()
+        self._shared = [0] * self.n_sequences
+        self.certain = None
 
     # -- llama.cpp ---------------------------------------------------------------------------------
 

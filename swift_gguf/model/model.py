@@ -5,12 +5,12 @@ It works with token ids, not with text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from swift_gguf.errors import (
     ContextFullError,
@@ -18,11 +18,13 @@ from swift_gguf.errors import (
     NotFiniteError,
     SidecarError,
     SpoiledError,
+    StateError,
     StoppedError,
     SubnetworkError,
     UnsupportedModelError,
 )
 from swift_gguf.gguf.sidecar import Sidecar, path_beside, read
+from swift_gguf.model import state
 from swift_gguf.model.cells import MAX_BRANCHES, TRUNK, Cells
 from swift_gguf.model.loading import Loaded, ModelOptions, cause, load, n_sequences
 from swift_gguf.native import (
@@ -581,6 +583,56 @@ class Model:
             self.cells.clear()
         finally:
             self._mend()
+
+    # -- states in files ---------------------------------------------------------------------------
+
+    def save_state(
+        self,
+        file: BinaryIO,
+        *,
+        n_tokens: int | None = None,
+        notes: Mapping[str, Any] | None = None,
+        limit: int | None = None,
+    ) -> int:
+        """Writes the state of the context, or of its first `n_tokens` tokens.
+
+        Returns the size in bytes.
+
+        notes: JSON; `load_state` returns them.
+        limit: of the size, in bytes.
+
+        Raises:
+            StateError: the state is larger than the limit.
+            UnsupportedModelError: less than the context, but the model cannot take tokens back.
+            OSError: the file cannot be written.
+        """
+        self._mend()
+        self._drop_tree()
+        tokens = self.tokens[:n_tokens]
+        if len(tokens) < self.n_past and self.rollback_refusal:
+            raise UnsupportedModelError(f"no state of less than the text: {self.rollback_refusal}")
+        pieces = self.cells.states(len(tokens))
+        return state.write(file, state.identity(self), tokens, pieces, notes=notes, limit=limit)
+
+    def load_state(self, file: BinaryIO) -> Mapping[str, Any]:
+        """Replaces the context by a saved one, to the bit.  Returns the notes saved with it.
+
+        Raises:
+            StateError: the file is damaged, or its state is of another model, library or kind of
+                context.  The context may be empty then.
+            OSError: the file cannot be read.
+        """
+        saved = state.read(file, state.identity(self))
+        self.clear()
+        self._fresh = (-1, -1)
+        self.tokens[:] = saved.tokens  # `_mend` shortens them after an interrupt
+        try:
+            for end, piece in saved.pieces:
+                self.cells.put(piece, end)
+        except (DecodeError, OSError, StateError) as error:
+            self.clear()
+            raise error if isinstance(error, OSError) else StateError(str(error)) from error
+        return saved.notes
 
     # -- for others that use the context -----------------------------------------------------------
 

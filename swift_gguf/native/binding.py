@@ -7,6 +7,7 @@ binding of llama-cpp-python, loads the same file, so both use one library.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import math
 import os
 import sys
@@ -15,7 +16,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,6 +185,17 @@ class Library:
     def llama_commit(self) -> str:
         """The library's llama.cpp commit; "unknown" if built from the user's own checkout."""
         return str(self._swift.swift_gguf_llama_commit().decode())
+
+    @cached_property
+    def build(self) -> str:
+        """Tells this build of the library, on this processor, from others: 32 hex digits."""
+        digest = hashlib.sha256(self.api.llama_print_system_info())
+        digest.update(f"{version('swift-gguf')} {self.llama_commit}".encode())
+        for path in sorted(self.folder.iterdir()):
+            if path.name.startswith(("lib", "llama", "ggml")) and path.is_file():
+                status = path.stat()
+                digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+        return digest.hexdigest()[:32]
 
     def devices(self) -> list[Device]:
         """ggml's devices, GPUs first."""

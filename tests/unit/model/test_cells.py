@@ -20,7 +20,6 @@ class Cache:
     """What llama_kv_cache keeps of its cells: a position and the sequences that hold it."""
 
     cells: list[tuple[int, set[int]] | None] = field(default_factory=lambda: [None] * CAPACITY)
-    saved: list[int] = field(default_factory=list)
     loads_left: float = float("inf")
     """After so many, loading a state fails."""
 
@@ -40,6 +39,9 @@ class Cache:
             if cell and start <= cell[0] < end and source in cell[1]:
                 cell[1].add(target)
 
+    def llama_memory_seq_pos_max(self, _: Any, sequence: int) -> int:
+        return max(self.held(sequence), default=-1)
+
     def llama_memory_clear(self, _: Any, data: bool) -> None:
         self.cells = [None] * CAPACITY
 
@@ -47,7 +49,7 @@ class Cache:
         return len(self.held(sequence))
 
     def llama_state_seq_get_data(self, _: Any, data: Any, size: int, sequence: int) -> int:
-        self.saved = self.held(sequence)
+        data[:] = self.held(sequence)
         return size
 
     def llama_state_seq_set_data(self, _: Any, data: Any, size: int, sequence: int) -> int:
@@ -55,7 +57,7 @@ class Cache:
         self.loads_left -= 1
         if self.loads_left < 0:
             return 0
-        for pos in self.saved:
+        for pos in data:
             self.cells[self.cells.index(None)] = (pos, {sequence})
         return size
 
@@ -142,12 +144,63 @@ def test_closing_gaps_that_fails_leaves_a_shorter_trunk(n_moved: int) -> None:
     cells.keep([2])
     append(cells, cache, 20)  # moved in parts that end at 8, 16, 24 and 27
     cache.loads_left = n_moved
-    with pytest.raises(DecodeError, match="move cells"):
+    with pytest.raises(DecodeError, match="restore cells"):
         cells.close_gaps()
     cells.mend()
     assert cells.n_trunk == [6, 8, 16, 24][n_moved]
     assert cache.held(TRUNK) == list(range(cells.n_trunk))
     assert cells.free == cache.cells.count(None) == CAPACITY - cells.n_trunk
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_states_hold_the_trunk_alone_and_come_back_without_gaps(seed: int) -> None:
+    rng, cache = random.Random(seed), Cache()
+    cells = Cells(cache, None, capacity=CAPACITY, n_sequences=N_SEQUENCES, n_swa=8)
+    append(cells, cache, 3)
+    for _ in range(8):
+        grow(cells, cache, rng, 4, one_by_one=False)
+        cells.keep(some_path(cells, rng))
+    before, n = [cell and (cell[0], set(cell[1])) for cell in cache.cells], cells.n_trunk - 2
+    states = list(cells.states(n))
+    assert [pos for _, state in states for pos in state] == list(range(n))
+    assert [end for end, _ in states] == [*range(8, n, 8), n]
+    assert cells.certain is None
+    assert [cell and cell[0] for cell in cache.cells] == [cell and cell[0] for cell in before]
+    cells.clear()
+    for end, state in states:
+        cells.put(state, end)
+        assert cells.n_trunk == end
+    assert [cell and cell[0] for cell in cache.cells[:n]] == list(range(n))
+    assert cache.held(TRUNK) == list(range(n))
+    assert all(len(cell[1]) == 2 for cell in cache.cells if cell), "not protected by a holder"
+    assert cells.free == CAPACITY - n
+
+
+def test_a_state_that_is_refused_leaves_what_came_before() -> None:
+    cache = Cache()
+    cells = Cells(cache, None, capacity=CAPACITY, n_sequences=N_SEQUENCES, n_swa=8)
+    append(cells, cache, 20)
+    states = list(cells.states(20))
+    cells.clear()
+    cache.loads_left = 1
+    cells.put(states[0][1], states[0][0])
+    with pytest.raises(DecodeError, match="restore cells"):
+        cells.put(states[1][1], states[1][0])
+    cells.mend()
+    assert cells.n_trunk == 8
+    assert cache.held(TRUNK) == list(range(8))
+
+
+def test_an_empty_cache_is_certain() -> None:
+    """Also after a change that failed: mending must not bring its length back."""
+    cache = Cache()
+    cells = Cells(cache, None, capacity=CAPACITY, n_sequences=N_SEQUENCES)
+    append(cells, cache, 5)
+    with pytest.raises(RuntimeError), cells._changing(3):
+        raise RuntimeError
+    cells.clear()
+    cells.mend()
+    assert cells.n_trunk == 0
 
 
 def test_an_uncertain_branch_is_emptied() -> None:
