@@ -175,12 +175,17 @@ def _prefill(model: Target, prompt: Sequence[int], stats: Stats) -> None:
     if model.is_fresh and model.tokens == list(prompt):
         return
     start = perf_counter()
-    common = min(common_prefix(model.tokens, prompt), len(prompt) - 1)
-    _keep(model, common)
-    common = len(model.tokens)
+    common = reuse(model, prompt)
     model.decode(prompt[common:], n_outputs=1)
     stats.prompt_n += len(prompt) - common
     stats.prompt_s += perf_counter() - start
+
+
+def reuse(model: Target, prompt: Sequence[int]) -> int:
+    """Keeps what the context has of the prompt, at most all but its last token; returns how much
+    that is."""
+    _keep(model, min(common_prefix(model.tokens, prompt), len(prompt) - 1))
+    return len(model.tokens)
 
 
 def _keep(model: Target, n_past: int) -> None:

@@ -73,6 +73,9 @@ class Answer:
             except StoppedError:
                 if not self.interrupted:
                     raise
+            finally:
+                if self._session.speculation:
+                    self._session.speculation.end()
 
     def _pieces(self) -> Iterator[Piece]:
         session, speculation = self._session, self._session.speculation
@@ -191,9 +194,12 @@ class Session:
         if self.speculation and self.idle is None:
             self.idle = self.speculation.idle_search(on_step=on_step)
 
-    def exclusive(self) -> AbstractContextManager[Any]:
-        """The model, without a search that goes on beside."""
-        return self.idle.paused() if self.idle else nullcontext()
+    def exclusive(self, *, renews: bool = True) -> AbstractContextManager[Any]:
+        """The model, without a search that goes on beside.
+
+        renews: see `IdleSearch.paused`.
+        """
+        return self.idle.paused(renews=renews) if self.idle else nullcontext()
 
     def speculate(self, make: Callable[[], Speculation]) -> None:
         """Goes on with another speculation; if it cannot be made, with the present one.

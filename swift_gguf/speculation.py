@@ -373,8 +373,13 @@ class Speculation:
             self.drafter.begin()
         self._refresh()
         for windows in filter(None, (self._windows, self._idle_windows)):
-            windows.first = prompt_n
+            windows.first, windows.text = prompt_n, None
         return self._on_the_fly if self._is_promising else None
+
+    def end(self) -> None:
+        """Ends a generation: the idle search keeps to the text that is in the context now."""
+        if self._idle_windows:
+            self._idle_windows.text = list(self._model.tokens)
 
     def idle_search(self, *, on_step: Callable[[], None] = lambda: None) -> IdleSearch | None:
         """A search on the model's live context while the model is idle.
@@ -389,6 +394,7 @@ class Speculation:
         chunk = max(1, min(IDLE_WINDOW, int(IDLE_HEAD_MS / max(self.learning.costs.head_ms, 1e-3))))
         self._idle_windows = Windows(self._model, n=IDLE_WINDOW, chunk=chunk)
         self._idle_windows.first = self._windows.first
+        self.end()
 
         def step() -> None:
             self._refresh()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from swift_gguf.chat import archive
+from swift_gguf.chat.ahead import finished
 from swift_gguf.chat.conversation import Conversation, Turn
 from swift_gguf.chat.figures import Figures, details, runs, shares
 from swift_gguf.chat.reader import Reader
@@ -20,6 +21,7 @@ from swift_gguf.speculation import Speculation, SpeculationOptions
 from swift_gguf.stats import Stats
 from swift_gguf.templates import THINKS
 from swift_gguf.text import encode, read_prompt
+from swift_gguf.tokens import common_prefix
 
 BETTER = 1.02
 """The chat reports better drafts if their predicted speed-up grows by this factor."""
@@ -36,8 +38,12 @@ class _Reply:
     reader: Reader
     pieces: list[Piece] = field(default_factory=list)
     rest: str = ""
-    answer: Answer | None = None
-    """The latest of them."""
+    answers: list[Answer] = field(default_factory=list)
+
+    @property
+    def answer(self) -> Answer | None:
+        """The latest of them."""
+        return self.answers[-1] if self.answers else None
 
     @property
     def tokens(self) -> list[int]:
@@ -135,6 +141,24 @@ class Chat:
                 self.conversation.turns.append(turn)
                 self.conversation.first = first
 
+    def begun(self, text: str, *files: Path) -> list[int]:
+        """Tokens that the next prompt begins with if its message begins with `text`.
+
+        The text's last word may go on, and so may a token at the end of the word before.  Empty if
+        the prompt does not fit the context as it is.
+
+        files: are attached before the text.
+
+        Raises:
+            SwiftError: a file cannot be attached, or the template refuses the message.
+        """
+        message = "".join([*self._attached, *(self._attachment(file)[1] for file in files), text])
+        self.conversation.thinks = THINKS[self.settings.reasoning]
+        prompt = self.conversation.prompt(f"{message}x")  # as if the person typed on
+        if not self._fits(prompt):
+            return []
+        return prompt[: common_prefix(self.conversation.prompt(finished(message)), prompt)]
+
     def _answer(self, user: str) -> None:
         self.conversation.thinks = THINKS[self.settings.reasoning]
         prompt = self._fitting(user)
@@ -168,12 +192,13 @@ class Chat:
 
     def _stream(self, prompt: Sequence[int], said: _Reply, view: View) -> Answer:
         limit = self.settings.max_tokens
-        said.answer = answer = self.session.answer(
+        answer = self.session.answer(
             prompt,
             said.options,
             max_tokens=None if limit is None else limit - len(said.pieces),
             decoder=said.answer.decoder if said.answer else None,
         )
+        said.answers.append(answer)
         with stopped_by_ctrl_c(answer), closing(iter(answer)) as pieces:
             for piece in pieces:
                 said.pieces.append(piece)
@@ -186,7 +211,7 @@ class Chat:
         self.n_answers += 1
         self.total.add(answer.stats)
         with self.session.exclusive():
-            self.figures = Figures.of(self.session, answer, said.sources)
+            self.figures = Figures.of(self.session, said.answers, said.sources)
             self._expected, self._found = self._expectation(), ""
         self.session.save_now_and_then()
 
@@ -213,15 +238,13 @@ class Chat:
         """The prompt, after dropping as many of the oldest turns as necessary."""
         conversation, n_ctx = self.conversation, self.session.model.n_ctx
         prompt = conversation.prompt(user)
+        if self._fits(prompt):
+            return prompt
         if self.settings.context == "stop":
-            if len(prompt) >= n_ctx:
-                raise ContextFullError(
-                    f"the context is full: with this message the conversation has {len(prompt)} "
-                    f"tokens of {n_ctx}; /undo, /clear, or /set context shift"
-                )
-            return prompt
-        if len(prompt) + n_ctx // 16 <= n_ctx:
-            return prompt
+            raise ContextFullError(
+                f"the context is full: with this message the conversation has {len(prompt)} "
+                f"tokens of {n_ctx}; /undo, /clear, or /set context shift"
+            )
         first = conversation.first
         # drop more than necessary: every drop means that the rest is decoded again
         while len(prompt) + n_ctx // 4 > n_ctx and conversation.drop_oldest():
@@ -234,6 +257,12 @@ class Chat:
             )
         self._say_dropped(conversation.first - first)
         return prompt
+
+    def _fits(self, prompt: Sequence[int]) -> bool:
+        """Whether no turn has to be dropped for this prompt."""
+        n_ctx = self.session.model.n_ctx
+        n_answer = 1 if self.settings.context == "stop" else n_ctx // 16
+        return len(prompt) + n_answer <= n_ctx
 
     def _goes_on(self, answer: Answer) -> bool:
         """If the context was full, drops the oldest turns; True if that made room to go on."""
@@ -271,6 +300,15 @@ class Chat:
         Raises:
             SwiftError: it is not a regular file, cannot be read, or is larger than the context.
         """
+        n_tokens, text = self._attachment(path)
+        self._attached.append(text)
+        self.screen.note(f"{path.name} ({n_tokens} tokens) goes with your next message")
+
+    def _attachment(self, path: Path) -> tuple[int, str]:
+        """The tokens of a file, and its text as the message has it.
+
+        Raises: as `attach`.
+        """
         try:
             text = read_prompt(path.expanduser(), pipes=False)
         except RuntimeError as error:  # ~user, and there is no such user
@@ -285,8 +323,7 @@ class Chat:
         while fence in text:
             fence += "`"
         end = "" if text.endswith("\n") or not text else "\n"
-        self._attached.append(f"{path.name}:\n{fence}\n{text}{end}{fence}\n\n")
-        self.screen.note(f"{path.name} ({n_tokens} tokens) goes with your next message")
+        return n_tokens, f"{path.name}:\n{fence}\n{text}{end}{fence}\n\n"
 
     def save(self, path: Path) -> None:
         """Saves the conversation; see `archive.save`."""

@@ -39,15 +39,41 @@ def handle(chat: Chat, line: str) -> None:
         SwiftError: the command failed, or there is no such command.
     """
     line = unquoted(line)
-    name, _, argument = line.strip().partition(" ")
-    if not name.startswith("/") or "/" in name[1:] or "\n" in name:  # a path is not a command
+    command = _parsed(line)
+    if command is None:
         if line.strip():
             chat.say(line)
         return
-    name = ALIASES.get(name, name)
+    name, argument = command
     if name not in COMMANDS:
         raise SwiftError(f"there is no command {name}; /help lists them")
-    COMMANDS[name].run(chat, argument.strip())
+    COMMANDS[name].run(chat, argument)
+
+
+def begun(chat: Chat, line: str) -> list[int]:
+    """Tokens that the next prompt begins with while `line` is typed; see `Chat.begun`.
+
+    Raises:
+        SwiftError: it names a file that cannot be read, or the template refuses the message.
+    """
+    command = _parsed(line)
+    if command is None:
+        return chat.begun(_opened(line) if is_open(line) else unquoted(line))
+    name, argument = command
+    return chat.begun("", *([_path(argument, name)] if name == "/read" else []))
+
+
+def _parsed(line: str) -> tuple[str, str] | None:
+    """The name of a command and its argument; None if the line is a message."""
+    name, _, argument = line.strip().partition(" ")
+    if not name.startswith("/") or "/" in name[1:] or "\n" in name:  # a path is not a command
+        return None
+    return ALIASES.get(name, name), argument.strip()
+
+
+def _opened(line: str) -> str:
+    """A message whose triple quotes are not closed yet, without them."""
+    return line.strip()[len(QUOTES) :].lstrip("\n")
 
 
 def unquoted(line: str) -> str:

@@ -33,14 +33,24 @@ class Figures:
     """(source, share of the answer's tokens); the target first."""
     why: str = ""
     """The sources of drafts, or the reason why there are none."""
+    prompt_n: int = 0
+    read_n: int = 0
+    """Tokens of the prompt that were in the context before the message was sent."""
+    prompt_s: float = 0.0
+    """Time for the others."""
     n_past: int = 0
     n_ctx: int = 0
     found: str = ""
     """What the idle search has found since the answer."""
 
     @classmethod
-    def of(cls, session: Session, answer: Answer, sources: Sequence[str]) -> Figures:
-        """The figures of an answer.  Call it only while nothing else uses the model."""
+    def of(cls, session: Session, answers: Sequence[Answer], sources: Sequence[str]) -> Figures:
+        """The figures of a reply.  Call it only while nothing else uses the model.
+
+        answers: what it consists of: one answer, and one more after every time that the context
+            filled up.
+        """
+        first, answer = answers[0], answers[-1]
         stats, speculation = answer.stats, session.speculation
         return cls(
             tokens_per_second=stats.tokens_per_second,
@@ -50,6 +60,9 @@ class Figures:
             mean_acceptance_length=stats.mean_acceptance_length,
             sources=shares(sources),
             why=speculation.why if speculation else "switched off",
+            prompt_n=len(first.prompt),
+            read_n=len(first.prompt) - first.stats.prompt_n,
+            prompt_s=first.stats.prompt_s,
             n_past=session.model.n_past,
             n_ctx=session.model.n_ctx,
         )
@@ -88,6 +101,9 @@ def _footer_items(figures: Figures) -> Iterator[str]:
         yield f"accepted {figures.acceptance_rate:.0%}"
         yield f"{figures.mean_acceptance_length:.2f} tokens per pass"
         yield ", ".join(f"{source} {share:.0%}" for source, share in figures.sources)
+    if figures.prompt_n:
+        read = f", {figures.read_n} read before Enter" if figures.read_n else ""
+        yield f"prompt {figures.prompt_n} tokens{read}"
     if figures.n_ctx:
         yield f"context {figures.n_past}/{figures.n_ctx}"
     if figures.acceptance_rate is None and figures.why:
@@ -108,8 +124,8 @@ def details(
     """
     stats = answer.stats
     lines = [
-        f"prompt     {len(answer.prompt)} tokens, {stats.prompt_n} of them new, "
-        f"in {stats.prompt_s:.2f} s",
+        f"prompt     {figures.prompt_n} tokens, {figures.read_n} read before Enter, "
+        f"{figures.prompt_n - figures.read_n} in {figures.prompt_s:.2f} s",
         f"answer     {stats.predicted_n} tokens ({stats.stop_reason}), "
         f"{stats.tokens_per_second:.1f} tok/s, seed {answer.options.seed}",
     ]

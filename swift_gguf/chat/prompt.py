@@ -50,9 +50,15 @@ class Prompt:
     """Reads messages from the user.
 
     footer: returns the lines of the footer, for a width in columns.
+    on_change: is called with the text after every change.
     """
 
-    def __init__(self, footer: Callable[[int], list[str]]) -> None:
+    def __init__(
+        self,
+        footer: Callable[[int], list[str]],
+        *,
+        on_change: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self._footer = footer
         self._session: PromptSession[str] = PromptSession(
             message=[("class:prompt", ">>> ")],
@@ -71,6 +77,8 @@ class Prompt:
             style=STYLE,
             color_depth=ColorDepth.DEPTH_1_BIT if os.environ.get("NO_COLOR") else None,
         )
+        buffer = self._session.default_buffer
+        buffer.on_text_changed += lambda _: on_change(_without_surrogates(buffer.text))
 
     def ask(self) -> str:
         """A message from the user; it may have several lines.
@@ -79,12 +87,16 @@ class Prompt:
             EOFError: Ctrl-D.
             KeyboardInterrupt: Ctrl-C.
         """
-        text = self._session.prompt()
-        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        return _without_surrogates(self._session.prompt())
 
     def _toolbar(self) -> StyleAndTextTuples:
         width = self._session.output.get_size().columns
         return [("class:bottom-toolbar.text", "\n".join(self._footer(width)))]
+
+
+def _without_surrogates(text: str) -> str:
+    """The text, with a replacement character for bytes that are not UTF-8."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def bindings() -> KeyBindingsBase:
@@ -154,7 +166,8 @@ class ChatCompleter(Completer):
 
 def _set_completions(argument: str) -> Iterable[Completion]:
     key, space, value = argument.partition(" ")
-    values = {"thinking": THINKING, "context": CONTEXT, "markdown": ("on", "off")}
+    switch = ("on", "off")
+    values = {"thinking": THINKING, "context": CONTEXT, "markdown": switch, "read-ahead": switch}
     return _matching(values.get(key, ()), value) if space else _matching(KEYS, key)
 
 

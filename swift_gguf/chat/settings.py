@@ -26,7 +26,8 @@ class Settings:
     markdown: bool = True
     context: str = "shift"
     """When the context is full: ``shift`` drops the oldest turns; ``stop``."""
-
+    read_ahead: bool = True
+    """Read the prompt while the person types it."""
     reasoning: str = "auto"
     """Whether the model thinks first: ``on``, ``off``, or ``auto`` (the template decides)."""
 
@@ -116,6 +117,7 @@ KEYS: dict[str, tuple[Callable[[str], Any], str]] = {
     "thinking": (_one_of(*THINKING), f"one of {', '.join(THINKING)}"),
     "markdown": (_switch, "on or off"),
     "context": (_one_of(*CONTEXT), f"one of {', '.join(CONTEXT)}"),
+    "read-ahead": (_switch, "on or off"),
     "reasoning": (_one_of(*THINKS), f"one of {', '.join(THINKS)}"),
 }
 """Setting name (as on the command line): the parser of its value, and a description of it."""

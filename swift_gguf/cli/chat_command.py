@@ -49,6 +49,7 @@ BUSY = "the machine is busy; its speed will be measured again later"
 @click.option("--context", type=click.Choice(["shift", "stop"]), default="shift",
               show_default=True, help="When the context is full: drop the oldest turns (shift), "
               "or stop.")  # fmt: skip
+@click.option("--no-read-ahead", is_flag=True, help="Do not read the prompt while you type it.")
 @speculation_flags
 @sampling_flags
 @model_flags
@@ -71,6 +72,7 @@ def chat(model: str, **values: Any) -> None:
         n_predict=values["n_predict"],
         thinking=values["thinking"],
         context=values["context"],
+        read_ahead=not values["no_read_ahead"],
         reasoning=values["reasoning"],
     )
     variables = template_variables(values | {"reasoning": "auto"})  # /set changes it later
@@ -124,7 +126,8 @@ def _leave_when_told() -> None:
 
 def _talk(talk: Chat, screen: Terminal) -> None:
     """The chat at a terminal."""
-    from swift_gguf.chat.commands import Leave, handle
+    from swift_gguf.chat.ahead import ReadAhead
+    from swift_gguf.chat.commands import Leave, begun, handle
     from swift_gguf.chat.figures import footer
     from swift_gguf.chat.prompt import Prompt
 
@@ -133,16 +136,21 @@ def _talk(talk: Chat, screen: Terminal) -> None:
     if learning and learning.costs.is_busy:
         screen.note(BUSY)
     screen.note(f"{model.description}, {model.n_ctx} tokens of context; /help lists commands")
-    prompt = Prompt(lambda width: footer(talk.current_figures(), width=width))
-    while True:
-        try:
-            handle(talk, prompt.ask())
-        except (EOFError, Leave):
-            return
-        except KeyboardInterrupt:
-            screen.note("Ctrl-D or /exit leaves")
-        except (SwiftError, OSError) as error:
-            screen.error(" ".join(str(error).split()))
+    with ReadAhead(talk.session, lambda line: begun(talk, line)) as ahead:
+        prompt = Prompt(
+            lambda width: footer(talk.current_figures(), width=width), on_change=ahead.changed
+        )
+        while True:
+            try:
+                with ahead.typing() if talk.settings.read_ahead else nullcontext():
+                    line = prompt.ask()
+                handle(talk, line)
+            except (EOFError, Leave):
+                return
+            except KeyboardInterrupt:
+                screen.note("Ctrl-D or /exit leaves")
+            except (SwiftError, OSError) as error:
+                screen.error(" ".join(str(error).split()))
 
 
 def _answer_lines(talk: Chat) -> None:

@@ -139,11 +139,13 @@ class IdleSearch:
         self._thread.start()
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self, *, renews: bool = True) -> Iterator[None]:
         """Pauses the search, so that the caller may use the model.
 
         Afterwards the search continues on the text that is in the context then.  Calls may be
         nested, in one thread or several.  The callers must agree on who uses the model.
+
+        renews: the text may be another one, so the time limit begins again.
         """
         entered = False
         try:
@@ -154,7 +156,8 @@ class IdleSearch:
         finally:
             with self._state:
                 self._users -= entered
-                self._left_s = self._limit_s
+                if renews:
+                    self._left_s = self._limit_s
                 self._state.notify_all()
 
     def close(self) -> None:

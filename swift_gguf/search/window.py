@@ -17,6 +17,7 @@ import numpy as np
 from swift_gguf.model import Model
 from swift_gguf.search.objective import Outcome
 from swift_gguf.subnetwork import SubNetwork
+from swift_gguf.tokens import common_prefix
 
 MIN_POSITIONS = 8
 """Fewer positions are not worth a pass."""
@@ -89,6 +90,9 @@ class Windows:
         self.first = 0
         """The position of the first token that the target has generated.  Only generated text shows
         what the target does.  Set it for every generation."""
+        self.text: list[int] | None = None
+        """What the generation left in the context, once it is over: what others add is not used.
+        None: the generation goes on, and all of the context is used."""
         self._model, self._n, self._steps = model, n, steps
         self._chunk, self._own_past = chunk, own_past
         self._current: TextWindow | None = None
@@ -100,14 +104,21 @@ class Windows:
         current = self._current
         fits = current and current.n <= self._model.room and current.is_current
         if self._left == 0 or not fits:
-            stands_still = fits and self._text_end == self._model.n_past
+            end = self._end
+            stands_still = fits and self._text_end == end
             before = self._ending_at(current.start) if current and stands_still else None
             # the last token is only used to score the position before it
-            self._current = before or self._ending_at(self._model.n_past - 1)
-            self._text_end = self._model.n_past
+            self._current = before or self._ending_at(end - 1)
+            self._text_end = end
             self._left = self._steps
         self._left -= 1
         return self._current
+
+    @property
+    def _end(self) -> int:
+        """The number of tokens that may be used."""
+        tokens = self._model.tokens
+        return len(tokens) if self.text is None else common_prefix(self.text, tokens)
 
     def _ending_at(self, end: int) -> TextWindow | None:
         start = max(self.first - 1, end - self._n, 0)

@@ -602,7 +602,7 @@ def test_stopped_while_the_model_is_waited_for(model: Model) -> None:
     answer = session.answer(encode(model, "once"), ENDLESS, max_tokens=4)
 
     @contextmanager
-    def leaving() -> Iterator[None]:
+    def leaving(**_: bool) -> Iterator[None]:
         answer.stop()
         yield
 

@@ -25,6 +25,7 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 QUICK = ("-n", 24, "-c", 512, "--seed", 5, "-ngl", 0)
 ENDLESS = ("-c", 4096, "--seed", 5, "-ngl", 0, "--grammar", "root ::= [a-z ] root")
 CTRL_C, CTRL_D, ALT_ENTER, UP = "\x03", "\x04", "\x1b\r", "\x1b[A"
+LEFT, BACKSPACE, CLEAR_LINE = "\x1b[D", "\x7f", "\x15"
 PASTE = "\x1b[200~{}\x1b[201~"
 
 
@@ -94,10 +95,32 @@ class Terminal(Window):
     def ask(self, text: str, *, enter: bool = True) -> None:
         """A message or a command, and what comes of it, up to the next prompt."""
         self.ready()
+        self.ask_typed(text, enter=enter)
+
+    def ask_typed(self, text: str = "", *, enter: bool = True) -> None:
+        """As `ask`, where the prompt may hold text already."""
         n = self.n_prompts
         self.type(text, enter=enter)
         self.wait(lambda: self.n_prompts > n)
         self.ready()
+
+    def echoes(self, text: str) -> list[float]:
+        """Types a text, and returns the seconds until each character was shown."""
+        waits = []
+        for character in text:
+            start, n = time.monotonic(), len(self.raw)
+            self.type(character, enter=False)
+            self.wait(lambda: len(self.raw) > n, 5)  # noqa: B023
+            waits.append(time.monotonic() - start)
+            time.sleep(0.05)
+        return waits
+
+    def prompt_figures(self) -> tuple[int, int]:
+        """The footer's: tokens of the prompt, and how many of them were read before Enter."""
+        form = re.compile(r"prompt (\d+) tokens(?:, (\d+) read before Enter)?(?: ·)? context")
+        self.wait(lambda: form.search(" ".join(self.text.split())))
+        prompt_n, read_n = form.findall(" ".join(self.text.split()))[-1]
+        return int(prompt_n), int(read_n or 0)
 
     @property
     def n_prompts(self) -> int:
@@ -397,6 +420,63 @@ def test_thoughts_are_folded_and_unfolded(
     assert chat.leave() == 0
 
 
+# -- reading ahead ---------------------------------------------------------------------------------
+
+QUESTION = "What is the answer to that question of the model?"
+KEYS = {
+    "typed": list(QUESTION),
+    "pasted": [PASTE.format(QUESTION)],
+    "edited": [QUESTION.replace("answer", "token"), *[LEFT] * 31, *[BACKSPACE] * 5, "answer"],
+    "deleted": [QUESTION, *[BACKSPACE] * 20, CLEAR_LINE, QUESTION],
+}
+
+
+@pytest.mark.parametrize("way", KEYS)
+def test_the_answer_does_not_depend_on_what_was_read_ahead(
+    terminal: Callable[..., Terminal], model: Path, tmp_path: Path, way: str
+) -> None:
+    """At temperature 0, then with a seed."""
+    (tmp_path / "notes.txt").write_text("a note on the model and the token\n" * 3)
+    told: list[list[dict[str, Any]]] = []
+    for more in ((), ("--no-read-ahead",)):
+        chat = terminal(model, *QUICK, "--temp", 0, "-sys", "Be brief.", *more, cwd=tmp_path)
+        chat.ready()
+        for line in (KEYS[way], ["/read notes.txt"], ["And that?"]):
+            for n, key in enumerate(line):
+                chat.type(key, enter=False)
+                chat.read(0.2 if n in (len(line) // 2, len(line) - 1) and not more else 0.01)
+            time.sleep(0 if more else 0.5)
+            chat.ask_typed()
+            if line == KEYS[way]:
+                prompt_n, read_n = chat.prompt_figures()
+                assert read_n == 0 if more else read_n > prompt_n // 2
+                chat.ask("/set temp 1.1")
+        told.append(saved(chat, tmp_path / f"{len(told)}.json"))
+        assert chat.leave() == 0
+        assert "Traceback" not in chat.text
+    assert told[0][0]["user"] == QUESTION
+    assert [turn["tokens"] for turn in told[0]] == [turn["tokens"] for turn in told[1]]
+
+
+def test_reading_ahead_is_switched_off_and_on(
+    terminal: Callable[..., Terminal], model: Path
+) -> None:
+    chat = terminal(model, *QUICK)
+    for switch in ("off", "on"):
+        chat.ask(f"/set read-ahead {switch}")
+        chat.ready()
+        chat.type(PASTE.format(QUESTION), enter=False)
+        chat.read(0.1)
+        time.sleep(0.5)
+        chat.ask_typed()
+        prompt_n, read_n = chat.prompt_figures()
+        assert (read_n > prompt_n // 2) == (switch == "on")
+        chat.ask("/clear")
+    chat.ask(PASTE.format("the answer " * 20) + CTRL_C, enter=False)
+    assert chat.leave() == 0
+    assert "Traceback" not in chat.text
+
+
 # -- on a pipe -------------------------------------------------------------------------------------
 
 
@@ -510,18 +590,7 @@ def test_typing_does_not_lag_while_the_search_runs(
     chat = terminal(resolve("smollm2-135m"), "-n", 80, "--seed", 3, "-ngl", 0, "--temp", 0,
                     "--speculation", "layer-skip")  # fmt: skip
     chat.ask("Write about the sea.")
-    waits = []
-
-    def type_one(character: str) -> None:
-        start = time.monotonic()
-        chat.type(character, enter=False)
-        n = len(chat.raw)
-        chat.wait(lambda: len(chat.raw) > n, 5)
-        waits.append(time.monotonic() - start)
-
-    for character in "typing while the search runs":
-        type_one(character)
-        time.sleep(0.05)
+    waits = chat.echoes("typing while the search runs")
     assert sorted(waits)[len(waits) // 2] < 0.1, waits
     chat.type("\x15", enter=False)
     steps, deadline = 0, time.monotonic() + 20
@@ -530,6 +599,23 @@ def test_typing_does_not_lag_while_the_search_runs(
         steps = int(chat.text.split("idle ")[-1].split(" step")[0].split()[-1])
         time.sleep(0.5)
     assert steps > 0
+    assert chat.leave() == 0
+
+
+@pytest.mark.slow
+def test_typing_does_not_lag_while_a_file_is_read_ahead(
+    terminal: Callable[..., Terminal], tmp_path: Path
+) -> None:
+    (tmp_path / "long.txt").write_text("The old ships sailed to the harbour with some salt. " * 250)
+    chat = terminal(resolve("smollm2-135m"), "-n", 8, "--seed", 3, "-ngl", 0, cwd=tmp_path)
+    chat.ask("/read long.txt")
+    waits = chat.echoes("typing while a file is read ")
+    assert sorted(waits)[len(waits) // 2] < 0.1, waits
+    time.sleep(1)
+    chat.ask_typed()
+    prompt_n, read_n = chat.prompt_figures()
+    assert prompt_n > 2500
+    assert read_n > 500
     assert chat.leave() == 0
 
 

@@ -232,6 +232,10 @@ def test_an_idle_search_rests_after_its_time_and_wakes_with_the_next_text(load: 
             made.append(idle.meter.steps)
             time.sleep(0.2)
             assert idle.meter.steps == made[-1] > 0
+            with idle.paused(renews=False):
+                pass
+            time.sleep(0.1)
+            assert idle.meter.steps == made[-1]
     assert made[1] > made[0]
 
 

@@ -199,6 +199,8 @@ GAINING = Figures(
     mean_acceptance_length=2.91,
     sources=(("target", 0.4), ("ngram", 0.35), ("recycling", 0.25)),
     why="ngram, recycling: where they pay",
+    prompt_n=612,
+    read_n=590,
     n_past=812,
     n_ctx=4096,
 )
@@ -211,9 +213,15 @@ def test_the_footer_says_what_was_gained_and_how_that_is_known() -> None:
     text = " ".join(footer(GAINING, width=80))
     for figure in ("31.2 tok/s", "speed-up 1.42x (a plain pass takes 45.5 ms)",
                    "accepted 74%", "2.91 tokens per pass",
-                   "target 40%, ngram 35%", "context 812/4096"):  # fmt: skip
+                   "target 40%, ngram 35%", "prompt 612 tokens, 590 read before Enter",
+                   "context 812/4096"):  # fmt: skip
         assert figure in text
     assert "no drafts" not in text
+
+
+def test_the_footer_says_how_much_of_the_prompt_was_read_before() -> None:
+    (line,) = footer(replace(GAINING, read_n=0), width=300)
+    assert "prompt 612 tokens · context" in line
 
 
 def test_the_footer_says_why_nothing_drafts_and_claims_no_gain_then() -> None:

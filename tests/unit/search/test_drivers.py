@@ -273,6 +273,26 @@ def test_another_text_makes_another_window_at_once() -> None:
     assert third.start + third.n == 44
 
 
+@pytest.mark.parametrize("n_left", [50, 45])
+def test_what_follows_a_generation_is_in_no_window(n_left: int) -> None:
+    """Nor what replaced its end."""
+    model = FakeModel(list(range(50)))
+    windows = windows_of(model, n=16, steps=1)
+    windows.text = list(model.tokens)
+    first = windows()
+    del model.tokens[n_left:]
+    model.tokens.extend(range(100, 120))
+    again = windows()
+    assert first is not None
+    assert again is not None
+    assert first.start + first.n == 49
+    assert again.start + again.n == (33 if n_left == 50 else 44)  # the one before, or an earlier
+    windows.text = None
+    latest = windows()
+    assert latest is not None
+    assert latest.start + latest.n == n_left + 19
+
+
 def test_a_text_cut_back_behind_the_window_leaves_it() -> None:
     model = FakeModel(list(range(50)))
     windows = windows_of(model, n=16, steps=8)
