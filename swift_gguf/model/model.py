@@ -612,7 +612,7 @@ class Model:
         if len(tokens) < self.n_past and self.rollback_refusal:
             raise UnsupportedModelError(f"no state of less than the text: {self.rollback_refusal}")
         pieces = self.cells.states(len(tokens))
-        return state.write(file, state.identity(self), tokens, pieces, notes=notes, limit=limit)
+        return state.write(file, self._identity(), tokens, pieces, notes=notes, limit=limit)
 
     def load_state(self, file: BinaryIO) -> Mapping[str, Any]:
         """Replaces the context by a saved one, to the bit.  Returns the notes saved with it.
@@ -622,7 +622,7 @@ class Model:
                 context.  The context may be empty then.
             OSError: the file cannot be read.
         """
-        saved = state.read(file, state.identity(self))
+        saved = state.read(file, self._identity())
         self.clear()
         self._fresh = (-1, -1)
         self.tokens[:] = saved.tokens  # `_mend` shortens them after an interrupt
@@ -633,6 +633,10 @@ class Model:
             self.clear()
             raise error if isinstance(error, OSError) else StateError(str(error)) from error
         return saved.notes
+
+    def _identity(self) -> dict[str, Any]:
+        sidecar = self.sidecar.path if self.sidecar else None
+        return state.identity(self.path, self.options, n_ctx=self.n_ctx, sidecar=sidecar)
 
     # -- for others that use the context -----------------------------------------------------------
 

@@ -13,29 +13,32 @@ import struct
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO
+from pathlib import Path
+from typing import Any, BinaryIO
 
 from swift_gguf.errors import StateError
 from swift_gguf.gguf.identity import profile_key, weights_digest
+from swift_gguf.model.loading import ModelOptions
 from swift_gguf.native import buffer, library
-
-if TYPE_CHECKING:
-    from swift_gguf.model.model import Model
 
 MAGIC = b"swift-gguf state 1\n"
 MAX_HEADER = 1 << 20
 _NUMBER = struct.Struct("<Q")
 
 
-def identity(model: Model) -> dict[str, Any]:
-    """What the state of a model's context depends on, besides its tokens; JSON."""
-    options = model.options
+def identity(
+    path: Path, options: ModelOptions, *, n_ctx: int, sidecar: Path | None
+) -> dict[str, Any]:
+    """What the state of a context depends on, besides its tokens; JSON.
+
+    path, sidecar: of the model and of its draft weights.
+    """
     return {
-        "model": profile_key(model.path, model.sidecar.path if model.sidecar else None),
-        "weights": weights_digest(model.path),
-        "changed": model.path.stat().st_mtime_ns,
+        "model": profile_key(path, sidecar),
+        "weights": weights_digest(path),
+        "changed": path.stat().st_mtime_ns,
         "library": library().build,
-        "n_ctx": model.n_ctx,
+        "n_ctx": n_ctx,
         "n_gpu_layers": options.n_gpu_layers,
         "flash_attn": options.flash_attn,
         "exact_kv": options.exact_kv,

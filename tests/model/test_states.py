@@ -145,10 +145,17 @@ def llama(real: Callable[..., Path]) -> Iterator[Callable[..., Model]]:
     opened = []
 
     def open_(type_k: int, type_v: int) -> Model:
-        options = {"n_ctx": 256, "flash_attn": True, "n_gpu_layers": N_GPU_LAYERS}
-        path = str(real("smollm2-135m"))
         opened.append(
-            Llama(path, type_k=type_k, type_v=type_v, verbose=False, speculation="off", **options)
+            Llama(
+                str(real("smollm2-135m")),
+                n_ctx=256,
+                type_k=type_k,
+                type_v=type_v,
+                flash_attn=True,
+                n_gpu_layers=N_GPU_LAYERS,
+                speculation="off",
+                verbose=False,
+            )
         )
         model = opened[-1].speculation.model
         assert model is not None
@@ -253,7 +260,7 @@ def test_what_llama_cpp_refuses_is_refused(
     model = open_model(tiny("llama", quant="Q8_0"))
     for piece in (b"", b"\0" * 8, b"\1" + b"\0" * 7, b"\xff" * 400):
         file = io.BytesIO()
-        state.write(file, state.identity(model), TEXT, [(len(TEXT), piece)])
+        state.write(file, model._identity(), TEXT, [(len(TEXT), piece)])
         with pytest.raises(StateError, match="restore cells"):
             model.load_state(file)
         assert model.tokens == []

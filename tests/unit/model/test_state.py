@@ -55,7 +55,7 @@ def test_every_damage_is_noticed_before_a_piece_is_handed_out() -> None:
     for place in range(len(data)):
         damaged = bytearray(data)
         damaged[place] ^= 1 << rng.randrange(8)
-        seen = []
+        seen: list[Any] = []
         with pytest.raises(StateError):
             seen.extend(read(io.BytesIO(bytes(damaged)), IDENTITY).pieces)
         assert [(end, bytes(piece)) for end, piece in seen] == PIECES[: len(seen)]
