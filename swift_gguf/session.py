@@ -181,9 +181,10 @@ class Session:
         return Answer(self, prompt, options, max_tokens=max_tokens, decoder=decoder)
 
     def plain_ms(self) -> float | None:
-        """What a token takes by plain decoding, at the present length of the context."""
+        """What a token takes by plain decoding, at the present length of the context; None: not
+        known yet."""
         learning = self.speculation.learning if self.speculation else None
-        return learning.here.verify_ms(1) if learning else None
+        return learning.here.verify_ms(1) if learning and learning.here.is_known else None
 
     def search_when_idle(self, on_step: Callable[[], None] = lambda: None) -> None:
         """From now on, between answers, look for better drafts.

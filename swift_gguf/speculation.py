@@ -31,7 +31,7 @@ from swift_gguf.model import Model, Sublayer
 from swift_gguf.planning import Drafts, Planner
 from swift_gguf.planning.calibration import Adaptive, Calibration
 from swift_gguf.planning.economy import MAX_NODES, PRIORS
-from swift_gguf.planning.planner import WIDE, measured_ms
+from swift_gguf.planning.planner import WIDE
 from swift_gguf.search.drivers import IdleSearch, OnTheFly
 from swift_gguf.search.optimizer import Search, Searcher
 from swift_gguf.search.paper import PaperOptions
@@ -143,7 +143,7 @@ IDLE_HEAD_MS = 40.0
 
 SAVE_EVERY_S = 60.0
 
-NOT_MEASURED = "pass costs are not measured on this machine yet; drafts begin later"
+NOT_TIMED = "drafts begin when two plain passes have been timed"
 
 _log = logging.getLogger("swift_gguf")
 
@@ -166,9 +166,7 @@ class Speculation:
         options: SpeculationOptions | None = None,
         *,
         store: Store | None = None,
-        on_measuring: Callable[[], None] = lambda: None,
     ) -> None:
-        self._on_measuring = on_measuring
         self.options = options or SpeculationOptions()
         self.drafter: Planner | LayerSkip | None = None
         self.learning: Learning | None = None
@@ -204,8 +202,8 @@ class Speculation:
         if isinstance(self.drafter, Planner) and self.options.is_auto:
             if self.enabled:
                 return f"{self._why}: where they pay"
-            is_guess = self.learning is not None and self.learning.costs.is_guess
-            return NOT_MEASURED if is_guess else self.drafter.why_plain
+            is_timed = self.learning is not None and self.learning.here.is_known
+            return self.drafter.why_plain if is_timed else NOT_TIMED
         if self.learning and self.learning.searcher and self._skipping:
             return f"{self._why}: {self._subnetwork}"
         return self._why
@@ -270,7 +268,6 @@ class Speculation:
             self._space() if searches else None,
             store=store,
             with_sidecar=options.sidecar,
-            on_measuring=self._on_measuring,
             options=SearchOptions(
                 paper=options.paper if options.search == "paper" else None,
                 draft_max=options.draft_max or SEARCHED_LENGTH,
@@ -314,7 +311,7 @@ class Speculation:
         drafts = [Drafts(self._skipping, self._draft_ms)] if self._skipping else []
         if draft_model.NAME in others and options.draft_model:
             self._draft_model = DraftModel(options.draft_model, self._model)
-            drafts.append(Drafts(self._draft_model, measured_ms(self._draft_model.model)))
+            drafts.append(Drafts(self._draft_model, self._draft_model_ms(self._draft_model.model)))
         is_fixed = options.fixed or options.p_min is not None
         is_wide = not (is_fixed or options.tree or self._model.only_chains)
         return Planner(
@@ -347,7 +344,12 @@ class Speculation:
         )
         shape = TREES[self.options.tree or "chain"]
         drafter = LayerSkip(self._model, self._subnetwork, policy=policy, shape=shape)
-        drafter.watch(lambda cycle: self._calibration.observe(cycle.tree, cycle.verdict.accepted))
+
+        def watch(cycle: Cycle) -> None:
+            self._calibration.observe(cycle.tree, cycle.verdict.accepted)
+            here.observe(len(cycle.tree) + 1, 1e3 * cycle.verify_s)
+
+        drafter.watch(watch)
         return drafter
 
     def _threshold(self) -> Threshold:
@@ -382,16 +384,19 @@ class Speculation:
             self._idle_windows.text = list(self._model.tokens)
 
     def idle_search(self, *, on_step: Callable[[], None] = lambda: None) -> IdleSearch | None:
-        """A search on the model's live context while the model is idle.
+        """Measures the costs of passes and searches on the model's live context, while the model is
+        idle.  None: there is nothing to measure or to search.
 
         The caller uses the model only inside `IdleSearch.paused`, and closes the search before the
         model.
 
         on_step: called after every step, in the search's thread, while it holds the model.
         """
-        if not self._on_the_fly or self.learning is None or self.learning.searcher is None:
+        learning = self.learning
+        searcher = learning.searcher if learning and self._on_the_fly else None
+        if learning is None or (searcher is None and learning.is_measured):
             return None
-        chunk = max(1, min(IDLE_WINDOW, int(IDLE_HEAD_MS / max(self.learning.costs.head_ms, 1e-3))))
+        chunk = max(1, min(IDLE_WINDOW, int(IDLE_HEAD_MS / max(learning.costs.head_ms, 1e-3))))
         self._idle_windows = Windows(self._model, n=IDLE_WINDOW, chunk=chunk)
         self._idle_windows.first = self._windows.first
         self.end()
@@ -402,11 +407,11 @@ class Speculation:
 
         return IdleSearch(
             self._model,
-            self.learning.searcher,
+            searcher,
             self._idle_windows,
             on_step=step,
-            before=self.learning.look_again,
-            meter=self.learning.meter,
+            before=learning.measure_in_idle,
+            meter=learning.meter,
         )
 
     @property
@@ -437,6 +442,12 @@ class Speculation:
         if self._is_unknown:
             return math.inf
         return self.learning.here.draft_ms(self._subnetwork)
+
+    def _draft_model_ms(self, model: Model) -> Callable[[], float]:
+        """Cost of a pass of a draft model: the target's, by bytes.  `Pace` corrects it."""
+        assert self.learning is not None
+        here, share = self.learning.here, model.n_bytes / max(1, self._model.n_bytes)
+        return lambda: share * here.verify_ms(1)
 
     def _refresh(self) -> None:
         """Switches to the best sub-network that the search knows."""

@@ -109,6 +109,8 @@ def record(model: Model, category: str, prompt: Sequence[int], *, max_tokens: in
 class Prices:
     """Fixed costs; see `economy.Prices`."""
 
+    is_known = True
+
     def __init__(self, costs: Costs) -> None:
         self._ms = [costs.verify_ms(width) for width in range(1, MAX_NODES + 2)]
 

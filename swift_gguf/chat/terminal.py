@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import termios
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from time import perf_counter
 
@@ -53,12 +53,6 @@ class Terminal:
     def error(self, text: str) -> None:
         """Shows an error message."""
         self.console.print(Text(text, style="red"))
-
-    @contextmanager
-    def busy(self, what: str) -> Iterator[Callable[[str], None]]:
-        """Shows a spinner with a text; yields a function that changes the text."""
-        with self.console.status(Text(what, style="dim")) as status:
-            yield lambda now: status.update(Text(now, style="dim"))
 
     def lines(self, lines: Sequence[str]) -> None:
         """See `Screen`."""

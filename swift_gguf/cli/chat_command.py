@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from swift_gguf.chat.conversation import Conversation
     from swift_gguf.chat.terminal import Terminal
     from swift_gguf.model import Model
-
-MEASURING = "measuring the speed of this machine (only once)"
-BUSY = "the machine is busy; its speed will be measured again later"
 
 
 @click.command(
@@ -82,9 +79,7 @@ def chat(model: str, **values: Any) -> None:
     with ExitStack() as stack:
         loaded = stack.enter_context(load_model(model, values))
         conversation = _conversation(loaded, values, variables)
-        with screen.busy("loading") if screen else nullcontext(_say_nothing) as tell:
-            speculation = Speculation(loaded, wanted, on_measuring=lambda: tell(MEASURING))
-        session = stack.enter_context(closing(Session(loaded, speculation)))
+        session = stack.enter_context(closing(Session(loaded, Speculation(loaded, wanted))))
         talk = Chat(session, conversation, screen or Plain(), settings)
         try:
             if screen:
@@ -94,10 +89,6 @@ def chat(model: str, **values: Any) -> None:
                 _answer_lines(talk)
         finally:
             session.save()
-
-
-def _say_nothing(what: str) -> None:
-    """Stands in for the progress line when there is no terminal."""
 
 
 def _conversation(model: Model, values: dict[str, Any], variables: dict[str, Any]) -> Conversation:
@@ -132,9 +123,6 @@ def _talk(talk: Chat, screen: Terminal) -> None:
     from swift_gguf.chat.prompt import Prompt
 
     model = talk.session.model
-    learning = talk.session.speculation.learning if talk.session.speculation else None
-    if learning and learning.costs.is_busy:
-        screen.note(BUSY)
     screen.note(f"{model.description}, {model.n_ctx} tokens of context; /help lists commands")
     with ReadAhead(talk.session, lambda line: begun(talk, line)) as ahead:
         prompt = Prompt(

@@ -68,7 +68,7 @@ def _costs(model: Model) -> Costs:
     from swift_gguf.learning import Learning
 
     learning = Learning(model, None)
-    if not learning.costs.is_sure:
+    if not learning.is_measured:
         learning.measure_costs()
     return learning.costs
 

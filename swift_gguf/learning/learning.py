@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from swift_gguf.interrupts import heard
 from swift_gguf.learning.profile import EMBEDDED, Known, Profile, Seen, Store, embedded
 from swift_gguf.model import Model
 from swift_gguf.planning.cost import WIDTHS, Costs, CostsHere, costs_key, stored_costs
-from swift_gguf.planning.measuring import Budget, Measurement
+from swift_gguf.planning.measuring import Budget, Measurement, estimated
 from swift_gguf.search.drivers import Meter
 from swift_gguf.search.optimizer import Knowledge, Search, Searcher
 from swift_gguf.search.paper import PaperOptions, PaperSearch
@@ -26,10 +26,10 @@ MIN_POSITIONS = 64
 """Results on fewer positions may be luck.  They are kept, but not used yet."""
 
 QUICK_WIDTHS = tuple(width for width in WIDTHS if width <= 8)
-LOOK_S = 2.0
-"""Time for measuring before the first answer."""
-IDLE_LOOK_S = 1.0
-"""Time for measuring between answers, while the search waits."""
+LOOK_S = 1.0
+"""Time of one look in idle time, after which the search has its turn."""
+TRY_S = 0.25
+"""Time to try a sidecar before the first answer."""
 
 
 def space_of(model: Model, *, with_sidecar: bool = True) -> Space | None:
@@ -65,16 +65,14 @@ class SearchOptions:
 class Learning:
     """The profile of a model, the costs of its passes on this machine, and the search.
 
-    Costs are measured when a model first runs on a machine, and when it first has a long context
-    there.  This takes at most `LOOK_S` seconds and leaves the context as it is.  Costs that were
-    not measured in that time, or that were measured while the machine was busy, are measured again
-    in idle time (`look_again`) and at the next start.  Measured costs are in the profile at once,
-    even if the measurement is interrupted.
-
-    on_measuring: called before costs are measured.
+    Where a model never ran on this machine, costs are estimated from the bytes that passes read,
+    and learned from the passes of its answers.  In idle time they are measured, once
+    (`measure_in_idle`).  Measured costs are in the profile at once, even if the measurement is
+    stopped.
 
     Raises:
         UnsupportedModelError: the model cannot remove tokens from its cache.
+        SpoiledError: a sidecar that was never used on this machine gives NaN or infinite logits.
     """
 
     def __init__(
@@ -85,7 +83,6 @@ class Learning:
         store: Store | None = None,
         options: SearchOptions | None = None,
         with_sidecar: bool = True,
-        on_measuring: Callable[[], None] = lambda: None,
     ) -> None:
         options = options or SearchOptions()
         self.store = store or Store()
@@ -103,10 +100,9 @@ class Learning:
         self._may_look = True
         self._latest: Costs | None = None
         costs = stored_costs(model, profile.costs) if profile else None
-        if costs is None or not costs.is_sure:
-            on_measuring()
-            costs = self._measured(QUICK_WIDTHS, rounds=2, known=costs, seconds=LOOK_S)
-        self.here = CostsHere(model, costs)
+        if sidecar and (costs is None or "sidecar" in costs.untimed):
+            self._try_sidecar()
+        self.here = CostsHere(model, costs or estimated(model))
         """The costs at the current length of the context.  The search uses them."""
         self._recycled = profile.recycling if profile else ()
         self.searcher: Searcher | None = None
@@ -138,28 +134,58 @@ class Learning:
 
     @property
     def costs(self) -> Costs:
-        """The measured costs."""
+        """The measured and learned costs."""
         return self.here.measured
 
     def measure_costs(self) -> None:
-        """Measures the costs of passes again, with more rounds."""
+        """Measures the costs of passes, until the times are sure."""
         self.here.update(self._measured(WIDTHS, rounds=3))
+
+    def _try_sidecar(self) -> None:
+        """Runs one pass with the sidecar's weights.  In an answer, damaged ones would end it."""
+        model, sidecar = self._model, self._model.sidecar
+        assert sidecar is not None
+        narrow = SubNetwork(
+            n_layer=model.n_layer,
+            narrow_ffn=sidecar.narrow_layers,
+            draft_head=sidecar.n_head > 0,
+        )
+        n_past = model.n_past
+        try:
+            with Budget(seconds=TRY_S).stopping(model):
+                model.decode(range(min(4, model.room, model.n_vocab)), subnetwork=narrow)
+                model.top(0)
+        finally:
+            if n_past:
+                model.rollback(n_past)
+            else:
+                model.clear()
 
     def begin(self) -> None:
         """Notes that an answer begins.  Costs may be measured again after it."""
         self._may_look = True
 
-    def look_again(self) -> bool:
-        """Measures missing and uncertain costs in idle time.  False: there is nothing to do.
+    @property
+    def is_measured(self) -> bool:
+        """Whether all costs were measured on this machine.  That is done once."""
+        return self.costs.is_sure
 
-        Each call measures for a short time.  On a busy machine there is one call for each answer,
-        because the machine may be busy for long.
+    def measure_in_idle(self) -> bool:
+        """Measures missing and uncertain costs, while nobody waits for the model.  False: there is
+        nothing to do.
+
+        Each call measures for `LOOK_S` at most and leaves the context as it is, but for the logits
+        of the last decode.  The model's stop flag ends it within one operation of a pass.  On a
+        busy machine there is one call for each answer, because the machine may be busy for long.
+
+        Raises:
+            StoppedError: the stop flag is up; what was timed is kept.
         """
-        if self.costs.is_sure or not self._may_look or self._model.room < max(QUICK_WIDTHS):
+        if self.is_measured or not self._may_look or self._model.room < max(QUICK_WIDTHS):
             return False
         known = self.costs
         try:
-            costs = self._measured(QUICK_WIDTHS, rounds=2, known=known, seconds=IDLE_LOOK_S)
+            costs = self._measured(QUICK_WIDTHS, rounds=2, known=known, seconds=LOOK_S)
             self._may_look = costs.n_timed > known.n_timed and not costs.is_busy
         finally:  # the measurement may be stopped
             if self._latest is not None:
@@ -270,6 +296,6 @@ class Learning:
         )
 
     def _by_key(self, costs: Costs) -> dict[str, dict[str, Any]]:
-        if "passes" in costs.untimed:
-            return {}  # there are only estimates
+        if costs.is_estimate:
+            return {}
         return {costs_key(self._model, costs): costs.as_dict()}

@@ -1,25 +1,29 @@
 """What forward passes cost on this machine, in milliseconds.
 
-Costs are measured for every width, not derived from sizes: they do not even grow with the width
+Costs are timed for every width, not derived from sizes: they do not even grow with the width
 everywhere (repacked matrices are multiplied in groups of rows; the head is often not batched).
+Until a pass was timed, its cost is estimated from the bytes that it reads.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from itertools import chain, pairwise
+from statistics import median_low
 from typing import Any
 
+from swift_gguf import __version__
 from swift_gguf.errors import SubnetworkError
 from swift_gguf.model import Model
 from swift_gguf.native import library
 from swift_gguf.subnetwork import SubNetwork
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
-LONG_CONTEXT = 1024  # tokens; from here on, attention takes enough time to be measured
 PARTS = ("passes", "sub-layers", "sidecar", "rows", "switch")
 """Parts of a measurement."""
 
@@ -45,6 +49,8 @@ class Costs:
     """The logits of one row in a one-token pass."""
     n_kv: int
     """Context length of the measurement, in tokens."""
+    more_ms: float = 0.0
+    """What each token after the first adds to a pass, as long as only one token was timed."""
     row_ms: float = 0.0
     """The logits of one more row, in a pass of several tokens."""
     switch_ms: float = 0.0
@@ -69,7 +75,7 @@ class Costs:
         if not self.ffn_ms or len({len(kind) for kind in layers}) != 1:
             raise ValueError("times of different numbers of layers, or of none")
         times = [ms for _, ms in self.pass_ms]
-        single = (self.head_ms, self.row_ms, self.switch_ms, self.draft_head_ms)
+        single = (self.head_ms, self.more_ms, self.row_ms, self.switch_ms, self.draft_head_ms)
         if len(self.narrow_ms) not in (0, self.n_layer):
             raise ValueError("times of narrow FFNs for another number of layers")
         if not all(0 <= ms < math.inf for ms in chain(times, single, self.narrow_ms, *layers)):
@@ -95,9 +101,10 @@ class Costs:
         return len(self.pass_ms) - len(self.untimed)
 
     @property
-    def is_guess(self) -> bool:
-        """Whether the cost of several tokens is unknown; each then counts as one full pass."""
-        return self.is_provisional and len(self.pass_ms) == 1
+    def is_estimate(self) -> bool:
+        """Whether not even a pass of one token was timed.  Costs are right relative to each other,
+        as far as bytes tell."""
+        return "passes" in self.untimed
 
     @property
     def is_sure(self) -> bool:
@@ -127,12 +134,13 @@ class Costs:
         """A full pass of `width` tokens with logits for every row.
 
         Linear between measured widths.  Beyond the last one, the slope is that of the last two
-        widths or the average slope, whichever is larger.
+        widths or the average slope, whichever is larger.  With a single width, it is `more_ms`.
         """
         if width < 1:
             raise ValueError(f"a pass of {width} tokens")
-        # With a single measured width, each further token costs as much as the first.
-        points = [(0, 0.0), *self.pass_ms]
+        points = self.pass_ms
+        if width == 1 or len(points) == 1:
+            return points[0][1] + (width - 1) * self.more_ms
         right = min(bisect_left(points, (width, 0.0)), len(points) - 1)
         (low, low_ms), (high, high_ms) = points[right - 1 : right + 1]
         slope = (high_ms - low_ms) / (high - low)
@@ -157,6 +165,30 @@ class Costs:
             ),
             n_kv=n_kv,
         )
+
+    def scaled(self, factor: float) -> Costs:
+        """All times, that many times as long."""
+
+        def layers(times: tuple[float, ...]) -> tuple[float, ...]:
+            return tuple(factor * ms for ms in times)
+
+        return replace(
+            self,
+            pass_ms=tuple((width, factor * ms) for width, ms in self.pass_ms),
+            attention_ms=layers(self.attention_ms),
+            ffn_ms=layers(self.ffn_ms),
+            kv_ms=layers(self.kv_ms),
+            narrow_ms=layers(self.narrow_ms),
+            head_ms=factor * self.head_ms,
+            more_ms=factor * self.more_ms,
+            row_ms=factor * self.row_ms,
+            switch_ms=factor * self.switch_ms,
+            draft_head_ms=factor * self.draft_head_ms,
+        )
+
+    def with_pass(self, width: int, ms: float) -> Costs:
+        """With the time of a full pass of this width, in place of an earlier one."""
+        return replace(self, pass_ms=tuple(sorted((dict(self.pass_ms) | {width: ms}).items())))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON types, for `from_dict`."""
@@ -189,6 +221,7 @@ class Costs:
             kv_ms=tuple(_real(ms) for ms in _list(values["kv_ms"])),
             head_ms=_real(values["head_ms"]),
             n_kv=_whole(values["n_kv"]),
+            more_ms=_real(values["more_ms"]),
             row_ms=_real(values["row_ms"]),
             switch_ms=_real(values["switch_ms"]),
             narrow_ms=tuple(_real(ms) for ms in _list(values["narrow_ms"])),
@@ -222,15 +255,23 @@ def _real(value: object) -> float:
 
 
 class CostsHere:
-    """The costs at the current context length, corrected by live timings.
+    """The costs at the current context length, learned from live passes and corrected by them.
 
-    There are three corrections, all factors: the speed of all passes (the machine is busy, or
-    hot), the cost of several tokens relative to one (faster memory helps a single token most), and
-    the cost of each width relative to both.
+    What nobody has timed yet is learned: the time of a width is the lower median of its first
+    `FEW` passes, as other programs only ever add time.  The first two plain passes also set the
+    scale of all that is estimated from bytes.
+
+    After that there are three corrections, all factors: the speed of all passes (the machine is
+    busy, or hot), the cost of several tokens relative to one (faster memory helps a single token
+    most), and the cost of each width relative to both.
     """
 
     STEP = 256  # tokens; llama.cpp pads what attention reads to a multiple of this
     MAX_WIDTH = 65
+    FEW = 5
+    """Passes from which the time of a width is learned."""
+    PLAIN = 2
+    """Plain passes after which their time is known."""
     KEPT = 255 / 256  # per one-token pass, so that a width that was given up is tried again
     NOISE = 0.3  # a larger surprise counts as this much: it may be a hiccup; natural logarithm
     LOADED = math.log(1.25)  # slower than measured by this much: other programs use the machine
@@ -244,12 +285,18 @@ class CostsHere:
         self._costs = costs
         self._speed = self._together = 0.0  # natural logarithms of the corrections
         self._beside: dict[int, float] = {}
+        self._first_ms: dict[int, list[float]] = {}  # of widths that are being learned
         self._set(costs)
 
     @property
     def measured(self) -> Costs:
-        """The measured costs, without corrections."""
+        """The measured and learned costs, without corrections."""
         return self._costs
+
+    @property
+    def is_known(self) -> bool:
+        """Whether plain passes were timed: costs are milliseconds, not only shares of a pass."""
+        return not self._costs.is_estimate
 
     def _set(self, costs: Costs) -> None:
         self._at = costs
@@ -286,7 +333,7 @@ class CostsHere:
     def observe(self, width: int, ms: float) -> None:
         """A full pass of `width` tokens, all with logits, took `ms`."""
         self._now()
-        if not 1 <= width <= self.MAX_WIDTH or ms <= 0.0:
+        if not 1 <= width <= self.MAX_WIDTH or ms <= 0.0 or self._learns(width, ms):
             return
         surprise = math.log(ms / self._table[width])
         surprise = max(-self.NOISE, min(self.NOISE, surprise))
@@ -299,6 +346,34 @@ class CostsHere:
             self._beside[width] = self._beside.get(width, 0.0) + surprise / 32
             self._speed += surprise / 64
         self._correct()
+
+    def _learns(self, width: int, ms: float) -> bool:
+        """Learns the time of a width that nobody has timed, from its first passes.  False: it is
+        known, and can only be corrected."""
+        is_timed = width in dict(self._costs.pass_ms) if width > 1 else self.is_known
+        if width not in self._first_ms and is_timed:
+            return False
+        if width > 1 and not self.is_known:
+            return True  # of no use alone: what counts is the time relative to a plain pass
+        seen = self._first_ms.setdefault(width, [])
+        if len(seen) == self.FEW:
+            return False
+        # the corrections are applied to it later
+        seen.append(ms / self._factor / (math.exp(self._together) if width > 1 else 1.0))
+        known_ms = median_low(seen)
+        if width > 1:
+            here = self._at.with_pass(width, known_ms).at(self._costs.n_kv)
+            self._costs = self._costs.with_pass(width, dict(here.pass_ms)[width])
+        elif self.is_known:
+            here = self._at.with_pass(1, known_ms).at(self._costs.n_kv)
+            self._costs = self._costs.with_pass(1, here.pass_ms[0][1])
+        else:
+            self._costs = self._costs.scaled(known_ms / self._at.pass_ms[0][1])
+            if len(seen) == self.PLAIN:
+                untimed = tuple(part for part in self._costs.untimed if part != "passes")
+                self._costs = replace(self._costs, untimed=untimed)
+        self._set(self._costs)
+        return True
 
     def refreshed(self) -> Costs:
         """The measured costs with the corrections by width.  Without them while other programs use
@@ -317,12 +392,20 @@ class CostsHere:
 
 def machine_key(model: Model) -> str:
     """What costs depend on besides the model and the context length: backend, offloaded layers,
-    threads, flash attention."""
+    threads, flash attention; and by a digest, the processor and the versions of the library."""
     gpus = [device.name for device in library().devices() if device.is_gpu]
     n_layers = model.options.n_gpu_layers
     backend = f"{gpus[0]}-{n_layers}l" if gpus and n_layers != 0 else "cpu"
     no_flash = "-nofa" if model.options.flash_attn is False else ""
-    return f"{backend}-{model.n_threads}t{no_flash}"
+    return f"{backend}-{model.n_threads}t{no_flash}-{_digest()}"
+
+
+@cache
+def _digest() -> str:
+    """Of the processor and the GPUs, llama.cpp's commit and our version."""
+    devices = [device.description for device in library().devices()]
+    parts = [*devices, library().llama_commit, __version__]
+    return hashlib.blake2b(repr(parts).encode(), digest_size=3).hexdigest()
 
 
 def context_bucket(n_kv: int) -> int:
@@ -342,8 +425,7 @@ NEAR = 2
 def stored_costs(model: Model, profile_costs: Mapping[str, Mapping[str, Any]]) -> Costs | None:
     """The costs in a profile that were measured on this machine at the nearest context length.
 
-    None if there are none.  Also None if the context is long, the costs are from a much shorter
-    one (whose attention takes less), and there is room to measure.
+    None if there are none.
     """
     prefix = f"{machine_key(model)}@"
     measured = [
@@ -351,15 +433,9 @@ def stored_costs(model: Model, profile_costs: Mapping[str, Mapping[str, Any]]) -
     ]
     n_past = model.n_past
 
-    def distance(costs: Costs) -> float:
-        return abs(math.log2(context_bucket(costs.n_kv) / context_bucket(n_past)))
-
     def rank(costs: Costs) -> tuple[float, ...]:
         """Nearby context lengths differ by less than the error of a quick measurement."""
-        is_far = distance(costs) > NEAR
-        return (distance(costs) if is_far else 0.0, -costs.trust, distance(costs))
+        distance = abs(math.log2(context_bucket(costs.n_kv) / context_bucket(n_past)))
+        return (distance if distance > NEAR else 0.0, -costs.trust, distance)
 
-    nearest = min(measured, key=rank, default=None)
-    if nearest and n_past >= LONG_CONTEXT and distance(nearest) > 1 and model.room:
-        return None
-    return nearest
+    return min(measured, key=rank, default=None)

@@ -41,6 +41,11 @@ PRIORS = {
 class Prices(Protocol):
     """What passes cost at the current context length; see `cost.CostsHere`."""
 
+    @property
+    def is_known(self) -> bool:
+        """Whether plain passes were timed."""
+        ...
+
     def verify_ms(self, width: int) -> float:
         """A full pass of `width` tokens with logits for every row."""
         ...
@@ -193,6 +198,7 @@ class Pace:
 
     def __init__(self) -> None:
         self._log = 0.0
+        self._n = 0
 
     @property
     def factor(self) -> float:
@@ -202,7 +208,9 @@ class Pace:
         """Passes took `took_ms`; those that stopped early hardly count."""
         if 0.0 < expected_ms < math.inf and took_ms > 0.0:
             surprise = math.log(took_ms / expected_ms)
-            self._log += max(-self.NOISE, min(self.NOISE, surprise)) / 16
+            self._n += 1  # what is expected at first may be an estimate
+            share = max(1 / 16, 1 / (self._n + 1))
+            self._log += max(-self.NOISE, min(self.NOISE, surprise)) * share
             self._log = max(-self.NOISE, self._log)
 
     def rest(self) -> None:

@@ -22,7 +22,10 @@ BUSY = 0.15
 """The machine is busy if threads waited for a CPU for more than this share of the fastest passes'
 time."""
 GUESSED_BYTES_PER_MS = 1e7
-"""Memory speed of an ordinary machine; used only if not even one pass was timed."""
+"""Memory speed of an ordinary machine; used only until a pass was timed."""
+MORE = 0.5
+"""What each token after the first adds to a pass, in passes, until that was timed.  Most machines
+need less (.1 to .3), and a few need more: with this, only likely tokens are drafted at first."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,15 @@ def measure(
     return measurement.costs()
 
 
+def estimated(model: Model) -> Costs:
+    """Costs from the bytes that passes read.  Nothing is timed.
+
+    Raises:
+        UnsupportedModelError: the model cannot take tokens back.
+    """
+    return Measurement(model).costs()
+
+
 class Measurement:
     """Forward passes at the end of the current context, timed and rolled back.
 
@@ -108,7 +120,6 @@ class Measurement:
     known: an earlier provisional measurement to continue.
 
     Raises:
-        ContextFullError: not even one token fits.
         UnsupportedModelError: the model cannot take tokens back.
         ValueError: there are widths below 1.
     """
@@ -122,12 +133,7 @@ class Measurement:
             )
         if min(widths, default=1) < 1:
             raise ValueError("a pass of no tokens")
-        room = min(model.room, model.n_batch)
-        if room < 1:
-            raise ContextFullError(
-                f"no room to measure in a full context of {model.n_ctx} tokens; "
-                "use a larger --ctx-size or a shorter prompt"
-            )
+        room = max(1, min(model.room, model.n_batch))
         self._model = model
         self._known = known.at(model.n_past) if known and not known.is_busy else None
         self._attention, self._ffn = attention, ffn = model.sublayers
@@ -176,10 +182,16 @@ class Measurement:
         May be interrupted; times measured until then are kept.
 
         Raises:
+            ContextFullError: not even one token fits.
             ValueError: the context is empty, or there are no rounds.
         """
         if rounds < 1 or self._model.n_past < 1:
             raise ValueError("measure with tokens in the context, in at least one round")
+        if self._model.room < 1:
+            raise ContextFullError(
+                f"no room to measure in a full context of {self._model.n_ctx} tokens; "
+                "use a larger --ctx-size or a shorter prompt"
+            )
         with budget.stopping(self._model):
             for number in range(3 * rounds):
                 if number >= rounds and self._is_sure():
@@ -276,6 +288,7 @@ class Measurement:
             ),
             head_ms=(full_ms - saved) * rest.head_bytes / rest_bytes if rest_bytes else 0.0,
             n_kv=model.n_past,
+            more_ms=full_ms * _more(model, full_bytes),
             row_ms=max(0.0, rows_ms) / max(1, more_rows),
             switch_ms=max(0.0, ms.get(self._switch, full_ms) - full_ms),
             narrow_ms=_spread_narrow(max(0.0, full_ms - narrow), ffn, model),
@@ -374,10 +387,17 @@ def _spread(total_ms: float, sublayers: Sequence[Sublayer], model: Model) -> tup
     return tuple(total_ms * part / all_bytes for part in n_bytes)
 
 
-def _pass_bytes(model: Model, subnetwork: SubNetwork | None) -> float:
-    """Bytes that a one-token pass reads."""
-    cost = model.pass_cost(subnetwork)
+def _pass_bytes(model: Model, subnetwork: SubNetwork | None, *, n_tokens: int = 1) -> float:
+    """Bytes that a pass of `n_tokens` reads."""
+    cost = model.pass_cost(subnetwork, n_tokens=n_tokens)
     return float(cost.weight_bytes + cost.kv_bytes)
+
+
+def _more(model: Model, full_bytes: float) -> float:
+    """What a second token is thought to add to a pass, in passes.  A mixture of experts reads other
+    experts for it."""
+    more_bytes = _pass_bytes(model, None, n_tokens=2) - full_bytes
+    return min(1.0, MORE + max(0.0, more_bytes / full_bytes if full_bytes else 0.0))
 
 
 def _kv_bytes_per_token(sublayer: Sublayer, model: Model) -> float:

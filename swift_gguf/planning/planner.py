@@ -33,20 +33,6 @@ class Drafts:
     cost_ms: Callable[[], float]
 
 
-def measured_ms(model: Model) -> Callable[[], float]:
-    """The cost of a one-token pass of a model, measured once, now."""
-    if not model.tokens:
-        model.decode([0])
-    n_past, fastest = model.n_past, math.inf
-    for _ in range(4):
-        start = perf_counter()
-        model.decode([0])
-        model.top(0)
-        fastest = min(fastest, perf_counter() - start)
-        model.rollback(n_past)
-    return lambda: 1e3 * fastest
-
-
 class Planner:
     """Drafts from the sources that promise most tokens per second, or decodes plainly.
 
@@ -145,6 +131,8 @@ class Planner:
         credit = math.inf if self._forced else self.guard.credit
         self._credit_ms = credit * self.economy.plain_ms
         n_max = self.economy.affordable(n_max, self._credit_ms)
+        if not self._prices.is_known and self._fixed is None:
+            n_max = 0  # the first passes of all tell what plain decoding takes
         self._n_max = n_max
         if n_max == 0:
             self._look_up(Tree(), ROOT)  # to judge the offers all the same

@@ -106,6 +106,8 @@ class OnTheFly:
 class IdleSearch:
     """Runs steps in a thread of its own while the model is idle, on the text in its context.
 
+    searcher: None: there is only other work (`before`).
+
     All other use of the model is inside `paused`.  The model's stop flag ends the current forward
     pass within one operation.  The text in the context does not change.
 
@@ -118,7 +120,7 @@ class IdleSearch:
     def __init__(
         self,
         model: Model,
-        searcher: Searcher,
+        searcher: Searcher | None,
         window: Callable[[], TextWindow | None],
         *,
         on_step: Callable[[], None] = lambda: None,
@@ -220,12 +222,13 @@ class IdleSearch:
         """Runs a step.  False: there is nothing to do on this text."""
         if self._before():
             return True
-        window = None if self._searcher.done else self._window()
-        if window is None:
+        searcher = self._searcher
+        window = None if searcher is None or searcher.done else self._window()
+        if searcher is None or window is None:
             return False
         start = perf_counter()
         try:
-            self._searcher.step(window)
+            searcher.step(window)
         finally:
             self.meter.seconds += perf_counter() - start
         self.meter.steps += 1

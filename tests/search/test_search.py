@@ -252,6 +252,8 @@ def learn(model: Model, store: Store, *, steps: int = 120) -> tuple[Speculation,
     speculation = Speculation(model, SpeculationOptions(mode="layer-skip"), store=store)
     assert speculation.learning is not None
     assert speculation.learning.searcher is not None
+    assert speculation.learning.measure_in_idle()
+    assert model.n_past == 0
     converse(model, speculation)
     write(model)
     for window in windows_of(model, steps):
@@ -269,7 +271,7 @@ def test_what_one_run_learned_the_next_begins_with(
     speculation, first = learn(model, store)
     at_once = store.load(fingerprint(model.path))
     assert at_once is not None
-    assert list(at_once.costs.values()) == [first.costs.as_dict()]
+    assert [Costs.from_dict(costs).is_sure for costs in at_once.costs.values()] == [True]
     assert not at_once.known
     speculation.save()
     stored = store.load(fingerprint(model.path))
@@ -289,10 +291,12 @@ def test_what_one_run_learned_the_next_begins_with(
         pytest.fail("the costs are known already")
 
     monkeypatch.setattr(learning, "Measurement", refuse)
+    monkeypatch.setattr(learning, "estimated", refuse)
     options = SpeculationOptions(mode="layer-skip")
     later = Speculation(with_no_ops(load), options, store=Store(tmp_path))
     assert later.learning is not None
     assert later.learning.costs == first.here.refreshed()
+    assert not later.learning.measure_in_idle()
     assert later.learning.best == stored.known[0].subnetwork
     assert later.why == f"layer-skip (found by search): {later.learning.best}"
     assert later.learning.best_known is not None
@@ -309,14 +313,14 @@ def test_what_one_run_learned_the_next_begins_with(
 def test_costs_of_a_busy_machine_are_measured_again(
     load: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, waited, told = Store(tmp_path), 0.0, list[bool]()
+    store, waited = Store(tmp_path), 0.0
 
     def wait() -> float:
         nonlocal waited
         return waited
 
     def learning_of(model: Model) -> Learning:
-        return Learning(model, None, store=store, on_measuring=lambda: told.append(True))
+        return Learning(model, None, store=store)
 
     def count_time() -> float:
         nonlocal waited
@@ -326,24 +330,24 @@ def test_costs_of_a_busy_machine_are_measured_again(
     monkeypatch.setattr(learning, "Budget", partial(Budget, waited=wait, clock=count_time))
     model, is_busy = with_no_ops(load), True
     first = learning_of(model)
+    assert first.costs.is_estimate
+    assert first.measure_in_idle()
     assert first.costs.is_busy
     first.save()
-    again = learning_of(model)  # still busy
-    assert again.costs.is_busy
-    assert again.costs != first.costs
+    again = learning_of(model)
+    assert again.costs == first.costs
     write(model)
-    assert again.look_again()
-    assert not again.look_again()  # not before the next answer
+    assert again.measure_in_idle()  # still busy
+    assert again.costs.is_busy
+    assert not again.measure_in_idle()  # not before the next answer
     is_busy = False
     again.begin()
-    assert again.look_again()
+    assert again.measure_in_idle()
     assert again.costs.is_sure
     again.begin()
-    assert not again.look_again()
-    assert len(told) == 2
+    assert not again.measure_in_idle()
     model.clear()
     quiet = learning_of(model)
-    assert len(told) == 2
     assert quiet.costs == again.costs
     first.save()  # what was measured under load comes last, and is not what stays
     assert learning_of(model).costs == again.costs
@@ -362,11 +366,59 @@ def test_what_was_measured_is_kept_also_if_that_is_interrupted(
 
     monkeypatch.setattr(learning, "Budget", partial(Budget, clock=tick))
     model, store = with_no_ops(load), Store(tmp_path)
+    learned = Learning(model, None, store=store)
     with pytest.raises(KeyboardInterrupt):
-        Learning(model, None, store=store)
+        learned.measure_in_idle()
     assert model.n_past == 0
     stored = store.load(fingerprint(model.path))
     assert (stored is not None) == (number >= 5)
+    assert learned.costs.is_estimate == (number < 5)
+
+
+def test_nothing_is_timed_before_the_first_answer_and_its_passes_tell_what_they_cost(
+    load: Opener, tmp_path: Path
+) -> None:
+    model, store = with_no_ops(load), Store(tmp_path)
+    speculation = Speculation(model, store=store)
+    assert model.n_passes == 0
+    assert speculation.learning is not None
+    assert speculation.why == NOT_TIMED
+    converse(model, speculation, 2)
+    assert speculation.learning.costs.is_estimate
+    converse(model, speculation)
+    costs = speculation.learning.costs
+    assert not costs.is_estimate
+    assert not costs.is_sure
+    speculation.save()
+    again = Speculation(model, store=store)
+    assert again.learning is not None
+    assert not again.learning.costs.is_estimate
+    assert again.learning.costs.pass_ms[0][0] == 1
+    assert again.learning.measure_in_idle()
+    assert again.learning.costs.is_sure
+
+
+def test_idle_measuring_stops_at_once_and_goes_on_later(load: Opener, tmp_path: Path) -> None:
+    """Also where there is nothing to search; and the text in the context stays as it is."""
+    model, options = with_no_ops(load), SpeculationOptions(mode="ngram")
+    speculation = Speculation(model, options, store=Store(tmp_path))
+    write(model)
+    text = list(model.tokens)
+    idle = speculation.idle_search()
+    assert idle is not None
+    assert speculation.learning is not None
+    waits, deadline = [], time.monotonic() + 60
+    with idle:
+        while not speculation.learning.is_measured:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+            speculation.learning.begin()  # a busy machine: look again
+            start = time.perf_counter()
+            with idle.paused():
+                waits.append(time.perf_counter() - start)
+                assert model.tokens == text
+    assert sorted(waits)[len(waits) // 2] < 0.05
+    assert speculation.idle_search() is None  # once and never again
 
 
 def test_two_runs_add_up(load: Opener, tmp_path: Path) -> None:

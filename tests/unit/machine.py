@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -19,7 +19,8 @@ from swift_gguf.drafting.passes import Passes
 from swift_gguf.drafting.source import Cycle
 from swift_gguf.drafting.tree import ROOT, Offer, Tree
 from swift_gguf.drafting.verification import verify
-from swift_gguf.planning.cost import WIDTHS, Costs, CostsHere
+from swift_gguf.planning.cost import PARTS, WIDTHS, Costs, CostsHere
+from swift_gguf.planning.measuring import MORE
 from swift_gguf.planning.planner import Drafts, Planner
 
 PROMPT_N = 8
@@ -147,6 +148,7 @@ class Machine:
     measured: what the costs were when they were measured; None: as they are.
     priced_ms: what a source's pass is believed to take; None: what it takes.
     stall_ms: what drafts are observed to take beside that.
+    is_cold: nothing was timed when it begins: costs are estimates.
     """
 
     curve: Callable[[int], float]
@@ -160,6 +162,7 @@ class Machine:
     measured: Callable[[int], float] | None = None
     priced_ms: float | None = None
     stall_ms: float = 0.0
+    is_cold: bool = False
 
     def __post_init__(self) -> None:
         self.model = FakeTarget(self.passes)
@@ -175,6 +178,10 @@ class Machine:
             head_ms=0.0,
             n_kv=256,
         )
+        if self.is_cold:
+            costs = replace(
+                costs, pass_ms=((1, 3.0),), more_ms=3.0 * MORE, is_provisional=True, untimed=PARTS
+            )
         model: Any = self.model
         self.prices = CostsHere(model, costs)
         drafts = []

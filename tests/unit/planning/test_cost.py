@@ -149,7 +149,9 @@ class TimedModel:
     def rollback(self, n_past: int) -> None:
         del self.tokens[n_past:]
 
-    def pass_cost(self, subnetwork: SubNetwork | None = None) -> SimpleNamespace:
+    def pass_cost(
+        self, subnetwork: SubNetwork | None = None, *, n_tokens: int = 1
+    ) -> SimpleNamespace:
         n_bytes = 100
         if subnetwork:
             n_bytes -= 10 * bool(subnetwork.skip_attn) + 20 * bool(subnetwork.skip_ffn)
@@ -379,6 +381,7 @@ def costs(draw: st.DrawFn) -> Costs:
         ffn_ms=draw(times),
         kv_ms=draw(times),
         head_ms=draw(MS),
+        more_ms=draw(MS),
         n_kv=draw(st.integers(0, 1 << 20)),
         row_ms=draw(MS),
         switch_ms=draw(MS),
@@ -444,8 +447,8 @@ def test_lines_between_the_widths() -> None:
     assert SOME.verify_ms(8) == pytest.approx(14 + 4 * (14 - 10) / 4)  # the last step fell
     rising = replace(SOME, pass_ms=((1, 10.0), (2, 12.0), (4, 18.0)))
     assert rising.verify_ms(10) == pytest.approx(36)
-    alone = replace(SOME, pass_ms=((1, 10.0),))
-    assert [alone.verify_ms(width) for width in (1, 3)] == pytest.approx([10, 30])
+    alone = replace(SOME, pass_ms=((1, 10.0),), more_ms=6.0)
+    assert [alone.verify_ms(width) for width in (1, 3)] == pytest.approx([10, 22])
     with pytest.raises(ValueError):
         SOME.verify_ms(0)
 
@@ -478,6 +481,7 @@ def test_a_sub_network_of_another_model_has_no_cost() -> None:
         {"ffn_ms": 3.0},
         {"head_ms": -1.0},
         {"head_ms": None},
+        {"more_ms": -1.0},
         {"row_ms": -1.0},
         {"row_ms": math.nan},
         {"switch_ms": math.inf},
@@ -511,11 +515,9 @@ def test_something_else_is_refused(values: Any) -> None:
 # -- where they are kept ---------------------------------------------------------------------------
 
 
-def loaded(
-    n_past: int, *, n_threads: int = 2, flash_attn: bool | None = None, room: int = 64
-) -> Model:
+def loaded(n_past: int, *, n_threads: int = 2, flash_attn: bool | None = None) -> Model:
     options = SimpleNamespace(n_gpu_layers=0, flash_attn=flash_attn)
-    model = SimpleNamespace(options=options, n_threads=n_threads, n_past=n_past, room=room)
+    model = SimpleNamespace(options=options, n_threads=n_threads, n_past=n_past)
     return cast(Model, model)
 
 
@@ -548,11 +550,7 @@ def test_the_nearest_context_counts() -> None:
     assert n_kv(1800, 32, 2000) == 2000
     assert n_kv(0, 5000) == 5000
     assert n_kv(0) is None
-    # a long context has measurements of its own
-    assert n_kv(1000, 32) == 32
-    assert n_kv(1025, 1000) == 1000
-    assert n_kv(1025, 32) is None
-    assert stored_costs(loaded(1025, room=0), kept(32)) is not None  # where none can be had
+    assert n_kv(5000, 32, 1000) == 1000
 
 
 def test_costs_of_another_machine_are_not_ours() -> None:

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -18,16 +19,24 @@ from swift_gguf.learning.learning import QUICK_WIDTHS
 from swift_gguf.learning.profile import Profile
 from swift_gguf.model.model import Model
 from swift_gguf.planning.cost import Costs, CostsHere
-from swift_gguf.planning.measuring import Measurement
+from swift_gguf.planning.measuring import MORE, Measurement, estimated
 from swift_gguf.planning.waiting import waited_s
 from swift_gguf.subnetwork import SubNetwork
-from tests.unit.planning.test_cost import PASS_MS, SOME, TEXT, TimedModel, budget, measured
+from tests.unit.planning.test_cost import (
+    PASS_MS,
+    SOME,
+    TEXT,
+    TimedModel,
+    budget,
+    measured,
+    sublayer,
+)
 
 SIDECAR = Sidecar(path=Path("x"), n_narrow=(8, 0, 8), n_head=100)
 
 
 def hurried(model: TimedModel, seconds: float = math.inf, *, known: Costs | None = None) -> Costs:
-    """As before the first prompt."""
+    """As in idle time."""
     model.stop_s = model.now_s + seconds
     measurement = Measurement(cast(Model, model), widths=QUICK_WIDTHS, known=known)
     measurement.run(budget(model, seconds), rounds=2)
@@ -93,12 +102,129 @@ def test_what_there_was_no_time_for_is_taken_from_the_bytes_or_the_widths_beside
     assert (costs.row_ms, costs.switch_ms) == (0, 0)
 
 
-def test_several_tokens_cost_as_many_passes_until_more_is_known() -> None:
+def test_what_several_tokens_cost_is_estimated_until_one_such_pass_was_timed() -> None:
     for seconds in (0.01, 0.2):
         costs = hurried(TimedModel(), seconds)
-        assert costs.is_guess
-        assert costs.verify_ms(3) == pytest.approx(3 * costs.verify_ms(1))
-    assert not hurried(TimedModel(), 0.5).is_guess
+        assert widths(costs) == [1]
+        assert costs.verify_ms(3) == pytest.approx((1 + 2 * MORE) * costs.verify_ms(1))
+        assert costs.is_estimate == (seconds < 0.1)
+    assert widths(hurried(TimedModel(), 0.5)) == [1, 2]
+
+
+# -- estimates -------------------------------------------------------------------------------------
+
+
+def test_estimates_run_no_pass_and_grow_with_the_width() -> None:
+    model = calm()
+    costs = estimated(cast(Model, model))
+    assert model.passes == []
+    assert costs.is_estimate
+    assert not costs.is_sure
+    assert costs.untimed == ("passes", "rows", "sidecar", "sub-layers", "switch")
+    by_width = [costs.verify_ms(width) for width in range(1, 40)]
+    assert by_width == sorted(by_width)
+    # careful: most machines need less, and no machine needs more than a pass a token
+    assert by_width[1] / by_width[0] == pytest.approx(1.5)
+    # relative to a pass, by bytes: 100 of the weights, 10 of the cache
+    everything = SubNetwork(n_layer=3, skip_attn=frozenset(range(3)), skip_ffn=frozenset(range(3)))
+    assert costs.draft_ms(everything) / by_width[0] == pytest.approx(80 / 110)
+
+
+@pytest.mark.parametrize(("more_bytes", "share"), [(0, 0.5), (22, 0.7), (110, 1.0)])
+def test_a_mixture_of_experts_reads_more_for_more_tokens(more_bytes: int, share: float) -> None:
+    class Mixture(TimedModel):
+        def pass_cost(
+            self, subnetwork: SubNetwork | None = None, *, n_tokens: int = 1
+        ) -> SimpleNamespace:
+            cost = super().pass_cost(subnetwork)
+            cost.weight_bytes += more_bytes * (n_tokens - 1)
+            return cost
+
+    costs = estimated(cast(Model, Mixture()))
+    assert costs.verify_ms(2) / costs.verify_ms(1) == pytest.approx(1 + share)
+
+
+def test_estimates_need_no_room() -> None:
+    assert estimated(cast(Model, TimedModel(n_ctx=len(TEXT)))).is_estimate
+
+
+# -- learned from live passes ----------------------------------------------------------------------
+
+
+def live(costs: Costs | None = None) -> CostsHere:
+    model = TimedModel()
+    return CostsHere(cast(Any, model), costs or estimated(cast(Model, model)))
+
+
+def test_two_plain_passes_set_the_scale() -> None:
+    here = live()
+    shares = [here.verify_ms(width) / here.verify_ms(1) for width in (2, 5)]
+    draft_share = here.draft_ms(SubNetwork.uniform(3)) / here.verify_ms(1)
+    here.observe(4, 154.0)  # alone it tells nothing
+    here.observe(1, 95.0)
+    assert not here.is_known
+    here.observe(1, 300.0)  # a hiccup
+    assert here.is_known
+    assert here.verify_ms(1) == pytest.approx(95)
+    assert [here.verify_ms(width) / 95 for width in (2, 5)] == pytest.approx(shares)
+    assert here.draft_ms(SubNetwork.uniform(3)) / 95 == pytest.approx(draft_share)
+    assert not here.measured.is_estimate
+    assert not here.measured.is_sure
+
+
+def test_widths_are_learned_as_they_are_used() -> None:
+    here = live()
+    for _ in range(CostsHere.FEW):
+        here.observe(1, 95.0)
+    assert widths(here.measured) == [1]
+    here.observe(4, 154.0)
+    assert here.verify_ms(4) == pytest.approx(154)
+    assert here.verify_ms(2) == pytest.approx(95 + (154 - 95) / 3)
+    for ms in (900.0, 150.0, 800.0, 700.0):  # the lower median of all five
+        here.observe(4, ms)
+    assert here.verify_ms(4) == pytest.approx(700)
+    assert widths(here.measured) == [1, 4]
+    before = here.verify_ms(4)
+    here.observe(4, 90.0)  # from now on, corrections alone
+    assert 0.9 * before < here.verify_ms(4) < before
+
+
+def test_what_is_measured_is_corrected_and_not_learned_anew() -> None:
+    costs = hurried(calm())
+    here = live(costs)
+    here.observe(4, 900.0)
+    assert here.verify_ms(4) < 1.1 * costs.verify_ms(4)
+    assert here.measured == costs
+    here.observe(12, 320.0)  # that width was not measured
+    assert here.verify_ms(12) == pytest.approx(320)
+
+
+def test_what_was_learned_is_kept_and_completed_in_idle_time() -> None:
+    here = live()
+    for width in (1, 1, 4):
+        here.observe(width, PASS_MS[width])
+    kept = Costs.from_dict(here.refreshed().as_dict())
+    assert dict(kept.pass_ms) == pytest.approx({1: 95.0, 4: 154.0})
+    complete = hurried(calm(), known=kept)
+    assert complete.is_sure
+    assert dict(complete.pass_ms) == pytest.approx({w: PASS_MS[w] for w in QUICK_WIDTHS})
+
+
+def test_a_longer_context_does_not_spoil_what_is_learned() -> None:
+    model = TimedModel(n_ctx=4096)
+    model.sublayers = ([sublayer(10_000, kv_bytes=4096)] * 3, model.sublayers[1])
+    here = CostsHere(cast(Any, model), estimated(cast(Model, model)))
+    for _ in range(CostsHere.FEW):
+        here.observe(1, 95.0)
+    model.tokens += [1] * 2000
+    longer = here.verify_ms(1)
+    assert longer > 95
+    here.observe(4, 400.0)
+    assert here.verify_ms(4) == pytest.approx(400)
+    assert here.verify_ms(1) == pytest.approx(longer)
+    del model.tokens[4:]
+    assert here.verify_ms(1) == pytest.approx(95)
+    assert here.verify_ms(4) < 400
 
 
 def test_the_next_time_goes_on_where_this_one_ended() -> None:

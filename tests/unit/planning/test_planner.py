@@ -13,6 +13,7 @@ from swift_gguf.drafting.passes import Passes
 from swift_gguf.drafting.policy import Threshold
 from swift_gguf.drafting.tree import ROOT, Shape
 from swift_gguf.errors import StoppedError
+from swift_gguf.planning.cost import CostsHere
 from swift_gguf.planning.economy import Guard, Pace
 from swift_gguf.planning.planner import Drafts, Planner
 from tests.unit.machine import CURVES, FakeLookup, Guesses, Machine, best_fixed, plain_rate
@@ -70,6 +71,34 @@ def test_a_row_that_is_free_is_worth_a_pass(share: float) -> None:
     guesses = Guesses((share,), name="layer-skip")
     machine = Machine(cost, passes=guesses, pass_ms=0.34 * cost(1), hiccups=0.0).run(N_TOKENS)
     assert machine.rate >= 0.95 * best_fixed(machine, N_TOKENS)
+
+
+@pytest.mark.parametrize("curve", CURVES)
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_an_answer_on_estimated_costs_is_not_slower_than_plain(curve: str, share: float) -> None:
+    """And its first tokens are plain: what passes take is not known before."""
+    for seed in range(4):
+        machine = Machine(
+            CURVES[curve], lookups=[Guesses((share,), seed=seed)], seed=seed, is_cold=True
+        ).run(200)
+        assert machine.rate > plain_rate(machine) / 1.05
+        assert [len(cycle.tree) for cycle in machine.cycles[: CostsHere.PLAIN]] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "curve", [name for name in CURVES if name not in ("linear", "flat", "Q4_0")]
+)
+def test_an_answer_on_estimated_costs_comes_near_to_one_on_measured_ones(curve: str) -> None:
+    """Where the first widths tell about the others."""
+
+    def gain(*, is_cold: bool) -> float:
+        machines = [
+            Machine(CURVES[curve], lookups=[Guesses((0.7,), seed=i)], seed=i, is_cold=is_cold)
+            for i in range(6)
+        ]
+        return sum(each.run(200).rate / plain_rate(each) for each in machines) / 6
+
+    assert gain(is_cold=True) > 1 + 0.5 * (gain(is_cold=False) - 1)
 
 
 def test_hiccups_do_not_make_it_seem_that_drafts_pay() -> None:
@@ -343,7 +372,7 @@ def test_a_pass_is_worth_what_there_is_room_for() -> None:
 def test_a_pace_follows_what_passes_take_and_comes_back() -> None:
     pace = Pace()
     pace.observe(1000.0, 1.0)
-    assert 1.0 < pace.factor < 1.05  # once is a hiccup
+    assert 1.0 < pace.factor < 1.2  # once is a hiccup
     for _ in range(300):
         pace.observe(3.0, 1.0 * pace.factor)
     assert pace.factor == pytest.approx(3.0, rel=0.1)
