@@ -383,7 +383,12 @@ class Speculation:
         if self._idle_windows:
             self._idle_windows.text = list(self._model.tokens)
 
-    def idle_search(self, *, on_step: Callable[[], None] = lambda: None) -> IdleSearch | None:
+    def idle_search(
+        self,
+        *,
+        on_step: Callable[[], None] = lambda: None,
+        first: Callable[[], bool] | None = None,
+    ) -> IdleSearch | None:
         """Measures the costs of passes and searches on the model's live context, while the model is
         idle.  None: there is nothing to measure or to search.
 
@@ -391,11 +396,14 @@ class Speculation:
         model.
 
         on_step: called after every step, in the search's thread, while it holds the model.
+        first: work that comes before all this, called in the thread; False: there is none.
         """
         learning = self.learning
         searcher = learning.searcher if learning and self._on_the_fly else None
         if learning is None or (searcher is None and learning.is_measured):
-            return None
+            if first is None:
+                return None
+            return IdleSearch(self._model, None, lambda: None, before=first)
         chunk = max(1, min(IDLE_WINDOW, int(IDLE_HEAD_MS / max(learning.costs.head_ms, 1e-3))))
         self._idle_windows = Windows(self._model, n=IDLE_WINDOW, chunk=chunk)
         self._idle_windows.first = self._windows.first
@@ -410,7 +418,7 @@ class Speculation:
             searcher,
             self._idle_windows,
             on_step=step,
-            before=learning.measure_in_idle,
+            before=lambda: (first is not None and first()) or learning.measure_in_idle(),
             meter=learning.meter,
         )
 

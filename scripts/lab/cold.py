@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from lab.corpus import Progress, Prompt, decode
@@ -37,8 +36,6 @@ class ColdAnswer:
 class Cold:
     """Filled while the answers come; times are seconds."""
 
-    measuring_s: float = 0.0
-    """Time to measure the cost of passes; needed once per model and machine."""
     best: SubNetwork | None = None
     answers: list[ColdAnswer] = field(default_factory=list)
 
@@ -48,18 +45,17 @@ class Cold:
 
     @property
     def total_s(self) -> float:
-        """Time from the first measurement to the last token."""
-        return self.measuring_s + sum(answer.prompt_s + answer.cycle_s for answer in self.answers)
+        """Time of all prompts and answers."""
+        return sum(answer.prompt_s + answer.cycle_s for answer in self.answers)
 
     @property
     def share(self) -> float:
-        """The share of all time that measuring and search take."""
-        return (self.measuring_s + self.search_s) / self.total_s if self.answers else 0.0
+        """The share of all time that the search takes."""
+        return self.search_s / self.total_s if self.answers else 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return {
-            "measuring_s": self.measuring_s,
             "search_s": self.search_s,
             "total_s": self.total_s,
             "share": self.share,
@@ -74,7 +70,7 @@ class Cold:
         last = self.answers[-1]
         speedup = f"{last.predicted_speedup:.2f}x" if last.predicted_speedup else "not known yet"
         return (
-            f"From nothing, {len(self.answers)} answers: measuring {self.measuring_s:.2f} s and "
+            f"From nothing, {len(self.answers)} answers: "
             f"search {self.search_s:.2f} s, {self.share:.1%} of {self.total_s:.1f} s; "
             f"{last.steps} scored; best {self.best}, predicted {speedup}"
         )
@@ -97,9 +93,7 @@ def measure_cold(
     model.clear()
     options = SpeculationOptions(mode="layer-skip", draft_max=draft_max)
     with tempfile.TemporaryDirectory() as folder:
-        start = perf_counter()
         speculation = Speculation(model, options, store=Store(Path(folder)))
-        cold.measuring_s = perf_counter() - start
         learning = speculation.learning
         if learning is None:
             raise UnsupportedModelError(f"nothing to search: {speculation.why}")

@@ -250,7 +250,7 @@ def _by_hand(
     speculation = Speculation(model, named, store=store)
     if speculation.drafter is None:
         raise UnsupportedModelError(f"nothing to compare: {speculation.why}")
-    if speculation.learning and not speculation.learning.is_measured:
+    if speculation.learning and speculation.learning.costs.is_provisional:
         speculation.learning.measure_costs()
     return speculation
 

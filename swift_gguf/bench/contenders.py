@@ -143,8 +143,8 @@ class Ours:
         start = perf_counter()
         self._speculation = Speculation(model, options, store=store)
         learning = self._speculation.learning
-        if learning and not learning.is_measured:
-            learning.measure_costs()  # every mode is compared with the costs known
+        if learning and learning.costs.is_provisional:
+            learning.measure_costs()  # modes are compared with their costs known
         self.setup_s = perf_counter() - start
         self._model = model
         self._sampling = sampling

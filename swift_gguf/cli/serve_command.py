@@ -78,6 +78,8 @@ if TYPE_CHECKING:
 @click.option("--cache-ram", "cache_mib", default=1024, show_default=True, metavar="MIB",
               type=click.IntRange(0),
               help="Memory to cache the KV state of earlier conversations; 0: off.")  # fmt: skip
+@click.option("--read-ahead/--no-read-ahead", default=True, show_default=True,
+              help="After an answer, process what is known of the next prompt.")  # fmt: skip
 @template_flags
 @speculation_flags
 @sampling_flags
@@ -170,6 +172,7 @@ def _options(model: str, values: dict[str, Any]) -> ServerOptions:
         drain_s=values["drain_s"],
         grammars=values["grammars"],
         cache_bytes=values["cache_mib"] << 20,
+        reads_ahead=values["read_ahead"],
         chat_template=template and read_template(template),
         template_variables=template_variables(values),
         sampling=sampling_options(values),

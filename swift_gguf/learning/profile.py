@@ -27,6 +27,7 @@ from swift_gguf.subnetwork import SubNetwork, format_layers, parse_layers
 VERSION = 1
 MAX_KNOWN = 8
 MAX_SEEN = 16
+MAX_COSTS = 32
 MAX_TOKEN = 1 << 31
 LOCK_SECONDS = 2.0
 EMBEDDED = "swift.profile"
@@ -119,7 +120,8 @@ class Profile:
     known: tuple[Known, ...] = ()
     """Different sub-networks, the latest learned first, at most `MAX_KNOWN`."""
     costs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """`Costs.as_dict` by the machine where they were measured (`cost.machine_key`)."""
+    """`Costs.as_dict` by the machine where they were measured (`cost.machine_key`), the latest
+    last, at most `MAX_COSTS`."""
     recycling: tuple[Any, ...] = ()
     """`Recycling.to_rows`: the table of successors, the latest learned last."""
     search_s: float = 0.0
@@ -184,7 +186,8 @@ def _trusted_costs(
         for key, costs in learned.items()
         if key not in stored or trust(costs) >= trust(stored[key])
     }
-    return {**stored, **better}
+    others = {key: costs for key, costs in stored.items() if key not in better}
+    return dict(list({**others, **better}.items())[-MAX_COSTS:])
 
 
 def _latest_rows(stored: tuple[Any, ...], learned: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from inspect import signature
 from typing import Any
 
@@ -181,6 +181,13 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
             opens_answer=add_generation_prompt,
             continues=continues or None,
         )
+        handler, arguments = self._chat_handler_of(prompting, *args, **kwargs)
+        return handler(llama=self, **arguments)
+
+    def _chat_handler_of(
+        self, prompting: Prompting, *args: Any, **kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """What answers a chat, and with which arguments."""
         call = signature(Llama.create_chat_completion).bind(self, *args, **kwargs)
         call.apply_defaults()
         arguments = dict(call.arguments)
@@ -195,7 +202,26 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
         else:
             handler = templated_handler(self, has_tools=bool(tools))
             arguments["prompting"] = prompting
-        return held(handler, arguments)(llama=self, **arguments)
+        return held(handler, arguments), arguments
+
+    def chat_tokens(self, chat: Mapping[str, Any], *, up_to: str) -> list[int]:
+        """The prompt of a chat up to the last place where the text `up_to` stands.
+
+        chat: arguments of `create_chat_completion`; no answer is opened.
+
+        Raises:
+            TemplateError: the template refuses the messages.
+            ValueError: the template does not write the text.
+        """
+        prompting = Prompting(
+            variables=chat.get("chat_template_kwargs") or {}, opens_answer=False, continues=None
+        )
+        rest = {name: value for name, value in chat.items() if name != "chat_template_kwargs"}
+        handler, arguments = self._chat_handler_of(prompting, **rest)
+        reader = _PromptReader(self, up_to.encode())
+        with suppress(_PromptRead):
+            handler(llama=reader, **arguments)
+        return reader.tokens
 
     def _take_over(self, wanted: SpeculationOptions) -> LlamaSpeculation:
         why = refusal(self.model, self._options)
@@ -295,6 +321,26 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
             "flash_attn": self._flash_attn,
             "logits_all": self._keeps_all,
         }
+
+
+class _PromptRead(Exception):
+    """Ends a chat handler that has made its prompt."""
+
+
+class _PromptReader:
+    """A llama to chat handlers, which takes the tokens of a prompt and answers nothing."""
+
+    def __init__(self, llama: Llama, up_to: bytes) -> None:
+        self._llama, self._up_to = llama, up_to
+        self.tokens: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._llama, name)
+
+    def tokenize(self, text: bytes, *args: Any, **kwargs: Any) -> list[int]:
+        end = text.rindex(self._up_to)
+        self.tokens = self._llama.tokenize(text[:end], *args, **kwargs)
+        raise _PromptRead
 
 
 def _scales_rope(options: dict[str, Any]) -> bool:

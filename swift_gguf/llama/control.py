@@ -86,14 +86,16 @@ class LlamaSpeculation:
         """Why this drafts, or why nothing does."""
         return self.current.why if self.current else self._refusal
 
-    def idle(self) -> IdleSearch | None:
-        """Searches for better drafts while nobody uses the model, until closed; None where there
-        is nothing to search.
+    def idle(self, first: Callable[[], bool] | None = None) -> IdleSearch | None:
+        """Measures and searches for better drafts while nobody uses the model, until closed; None
+        where there is nothing to do.
 
         Generations pause it by themselves.  It is a context manager, and is closed with the llama.
+
+        first: more urgent work, done in the thread; False: there is none.
         """
         self._end_idle()
-        self._idle = self.current.idle_search() if self.current else None
+        self._idle = self.current.idle_search(first=first) if self.current else None
         return self._idle
 
     @contextmanager

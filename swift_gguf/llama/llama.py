@@ -195,6 +195,31 @@ class Llama(AdoptedLlama):
             self.input_ids[self.n_tokens : end], self.n_tokens = batch, end
         self._latest = (model.n_passes, model.output_index(-1))
 
+    def read_ahead(self, tokens: Sequence[int], *, most: int) -> int:
+        """Decodes at most `most` of those tokens that the context lacks, in place of what does not
+        belong to them.  Returns how many; 0: it has all of them, or the model cannot take back
+        what it has.
+
+        For idle time: the caller has the model, and no generation is under way.
+
+        Raises:
+            StoppedError: the stop flag is up; the context holds what was decoded before.
+        """
+        model = self._adopted
+        if model is None or model.rollback_refusal or len(tokens) >= self.n_ctx():
+            return 0
+        held = self._input_ids.tolist()
+        n = min(common_prefix(held, tokens), model.n_past)
+        if n == len(tokens):
+            return 0
+        if n < self.n_tokens:
+            self.n_tokens = n
+            self._align(model)
+        batch = [int(token) for token in tokens[n : n + most]]
+        self._evaluate(model, batch)
+        self._requires_eval = False
+        return len(batch)
+
     # -- sampling ----------------------------------------------------------------------------------
 
     @instead_of(llama_cpp.Llama.sample)

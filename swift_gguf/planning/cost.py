@@ -13,11 +13,11 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, pairwise
 from statistics import median_low
 from typing import Any
 
-from swift_gguf import __version__
 from swift_gguf.errors import SubnetworkError
 from swift_gguf.model import Model
 from swift_gguf.native import library
@@ -91,9 +91,9 @@ class Costs:
 
     @property
     def trust(self) -> int:
-        """0: measured on a busy machine; 1: provisional; 2: neither.  Costs are never replaced by
-        less trusted ones."""
-        return 0 if self.is_busy else 2 - self.is_provisional
+        """0: estimated, or measured on a busy machine; 1: provisional; 2: neither.  Costs are never
+        replaced by less trusted ones."""
+        return 0 if self.is_busy or self.is_estimate else 2 - self.is_provisional
 
     @property
     def n_timed(self) -> int:
@@ -404,8 +404,15 @@ def machine_key(model: Model) -> str:
 def _digest() -> str:
     """Of the processor and the GPUs, llama.cpp's commit and our version."""
     devices = [device.description for device in library().devices()]
-    parts = [*devices, library().llama_commit, __version__]
+    parts = [*devices, library().llama_commit, *_version()]
     return hashlib.blake2b(repr(parts).encode(), digest_size=3).hexdigest()
+
+
+def _version() -> list[str]:
+    try:
+        return [version("swift-gguf")]
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        return []
 
 
 def context_bucket(n_kv: int) -> int:

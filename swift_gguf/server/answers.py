@@ -39,8 +39,11 @@ _TOO_LONG = "exceed context window"  # of llama_cpp's ValueError
 def chat(request: ChatRequest, options: ServerOptions, on_end: OnEnd) -> Work:
     """Yields the response, or, for a stream, `chat.completion.chunk` after chunk."""
 
+    prompted: dict[str, Any] = {}
+
     def calls(llama: ServedLlama) -> Iterator[Call]:
         arguments = _chat_arguments(request, options, llama)
+        prompted.update({name: arguments[name] for name in _PROMPTING if name in arguments})
         for _ in range(request.n):
             yield lambda **more: llama.create_chat_completion(**arguments, **more)
 
@@ -78,10 +81,25 @@ def chat(request: ChatRequest, options: ServerOptions, on_end: OnEnd) -> Work:
             choices = functions.in_stream(choices)
         return _after_prefix(choices, request) if request.echo else choices
 
+    def answered(llama: ServedLlama, text: str) -> None:
+        if request.n == 1 and request.continued is None:
+            llama.answered(prompted, text)
+
     kinds = ("chat.completion", "chat.completion.chunk")
     return _Envelope(
-        kinds, request, options, calls, on_end, finish=finish, finish_stream=finish_stream
+        kinds,
+        request,
+        options,
+        calls,
+        on_end,
+        finish=finish,
+        finish_stream=finish_stream,
+        answered=answered,
     ).work
+
+
+_PROMPTING = ("messages", "tools", "chat_template_kwargs")
+"""Arguments that the prompt of a chat depends on."""
 
 
 def _with_prefix(choice: Choice, request: ChatRequest) -> Choice:
@@ -131,10 +149,13 @@ class _Envelope:
         finish_stream: Callable[
             [ServedLlama, Iterator[Choice]], Iterator[Choice]
         ] = lambda _, choices: choices,
+        answered: Callable[[ServedLlama, str], None] = lambda *_: None,
     ) -> None:
         """kinds: `object` of the whole and of a chunk.
         finish, finish_stream: convert llama_cpp's choices.
+        answered: called with the text of a chat's message that the model has ended.
         """
+        self._answered = answered
         self._request, self._options = request, options
         self._finish, self._finish_stream = finish, finish_stream
         self._calls, self._on_end = calls, on_end
@@ -170,6 +191,9 @@ class _Envelope:
         choices: list[Choice] = []
         for call, seed in zip(self._calls(llama), self._seeds(), strict=False):
             choice = self._finish(llama, call(seed=seed)["choices"][0])
+            message = choice.get("message", {})
+            if choice["finish_reason"] == "stop" and message.get("content"):
+                self._answered(llama, message["content"])
             choices.append({**choice, "index": len(choices)})
         return {
             **self._head,
@@ -183,7 +207,11 @@ class _Envelope:
     ) -> Iterator[dict[str, Any]]:
         for i, (call, seed) in enumerate(zip(self._calls(llama), self._seeds(), strict=False)):
             choices = (chunk["choices"][0] for chunk in call(seed=seed, stream=True))
+            text = ""
             for choice in self._finish_stream(llama, choices):
+                text += choice.get("delta", {}).get("content") or ""
+                if choice["finish_reason"] == "stop" and text:
+                    self._answered(llama, text)
                 ends = {"timings": timings(tally, job.queue_s)} if choice["finish_reason"] else {}
                 yield {**self._head, "choices": [{**choice, "index": i}], **ends}
         if self._request.wants_usage:

@@ -18,10 +18,17 @@ class Metrics(Collector):
     """Sums over all requests.
 
     waiting, running: the number of requests that wait or run now.
+    read_ahead: the number of tokens that were read ahead.
     """
 
-    def __init__(self, *, waiting: Callable[[], int], running: Callable[[], int]) -> None:
-        self._waiting, self._running = waiting, running
+    def __init__(
+        self,
+        *,
+        waiting: Callable[[], int],
+        running: Callable[[], int],
+        read_ahead: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self._waiting, self._running, self._read_ahead = waiting, running, read_ahead
         self._lock = threading.Lock()
         self._total = Tally()
         self._registry = CollectorRegistry()
@@ -61,6 +68,16 @@ class Metrics(Collector):
             ("n_drafted_accepted", "Number of draft tokens accepted.", stats.accepted),
         ):
             yield CounterMetricFamily(f"llamacpp:{name}", text, value=value)
+        cached = total.prompt_tokens - stats.prompt_n
+        for name, text, value in (
+            ("prompt_tokens_cached", "Number of prompt tokens found in the KV cache.", cached),
+            (
+                "prompt_tokens_read_ahead",
+                "Number of prompt tokens processed after answers.",
+                self._read_ahead(),
+            ),
+        ):
+            yield CounterMetricFamily(f"swift_gguf:{name}", text, value=value)
         for name, text, gauge in (
             ("prompt_tokens_seconds", "Average prompt throughput in tokens/s.", prompt_rate),
             (

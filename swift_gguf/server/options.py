@@ -71,6 +71,8 @@ class ServerOptions:
     """True: clients may send grammars and schemas."""
     cache_bytes: int = 1 << 30
     """Bytes of memory for the saved states of other conversations."""
+    reads_ahead: bool = True
+    """True: after an answer, what is known of the conversation's next prompt is processed."""
     chat_template: str | None = field(default=None, repr=False)
     """A Jinja template that replaces the model's own."""
     template_variables: Mapping[str, Any] = field(default_factory=dict)

@@ -23,6 +23,7 @@ from swift_gguf.native import chat as native_chat
 from swift_gguf.native.memory import give_back_free_pages
 from swift_gguf.server.conversations import Conversations
 from swift_gguf.server.embedder import Embedder
+from swift_gguf.server.next_turn import NextTurn
 from swift_gguf.server.options import ServerOptions
 from swift_gguf.server.syntax import Syntax, Syntaxes
 from swift_gguf.server.worker import Job
@@ -60,6 +61,7 @@ class Tally:
     def add(self, other: Tally) -> None:
         """Counts another request."""
         self.stats.add(other.stats)
+        self.prompt_tokens += other.prompt_tokens
         self.generations += other.generations
         self.n_past = max(self.n_past, other.n_past)
 
@@ -81,6 +83,8 @@ class ServedLlama(Llama):
     last_n_tokens_size: int
     _conversations: Conversations | None = None
     _embedder: Embedder | None = None
+    _next_turn: NextTurn | None = None
+    _answered: tuple[Mapping[str, Any], str] | None = None
     _job: Job[ServedLlama] | None = None
     _tally: Tally
     _reuses = True
@@ -132,12 +136,19 @@ class ServedLlama(Llama):
             verbose=False,
             stop=stop,
         )
-        llama.prepare(cache_bytes=options.cache_bytes, template=options.chat_template)
+        llama.prepare(
+            cache_bytes=options.cache_bytes,
+            template=options.chat_template,
+            reads_ahead=options.reads_ahead,
+        )
         return llama
 
-    def prepare(self, *, cache_bytes: int, template: str | None = None) -> None:
+    def prepare(
+        self, *, cache_bytes: int, template: str | None = None, reads_ahead: bool = True
+    ) -> None:
         """Prepares the model for jobs.
 
+        reads_ahead: see `ServerOptions`.
         template: a Jinja template for chats that replaces the model's own.
 
         Raises:
@@ -152,7 +163,9 @@ class ServedLlama(Llama):
         if template is not None or "tokenizer.chat_template" not in self.metadata:
             self._chat_by(template)
         self._conversations = Conversations(self, budget=cache_bytes)
-        self.speculation.idle()
+        if reads_ahead:
+            self._next_turn = NextTurn(self)
+        self.speculation.idle(first=self._next_turn.step if self._next_turn else None)
 
     def look_back(self, repeat_last_n: int) -> None:
         """Sets the number of tokens that are penalised; -1: all.  In llama_cpp, -1 means none."""
@@ -194,6 +207,7 @@ class ServedLlama(Llama):
         reuses: tokens in the KV cache or in a saved state are not processed again.
         """
         self._job, self._tally, self._reuses = job, Tally(), reuses
+        self._answered = None
         try:
             yield self._tally
         finally:
@@ -214,6 +228,8 @@ class ServedLlama(Llama):
         job.post(Started())
         # from here on a raised flag stays up: the search, which lowers it, has left the model
         with self.speculation.busy():
+            if self._next_turn:
+                self._next_turn.forget()
             if self._conversations is not None:
                 self._conversations.enter(prompt if self._reuses else [])
             if not self._reuses:
@@ -252,6 +268,23 @@ class ServedLlama(Llama):
         """The text of tokens, with control tokens."""
         pieces = [library().token_bytes(self.vocab, token, special=True) for token in tokens]
         return b"".join(pieces).decode("utf-8", "replace")
+
+    def answered(self, chat: Mapping[str, Any], answer: str) -> None:
+        """A chat was answered to the end; see `NextTurn.follows`."""
+        if self._reuses:
+            self._answered = chat, answer
+
+    def rest(self) -> None:
+        """No request waits: the next turn of the latest chat can be read ahead."""
+        answered, self._answered = self._answered, None
+        if answered and self._next_turn:
+            with self.speculation.busy():
+                self._next_turn.follows(*answered)
+
+    @property
+    def n_read_ahead(self) -> int:
+        """Tokens of next turns that were processed after answers."""
+        return self._next_turn.n_read if self._next_turn else 0
 
     # -- how answers are written -------------------------------------------------------------------
 

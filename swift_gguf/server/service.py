@@ -37,7 +37,9 @@ class Service:
             stop_loading=stop_loading,
         )
         self.metrics = Metrics(
-            waiting=lambda: self._worker.n_waiting, running=lambda: self._worker.n_running
+            waiting=lambda: self._worker.n_waiting,
+            running=lambda: self._worker.n_running,
+            read_ahead=lambda: self.model.n_read_ahead if self.model else 0,
         )
         self._created = int(time.time())
         self.start, self.stop, self.close = (

@@ -37,6 +37,10 @@ class Served(Protocol):
         """Reverts `interrupt`."""
         ...
 
+    def rest(self) -> None:
+        """No job waits.  Called in the worker's thread; a job that comes waits for it."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -268,6 +272,9 @@ class Worker(Generic[M]):
         try:
             while (job := self._next()) is not None:
                 self._work(model, job)
+                del job
+                if not self._waiting and not self._is_closed:
+                    model.rest()
         finally:
             with self._vocabulary:
                 self.model = None

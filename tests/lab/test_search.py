@@ -97,7 +97,6 @@ def test_cold(run: Run) -> None:
     assert status == 0
     cold = found["cold"]
     assert len(cold["answers"]) == 3
-    assert 0 < cold["measuring_s"] < cold["total_s"]
     assert cold["answers"][-1]["steps"] > 0
     assert 0 < cold["search_s"] < cold["total_s"]
     assert cold["best"] is not None
