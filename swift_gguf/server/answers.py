@@ -98,6 +98,8 @@ def chat(request: ChatRequest, options: ServerOptions, on_end: OnEnd) -> Work:
     ).work
 
 
+_ENDS = ("stop", "length")
+"""Ends of answers to which a user replies; a tool replies to calls."""
 _PROMPTING = ("messages", "tools", "chat_template_kwargs")
 """Arguments that the prompt of a chat depends on."""
 
@@ -153,7 +155,7 @@ class _Envelope:
     ) -> None:
         """kinds: `object` of the whole and of a chunk.
         finish, finish_stream: convert llama_cpp's choices.
-        answered: called with the text of a chat's message that the model has ended.
+        answered: called with the text of a chat's message that a user may reply to.
         """
         self._answered = answered
         self._request, self._options = request, options
@@ -192,7 +194,7 @@ class _Envelope:
         for call, seed in zip(self._calls(llama), self._seeds(), strict=False):
             choice = self._finish(llama, call(seed=seed)["choices"][0])
             message = choice.get("message", {})
-            if choice["finish_reason"] == "stop" and message.get("content"):
+            if choice["finish_reason"] in _ENDS and message.get("content"):
                 self._answered(llama, message["content"])
             choices.append({**choice, "index": len(choices)})
         return {
@@ -210,7 +212,7 @@ class _Envelope:
             text = ""
             for choice in self._finish_stream(llama, choices):
                 text += choice.get("delta", {}).get("content") or ""
-                if choice["finish_reason"] == "stop" and text:
+                if choice["finish_reason"] in _ENDS and text:
                     self._answered(llama, text)
                 ends = {"timings": timings(tally, job.queue_s)} if choice["finish_reason"] else {}
                 yield {**self._head, "choices": [{**choice, "index": i}], **ends}

@@ -219,6 +219,9 @@ class ServedLlama(Llama):
     @wraps(Llama.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         job = self._job
+        if self._next_turn:
+            with self.speculation.busy():
+                self._next_turn.forget()
         if job is None:
             yield from super().generate(*args, **kwargs)
             return
@@ -228,8 +231,6 @@ class ServedLlama(Llama):
         job.post(Started())
         # from here on a raised flag stays up: the search, which lowers it, has left the model
         with self.speculation.busy():
-            if self._next_turn:
-                self._next_turn.forget()
             if self._conversations is not None:
                 self._conversations.enter(prompt if self._reuses else [])
             if not self._reuses:
