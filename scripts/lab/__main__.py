@@ -20,6 +20,7 @@ EXPERIMENTS = {
     "front": "what drafts cost against how often they are right",
     "search": "searches for sub-networks at equal time, and their estimates against real drafts",
     "drafting": "ways of drafting with one sub-network, and what the first answers cost",
+    "first": "the first answer of a model: without known costs of passes, with them, and plain",
     "replay": "the planner against every fixed setting, on recorded answers",
     "idle": "how long a request waits for a search that runs while nobody asks",
 }

@@ -92,6 +92,15 @@ def test_drafting(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| plain | 1 |" in capsys.readouterr().out
 
 
+def test_first(run: Run) -> None:
+    status, found = run("first", "--prompts", "2", "--tokens", "20", "--rounds", "2")
+    assert status == 0
+    modes = [each["mode"] for each in found["runs"]]
+    assert len(modes) == 12
+    assert modes[1:3] == modes[8:6:-1], "the order changes"
+    assert all(each["is_same"] and each["tokens"] == 20 for each in found["runs"])
+
+
 def test_cold(run: Run) -> None:
     status, found = run("drafting", "--cold", "--prompts", "3", "--tokens", "60")
     assert status == 0
