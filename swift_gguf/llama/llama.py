@@ -212,9 +212,8 @@ class Llama(AdoptedLlama):
         n = min(common_prefix(held, tokens), model.n_past)
         if n == len(tokens):
             return 0
-        if n < self.n_tokens:
-            self.n_tokens = n
-            self._align(model)
+        self.n_tokens = n
+        self._align(model)
         batch = [int(token) for token in tokens[n : n + most]]
         self._evaluate(model, batch)
         self._requires_eval = False

@@ -104,7 +104,8 @@ def test_whoever_comes_meanwhile_does_not_wait(served: ServedLlama) -> None:
                                    up_to=MESSAGE))  # fmt: skip
     waits = []
     for pause_s in (0.05, 0.11, 0.17, 0.23):
-        served.reset()
+        with served.speculation.busy():
+            served.reset()
         served.answered(long, "Indeed.")
         served.rest()
         time.sleep(pause_s)
