@@ -145,6 +145,8 @@ class LlamaSpeculation:
 
     def answered(self) -> None:
         """A generation is over."""
+        if self.current:
+            self.current.end()
         if not self._closed and self.current and self.current.is_save_due:
             self.save()
 
