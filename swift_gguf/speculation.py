@@ -151,8 +151,6 @@ _log = logging.getLogger("swift_gguf")
 class Speculation:
     """The drafter of a model, the reason for it, and the search that runs beside it.
 
-    on_measuring: called before passes are timed, which takes up to two seconds.
-
     Raises:
         UnsupportedModelError: a source is asked for by name, and the model cannot be rolled back.
         SubnetworkError: a named sub-layer does not exist or cannot be skipped.

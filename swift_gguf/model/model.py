@@ -380,6 +380,8 @@ class Model:
                 n_outputs=len(tokens),
                 subnetwork=subnetwork,
             )
+            # All rows are wanted at once, and callers time the pass: a GPU may still be running.
+            self._api.llama_synchronize(self.ctx)
 
     def keep(self, path: Sequence[int]) -> None:
         """Appends the nodes on `path` to the text and drops the others.
