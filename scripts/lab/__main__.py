@@ -22,6 +22,7 @@ EXPERIMENTS = {
     "drafting": "ways of drafting with one sub-network, and what the first answers cost",
     "first": "the first answer of a model: without known costs of passes, with them, and plain",
     "replay": "the planner against every fixed setting, on recorded answers",
+    "ahead": "the first token after Enter, with the prompt read while it is typed and without",
     "idle": "how long a request waits for a search that runs while nobody asks",
 }
 

@@ -69,6 +69,11 @@ class ReadAhead:
             raise
         self._give_back()
 
+    @property
+    def is_in_pass(self) -> bool:
+        """Whether a forward pass is under way."""
+        return self._reads is not None
+
     def changed(self, line: str) -> None:
         """Tells what is typed so far.  A pass that reads deleted text is stopped."""
         with self._state:
@@ -111,7 +116,7 @@ class ReadAhead:
                 raise
 
     def _stop_pass(self) -> None:
-        if self._reads is not None:
+        if self.is_in_pass:
             self._session.model.stop.raise_()
 
     def _wait(self) -> None:

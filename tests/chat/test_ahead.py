@@ -332,7 +332,7 @@ def test_a_pass_that_reads_deleted_text_stops(
         opening = list(smollm.tokens)
         for _ in range(5):
             ahead.changed(text)
-            while ahead._reads is None:
+            while not ahead.is_in_pass:
                 time.sleep(0.0005)
             time.sleep(0.02)  # somewhere in the pass
             start = time.monotonic()
