@@ -63,7 +63,7 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
         n_threads: int | None = None,
         n_threads_batch: int | None = None,
         logits_all: bool = False,
-        flash_attn: bool | None = False,
+        flash_attn: bool | None = None,
         verbose: bool = True,
         **options: Any,
     ) -> None:

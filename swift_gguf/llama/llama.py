@@ -26,7 +26,7 @@ from swift_gguf.llama.adopted import AdoptedLlama
 from swift_gguf.llama.adoption import check_grammar, guarded, instead_of
 from swift_gguf.llama.completion import Asked, Completion, Request
 from swift_gguf.llama.scores import Scores
-from swift_gguf.model import NARROW_MAX, Model
+from swift_gguf.model import Model
 from swift_gguf.native import library
 from swift_gguf.schemas.constraint import Constraint
 from swift_gguf.schemas.matching import Vocabulary
@@ -37,7 +37,7 @@ _OF_SAMPLERS = signature(llama_cpp.Llama._init_sampler).parameters.keys() - {"se
 
 
 class Llama(AdoptedLlama):
-    """`llama_cpp.Llama` with the same answers, sooner.
+    """`llama_cpp.Llama` with the same answers, sooner, but for rounding.
 
     speculation: ``auto``: where it pays; ``off``; or sources of drafts by name
         (`speculation.SOURCES`), joined by commas or in a list.
@@ -46,8 +46,8 @@ class Llama(AdoptedLlama):
         ``none``: without.
     n_ctx: as in llama_cpp; None: 4096, or as long as the model was trained for, if that is less.
         Never longer than the model has learned positions.
-    flash_attn: as in llama_cpp, where it is off by default; None: where the backend has it.  The
-        texts with it can be others than without.
+    flash_attn: None: where the backend has it, as llama.cpp's programs do.  llama_cpp has it off,
+        which is slower and rounds differently.
     n_threads, n_threads_batch: None: one a physical core.
     logits_all: keep the logits of every position in `scores`; `logprobs` do not need it.
 
@@ -59,9 +59,6 @@ class Llama(AdoptedLlama):
         SidecarError: the sidecar that was named cannot be used.
     """
 
-    _has_own_prompts = False
-    """Are wide batches processed by our kernels?  They are faster, and round differently from those
-    of llama_cpp, whose answers these are to the letter."""
     _request = Request()
     _rows: _Rows | None = None
     """Of the generation whose stream is open: what `_settle` closes."""
@@ -181,9 +178,7 @@ class Llama(AdoptedLlama):
         for first in range(0, len(tokens), self.n_batch):
             batch = tokens[first : first + self.n_batch]
             n_rows = len(batch) if self._keeps_all or records is not None else 1
-            model.decode(
-                batch, n_outputs=n_rows, exact=self._has_own_prompts and len(batch) > NARROW_MAX
-            )
+            model.decode(batch, n_outputs=n_rows)
             if self._keeps_all:
                 rows = [model.logits(row) for row in range(n_rows)]
                 self.scores[self.n_tokens : self.n_tokens + n_rows] = rows

@@ -79,7 +79,6 @@ class Started:
 class ServedLlama(Llama):
     """A `Llama` for the server.  Only one thread may use it at a time, except for `interrupt`."""
 
-    _has_own_prompts = True
     last_n_tokens_size: int
     _conversations: Conversations | None = None
     _embedder: Embedder | None = None
