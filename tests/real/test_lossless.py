@@ -185,7 +185,7 @@ def test_repacked_quantisations(
 def test_logits_do_not_depend_on_the_width(
     real: Callable[..., Path], open_model: Callable[..., Model], name: str, quant: str | None
 ) -> None:
-    """To the bit: a token's logits by ggml's kernels, by ours, and in batches around every tile."""
+    """To the bit: a token's logits alone, and in batches around every tile."""
     if not NARROW_KERNELS:
         pytest.skip("a property of the kernels for x86 with AVX2")
     model = open_model(real(name, quant), n_ctx=256)
@@ -193,12 +193,8 @@ def test_logits_do_not_depend_on_the_width(
     n_past, tokens = model.n_past, [1000 + 17 * i for i in range(48)]
     alone = []
     for token in tokens:
-        model.decode([token], n_outputs=1, exact=False)
-        alone.append(logits(model, 0))
-    model.rollback(n_past)
-    for row, token in enumerate(tokens):
         model.decode([token], n_outputs=1)
-        assert np.array_equal(logits(model, 0), alone[row]), f"row {row} of ggml's"
+        alone.append(logits(model, 0))
     for width in (2, 3, 4, 5, 7, 8, 9, 12, 16, 17, 33, 48):
         model.rollback(n_past)
         model.decode(tokens[:width], n_outputs=width)
