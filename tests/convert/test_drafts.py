@@ -21,8 +21,7 @@ from swift_gguf.llama import Llama
 from swift_gguf.speculation import SpeculationOptions
 from tests.conftest import N_GPU_LAYERS
 from tests.convert.conftest import convert
-
-from llama_cpp import Llama as PlainLlama  # isort: skip
+from tests.llama.conftest import PlainLlama
 
 pytestmark = pytest.mark.slow
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from swift_gguf.llama import Llama
+from swift_gguf.native import library
 from swift_gguf.speculation import SpeculationOptions
 from tests.conftest import N_GPU_LAYERS
 
-from llama_cpp import Llama as PlainLlama  # isort: skip - swift_gguf first: it brings the library
+import llama_cpp  # isort: skip - swift_gguf first: it brings the library
 
 ALWAYS = SpeculationOptions(mode="ngram,recycling,layer-skip", fixed=True, draft_max=6)
 """Drafts in every cycle, whatever they cost."""
@@ -21,6 +22,17 @@ TREES = replace(ALWAYS, tree="best-first")
 """With flash attention, they may be trees."""
 
 LOADING: dict[str, Any] = {"n_ctx": 512, "n_gpu_layers": N_GPU_LAYERS, "verbose": False}
+
+
+class PlainLlama(llama_cpp.Llama):
+    """llama_cpp's own, on our kernels: llama.cpp's round differently.
+
+    What is held to it is all that becomes of logits.
+    """
+
+    def __init__(self, *args: Any, flash_attn: bool = True, **options: Any) -> None:
+        super().__init__(*args, flash_attn=flash_attn, **options)
+        library().set_batch_invariant(self.ctx, enable=True)
 
 
 @pytest.fixture
@@ -41,8 +53,7 @@ def open_llama(tiny_path: str) -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture(scope="module")
 def flash_attn() -> bool:
-    """llama_cpp's default."""
-    return False
+    return True
 
 
 @pytest.fixture(scope="module")

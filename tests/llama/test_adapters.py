@@ -15,8 +15,7 @@ from swift_gguf.errors import ModelError
 from swift_gguf.llama import Llama
 from swift_gguf.speculation import SpeculationOptions
 from tests.conftest import N_GPU_LAYERS
-
-from llama_cpp import Llama as PlainLlama  # isort: skip
+from tests.llama.conftest import PlainLlama
 
 PROMPT = "def add(a, b):\n    return a + b\n\n" * 3
 Write = Callable[..., Path]

@@ -13,9 +13,9 @@ import pytest
 from swift_gguf.errors import UnsupportedModelError
 from swift_gguf.llama import Llama
 from tests.fixtures.tiny_gguf import GAP_TOKENS, VOCAB
-from tests.llama.conftest import ALWAYS, LOADING, joined
+from tests.llama.conftest import ALWAYS, LOADING, PlainLlama, joined
 
-from llama_cpp import Llama as PlainLlama, LlamaGrammar  # isort: skip
+from llama_cpp import LlamaGrammar  # isort: skip
 
 TEXT = "the cat sat on the mat, naïve 東京 🙂, the cat sat"
 BOS = VOCAB.endoftext

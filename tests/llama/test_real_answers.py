@@ -10,9 +10,8 @@ import pytest
 
 from swift_gguf.llama import Llama
 from tests.conftest import N_GPU_LAYERS
+from tests.llama.conftest import PlainLlama
 from tests.real.conftest import real as real
-
-from llama_cpp import Llama as PlainLlama  # isort: skip
 
 pytestmark = [
     pytest.mark.slow,
@@ -25,7 +24,7 @@ CODE = "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n"
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "qwen2.5-coder-0.5b", "gemma3-270m"])
 def test_with_the_defaults_of_both(real: Callable[..., Path], name: str) -> None:
-    """Where llama_cpp's own has no flash attention, neither have we; drafts change nothing."""
+    """Drafts change nothing."""
 
     def answers(kind: type, **more: Any) -> list[str]:
         llama = kind(str(real(name)), verbose=False, **more)

@@ -14,11 +14,10 @@ from swift_gguf import engine
 from swift_gguf.llama import Llama
 from tests.conftest import N_GPU_LAYERS
 from tests.fixtures.controls import accept_drafts
-from tests.llama.conftest import entries, joined, without_ids
+from tests.llama.conftest import PlainLlama, entries, joined, without_ids
 from tests.real.conftest import real as real
 
 from llama_cpp import (  # isort: skip
-    Llama as PlainLlama,
     LlamaGrammar,
     LogitsProcessorList,
     StoppingCriteriaList,

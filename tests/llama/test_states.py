@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 
 from swift_gguf.llama import Llama
-from tests.llama.conftest import outcome, without_ids
+from tests.llama.conftest import PlainLlama, outcome, without_ids
 
 from llama_cpp import (  # isort: skip
-    Llama as PlainLlama,
     LlamaDiskCache,
     LlamaRAMCache,
     StoppingCriteriaList,
