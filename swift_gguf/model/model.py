@@ -114,10 +114,7 @@ class Model:
         self._outputs = range(0)
         self._fresh = (-1, -1)  # (n_passes, n_past) after the latest `decode` with logits
         self._kernels = (False, False)
-        # Without flash attention, products with the cache have no kernels of ours for prompts.
-        self._at_every_width = self.options.flash_attn is not False and self._library.has_kernels(
-            self.ctx
-        )
+        self._at_every_width = self._library.has_kernels(ctx)
         self._is_draft = False  # True if the latest pass was a draft pass
         n_branches = n_sequences(model)
         self._batch = api.llama_batch_init(self.n_batch, 0, n_branches)
@@ -648,7 +645,7 @@ class Model:
             self._drop_tree()
             self.cells.only_trunk()
         self._library.set_subnetwork(self.ctx, None)
-        self._choose_kernels(invariant=False, prompts=False)
+        self._choose_kernels(invariant=self._at_every_width, prompts=False)
 
     def take_back(self) -> None:
         """Takes the context back after `hand_over`, with the same text."""

@@ -24,7 +24,7 @@ TREES = replace(ALWAYS, tree="best-first")
 LOADING: dict[str, Any] = {"n_ctx": 512, "n_gpu_layers": N_GPU_LAYERS, "verbose": False}
 
 
-class PlainLlama(llama_cpp.Llama):
+class PlainLlama(llama_cpp.Llama):  # type: ignore[misc]
     """llama_cpp's own, on our kernels: llama.cpp's round differently.
 
     What is held to it is all that becomes of logits.

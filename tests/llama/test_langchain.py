@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from swift_gguf.llama import Llama
+from tests.llama.conftest import PlainLlama
 
 import llama_cpp  # isort: skip
 
@@ -38,13 +39,10 @@ def make(tiny_path: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         model.client.close()
 
 
-LLAMA = llama_cpp.Llama
-
-
 def test_a_chain_of_chat(make: Any) -> None:
     prompt = ChatPromptTemplate.from_messages([("system", "Be brief."), ("user", "{question}")])
     answers = []
-    for llama in (LLAMA, Llama):
+    for llama in (PlainLlama, Llama):
         model = make(chat_models.ChatLlamaCpp, llama)
         chain = prompt | model | StrOutputParser()
         whole = chain.invoke({"question": QUESTION})
@@ -59,7 +57,7 @@ def test_a_chain_of_chat(make: Any) -> None:
 def test_a_chain_of_text(make: Any) -> None:
     prompt = PromptTemplate.from_template("{a} and {a} and")
     answers = []
-    for llama in (LLAMA, Llama):
+    for llama in (PlainLlama, Llama):
         chain = prompt | make(llms.LlamaCpp, llama, stop=["zzz"])
         answers.append((chain.invoke({"a": QUESTION}), list(chain.stream({"a": QUESTION}))))
     assert answers[0] == answers[1]
