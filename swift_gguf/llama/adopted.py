@@ -232,6 +232,8 @@ class AdoptedLlama(Llama):  # type: ignore[misc]
         )
         if model is None:
             why = why or "the model does not generate text token by token"
+            if not self._options.get("vocab_only") and library().has_kernels(self.ctx):
+                library().set_batch_invariant(self.ctx, enable=True)
             return LlamaSpeculation(wanted, refusal=why)
         self._adopted = model
         if self.context_params.embeddings:  # switched on in `embed`: they cost every pass
