@@ -339,7 +339,7 @@ void tile::add_mask(int64_t b) {
             alignas(64) ggml_fp16_t some[BLOCK] = {};
             memcpy(some, mask + b * BLOCK, n * sizeof(ggml_fp16_t));
             for (int c = 0; c < BLOCK; c += LANES) {
-                const reals values = from_halves(some + c);
+                const reals values = load_halves(some + c);
                 const reals sum    = add(load(row + c), multiply(slope, values));
                 store(row + c, where_equal(values, everywhere(-INFINITY), values, sum)); // a masked cell may hold anything
             }
@@ -399,7 +399,7 @@ void tile::load_values(int64_t b, int64_t begin, int64_t end) {
                 prefetch(x + BLOCK * v->nb[1] + begin * sizeof(ggml_fp16_t), (end - begin) * sizeof(ggml_fp16_t));
             }
             for (int64_t d = begin; d < std::min(end, is.value); d += LANES) {
-                store(to + d, from_halves((const ggml_fp16_t *) x + d));
+                store(to + d, load_halves((const ggml_fp16_t *) x + d));
             }
         } else { // whole rows: blocks of quantised types cannot be cut everywhere
             to_floats(v->type, x, to, is.value);

@@ -18,6 +18,10 @@
 #include <cstdint>
 #include <cstring>
 
+// Called once for each block of rows, vectors would go through memory; and GCC would drop calls that only prefetch, as
+// having no effect.
+#define SWIFT_INLINE inline __attribute__((always_inline))
+
 namespace {
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
@@ -38,7 +42,9 @@ inline ints  everywhere(int32_t x) { return _mm512_set1_epi32(x); }
 inline ints  add(ints a, ints b) { return _mm512_add_epi32(a, b); }
 inline ints  multiply(ints a, ints b) { return _mm512_mullo_epi32(a, b); }
 inline reals load(const float * from) { return _mm512_loadu_ps(from); }
+inline reals load(const float * from, int n) { return _mm512_maskz_loadu_ps((__mmask16) ((1 << n) - 1), from); }
 inline void  store(float * to, reals x) { _mm512_storeu_ps(to, x); }
+inline void  store(float * to, reals x, int n) { _mm512_mask_storeu_ps(to, (__mmask16) ((1 << n) - 1), x); }
 inline reals everywhere(float x) { return _mm512_set1_ps(x); }
 inline reals multiply(reals a, reals b) { return _mm512_mul_ps(a, b); }
 inline reals add(reals a, reals b) { return _mm512_add_ps(a, b); }
@@ -51,15 +57,9 @@ inline reals absolute(reals x) { return _mm512_abs_ps(x); }
 inline float largest_of(reals x) { return _mm512_reduce_max_ps(x); }
 inline bool  has_nan(reals x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) != 0; }
 inline reals as_reals(ints x) { return _mm512_castsi512_ps(x); }
-inline reals from_halves(const uint16_t * x) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) x)); }
 // Where a is b, x, else y
 inline reals where_equal(reals a, reals b, reals x, reals y) { return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), x); }
-inline ints  and_bytes(ints x, char mask) { return _mm512_and_si512(x, _mm512_set1_epi8(mask)); }
-inline ints  shift_right(ints x, int bits) { return _mm512_srli_epi16(x, bits); }
-inline ints  shift_left(ints x, int bits) { return _mm512_slli_epi16(x, bits); }
-inline ints  or_(ints a, ints b) { return _mm512_or_si512(a, b); }
 inline ints  and_words(ints x, int mask) { return _mm512_and_si512(x, _mm512_set1_epi32(mask)); }
-inline ints  flip_bytes(ints x, char bits) { return _mm512_xor_si512(x, _mm512_set1_epi8(bits)); }
 inline ints  shift_right_32(ints x, int bits) { return _mm512_srli_epi32(x, bits); }
 inline ints  shift_left_32(ints x, int bits) { return _mm512_slli_epi32(x, bits); }
 inline ints  arithmetic_right_32(ints x, int bits) { return _mm512_srai_epi32(x, bits); }
@@ -70,10 +70,6 @@ inline ints  unpack_low_32(ints a, ints b) { return _mm512_unpacklo_epi32(a, b);
 inline ints  unpack_high_32(ints a, ints b) { return _mm512_unpackhi_epi32(a, b); }
 inline ints  unpack_low_64(ints a, ints b) { return _mm512_unpacklo_epi64(a, b); }
 inline ints  unpack_high_64(ints a, ints b) { return _mm512_unpackhi_epi64(a, b); }
-// What a table of 16 has for each byte below 16
-inline ints look_up(const int8_t * table, ints bytes) {
-    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) table)), bytes);
-}
 
 #else
 
@@ -88,8 +84,11 @@ inline void  store(void * to, ints x) { _mm256_storeu_si256((__m256i *) to, x); 
 inline ints  everywhere(int32_t x) { return _mm256_set1_epi32(x); }
 inline ints  add(ints a, ints b) { return _mm256_add_epi32(a, b); }
 inline ints  multiply(ints a, ints b) { return _mm256_mullo_epi32(a, b); }
+inline ints  first_lanes(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
 inline reals load(const float * from) { return _mm256_loadu_ps(from); }
+inline reals load(const float * from, int n) { return _mm256_maskload_ps(from, first_lanes(n)); }
 inline void  store(float * to, reals x) { _mm256_storeu_ps(to, x); }
+inline void  store(float * to, reals x, int n) { _mm256_maskstore_ps(to, first_lanes(n), x); }
 inline reals everywhere(float x) { return _mm256_set1_ps(x); }
 inline reals multiply(reals a, reals b) { return _mm256_mul_ps(a, b); }
 inline reals add(reals a, reals b) { return _mm256_add_ps(a, b); }
@@ -100,7 +99,6 @@ inline ints  widen_unsigned(__m128i bytes) { return _mm256_cvtepu8_epi32(bytes);
 inline reals maximum(reals a, reals b) { return _mm256_max_ps(a, b); }
 inline reals absolute(reals x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 inline reals as_reals(ints x) { return _mm256_castsi256_ps(x); }
-inline reals from_halves(const uint16_t * x) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) x)); }
 inline reals where_equal(reals a, reals b, reals x, reals y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_EQ_OQ)); }
 inline bool  has_nan(reals x) { return _mm256_movemask_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)) != 0; }
 inline float largest_of(reals x) {
@@ -108,12 +106,7 @@ inline float largest_of(reals x) {
     most        = _mm_max_ps(most, _mm_movehl_ps(most, most));
     return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
 }
-inline ints and_bytes(ints x, char mask) { return _mm256_and_si256(x, _mm256_set1_epi8(mask)); }
-inline ints shift_right(ints x, int bits) { return _mm256_srli_epi16(x, bits); }
-inline ints shift_left(ints x, int bits) { return _mm256_slli_epi16(x, bits); }
-inline ints or_(ints a, ints b) { return _mm256_or_si256(a, b); }
 inline ints and_words(ints x, int mask) { return _mm256_and_si256(x, _mm256_set1_epi32(mask)); }
-inline ints flip_bytes(ints x, char bits) { return _mm256_xor_si256(x, _mm256_set1_epi8(bits)); }
 inline ints shift_right_32(ints x, int bits) { return _mm256_srli_epi32(x, bits); }
 inline ints shift_left_32(ints x, int bits) { return _mm256_slli_epi32(x, bits); }
 inline ints arithmetic_right_32(ints x, int bits) { return _mm256_srai_epi32(x, bits); }
@@ -124,19 +117,47 @@ inline ints unpack_low_32(ints a, ints b) { return _mm256_unpacklo_epi32(a, b); 
 inline ints unpack_high_32(ints a, ints b) { return _mm256_unpackhi_epi32(a, b); }
 inline ints unpack_low_64(ints a, ints b) { return _mm256_unpacklo_epi64(a, b); }
 inline ints unpack_high_64(ints a, ints b) { return _mm256_unpackhi_epi64(a, b); }
+
+#endif
+
+// -- bytes, whatever the lanes mean -------------------------------------------------------------------
+
+using bytes_16 = __m128i;
+using bytes_32 = __m256i;
+
+inline bytes_32 and_bytes(bytes_32 x, char mask) { return _mm256_and_si256(x, _mm256_set1_epi8(mask)); }
+inline bytes_32 flip_bytes(bytes_32 x, char bits) { return _mm256_xor_si256(x, _mm256_set1_epi8(bits)); }
+inline bytes_32 or_(bytes_32 a, bytes_32 b) { return _mm256_or_si256(a, b); }
+inline bytes_32 shift_right(bytes_32 x, int bits) { return _mm256_srli_epi16(x, bits); } // of 16 bits: mask them
+inline bytes_32 shift_left(bytes_32 x, int bits) { return _mm256_slli_epi16(x, bits); }
 // What a table of 16 has for each byte below 16
-inline ints look_up(const int8_t * table, ints bytes) {
-    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) table)), bytes);
+inline bytes_32 look_up(const uint8_t * table, bytes_32 x) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) table)), x);
 }
 
+#ifdef SWIFT_AVX512
+inline ints and_bytes(ints x, char mask) { return _mm512_and_si512(x, _mm512_set1_epi8(mask)); }
+inline ints flip_bytes(ints x, char bits) { return _mm512_xor_si512(x, _mm512_set1_epi8(bits)); }
+inline ints or_(ints a, ints b) { return _mm512_or_si512(a, b); }
+inline ints shift_right(ints x, int bits) { return _mm512_srli_epi16(x, bits); }
+inline ints shift_left(ints x, int bits) { return _mm512_slli_epi16(x, bits); }
+inline ints look_up(const uint8_t * table, ints x) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) table)), x);
+}
 #endif
 
 // -- products of bytes, added up by fours ------------------------------------------------------------
 
+#if defined(SWIFT_AVX512) || defined(__AVXVNNI__)
+constexpr bool HAS_VNNI = true;
+#else
+constexpr bool HAS_VNNI = false;
+#endif
+
 // sums + u * s, u unsigned and s signed; without VNNI u has at most 7 bits, so that pairs fit 16
-inline ints dot_unsigned(ints sums, ints u, ints s) {
+inline __m256i dot_unsigned(__m256i sums, __m256i u, __m256i s) {
 #if defined(SWIFT_AVX512)
-    return _mm512_dpbusd_epi32(sums, u, s);
+    return _mm256_dpbusd_epi32(sums, u, s);
 #elif defined(__AVXVNNI__)
     return _mm256_dpbusd_avx_epi32(sums, u, s);
 #else
@@ -145,27 +166,19 @@ inline ints dot_unsigned(ints sums, ints u, ints s) {
 #endif
 }
 
-// VNNI wants one side unsigned. Where both are signed and have 8 bits, 128 is added to one of them, and 128
-// times the sum of the other taken off; without VNNI the sign of one goes to the other instead.
-#if defined(SWIFT_AVX512) || defined(__AVXVNNI__)
-constexpr int RAISE = 128;
-#else
-constexpr int RAISE = 0;
-#endif
-
-// sums + (raised - RAISE) * plain + RAISE * plain
-inline ints dot_raised(ints sums, ints raised, ints plain) {
-#if defined(SWIFT_AVX512) || defined(__AVXVNNI__)
-    return dot_unsigned(sums, raised, plain);
-#else
-    return dot_unsigned(sums, _mm256_abs_epi8(plain), _mm256_sign_epi8(raised, plain));
-#endif
+// sums + a * b, both signed, without VNNI: the sign of one goes to the other
+inline __m256i dot_signed(__m256i sums, __m256i a, __m256i b) {
+    return dot_unsigned(sums, _mm256_abs_epi8(a), _mm256_sign_epi8(b, a));
 }
 
+#ifdef SWIFT_AVX512
+inline ints dot_unsigned(ints sums, ints u, ints s) { return _mm512_dpbusd_epi32(sums, u, s); }
+#endif
+
 // sums + a * b, 16 bits each, added up by twos
-inline ints dot_words(ints sums, ints a, ints b) {
+inline __m256i dot_words(__m256i sums, __m256i a, __m256i b) {
 #if defined(SWIFT_AVX512)
-    return _mm512_dpwssd_epi32(sums, a, b);
+    return _mm256_dpwssd_epi32(sums, a, b);
 #elif defined(__AVXVNNI__)
     return _mm256_dpwssd_avx_epi32(sums, a, b);
 #else
@@ -173,20 +186,38 @@ inline ints dot_words(ints sums, ints a, ints b) {
 #endif
 }
 
+#ifdef SWIFT_AVX512
+inline ints dot_words(ints sums, ints a, ints b) { return _mm512_dpwssd_epi32(sums, a, b); }
+#endif
+
 // -- from rows, as they lie in memory, to lanes -------------------------------------------------------
 
-// LANES rows, the first of which begins at `first`
+// To the second cache: the first has to hold panels and columns.
+SWIFT_INLINE void prefetch(const char * bytes, size_t n) {
+    for (size_t i = 0; i < n; i += 64) {
+        _mm_prefetch(bytes + i, _MM_HINT_T1);
+    }
+}
+
+// LANES rows, the first of which begins at `first`. Rows of a panel lie apart, an order that the hardware does not
+// foresee. So with each piece that is loaded, as large a piece of what comes next is asked for, from `ahead` on.
 struct rows {
     const char * first;
     size_t       stride; // bytes from row to row
+    const char * ahead;
 
     const char * at(int row, int offset) const { return first + row * stride + offset; }
+    SWIFT_INLINE void ask_for(int offset, int n) const { prefetch(ahead + offset, n); }
 };
 
-// N * 4 bytes of each row, from `offset` on, whole sixteens: to[i] has four bytes of every row
-template <int N>
-void load_words(const rows & x, int offset, ints (&to)[N]) {
+// N * 4 bytes of each row, from `offset` on, whole sixteens: to[i] has four bytes of every row. ASKS: unless others
+// do that for these bytes.
+template <int N, bool ASKS = true>
+SWIFT_INLINE void load_words(const rows & x, int offset, ints (&to)[N]) {
     static_assert(N % 4 == 0);
+    if constexpr (ASKS) {
+        x.ask_for(LANES * offset, LANES * 4 * N);
+    }
     for (int n = 0; n < N; n += 4, offset += 16) {
         ints in[4]; // 16 bytes of the rows i, i + 4, ... beside each other
         for (int i = 0; i < 4; i++) {
@@ -211,21 +242,22 @@ void load_words(const rows & x, int offset, ints (&to)[N]) {
 }
 
 // ggml's repacking interleaves eight rows: eight bytes of a row follow eight of the row before. Of 64 such bytes of
-// LANES / 8 groups, to[0] gets the first four bytes of every row, to[1] the others.
-inline void load_eights(const rows & groups, int offset, ints (&to)[2]) {
+// LANES / 8 groups, `first` gets the first four bytes of every row, `others` the others.
+inline void load_eights(const rows & groups, int offset, ints & first, ints & others) {
+    groups.ask_for(LANES / 8 * offset, LANES / 8 * 64);
 #ifdef SWIFT_AVX512
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const __m512i odd  = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
     const __m512i a = load(groups.at(0, offset)), b = load(groups.at(8, offset));
-    to[0] = _mm512_permutex2var_epi32(a, even, b);
-    to[1] = _mm512_permutex2var_epi32(a, odd, b);
+    first  = _mm512_permutex2var_epi32(a, even, b);
+    others = _mm512_permutex2var_epi32(a, odd, b);
 #else
     const __m256  a    = _mm256_loadu_ps((const float *) groups.at(0, offset));
     const __m256  b    = _mm256_loadu_ps((const float *) groups.at(0, offset + 32));
     const __m256i even = _mm256_castps_si256(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(2, 0, 2, 0)));
     const __m256i odd  = _mm256_castps_si256(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(3, 1, 3, 1)));
-    to[0]              = _mm256_permute4x64_epi64(even, _MM_SHUFFLE(3, 1, 2, 0));
-    to[1]              = _mm256_permute4x64_epi64(odd, _MM_SHUFFLE(3, 1, 2, 0));
+    first              = _mm256_permute4x64_epi64(even, _MM_SHUFFLE(3, 1, 2, 0));
+    others             = _mm256_permute4x64_epi64(odd, _MM_SHUFFLE(3, 1, 2, 0));
 #endif
 }
 
@@ -332,8 +364,6 @@ inline ints two_signed(ints words, int i) { // each goes to the upper half of it
     return arithmetic_right_16(or_(and_words(shift_left_32(two, 8), 0xFF00), shift_left_32(shift_right_32(two, 8), 24)), 8);
 }
 
-inline ints two_signed_times(ints words, int i, int16_t factor) { return multiply_16(two_signed(words, i), factor); }
-
 // Byte i of each word, four times
 inline ints every_byte(ints words, int i) {
     const __m128i four = _mm_add_epi8(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0C0C0C0C), _mm_set1_epi8((char) i));
@@ -355,6 +385,36 @@ inline ints where_set(ints words, int i, char value) {
 #endif
 }
 
+// -- floats -------------------------------------------------------------------------------------------
+
+inline reals load_halves(const ggml_fp16_t * from) {
+#ifdef SWIFT_AVX512
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) from));
+#else
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) from));
+#endif
+}
+
+inline reals load_halves(const ggml_bf16_t * from) { // the upper halves of floats
+#ifdef SWIFT_AVX512
+    return _mm512_castsi512_ps(shift_left_32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) from)), 16));
+#else
+    return _mm256_castsi256_ps(shift_left_32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) from)), 16));
+#endif
+}
+
+// In a fixed order
+inline float sum_of(reals x) {
+#ifdef SWIFT_AVX512
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)));
+#else
+    const __m256 eight = x;
+#endif
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four        = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+
 // -- quantising ---------------------------------------------------------------------------------------
 
 // 16 floats times `scale`, rounded to bytes, at most 127
@@ -370,16 +430,6 @@ inline int32_t sum_of(__m256i eight) {
     __m128i sum = _mm_add_epi32(_mm256_extracti128_si256(eight, 1), _mm256_castsi256_si128(eight));
     sum         = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, _MM_SHUFFLE(1, 0, 3, 2)));
     return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, _MM_SHUFFLE(2, 3, 0, 1))));
-}
-
-// -- memory -------------------------------------------------------------------------------------------
-
-// Rows of a panel lie apart, an order that the hardware does not foresee: what comes after them is asked for
-// instead, a piece with each block. To the second cache: the first has to hold panels and columns.
-inline void prefetch(const char * bytes, size_t n) {
-    for (size_t i = 0; i < n; i += 64) {
-        _mm_prefetch(bytes + i, _MM_HINT_T1);
-    }
 }
 
 } // namespace

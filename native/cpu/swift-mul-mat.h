@@ -1,4 +1,4 @@
-// Products of a quantised matrix with a few columns at once, for ggml's CPU backend.
+// Products of a matrix with any number of columns, in the same arithmetic, for ggml's CPU backend.
 
 #pragma once
 
@@ -12,11 +12,8 @@ extern "C" {
 struct ggml_compute_params;
 struct ggml_tensor;
 
-// Room for a token and 64 draft tokens. Wider passes process prompts, which have kernels of their own.
-#define SWIFT_NARROW_MAX 72
-
-// Computes the product, if there is a kernel for its types: in batch-invariant mode (params->use_ref) up to
-// SWIFT_NARROW_MAX columns, with params->swift_prompts more than that. Every thread of the pool calls it. Returns false if nothing was done; then no thread has waited for another.
+// Computes the product, if there is a kernel for its types, with params->use_ref or params->swift_prompts. Every thread
+// of the pool calls it. Returns false if nothing was done; then no thread has waited for another.
 //
 // n_interleaved, n_block: how many rows ggml's repacking interleaves, and how many bytes of each at a time;
 // 1, 1 for a matrix that is not repacked.

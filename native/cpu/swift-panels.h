@@ -1,8 +1,8 @@
-// Panels multiplied with columns. Each row of weights has a lane of its own, so that nothing is ever added up
-// across lanes, and what is added up for a row does not depend on how many columns there are:
+// Panels multiplied with columns. A panel is one block of LANES rows, each of which has a lane of its own: nothing is
+// ever added up across lanes, and what is added up for a row does not depend on how many columns there are:
 //
 //   within a block   whole numbers, exact in any order
-//   block by block   sum = fma(scale of the row * scale of the column, number, sum), minimums in a sum of their own
+//   block by block   sum = fma(number, scale of the row * scale of the column, sum), minimums in a sum of their own
 
 #pragma once
 
@@ -10,140 +10,184 @@
 
 namespace {
 
-constexpr int PANELS = 2; // beside each other: each number of a column that is loaded serves both
-constexpr int ROWS   = PANELS * LANES;
-
 // Columns in the format that their type of weights wants, block after block, one column after the other
 template <typename block>
 struct columns {
     const block * blocks;
     const float * scales; // of blocks of 32: block after block, as the blocks
     const float * sums;   // scale * sum of a block's numbers, of Q8_1
+    const int *   starts; // minus what the offset of codes adds to a block's numbers, of Q8_0
     int64_t       n_blocks;
 
     columns at(int64_t column, int64_t b) const {
         const int64_t i = column * n_blocks + b;
-        return { blocks + i, scales ? scales + i : nullptr, sums ? sums + i : nullptr, n_blocks };
+        return { blocks + i, scales ? scales + i : nullptr, sums ? sums + i : nullptr, starts ? starts + i : nullptr, n_blocks };
     }
 };
 
-// What is added up, for so many rows of each column
+// What is added up for LANES rows of a column
 struct sums {
-    float plain[ROWS];
-    float minimums[ROWS];
+    reals plain, minimums;
 };
 
-inline ints four_bytes(const int8_t * from) {
+inline ints four_bytes(const void * from) {
     int32_t four;
     memcpy(&four, from, sizeof(four));
     return everywhere(four);
 }
 
-// -- blocks of 32 -------------------------------------------------------------------------------------
+template <typename type>
+constexpr bool IS_256 = std::is_same_v<typename type::column, block_q8_K>;
 
-// Adds n blocks of N columns.
-template <typename type, int N, typename block>
-void add_products(const panel_32 (*w)[PANELS], int n, const columns<block> & y, sums * to) {
-    for (int b = 0; b < n; b++) {
-        ints numbers[N][PANELS];
-        for (int p = 0; p < PANELS; p++) {
-            const ints start = load(w[b][p].start);
-            for (int c = 0; c < N; c++) {
-                numbers[c][p] = start;
+// Without VNNI pairs of products have to fit 16 bits. So codes of eight bits are signed there, without an offset.
+template <typename type>
+constexpr bool IS_SIGNED = type::OFFSET == 128 && !HAS_VNNI;
+
+template <typename type>
+constexpr int OFFSET = IS_SIGNED<type> ? 0 : type::OFFSET;
+
+template <typename type, typename vector>
+vector dot(vector numbers, vector codes, vector column) {
+    if constexpr (IS_SIGNED<type>) {
+        return dot_signed(numbers, codes, column);
+    } else {
+        return dot_unsigned(numbers, codes, column);
+    }
+}
+
+// What an offset has added to the numbers of a column's block of 32, negative
+template <typename type>
+ints start_of(const columns<typename type::column> & y, int64_t i) {
+    return IS_256<type> || OFFSET<type> == 0 ? everywhere(0) : everywhere(y.starts[i]);
+}
+
+// -- a block's numbers added to sums ------------------------------------------------------------------
+
+template <typename type, typename block>
+void add_to(sums & to, ints numbers, const factors_32 & w, const columns<block> & y, int64_t i) {
+    to.plain = multiply_add(to_reals(numbers), multiply(w.scales, everywhere(y.scales[i])), to.plain);
+    if constexpr (type::HAS_MINIMUM) {
+        to.minimums = multiply_add(w.minimums, everywhere(y.sums[i]), to.minimums);
+    }
+}
+
+template <typename type, int SUB>
+void add_to(sums & to, ints numbers, const factors_256<SUB> & w, const columns<block_q8_K> & y, int64_t i) {
+    const block_q8_K & block = y.blocks[i];
+    const reals        scale = everywhere(block.d);
+    ints               minimums = type::HAS_MINIMUM ? everywhere(0) : numbers;
+    if constexpr (type::HAS_MINIMUM || OFFSET<type> != 0) {
+        for (int n = 0; n < w.N_SUB / 2; n++) { // of each sub-block: what prepare() has left there
+            minimums = dot_words(minimums, w.sub_minimums[n], four_bytes(block.bsums + 2 * n));
+        }
+    }
+    if constexpr (type::HAS_MINIMUM) {
+        to.minimums = multiply_add(to_reals(minimums), multiply(w.minimums, scale), to.minimums);
+    } else {
+        numbers = minimums;
+    }
+    to.plain = multiply_add(to_reals(numbers), multiply(w.scales, scale), to.plain);
+}
+
+template <typename type>
+reals total(const sums & of) {
+    if constexpr (!type::HAS_MINIMUM) {
+        return of.plain;
+    } else if constexpr (IS_256<type>) {
+        return subtract(of.plain, of.minimums);
+    } else {
+        return add(of.plain, of.minimums);
+    }
+}
+
+// -- many columns: lanes are rows ---------------------------------------------------------------------
+
+constexpr int PANELS = 2; // beside each other: each number of a column that is loaded serves both
+
+template <typename type>
+struct panel {
+    static constexpr int N     = IS_256<type> ? QK_K / 4 : 8;
+    static constexpr int N_SUB = IS_256<type> ? N : 1;
+
+    ints                   codes[N];
+    ints                   sub_scales[N_SUB]; // of blocks of 256
+    typename type::factors factors;
+
+    void unpack(const rows & x) {
+        type::decode({ x }, codes);
+        if constexpr (IS_SIGNED<type>) {
+            for (ints & each : codes) {
+                each = flip_bytes(each, (char) 128);
             }
         }
-        for (int k = 0; k < 8; k++) {
-            const ints codes[PANELS] = { load(w[b][0].codes[k]), load(w[b][1].codes[k]) };
+        type::get_factors(x, factors);
+        if constexpr (IS_256<type>) {
+            for (int n = 0; n < factors.N_SUB / 2; n++) {
+                sub_scales[2 * n]     = arithmetic_right_32(shift_left_32(factors.sub_scales[n], 16), 16);
+                sub_scales[2 * n + 1] = arithmetic_right_32(factors.sub_scales[n], 16);
+            }
+        }
+    }
+};
+
+// Adds n blocks of N columns.
+template <typename type, int N>
+void add_products(const panel<type> (*w)[PANELS], int n, const columns<typename type::column> & y, sums (*to)[PANELS]) {
+    for (int b = 0; b < n; b++) {
+        ints numbers[N][PANELS];
+        for (int c = 0; c < N; c++) {
+            for (int p = 0; p < PANELS; p++) {
+                numbers[c][p] = start_of<type>(y, c * y.n_blocks + b);
+            }
+        }
+        const auto add_dots = [&](int k, ints (&to)[N][PANELS]) {
+            const ints codes[PANELS] = { w[b][0].codes[k], w[b][1].codes[k] };
             for (int c = 0; c < N; c++) {
                 const ints four = four_bytes(y.blocks[c * y.n_blocks + b].qs + 4 * k);
                 for (int p = 0; p < PANELS; p++) {
-                    numbers[c][p] = dot_raised(numbers[c][p], four, codes[p]);
+                    to[c][p] = dot<type>(to[c][p], codes[p], four);
                 }
             }
-        }
-        for (int p = 0; p < PANELS; p++) {
-            const reals scales = load(w[b][p].scales);
-            for (int c = 0; c < N; c++) {
-                float *     sum   = to[c].plain + p * LANES;
-                const reals scale = multiply(scales, everywhere(y.scales[c * y.n_blocks + b]));
-                store(sum, multiply_add(to_reals(numbers[c][p]), scale, load(sum)));
-            }
-            if constexpr (type::HAS_MINIMUM) {
-                const reals minimums = load(w[b][p].minimums);
+        };
+        if constexpr (IS_256<type>) {
+            for (int i = 0; i < QK_K / type::SUB; i++) {
+                ints of_sub[N][PANELS];
                 for (int c = 0; c < N; c++) {
-                    float * sum = to[c].minimums + p * LANES;
-                    store(sum, multiply_add(minimums, everywhere(y.sums[c * y.n_blocks + b]), load(sum)));
-                }
-            }
-        }
-    }
-}
-
-// -- blocks of 256 ------------------------------------------------------------------------------------
-
-template <typename type>
-ints dot_codes(ints numbers, ints codes, ints four) {
-    if constexpr (type::SIGNED_CODES) {
-        return dot_raised(numbers, four, codes);
-    } else {
-        return dot_unsigned(numbers, codes, four);
-    }
-}
-
-template <typename type, int N, int SUB>
-void add_products(const panel_256<SUB> (*w)[PANELS], int n, const columns<block_q8_K> & y, sums * to) {
-    for (int b = 0; b < n; b++) {
-        const block_q8_K * blocks = y.blocks + b;
-        ints               totals[N][PANELS];
-        for (int c = 0; c < N; c++) {
-            for (int p = 0; p < PANELS; p++) {
-                totals[c][p] = everywhere(0);
-            }
-        }
-        for (int i = 0; i < QK_K / SUB; i++) {
-            ints numbers[N][PANELS];
-            for (int c = 0; c < N; c++) {
-                for (int p = 0; p < PANELS; p++) {
-                    numbers[c][p] = everywhere(0);
-                }
-            }
-#pragma GCC unroll 8
-            for (int k = i * SUB / 4; k < (i + 1) * SUB / 4; k++) {
-                const ints codes[PANELS] = { load(w[b][0].codes[k]), load(w[b][1].codes[k]) };
-                for (int c = 0; c < N; c++) {
-                    const ints four = four_bytes(blocks[c * y.n_blocks].qs + 4 * k);
                     for (int p = 0; p < PANELS; p++) {
-                        numbers[c][p] = dot_codes<type>(numbers[c][p], codes[p], four);
+                        of_sub[c][p] = everywhere(0);
+                    }
+                }
+#pragma GCC unroll 8
+                for (int k = i * type::SUB / 4; k < (i + 1) * type::SUB / 4; k++) {
+                    add_dots(k, of_sub);
+                }
+                for (int p = 0; p < PANELS; p++) {
+                    const ints scales = w[b][p].sub_scales[i];
+                    for (int c = 0; c < N; c++) {
+                        numbers[c][p] = add(numbers[c][p], multiply(of_sub[c][p], scales));
                     }
                 }
             }
-            for (int p = 0; p < PANELS; p++) {
-                const ints scales = load(w[b][p].sub_scales[i]);
-                for (int c = 0; c < N; c++) {
-                    totals[c][p] = add(totals[c][p], multiply(numbers[c][p], scales));
-                }
+        } else {
+            for (int k = 0; k < 8; k++) {
+                add_dots(k, numbers);
             }
         }
         for (int p = 0; p < PANELS; p++) {
-            const reals scales = load(w[b][p].scales);
             for (int c = 0; c < N; c++) {
-                const block_q8_K & block    = blocks[c * y.n_blocks];
-                const reals        scale    = everywhere(block.d);
-                ints               minimums = everywhere(0);
-                for (int i = 0; i < QK_K / SUB / 2; i++) { // of each sub-block: what prepare() has left there
-                    const ints two = four_bytes((const int8_t *) (block.bsums + 2 * i));
-                    minimums       = dot_words(minimums, load(w[b][p].sub_minimums[i]), two);
-                }
-                float * sum = to[c].plain + p * LANES;
-                if constexpr (type::HAS_MINIMUM) {
-                    float * min = to[c].minimums + p * LANES;
-                    store(min, multiply_add(to_reals(minimums), multiply(load(w[b][p].minimums), scale), load(min)));
-                } else {
-                    totals[c][p] = add(totals[c][p], minimums);
-                }
-                store(sum, multiply_add(to_reals(totals[c][p]), multiply(scales, scale), load(sum)));
+                add_to<type>(to[c][p], numbers[c][p], w[b][p].factors, y, c * y.n_blocks + b);
             }
         }
+    }
+}
+
+// add_products for the columns left, of which it does N at most
+template <typename type, int N>
+void add_up_to(const panel<type> (*w)[PANELS], int n, const columns<typename type::column> & y, int n_columns, sums (*to)[PANELS]) {
+    if (n_columns >= N) {
+        add_products<type, N>(w, n, y, to);
+    } else if constexpr (N > 1) {
+        add_up_to<type, N - 1>(w, n, y, n_columns, to);
     }
 }
 

@@ -1,4 +1,4 @@
-"""Passes over few tokens have the bits of passes over one, for every type of weights."""
+"""Logits have the same bits at every width, for every type that has a kernel."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def make(
 
 @pytest.mark.parametrize("n_threads", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_width_has_the_bits_of_one_column(
+def test_every_width_has_the_same_bits(
     kind: str, n_threads: int, make: Callable[[str], Path], open_model: Callable[..., Model]
 ) -> None:
     same_at_every_width(open_model(make(kind), n_threads=n_threads), kind)
@@ -75,7 +75,7 @@ def same_at_every_width(model: Model, kind: str) -> None:
     text, more = tokens[:20], tokens[20:]
 
     model.decode(text)
-    alone = []
+    alone: list[Any] = []
     for token in more:
         model.decode([token])
         alone.append(model.logits(0))

@@ -1,4 +1,4 @@
-"""Products with many columns, as prompts have them: the same bits however many there are."""
+"""Products with any number of columns: the same bits however many there are."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ PLAIN = [
     Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.IQ4_NL, Type.MXFP4,
     Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.IQ4_XS,
 ]  # fmt: skip
+FLOATS = [Type.F32, Type.F16, Type.BF16]
 REPACKED = [Type.Q4_0, Type.IQ4_NL, Type.MXFP4, Type.Q2_K, Type.Q4_K]
-CASES = [(kind, False) for kind in PLAIN] + [(kind, True) for kind in REPACKED]
+CASES = [(kind, False) for kind in PLAIN + FLOATS] + [(kind, True) for kind in REPACKED]
 N = 512
 MOST = 200
-WIDTHS = (73, 74, 75, 77, 79, 80, 81, 127, 128, 129, 199)
-"""Wider than SWIFT_NARROW_MAX; tiles of columns are 4 or 8 wide, blocks of them 64."""
+WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 33, 63, 64, 65, 71, 72, 73, 77, 81, 127, 128, 129, 199)
+"""Tiles of columns are up to 8 wide, blocks of them 64."""
 
 pytestmark = pytest.mark.skipif(
     N_GPU_LAYERS != 0 or platform.machine() not in ("x86_64", "AMD64"),
