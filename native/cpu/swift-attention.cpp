@@ -155,7 +155,7 @@ enum class block_kind : uint8_t {
 };
 
 class tile {
-  public:
+public:
     // number: counts tokens, then groups, then sequences
     // own: work space of this thread; home: that of the thread which has the tile's scores
     tile(const ggml_tensor * dst, const shape & is, int64_t number, int n_threads, float * own, float * home) :
@@ -181,13 +181,13 @@ class tile {
 
     int number_of_queries() const { return n_queries; }
 
-    void compute_scores(int64_t begin, int64_t end); // of these blocks
-    void compute_weights(int begin, int end);        // of these queries
+    void compute_scores(int64_t begin, int64_t end);  // of these blocks
+    void compute_weights(int begin, int end);         // of these queries
     void compute_results(int64_t begin, int64_t end); // in these dimensions, of multiples of COLUMNS
 
     void prepare_queries();
 
-  private:
+private:
     const ggml_tensor * dst;
     const shape &       is;
     int64_t             first_token, n_tokens, group, sequence;
@@ -207,8 +207,8 @@ class tile {
     const ggml_fp16_t * mask_of(int64_t token) const {
         const ggml_tensor * mask = dst->src[3];
         return mask ? (const ggml_fp16_t *) ((const char *) mask->data + (first_token + token) * mask->nb[1] +
-                                             sequence % mask->ne[3] * mask->nb[3]) :
-                      nullptr;
+                                             sequence % mask->ne[3] * mask->nb[3])
+                    : nullptr;
     }
     const char * cell(const ggml_tensor * x, int64_t i) const {
         return (const char *) x->data + i * x->nb[1] + group * x->nb[2] + sequence / (is.n_sequences / x->ne[3]) * x->nb[3];
@@ -217,11 +217,11 @@ class tile {
 
     void  find_kinds();
     float slope_of(int head) const;
-    void load_keys(int64_t b);
-    void load_values(int64_t b, int64_t begin, int64_t end);
-    void add_mask(int64_t b);
-    void add_up_weights();
-    void add_open_cells(int64_t b, int64_t begin, int64_t end);
+    void  load_keys(int64_t b);
+    void  load_values(int64_t b, int64_t begin, int64_t end);
+    void  add_mask(int64_t b);
+    void  add_up_weights();
+    void  add_open_cells(int64_t b, int64_t begin, int64_t end);
 };
 
 void tile::find_kinds() {
@@ -231,7 +231,8 @@ void tile::find_kinds() {
             const ggml_fp16_t * mask = mask_of(t) + b * BLOCK;
             n_masked += std::count(mask, mask + n_cells_of(b), MASKED);
         }
-        kinds[b] = n_masked == 0 ? block_kind::open : n_masked == n_tokens * n_cells_of(b) ? block_kind::masked : block_kind::mixed;
+        kinds[b] = n_masked == 0 ? block_kind::open : n_masked == n_tokens * n_cells_of(b) ? block_kind::masked
+                                                                                           : block_kind::mixed;
     }
 }
 
@@ -253,8 +254,7 @@ float tile::slope_of(int head) const {
         return 1.0f;
     }
     const uint32_t n_log2 = 1u << (uint32_t) std::floor(std::log2(dst->src[0]->ne[2]));
-    return (uint32_t) head < n_log2 ? std::pow(std::pow(2.0f, -max_bias / n_log2), (float) (head + 1)) :
-                                      std::pow(std::pow(2.0f, -max_bias / 2.0f / n_log2), (float) (2 * (head - n_log2) + 1));
+    return (uint32_t) head < n_log2 ? std::pow(std::pow(2.0f, -max_bias / n_log2), (float) (head + 1)) : std::pow(std::pow(2.0f, -max_bias / 2.0f / n_log2), (float) (2 * (head - n_log2) + 1));
 }
 
 // N rows of floats, transposed
@@ -335,7 +335,7 @@ void tile::add_mask(int64_t b) {
     for (int i = 0; i < n_queries; i++) {
         float * row = scores.at(i, b * BLOCK).data;
         if (const ggml_fp16_t * mask = mask_of(i / is.n_heads)) {
-            const reals             slope = everywhere(slope_of(head_of(i)));
+            const reals             slope       = everywhere(slope_of(head_of(i)));
             alignas(64) ggml_fp16_t some[BLOCK] = {};
             memcpy(some, mask + b * BLOCK, n * sizeof(ggml_fp16_t));
             for (int c = 0; c < BLOCK; c += LANES) {
@@ -426,8 +426,8 @@ void tile::compute_results(int64_t begin, int64_t end) {
     }
     const int64_t n = std::min(end, is.value) - begin;
     for (int i = 0; i < n_queries; i++) {
-        const int64_t place = sequence * dst->ne[2] * dst->ne[1] + head_of(i) + (first_token + i / is.n_heads) * dst->ne[1];
-        float *       out   = (float *) ((char *) dst->data + place * dst->nb[1]) + begin;
+        const int64_t place  = sequence * dst->ne[2] * dst->ne[1] + head_of(i) + (first_token + i / is.n_heads) * dst->ne[1];
+        float *       out    = (float *) ((char *) dst->data + place * dst->nb[1]) + begin;
         const float   factor = totals[i] == 0.0f ? 0.0f : 1.0f / totals[i]; // all cells may be masked
         std::transform(results.row(i) + begin, results.row(i) + begin + n, out, [&](float x) { return x * factor; });
     }
@@ -437,9 +437,9 @@ void tile::compute_results(int64_t begin, int64_t end) {
 void tile::add_open_cells(int64_t b, int64_t begin, int64_t end) {
     const int n = n_cells_of(b);
     for (int64_t t = 0; t < n_tokens; t++) {
-        const ggml_fp16_t * mask     = mask_of(t) ? mask_of(t) + b * BLOCK : nullptr;
-        const auto          is_open  = [&](int c) { return !mask || mask[c] != MASKED; };
-        const int64_t       first    = t * is.n_heads;
+        const ggml_fp16_t * mask    = mask_of(t) ? mask_of(t) + b * BLOCK : nullptr;
+        const auto          is_open = [&](int c) { return !mask || mask[c] != MASKED; };
+        const int64_t       first   = t * is.n_heads;
         for (int c = 0; c < n; c++) {
             const int start = c;
             while (c < n && is_open(c)) {
@@ -501,8 +501,8 @@ void compute_together(const ggml_compute_params * params, const ggml_tensor * ds
 }
 
 bool has_kernel(const ggml_tensor * dst) {
-    const ggml_tensor * q = dst->src[0], * k = dst->src[1], * v = dst->src[2], * mask = dst->src[3];
-    const auto          to_float = [](ggml_type type) { return type == GGML_TYPE_F32 || ggml_get_type_traits(type)->to_float; };
+    const ggml_tensor *q = dst->src[0], *k = dst->src[1], *v = dst->src[2], *mask = dst->src[3];
+    const auto         to_float = [](ggml_type type) { return type == GGML_TYPE_F32 || ggml_get_type_traits(type)->to_float; };
     return q->type == GGML_TYPE_F32 && k->ne[0] % 8 == 0 && v->ne[0] % 16 == 0 && k->ne[2] == v->ne[2] && k->ne[3] == v->ne[3] &&
             to_float(k->type) && to_float(v->type) && (!mask || mask->ne[2] == 1) && q->ne[1] > 0;
 }

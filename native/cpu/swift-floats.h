@@ -34,7 +34,7 @@ struct floats {
         const int64_t                          n = (int64_t) (w.stride / sizeof(weight));
         unpacked.resize(ROWS * n);
         for (int64_t i = begin; i < end; i++) {
-            const int    n_rows = (int) std::min<int64_t>(ROWS, w.n_rows - i * ROWS);
+            const int     n_rows = (int) std::min<int64_t>(ROWS, w.n_rows - i * ROWS);
             const float * x[ROWS];
             for (int r = 0; r < ROWS; r++) {
                 const auto * row = (const weight *) (w.data + (i * ROWS + std::min(r, n_rows - 1)) * w.stride);
@@ -69,9 +69,9 @@ private:
     static void multiply_up_to(
             const float * const (&x)[ROWS], int64_t n, columns y, int n_columns, float * const * out, int64_t first, int n_rows) {
         if (n_columns >= N) {
-            reals sums[N][ROWS] = {};
-            int64_t k = 0;
-            const auto add_products = [&](const auto & loaded) {
+            reals      sums[N][ROWS] = {};
+            int64_t    k             = 0;
+            const auto add_products  = [&](const auto & loaded) {
                 reals some[ROWS];
                 for (int r = 0; r < ROWS; r++) {
                     some[r] = loaded(x[r] + k);

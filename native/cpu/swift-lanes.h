@@ -206,7 +206,7 @@ struct rows {
     size_t       stride; // bytes from row to row
     const char * ahead;
 
-    const char * at(int row, int offset) const { return first + row * stride + offset; }
+    const char *      at(int row, int offset) const { return first + row * stride + offset; }
     SWIFT_INLINE void ask_for(int offset, int n) const { prefetch(ahead + offset, n); }
 };
 

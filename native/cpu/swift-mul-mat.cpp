@@ -60,7 +60,7 @@ void multiply(const ggml_compute_params * params, ggml_tensor * dst) {
     for (int c = 0; c < n_columns; c++) {
         out[c] = (float *) ((char *) dst->data + c * dst->nb[1]);
     }
-    const matrix w      = { (const char *) src0->data, src0->ne[1], src0->nb[1] };
+    const matrix w = { (const char *) src0->data, src0->ne[1], src0->nb[1] };
     share_out(params, n_groups_of<kernel>(src0), kernel::ROWS * w.stride, [&](int64_t begin, int64_t end) {
         kernel::multiply(w, begin, end, y, n_columns, out.data());
     });

@@ -73,8 +73,8 @@ void add_to(sums & to, ints numbers, const factors_32 & w, const columns<block> 
 
 template <typename type, int SUB>
 void add_to(sums & to, ints numbers, const factors_256<SUB> & w, const columns<block_q8_K> & y, int64_t i) {
-    const block_q8_K & block = y.blocks[i];
-    const reals        scale = everywhere(block.d);
+    const block_q8_K & block    = y.blocks[i];
+    const reals        scale    = everywhere(block.d);
     ints               minimums = type::HAS_MINIMUM ? everywhere(0) : numbers;
     if constexpr (type::HAS_MINIMUM || OFFSET<type> != 0) {
         for (int n = 0; n < w.N_SUB / 2; n++) { // of each sub-block: what prepare() has left there
@@ -140,7 +140,7 @@ void add_products(const panel<type> (*w)[PANELS], int n, const columns<typename 
                 numbers[c][p] = start_of<type>(y, c * y.n_blocks + b);
             }
         }
-        const auto add_dots = [&](int k, ints (&to)[N][PANELS]) {
+        const auto add_dots = [&](int k, ints(&to)[N][PANELS]) {
             const ints codes[PANELS] = { w[b][0].codes[k], w[b][1].codes[k] };
             for (int c = 0; c < N; c++) {
                 const ints four = four_bytes(y.blocks[c * y.n_blocks + b].qs + 4 * k);

@@ -44,12 +44,13 @@ struct quantized {
     using column = typename type::column;
     using block  = typename type::weights;
 
-    static constexpr bool IS_Q8_K  = std::is_same_v<column, block_q8_K>;
-    static constexpr int ROWS    = PANELS * LANES;
+    static constexpr bool IS_Q8_K = std::is_same_v<column, block_q8_K>;
+    static constexpr int  ROWS    = PANELS * LANES;
 
     // Quantises the columns into the work buffer, shared out to the threads in pieces of blocks.
     static void prepare(const ggml_compute_params * params, const ggml_tensor * src1) {
-        constexpr ggml_type type_of_column = IS_Q8_K ? GGML_TYPE_Q8_K : type::HAS_MINIMUM ? GGML_TYPE_Q8_1 : GGML_TYPE_Q8_0;
+        constexpr ggml_type type_of_column = IS_Q8_K ? GGML_TYPE_Q8_K : type::HAS_MINIMUM ? GGML_TYPE_Q8_1
+                                                                                          : GGML_TYPE_Q8_0;
 
         const auto    from_float = ggml_get_type_traits_cpu(type_of_column)->from_float;
         const int64_t n_block    = ggml_blck_size(type_of_column);
@@ -111,7 +112,7 @@ struct quantized {
             starts.resize(n);
             for (int64_t i = 0; i < n; i++) {
                 const __m256i numbers = _mm256_loadu_si256((const __m256i *) blocks[i].qs);
-                starts[i] = -type::OFFSET * sum_of(dot_unsigned(_mm256_setzero_si256(), _mm256_set1_epi8(1), numbers));
+                starts[i]             = -type::OFFSET * sum_of(dot_unsigned(_mm256_setzero_si256(), _mm256_set1_epi8(1), numbers));
             }
             out.starts = starts.data();
         }

@@ -309,7 +309,7 @@ struct q4_K_codes : base {
         for (int i = 0; i < 4; i++, to += 2 * N) {
             const auto bytes = x.load_32(offsetof(weights, qs), i);
             for (int k = 0; k < N; k++) {
-                to[k]            = and_bytes(bytes[k], 0x0F);
+                to[k]     = and_bytes(bytes[k], 0x0F);
                 to[N + k] = and_bytes(shift_right(bytes[k], 4), 0x0F);
             }
         }
@@ -324,9 +324,9 @@ struct q5_K : with_six_bits<block_q5_K> {
         for (int i = 0; i < 4; i++, to += 2 * N) {
             const auto bytes = x.load_32(offsetof(weights, qs), i);
             for (int k = 0; k < N; k++) { // bits 2i and 2i + 1 of every byte
-                const auto two   = shift_right(fifths[k], 2 * i);
-                to[k]            = or_(and_bytes(bytes[k], 0x0F), and_bytes(shift_left(two, 4), 0x10));
-                to[N + k] = or_(and_bytes(shift_right(bytes[k], 4), 0x0F), and_bytes(shift_left(two, 3), 0x10));
+                const auto two = shift_right(fifths[k], 2 * i);
+                to[k]          = or_(and_bytes(bytes[k], 0x0F), and_bytes(shift_left(two, 4), 0x10));
+                to[N + k]      = or_(and_bytes(shift_right(bytes[k], 4), 0x0F), and_bytes(shift_left(two, 3), 0x10));
             }
         }
     }
@@ -334,7 +334,7 @@ struct q5_K : with_six_bits<block_q5_K> {
 
 struct q6_K : type_of_256<block_q6_K, 16, false, 32> {
     static void decode(const layout & x, ints * to) {
-        const auto    join = [](auto low, auto high) { return or_(and_bytes(low, 0x0F), and_bytes(high, 0x30)); };
+        const auto join = [](auto low, auto high) { return or_(and_bytes(low, 0x0F), and_bytes(high, 0x30)); };
         for (int half = 0; half < 2; half++, to += 4 * N) {
             const auto first  = x.load_32(offsetof(weights, ql), 2 * half);
             const auto second = x.load_32(offsetof(weights, ql), 2 * half + 1);
