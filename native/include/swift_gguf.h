@@ -139,13 +139,9 @@ LLAMA_API const char * swift_gguf_rollback_refusal(const struct llama_context * 
 LLAMA_API int32_t swift_gguf_set_batch_invariant(struct llama_context * ctx, bool enable);
 
 /* True if batch-invariant mode serves prompts, too: this processor has the kernels of native/cpu, and the model uses no
- * other device. Then a row's logits have the same bits at every width, with flash attention. Elsewhere the mode is
- * meant for narrow batches and slow for wide ones. */
+ * other device. Then a row's logits have the same bits at every width, for the types that have kernels. Elsewhere the
+ * mode is meant for narrow batches and slow for wide ones. */
 LLAMA_API bool swift_gguf_has_kernels(const struct llama_context * ctx);
-
-/* Processes prompts with the kernels of native/cpu where there are any: products with more than 72 columns, out of
- * batch-invariant mode. They are faster than ggml's and round differently. Returns as above. */
-LLAMA_API int32_t swift_gguf_set_prompt_kernels(struct llama_context * ctx, bool enable);
 
 /* Once *flag is not zero, the context's passes stop within one operation: llama_decode returns 2 and its
  * tokens are not in the memory. The CPU can stop; other backends finish their pass. The flag belongs to the

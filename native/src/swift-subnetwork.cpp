@@ -139,10 +139,6 @@ int32_t swift_gguf_set_batch_invariant(llama_context * ctx, bool enable) {
     return set_switch(ctx, "ggml_backend_cpu_set_use_ref", enable);
 }
 
-int32_t swift_gguf_set_prompt_kernels(llama_context * ctx, bool enable) {
-    return set_switch(ctx, "swift_backend_cpu_set_prompts", enable);
-}
-
 int32_t swift_gguf_set_stop_flag(llama_context * ctx, const int32_t * flag) {
     if (ctx == nullptr) {
         return SWIFT_GGUF_ERROR_ARGUMENT;

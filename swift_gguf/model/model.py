@@ -39,13 +39,12 @@ from swift_gguf.native import (
 from swift_gguf.schemas.matching import Vocabulary
 from swift_gguf.subnetwork import SubNetwork
 
-# From this width on (ggml_fa_tile_config::Q), CPU flash attention has a tiled kernel: right for
-# prompts; never used where several rows are asked for, as in a verification.
+# From this width on (ggml_fa_tile_config::Q), llama.cpp's flash attention has a tiled kernel.
+# Where none of ours run, it is right for prompts, not for verifying several rows.
 PROMPT_WIDTH = 64
 
 NARROW_MAX = 72
-"""SWIFT_NARROW_MAX: no verification is wider, and products of wider batches have kernels for
-prompts."""
+"""SWIFT_NARROW_MAX: no verification is wider."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +112,7 @@ class Model:
         """Forward passes so far.  The rows of logits stay the same until the next one."""
         self._outputs = range(0)
         self._fresh = (-1, -1)  # (n_passes, n_past) after the latest `decode` with logits
-        self._kernels = (False, False)
+        self._is_invariant = False
         self._at_every_width = self._library.has_kernels(ctx)
         self._is_draft = False  # True if the latest pass was a draft pass
         n_branches = n_sequences(model)
@@ -321,8 +320,8 @@ class Model:
 
         subnetwork: the part of the model that the pass runs; None: the full model.  Roll back what
             a sub-network has decoded before the full model decodes again.
-        exact: rows are what single tokens would give, to the bit, up to `NARROW_MAX` tokens; False:
-            as fast as it goes.
+        exact: rows are what single tokens would give, to the bit; without kernels of ours, up to
+            `NARROW_MAX` tokens.  False: by llama.cpp's kernels.
 
         Raises:
             ContextFullError: the tokens do not fit; nothing is decoded.
@@ -489,11 +488,8 @@ class Model:
         if len(tokens) > self.n_batch:
             raise ValueError(f"{len(tokens)} tokens in a batch of {self.n_batch}")
         is_narrow = len(tokens) < PROMPT_WIDTH or (n_outputs > 1 and len(tokens) <= NARROW_MAX)
-        self._choose_kernels(
-            invariant=exact and (is_narrow or self._at_every_width),
-            prompts=exact and not is_narrow,
-        )
-        if not self._kernels[0]:
+        self._choose_kernels(invariant=exact and (is_narrow or self._at_every_width))
+        if not self._is_invariant:
             self.cells.close_gaps()
         self._library.set_subnetwork(self.ctx, self._handles.of(subnetwork))
         self._is_draft = subnetwork is not None
@@ -515,11 +511,10 @@ class Model:
             raise DecodeError(f"llama.cpp could not decode (code {code}): {cause(messages)}")
         self._outputs = range(first, len(tokens))
 
-    def _choose_kernels(self, *, invariant: bool, prompts: bool) -> None:
-        if self._kernels != (invariant, prompts):
+    def _choose_kernels(self, *, invariant: bool) -> None:
+        if self._is_invariant != invariant:
             self._library.set_batch_invariant(self.ctx, invariant)
-            self._library.set_prompt_kernels(self.ctx, prompts)
-            self._kernels = (invariant, prompts)
+            self._is_invariant = invariant
 
     def output_index(self, row: int) -> int:
         """llama.cpp's index of an output row of the last batch."""
@@ -645,7 +640,7 @@ class Model:
             self._drop_tree()
             self.cells.only_trunk()
         self._library.set_subnetwork(self.ctx, None)
-        self._choose_kernels(invariant=self._at_every_width, prompts=False)
+        self._choose_kernels(invariant=self._at_every_width)
 
     def take_back(self) -> None:
         """Takes the context back after `hand_over`, with the same text."""

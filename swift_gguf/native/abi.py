@@ -109,7 +109,6 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "swift_gguf_rollback_refusal": (ctypes.c_char_p, [ctypes.c_void_p]),
     "swift_gguf_set_batch_invariant": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_bool]),
     "swift_gguf_has_kernels": (ctypes.c_bool, [ctypes.c_void_p]),
-    "swift_gguf_set_prompt_kernels": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_bool]),
     "swift_gguf_pass_cost": (
         ctypes.c_int32,
         [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int32] * 3, ctypes.POINTER(Cost)],

@@ -252,18 +252,13 @@ class Library:
         return reason.decode() if reason else None
 
     def set_batch_invariant(self, ctx: Any, enable: bool) -> None:
-        """Enables CPU attention whose results do not depend on the batch size."""
+        """Enables CPU kernels whose results do not depend on the batch size."""
         code = self._swift.swift_gguf_set_batch_invariant(ctx, enable)
-        _check(code, "choose batch-invariant attention")
+        _check(code, "choose batch-invariant kernels")
 
     def has_kernels(self, ctx: Any) -> bool:
         """True if the batch-invariant mode serves prompts, too, with kernels of ours."""
         return bool(self._swift.swift_gguf_has_kernels(ctx))
-
-    def set_prompt_kernels(self, ctx: Any, enable: bool) -> None:
-        """Our kernels for wide batches, out of batch-invariant mode."""
-        code = self._swift.swift_gguf_set_prompt_kernels(ctx, enable)
-        _check(code, "choose the kernels for prompts")
 
     def pass_cost(
         self, ctx: Any, handle: SubnetworkHandle | None, *, n_tokens: int, n_outputs: int, n_kv: int

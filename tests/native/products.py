@@ -12,7 +12,6 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from swift_gguf.model import NARROW_MAX
 from swift_gguf.native import library
 
 Floats = NDArray[np.float32]
@@ -142,9 +141,7 @@ class Products:
     def with_columns(self, columns: Floats) -> Floats:
         """[n_columns, n] -> [n_columns, n_rows]."""
         ggml, n_columns = self._ggml, len(columns)
-        is_wide = n_columns > NARROW_MAX
-        ggml.ggml_backend_cpu_set_use_ref(self._backend, self._is_ours and not is_wide)
-        ggml.swift_backend_cpu_set_prompts(self._backend, self._is_ours and is_wide)
+        ggml.ggml_backend_cpu_set_use_ref(self._backend, self._is_ours)
         columns = np.ascontiguousarray(columns)
         out = np.empty((n_columns, self._matrix.n_rows), np.float32)
         with ggml.context() as context:

@@ -23,11 +23,8 @@ LISTED = {
         "src/llama-graph.h",
         "src/llama-model.cpp",
     },
-    "0002-narrow-products.patch": {
-        "ggml/include/ggml-cpu.h",
-        "ggml/src/ggml-cpu/ggml-cpu-impl.h",
+    "0002-products.patch": {
         "ggml/src/ggml-cpu/ggml-cpu.c",
-        "ggml/src/ggml-cpu/ggml-cpu.cpp",
         "ggml/src/ggml-cpu/repack.cpp",
     },
     "0003-bounded-parsing.patch": {"common/peg-parser.cpp", "common/peg-parser.h"},
