@@ -193,8 +193,8 @@ inline ints dot_words(ints sums, ints a, ints b) { return _mm512_dpwssd_epi32(su
 // -- from rows, as they lie in memory, to lanes -------------------------------------------------------
 
 // To the second cache: the first has to hold panels and columns.
-SWIFT_INLINE void prefetch(const char * bytes, size_t n) {
-    for (size_t i = 0; i < n; i += 64) {
+SWIFT_INLINE void prefetch(const char * bytes, int64_t n) {
+    for (int64_t i = 0; i < n; i += 64) {
         _mm_prefetch(bytes + i, _MM_HINT_T1);
     }
 }
@@ -202,12 +202,15 @@ SWIFT_INLINE void prefetch(const char * bytes, size_t n) {
 // LANES rows, the first of which begins at `first`. Rows of a panel lie apart, an order that the hardware does not
 // foresee. So with each piece that is loaded, as large a piece of what comes next is asked for, from `ahead` on.
 struct rows {
-    const char * first;
-    size_t       stride; // bytes from row to row
-    const char * ahead;
+    const char *         first;
+    size_t               stride; // bytes from row to row
+    mutable const char * ahead;
 
     const char *      at(int row, int offset) const { return first + row * stride + offset; }
-    SWIFT_INLINE void ask_for(int offset, int n) const { prefetch(ahead + offset, n); }
+    SWIFT_INLINE void ask(int64_t n) const {
+        prefetch(ahead, n);
+        ahead += n;
+    }
 };
 
 // N * 4 bytes of each row, from `offset` on, whole sixteens: to[i] has four bytes of every row. ASKS: unless others
@@ -216,7 +219,7 @@ template <int N, bool ASKS = true>
 SWIFT_INLINE void load_words(const rows & x, int offset, ints (&to)[N]) {
     static_assert(N % 4 == 0);
     if constexpr (ASKS) {
-        x.ask_for(LANES * offset, LANES * 4 * N);
+        x.ask(LANES * 4 * N);
     }
     for (int n = 0; n < N; n += 4, offset += 16) {
         ints in[4]; // 16 bytes of the rows i, i + 4, ... beside each other
@@ -244,7 +247,7 @@ SWIFT_INLINE void load_words(const rows & x, int offset, ints (&to)[N]) {
 // ggml's repacking interleaves eight rows: eight bytes of a row follow eight of the row before. Of 64 such bytes of
 // LANES / 8 groups, `first` gets the first four bytes of every row, `others` the others.
 inline void load_eights(const rows & groups, int offset, ints & first, ints & others) {
-    groups.ask_for(LANES / 8 * offset, LANES / 8 * 64);
+    groups.ask(LANES / 8 * 64);
 #ifdef SWIFT_AVX512
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const __m512i odd  = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);

@@ -113,7 +113,8 @@ struct panel {
     ints                   sub_scales[N_SUB]; // of blocks of 256
     typename type::factors factors;
 
-    void unpack(const rows & x) {
+    SWIFT_INLINE void unpack(const rows & x) {
+        const char * end = x.ahead + sizeof(typename type::weights) * LANES / type::layout::ROWS;
         type::decode({ x }, codes);
         if constexpr (IS_SIGNED<type>) {
             for (ints & each : codes) {
@@ -121,6 +122,7 @@ struct panel {
             }
         }
         type::get_factors(x, factors);
+        x.ask(end - x.ahead); // what was not loaded in whole pieces
         if constexpr (IS_256<type>) {
             for (int n = 0; n < factors.N_SUB / 2; n++) {
                 sub_scales[2 * n]     = arithmetic_right_32(shift_left_32(factors.sub_scales[n], 16), 16);

@@ -57,7 +57,7 @@ inline words both_nibbles(const ints (&bytes)[4]) {
 struct in_rows {
     static constexpr int ROWS = 1; // of a block
 
-    rows x;
+    const rows & x;
 
     words load_32(int offset, int i) const {
         words to;
@@ -80,7 +80,7 @@ struct in_rows {
 struct by_eights {
     static constexpr int ROWS = 8;
 
-    rows groups;
+    const rows & groups;
 
     words load_32(int offset, int i) const {
         words to;
