@@ -22,10 +22,10 @@
 namespace {
 
 // work(begin, end) for all groups of so many bytes, shared out to the threads. One that was held up leaves its share to
-// the others; but no chunk is so short that what is fetched ahead of it were mostly another thread's.
+// the others. But a chunk has groups enough: nobody asks ahead for its first one.
 template <typename function>
 void share_out(const ggml_compute_params * params, int64_t n_groups, size_t group, const function & work) {
-    const int64_t n_long   = n_groups * (int64_t) group / (int64_t) BYTES_AT_ONCE;
+    const int64_t n_long   = std::min(n_groups * (int64_t) group / (int64_t) BYTES_AT_ONCE, n_groups / 8);
     const int64_t n_chunks = std::min<int64_t>(n_groups, std::clamp<int64_t>(n_long, params->nth, 8 * params->nth));
     for (int64_t chunk = params->ith; chunk < n_chunks;
          chunk         = ggml_threadpool_chunk_add(params->threadpool, 1)) {

@@ -127,7 +127,7 @@ struct quantized {
         for (; begin < end; begin += n_at_once) {
             for (int c = 0; c < n_columns; c += AT_ONCE) {
                 for (int64_t i = begin; i < std::min(end, begin + n_at_once); i++) {
-                    multiply_group(w, i * ROWS, y.at(c, 0), std::min(AT_ONCE, n_columns - c), out + c, c == 0);
+                    multiply_group(w, i * ROWS, y.at(c, 0), std::min(AT_ONCE, n_columns - c), out + c, c == 0 && i + 1 < end);
                 }
             }
         }
@@ -142,8 +142,9 @@ private:
         const rows    x      = w.rows_from(first, ROWS);
         const int64_t n_rows = w.n_rows - first;
 
-        sums results[AT_ONCE][PANELS] = {};
-        for (int c = 0; c < n_columns; c++) { // written at the end: asked for in time
+        sums results[AT_ONCE][PANELS];
+        std::fill_n(results[0], n_columns * PANELS, sums {}); // not all: they would fill the first cache
+        for (int c = 0; c < n_columns; c++) {                 // written at the end: asked for in time
             __builtin_prefetch(out[c] + first, 1);
             __builtin_prefetch(out[c] + first + LANES, 1);
         }
