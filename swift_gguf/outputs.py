@@ -1,13 +1,37 @@
-"""The files that a long measurement ends in: what they need is checked before it begins."""
+"""Files that are written whole or not at all, and those that a long measurement ends in."""
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from swift_gguf.errors import SwiftError
 
 DPI = 150
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` at the end of the block.
+
+    Only its owner can read it.  After an error, `path` is as it was.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(descriptor, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def require_folder(path: Path | None) -> None:

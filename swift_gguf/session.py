@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from swift_gguf.engine import generate
 from swift_gguf.errors import StoppedError
 from swift_gguf.interrupts import heard
 from swift_gguf.model import Model
+from swift_gguf.outputs import replacing
 from swift_gguf.sampling import Sampler, SamplingOptions, SpeculativeSampler
 from swift_gguf.search.drivers import IdleSearch
 from swift_gguf.speculation import Speculation
@@ -226,6 +228,33 @@ class Session:
         """Between answers: so much is never lost."""
         if self.speculation and self.speculation.is_save_due:
             self.save()
+
+    def save_state(
+        self,
+        path: Path,
+        *,
+        n_tokens: int | None = None,
+        notes: Mapping[str, Any] | None = None,
+        limit: int | None = None,
+    ) -> int:
+        """Writes the context to a file, so that its text need not be processed again.
+
+        Only the owner can read the file.  Returns its size in bytes.  See `Model.save_state`.
+        """
+        with self.exclusive(), replacing(path) as file:
+            return self.model.save_state(file, n_tokens=n_tokens, notes=notes, limit=limit)
+
+    def load_state(self, path: Path) -> Mapping[str, Any]:
+        """Replaces the context by a saved one.  Returns the notes saved with it.
+
+        An answer to a prompt that begins with its text processes only the rest of the prompt.
+
+        Raises:
+            StateError: the file is damaged, or of another model, library or kind of context.
+            OSError: the file cannot be read.
+        """
+        with self.exclusive(), path.open("rb") as file:
+            return self.model.load_state(file)
 
     def close(self) -> None:
         """Ends the search and frees a draft model; safe to call twice."""

@@ -21,6 +21,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What tests learn of their models is nobody's profile.
 os.environ["SWIFT_GGUF_PROFILES"] = tempfile.mkdtemp(prefix="swift-gguf-profiles-")
+# Nor are their conversations anybody's last.
+os.environ["SWIFT_GGUF_DATA"] = tempfile.mkdtemp(prefix="swift-gguf-data-")
 
 if os.environ.get("SWIFT_GGUF_TEST_ALL"):  # in CI a package that is missing is a failure
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ from swift_gguf.chat.conversation import Turn
 from swift_gguf.chat.reader import read
 from swift_gguf.errors import SwiftError
 from swift_gguf.model import Model
+from swift_gguf.outputs import replacing
 from swift_gguf.text import StreamDecoder, encode
 from swift_gguf.text_files import read_text
 
@@ -52,17 +52,10 @@ def save(path: Path, model: Model, *, system: str | None, turns: Sequence[Turn])
 
 
 def _write(path: Path, text: str) -> None:
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(descriptor, "w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
+    with replacing(path) as file:
+        file.write(text.encode("utf-8", "replace"))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _is_ours(path: Path) -> bool:
@@ -85,6 +78,17 @@ def load(path: Path, model: Model) -> tuple[str | None, list[Turn]]:
         system = _text(content["system"]) if content["system"] is not None else None
         return system, [_turn(model, values) for values in _list(content["turns"])]
     except (KeyError, TypeError, ValueError) as error:
+        raise SwiftError(f"{path} is a damaged conversation: {_reason(error)}") from error
+
+
+def n_turns(path: Path) -> int:
+    """The number of turns of a saved conversation.
+
+    Raises: as `load`.
+    """
+    try:
+        return len(_list(_content(path)["turns"]))
+    except (KeyError, ValueError) as error:
         raise SwiftError(f"{path} is a damaged conversation: {_reason(error)}") from error
 
 

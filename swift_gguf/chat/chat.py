@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 
-from swift_gguf.chat import archive
+from swift_gguf.chat import archive, kept
 from swift_gguf.chat.ahead import finished
 from swift_gguf.chat.conversation import Conversation, Turn
 from swift_gguf.chat.figures import Figures, details, runs, shares
+from swift_gguf.chat.kept import States
 from swift_gguf.chat.reader import Reader
 from swift_gguf.chat.screen import Screen, View
 from swift_gguf.chat.settings import Settings
@@ -91,7 +93,12 @@ class Chat:
         conversation: Conversation,
         screen: Screen,
         settings: Settings | None = None,
+        states: States | None = None,
     ) -> None:
+        """
+        states: None: no state of the context is kept with a saved conversation.
+        """
+        self.states = states
         self.session, self.conversation, self.screen = session, conversation, screen
         self.settings = settings or Settings()
         self.figures = Figures(n_ctx=session.model.n_ctx)
@@ -328,17 +335,75 @@ class Chat:
     def save(self, path: Path) -> None:
         """Saves the conversation; see `archive.save`."""
         conversation = self.conversation
-        path = path.expanduser()
         archive.save(path, self.session.model, system=conversation.system, turns=conversation.turns)
-        self.screen.note(f"saved {_counted(len(conversation.turns), 'turn')} to {path}")
+        n_turns, state = _counted(len(conversation.turns), "turn"), self._keep_state(path)
+        self.screen.note(f"saved {n_turns} to {path}{state}")
 
     def load(self, path: Path) -> None:
         """Replaces the conversation by a saved one; see `archive.load`."""
-        path = path.expanduser()
         system, turns = archive.load(path, self.session.model)
         self.clear()
         self.conversation.system, self.conversation.turns = system, turns
-        self.screen.note(f"loaded {_counted(len(turns), 'turn')} from {path}")
+        notes = self.states.load(path, self.session) if self.states else None
+        if notes:
+            self.conversation.first = min(notes["first"], max(0, len(turns) - 1))
+        state = " and the state of the context" if notes else ""
+        self.screen.note(f"loaded {_counted(len(turns), 'turn')} from {path}{state}")
+
+    def keep_last(self) -> None:
+        """Saves the conversation as the last one, which `--resume` goes on with.
+
+        Without states nothing is saved.
+        """
+        if self.states is None or not self.conversation.turns:
+            return
+        with suppress(OSError):  # the terminal may be gone
+            try:
+                self.save(kept.writable(kept.LAST))
+            except SwiftError as error:
+                self.screen.note(f"the conversation is not kept: {error}")
+
+    def _keep_state(self, path: Path) -> str:
+        """Saves the state of the context for a saved conversation.  Returns what to say of it."""
+        if self.states is None:
+            return ""
+        try:
+            notes = {"first": self.conversation.first}
+            if (n_tokens := self._n_history()) >= kept.MIN_TOKENS:
+                size = self.states.save(path, self.session, n_tokens=n_tokens, notes=notes)
+                return f", and the state of the context ({size / 1e6:.0f} MB)"
+            why = ""
+        except (OSError, SwiftError) as error:
+            why = f"; the state of the context is not kept: {error}"
+        self.states.forget(path)
+        return why
+
+    def _n_history(self) -> int:
+        """The number of tokens in the context that the next prompt begins with."""
+        model = self.session.model
+        common = common_prefix(model.tokens, self.conversation.prompt("x"))
+        return 0 if model.rollback_refusal and common < model.n_past else common
+
+    def saved(self) -> list[str]:
+        """The conversations in the user's folder, in lines.
+
+        Raises:
+            SwiftError: there are none.
+        """
+        lines = []
+        for name in kept.names():
+            path = kept.place(name)
+            try:
+                what = _counted(archive.n_turns(path), "turn")
+            except SwiftError:
+                what = "damaged"
+            size = self.states.size(path) if self.states else 0
+            state = f"state {size / 1e6:.0f} MB" if size else ""
+            day = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+            lines.append(f"{name:<20} {what:<10} {day}  {state}".rstrip())
+        if not lines:
+            raise SwiftError("no conversation is saved; /save NAME saves this one")
+        return lines
 
     def speculate(self, mode: str, make: Callable[[SpeculationOptions], Speculation]) -> None:
         """Changes the sources of drafts.

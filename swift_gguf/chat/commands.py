@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swift_gguf.chat.chat import Chat
+from swift_gguf.chat.kept import existing, writable
 from swift_gguf.chat.reader import read
 from swift_gguf.errors import SwiftError
 from swift_gguf.speculation import SOURCES, Speculation
@@ -118,11 +119,14 @@ def _read(chat: Chat, argument: str) -> None:
 
 
 def _save(chat: Chat, argument: str) -> None:
-    chat.save(_path(argument, "/save"))
+    chat.save(writable(str(_path(argument, "/save"))))
 
 
 def _load(chat: Chat, argument: str) -> None:
-    chat.load(_path(argument, "/load"))
+    if argument:
+        chat.load(existing(str(_path(argument, "/load"))))
+    else:
+        chat.screen.lines(chat.saved())
 
 
 def _clear(chat: Chat, _: str) -> None:
@@ -202,8 +206,9 @@ COMMANDS = {
     "/read": Command("FILE", "attaches a text file to the next message", _read, takes_path=True),
     "/system": Command("TEXT", "sets the system message; none: removes it", _system),
     "/set": Command("KEY VALUE", "changes a setting; without KEY: lists all", _set),
-    "/save": Command("FILE", "writes the conversation to a file", _save, takes_path=True),
-    "/load": Command("FILE", "loads a saved conversation", _load, takes_path=True),
+    "/save": Command("NAME", "saves the conversation; a FILE will do, too", _save, takes_path=True),
+    "/load": Command("NAME", "goes on with a saved one; without NAME: lists them", _load,
+                     takes_path=True),
     "/stats": Command("", "statistics of the latest answer and the session",
                       lambda chat, _: chat.screen.lines(chat.stats())),
     "/speculation": Command("MODE", "sets the draft sources: auto, off, or a list with commas",

@@ -18,6 +18,7 @@ from prompt_toolkit.output.color_depth import ColorDepth
 from prompt_toolkit.styles import Style
 
 from swift_gguf.chat.commands import COMMANDS, is_open
+from swift_gguf.chat.kept import data_dir, names
 from swift_gguf.chat.settings import CONTEXT, KEYS, THINKING
 
 if TYPE_CHECKING:
@@ -35,15 +36,6 @@ STYLE = Style.from_dict(
 )
 REFRESH_S = 1.0
 """How often the footer is updated."""
-
-
-def data_dir() -> Path:
-    """The folder of the chat history: `$SWIFT_GGUF_DATA`, or the user's data folder."""
-    if folder := os.environ.get("SWIFT_GGUF_DATA"):
-        return Path(folder).expanduser()
-    import platformdirs
-
-    return platformdirs.user_data_path("swift-gguf")
 
 
 class Prompt:
@@ -158,6 +150,8 @@ class ChatCompleter(Completer):
         elif name == "/set":
             yield from _set_completions(argument)
         elif command := COMMANDS.get(name):
+            if name in ("/save", "/load"):
+                yield from _matching(names(), argument)
             if command.takes_path:
                 yield from self._paths.get_completions(Document(argument), event)
             else:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         "swift-gguf chat smollm2-135m",
         "swift-gguf chat model.gguf -sys 'Answer in one sentence.' --temp 0.2",
         "swift-gguf chat hf:owner/repo/model-Q4_K_M.gguf -c 16384 --context stop",
+        "swift-gguf chat model.gguf --resume",
         "printf '/read notes.md\\nSum that up.\\n' | swift-gguf chat model.gguf",
     )
 )
@@ -46,6 +47,13 @@ if TYPE_CHECKING:
 @click.option("--context", type=click.Choice(["shift", "stop"]), default="shift",
               show_default=True, help="When the context is full: drop the oldest turns (shift), "
               "or stop.")  # fmt: skip
+@click.option("--resume", is_flag=False, flag_value="last", metavar="[NAME]",
+              help="Go on with a conversation that was saved by /save; without NAME: with the "
+              "one that the latest chat ended with.")  # fmt: skip
+@click.option("--cache-disk", "cache_mib", default=1024, show_default=True, metavar="MIB",
+              type=click.IntRange(0),
+              help="Disk space for the KV states of saved conversations; 0: keep none, nor the "
+              "conversation that this chat ends with.")  # fmt: skip
 @click.option("--no-read-ahead", is_flag=True, help="Do not read the prompt while you type it.")
 @speculation_flags
 @sampling_flags
@@ -58,11 +66,13 @@ def chat(model: str, **values: Any) -> None:
     """
     from swift_gguf.chat import terminal
     from swift_gguf.chat.chat import Chat
+    from swift_gguf.chat.kept import States, existing
     from swift_gguf.chat.screen import Plain
     from swift_gguf.chat.settings import Settings
     from swift_gguf.session import Session
     from swift_gguf.speculation import Speculation
 
+    resumed = None if values["resume"] is None else existing(values["resume"])
     wanted = speculation_options(values)
     settings = Settings(
         sampling=sampling_options(values),
@@ -80,7 +90,12 @@ def chat(model: str, **values: Any) -> None:
         loaded = stack.enter_context(load_model(model, values))
         conversation = _conversation(loaded, values, variables)
         session = stack.enter_context(closing(Session(loaded, Speculation(loaded, wanted))))
-        talk = Chat(session, conversation, screen or Plain(), settings)
+        states = States(limit=values["cache_mib"] << 20) if values["cache_mib"] else None
+        talk = Chat(session, conversation, screen or Plain(), settings, states)
+        if resumed:
+            talk.load(resumed)
+            if values["system_prompt"] is not None:
+                conversation.system = values["system_prompt"]
         try:
             if screen:
                 session.search_when_idle(talk.on_idle_step)
@@ -88,6 +103,8 @@ def chat(model: str, **values: Any) -> None:
             else:
                 _answer_lines(talk)
         finally:
+            if screen:
+                talk.keep_last()
             session.save()
 
 
