@@ -371,7 +371,7 @@ class Chat:
             notes = {"first": self.conversation.first}
             if (n_tokens := self._n_history()) >= kept.MIN_TOKENS:
                 size = self.states.save(path, self.session, n_tokens=n_tokens, notes=notes)
-                return f", and the state of the context ({size / 1e6:.0f} MB)"
+                return f", and the state of the context ({size / 1e6:.1f} MB)"
             why = ""
         except (OSError, SwiftError) as error:
             why = f"; the state of the context is not kept: {error}"
@@ -398,7 +398,7 @@ class Chat:
             except SwiftError:
                 what = "damaged"
             size = self.states.size(path) if self.states else 0
-            state = f"state {size / 1e6:.0f} MB" if size else ""
+            state = f"state {size / 1e6:.1f} MB" if size else ""
             day = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
             lines.append(f"{name:<20} {what:<10} {day}  {state}".rstrip())
         if not lines:

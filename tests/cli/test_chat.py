@@ -295,6 +295,39 @@ def again_sources(path: Path) -> object:
     return json.loads(path.read_text())["turns"][1]["sources"]
 
 
+def test_the_last_conversation_is_resumed(
+    terminal: Callable[..., Terminal], model: Path, tmp_path: Path
+) -> None:
+    """Only the new question is read; another name is one line."""
+    chat = terminal(model, *QUICK)
+    chat.ask("Tell me about the cat and the dog and the sea. " * 6)
+    chat.ask("/save tale")
+    chat.wait("and the state of the context (")
+    assert chat.leave() == 0
+    assert "conversations/last.json, and the state" in "".join(chat.text.split("\n"))
+    for arguments in (["--resume"], ["--resume", "tale"]):
+        again = terminal(model, *QUICK, *arguments)
+        again.wait("and the state of the context")
+        again.ask("And then?")
+        prompt_n, _ = again.prompt_figures()
+        assert prompt_n > 100
+        assert again.leave() == 0
+        assert "Traceback" not in again.text
+    missing = terminal(model, *QUICK, "--resume", "other")
+    assert missing.end() == 1
+    assert "there is no saved conversation 'other'" in " ".join(missing.text.split())
+
+
+def test_nothing_is_kept_without_room(
+    terminal: Callable[..., Terminal], model: Path, tmp_path: Path
+) -> None:
+    chat = terminal(model, *QUICK, "--cache-disk", 0)
+    chat.ask("Hello " * 70)
+    assert chat.leave() == 0
+    assert not (tmp_path / "data" / "conversations").exists()
+    assert not (tmp_path / "data" / "states").exists()
+
+
 def test_a_full_context_is_said(terminal: Callable[..., Terminal], model: Path) -> None:
     chat = terminal(model, *ENDLESS[2:], "-c", 256, "-n", 90, "--context", "stop")
     for _ in range(3):
@@ -508,7 +541,7 @@ def test_a_script(cli: Cli, model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
-        ("/load nothing\nHello\n", "nothing cannot be read"),
+        ("/load nothing\nHello\n", "there is no saved conversation 'nothing'"),
         ("/nonsense\n", "/help lists them"),
         ("x" * 600 + "\n", "too long"),
     ],
@@ -617,23 +650,3 @@ def test_typing_does_not_lag_while_a_file_is_read_ahead(
     assert prompt_n > 2500
     assert read_n > 500
     assert chat.leave() == 0
-
-
-def test_ctrl_c_while_it_gets_ready(terminal: Callable[..., Terminal], profiles: Path) -> None:
-    """What was measured until then is kept, and the terminal is as it was."""
-    chat = terminal(resolve("qwen2.5-coder-0.5b"), "-t", 1, "-ngl", 0)
-    before = termios.tcgetattr(chat.child.child_fd)
-    chat.wait("measuring the speed of this machine (only once)", 60)
-    time.sleep(0.5)
-    start = time.monotonic()
-    chat.type(CTRL_C, enter=False)
-    while chat.read():
-        pass
-    chat.child.wait()
-    assert time.monotonic() - start < 5
-    assert chat.child.exitstatus == 130
-    assert "Traceback" not in chat.text
-    assert chat.raw.rfind("\x1b[?25h") > chat.raw.rfind("\x1b[?25l")  # the cursor shows
-    assert termios.tcgetattr(chat.child.child_fd)[:4] == before[:4]
-    (profile,) = profiles.glob("*.json")
-    assert json.loads(profile.read_text())["costs"]
