@@ -17,6 +17,7 @@ EXPERIMENTS = {
     "reference": "the patched library against llama.cpp as it came: speed, and every bit",
     "busy": "answers beside other programs that compute, against stock llama.cpp",
     "servers": "everyday requests to stock llama-server and to `swift-gguf serve`",
+    "prompts": "prompts by length, against stock llama-bench",
     "front": "what drafts cost against how often they are right",
     "search": "searches for sub-networks at equal time, and their estimates against real drafts",
     "drafting": "ways of drafting with one sub-network, and what the first answers cost",

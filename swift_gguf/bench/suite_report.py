@@ -61,6 +61,10 @@ class Summary:
     speedup: float | None
     end_to_end_speedup: float | None
     speedup_by_request: Spread | None
+    first_token_s: Spread
+    """Of each answer: the time that its prompt takes, as far as it is not in the context."""
+    requests_s: float
+    """Seconds of all requests: prompts and answers."""
     diverged: int
     near_ties: int
 
@@ -78,6 +82,8 @@ class Summary:
             speedup=_ratio(_decoding(ours), _decoding(plain)),
             end_to_end_speedup=_ratio(_end_to_end(ours), _end_to_end(plain)),
             speedup_by_request=Spread.of(by_request) if by_request else None,
+            first_token_s=Spread.of(result.stats.prompt_s for result in ours),
+            requests_s=_whole(ours),
             diverged=sum(result.diverged for result in ours),
             near_ties=sum(result.near_tie is True for result in ours),
         )
@@ -94,6 +100,8 @@ class Summary:
             "speedup": self.speedup,
             "end_to_end_speedup": self.end_to_end_speedup,
             "speedup_by_request": asdict(spread) if spread else None,
+            "first_token_seconds": asdict(self.first_token_s),
+            "requests_seconds": self.requests_s,
             "diverged": {"requests": self.diverged, "near_ties": self.near_ties},
             **speculation,
             "seconds": {"prompt": self.stats.prompt_s, **speculation["seconds"]},
@@ -116,7 +124,12 @@ def _decoding(results: Sequence[Result]) -> float | None:
 
 def _end_to_end(results: Sequence[Result]) -> float | None:
     tokens = sum(result.stats.predicted_n for result in results)
-    return _ratio(tokens, sum(r.stats.prompt_s + r.stats.cycle_s for r in results))
+    return _ratio(tokens, _whole(results))
+
+
+def _whole(results: Sequence[Result]) -> float:
+    """Seconds of whole requests."""
+    return sum(result.stats.prompt_s + result.stats.cycle_s for result in results)
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:

@@ -95,6 +95,8 @@ def test_a_speedup_is_tokens_over_time_against_the_same_of_plain(
     assert summary.speedup == pytest.approx(plain / ours)
     assert summary.tokens_per_second == pytest.approx(summary.tokens / ours)
     assert summary.end_to_end_speedup == pytest.approx((plain + len(values)) / (ours + len(values)))
+    assert summary.requests_s == pytest.approx(ours + len(values))
+    assert summary.first_token_s.median == 1.0
     spread = summary.speedup_by_request
     assert spread is not None
     ratios = sorted(plain / ours for _, ours, plain in values)
@@ -238,6 +240,12 @@ def test_the_table() -> None:
     assert lines[0].split()[-3:] == ["best", "fixed", "setting"]
     assert "3.2 1.60x" in next(line for line in lines if line.startswith("a "))
     assert "ngram:4 2.00x, auto has 80%" in text
+    whole = [
+        line.split() for line in lines[lines.index("") :] if line.startswith(("plain", "auto"))
+    ]
+    assert whole[0][:2] == ["plain", "1.00"]
+    assert whole[1][0] == "auto"
+    assert whole[1][-1].endswith("x")
     assert "1 of 3 rows are not measured yet" in text
     assert "every answer of ours is plain decoding's" in text
     assert render(report()) == "nothing was measured"
