@@ -20,8 +20,11 @@ FLOATS = [Type.F32, Type.F16, Type.BF16]
 REPACKED = [Type.Q4_0, Type.IQ4_NL, Type.MXFP4, Type.Q2_K, Type.Q4_K]
 CASES = [(kind, False) for kind in PLAIN + FLOATS] + [(kind, True) for kind in REPACKED]
 N = 512
-MOST = 200
-WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 33, 63, 64, 65, 71, 72, 73, 77, 81, 127, 128, 129, 199)
+MOST = 512
+WIDTHS = (
+    1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 71, 72, 73, 77, 81, 127, 128, 129,
+    199, 255, 256, 257, 300, 511,
+)  # fmt: skip
 """Tiles of columns are up to 8 wide, blocks of them 64."""
 
 pytestmark = pytest.mark.skipif(
