@@ -18,9 +18,10 @@ struct floats {
     static constexpr int ROWS    = 4;
     static constexpr int COLUMNS = LANES == 16 ? 6 : 2;
 
-    static void prepare(const ggml_compute_params *, const ggml_tensor *) {}
+    static int  n_tiled(int64_t) { return 0; }
+    static void prepare(const ggml_compute_params *, const ggml_tensor *, int) {}
 
-    static columns gather(const ggml_compute_params *, const ggml_tensor * src1, const int64_t * which, int n_columns) {
+    static columns gather(const ggml_compute_params *, const ggml_tensor * src1, const int64_t * which, int n_columns, int) {
         static thread_local std::vector<const float *> all;
         all.resize(n_columns);
         for (int c = 0; c < n_columns; c++) {

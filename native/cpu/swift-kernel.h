@@ -1,7 +1,8 @@
 // What the kernels share. A kernel has
 //
-//   prepare(params, src1)                  whatever is done to the columns once, by all threads together
-//   gather(params, src1, which, n)         some of the columns, or all, as multiply() wants them
+//   n_tiled(n)                             how many of n columns are multiplied by tiles of AMX
+//   prepare(params, src1, n_tiled)         whatever is done to the columns once, by all threads together
+//   gather(params, src1, which, n, n_tiled)  some of the columns, or all, as multiply() wants them
 //   ROWS                                   how many rows make a group
 //   multiply(w, begin, end, y, n, out)     groups of rows with n columns
 
@@ -16,9 +17,7 @@
 
 namespace {
 
-// Columns at once, so that they and their sums stay in the second cache; and bytes of rows for them
-constexpr int    AT_ONCE       = 64;
-constexpr size_t BYTES_AT_ONCE = 512 * 1024;
+constexpr size_t BYTES_AT_ONCE = 512 * 1024; // of rows for some columns: what stays in the second cache
 
 struct matrix {
     const char * data;

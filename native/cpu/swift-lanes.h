@@ -66,10 +66,18 @@ inline ints  arithmetic_right_32(ints x, int bits) { return _mm512_srai_epi32(x,
 inline ints  arithmetic_right_16(ints x, int bits) { return _mm512_srai_epi16(x, bits); }
 inline ints  subtract_bytes(ints x, char y) { return _mm512_sub_epi8(x, _mm512_set1_epi8(y)); }
 inline ints  multiply_16(ints x, int16_t y) { return _mm512_mullo_epi16(x, _mm512_set1_epi16(y)); }
-inline ints  unpack_low_32(ints a, ints b) { return _mm512_unpacklo_epi32(a, b); }
-inline ints  unpack_high_32(ints a, ints b) { return _mm512_unpackhi_epi32(a, b); }
-inline ints  unpack_low_64(ints a, ints b) { return _mm512_unpacklo_epi64(a, b); }
-inline ints  unpack_high_64(ints a, ints b) { return _mm512_unpackhi_epi64(a, b); }
+inline ints  multiply_16(ints x, ints y) { return _mm512_mullo_epi16(x, y); }
+inline ints  subtract_16(ints x, int16_t y) { return _mm512_sub_epi16(x, _mm512_set1_epi16(y)); }
+inline ints  shift_right_16(ints x, int bits) { return _mm512_srli_epi16(x, bits); }
+inline ints  shift_left_16(ints x, int bits) { return _mm512_slli_epi16(x, bits); }
+// The lower 16 bits of each word, twice
+inline ints twice_16(ints x) { return _mm512_or_si512(_mm512_slli_epi32(x, 16), _mm512_and_si512(x, _mm512_set1_epi32(0xFFFF))); }
+// Every other byte of each
+inline ints where_odd(ints even, ints odd) { return _mm512_mask_blend_epi8(0xAAAAAAAAAAAAAAAA, even, odd); }
+inline ints unpack_low_32(ints a, ints b) { return _mm512_unpacklo_epi32(a, b); }
+inline ints unpack_high_32(ints a, ints b) { return _mm512_unpackhi_epi32(a, b); }
+inline ints unpack_low_64(ints a, ints b) { return _mm512_unpacklo_epi64(a, b); }
+inline ints unpack_high_64(ints a, ints b) { return _mm512_unpackhi_epi64(a, b); }
 
 #else
 
@@ -204,7 +212,7 @@ SWIFT_INLINE void prefetch(const char * bytes, int64_t n) {
 struct rows {
     const char *         first;
     size_t               stride; // bytes from row to row
-    mutable const char * ahead;
+    mutable const char * ahead = nullptr;
 
     const char *      at(int row, int offset) const { return first + row * stride + offset; }
     SWIFT_INLINE void ask(int64_t n) const {

@@ -53,9 +53,10 @@ struct with_all {
         const ggml_tensor * src1      = dst->src[1];
         const int           n_columns = (int) src1->ne[1];
 
-        kernel::prepare(params, src1);
+        const int n_tiled = kernel::n_tiled(n_columns);
+        kernel::prepare(params, src1, n_tiled);
         start_sharing(params);
-        const auto y = kernel::gather(params, src1, nullptr, n_columns);
+        const auto y = kernel::gather(params, src1, nullptr, n_columns, n_tiled);
 
         static thread_local std::vector<float *> out;
         out.resize(n_columns);
@@ -110,7 +111,7 @@ struct with_chosen {
                 n_groups += n_groups_of<kernel>(src0);
             }
         }
-        kernel::prepare(params, src1);
+        kernel::prepare(params, src1, 0);
         start_sharing(params);
         share_out(params, n_groups, kernel::ROWS * src0->nb[1], [&](int64_t begin, int64_t end) {
             for (size_t e = 0; e < experts.size(); e++) {
@@ -120,7 +121,7 @@ struct with_chosen {
                 if (from < to) {
                     const int    n_columns = (int) each.columns.size();
                     const matrix w         = { (const char *) src0->data + e * src0->nb[2], src0->ne[1], src0->nb[1] };
-                    const auto   y         = kernel::gather(params, src1, each.columns.data(), n_columns);
+                    const auto   y         = kernel::gather(params, src1, each.columns.data(), n_columns, kernel::n_tiled(n_columns));
                     kernel::multiply(w, from - each.first_group, to - each.first_group, y, n_columns, each.out.data());
                 }
             }

@@ -63,28 +63,29 @@ ints start_of(const columns<typename type::column> & y, int64_t i) {
 
 // -- a block's numbers added to sums ------------------------------------------------------------------
 
-template <typename type, typename block>
-void add_to(sums & to, ints numbers, const factors_32 & w, const columns<block> & y, int64_t i) {
-    to.plain = multiply_add(to_reals(numbers), multiply(w.scales, everywhere(y.scales[i])), to.plain);
+template <typename type>
+void add_to(sums & to, ints numbers, const factors_32 & w, float scale, [[maybe_unused]] const float * sum) {
+    to.plain = multiply_add(to_reals(numbers), multiply(w.scales, everywhere(scale)), to.plain);
     if constexpr (type::HAS_MINIMUM) {
-        to.minimums = multiply_add(w.minimums, everywhere(y.sums[i]), to.minimums);
+        to.minimums = multiply_add(w.minimums, everywhere(*sum), to.minimums);
     }
 }
 
-template <typename type, int SUB>
-void add_to(sums & to, ints numbers, const factors_256<SUB> & w, const columns<block_q8_K> & y, int64_t i) {
-    const block_q8_K & block    = y.blocks[i];
-    const reals        scale    = everywhere(block.d);
-    ints               minimums = type::HAS_MINIMUM ? everywhere(0) : numbers;
-    if constexpr (type::HAS_MINIMUM || OFFSET<type> != 0) {
-        for (int n = 0; n < w.N_SUB / 2; n++) { // of each sub-block: what prepare() has left there
-            minimums = dot_words(minimums, w.sub_minimums[n], four_bytes(block.bsums + 2 * n));
-        }
+// The sums of a column's sub-blocks, times what prepare() wants them multiplied with
+template <int SUB>
+ints add_sub_sums(ints to, const factors_256<SUB> & w, const int16_t * sums) {
+    for (int n = 0; n < w.N_SUB / 2; n++) {
+        to = dot_words(to, w.sub_minimums[n], four_bytes(sums + 2 * n));
     }
+    return to;
+}
+
+template <typename type, int SUB>
+void add_to(sums & to, ints numbers, const factors_256<SUB> & w, float scale_of_column, const int16_t * sums_of_column) {
+    const reals scale = everywhere(scale_of_column);
     if constexpr (type::HAS_MINIMUM) {
-        to.minimums = multiply_add(to_reals(minimums), multiply(w.minimums, scale), to.minimums);
-    } else {
-        numbers = minimums;
+        const ints minimums = add_sub_sums(everywhere(0), w, sums_of_column);
+        to.minimums         = multiply_add(to_reals(minimums), multiply(w.minimums, scale), to.minimums);
     }
     to.plain = multiply_add(to_reals(numbers), multiply(w.scales, scale), to.plain);
 }
@@ -177,7 +178,16 @@ void add_products(const panel<type> (*w)[PANELS], int n, const columns<typename 
         }
         for (int p = 0; p < PANELS; p++) {
             for (int c = 0; c < N; c++) {
-                add_to<type>(to[c][p], numbers[c][p], w[b][p].factors, y, c * y.n_blocks + b);
+                const int64_t i = c * y.n_blocks + b;
+                if constexpr (IS_256<type>) {
+                    const auto & block = y.blocks[i];
+                    if constexpr (!type::HAS_MINIMUM && OFFSET<type> != 0) {
+                        numbers[c][p] = add_sub_sums(numbers[c][p], w[b][p].factors, block.bsums);
+                    }
+                    add_to<type>(to[c][p], numbers[c][p], w[b][p].factors, block.d, block.bsums);
+                } else {
+                    add_to<type>(to[c][p], numbers[c][p], w[b][p].factors, y.scales[i], type::HAS_MINIMUM ? y.sums + i : nullptr);
+                }
             }
         }
     }

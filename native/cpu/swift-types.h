@@ -177,7 +177,7 @@ using q5_1 = five_bits<type_of_32_with_minimum<block_q5_1>>;
 struct table {
     alignas(16) uint8_t codes[16];
 
-    constexpr table(const int8_t (&of)[16], int offset) :
+    table(const int8_t (&of)[16], int offset) :
         codes() {
         for (int i = 0; i < 16; i++) {
             codes[i] = (uint8_t) (of[i] + offset);
@@ -185,7 +185,7 @@ struct table {
     }
 };
 
-constexpr table IQ4_NL(kvalues_iq4nl, 128), MXFP4(kvalues_mxfp4, 12);
+const table IQ4_NL(kvalues_iq4nl, 128), MXFP4(kvalues_mxfp4, 12);
 
 template <typename base, const table & codes>
 struct by_table : base {
