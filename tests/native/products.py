@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +43,13 @@ class Ggml:
                 setattr(self, name, function)
                 return function
         raise AttributeError(name)
+
+    def move(self, tensor: ctypes.c_void_p, n_bytes: int, place: Callable[[int], int]) -> None:
+        """Moves a tensor's data to where `place` has room for so many bytes."""
+        data, to = self.ggml_get_data(tensor), place(n_bytes)
+        ctypes.memmove(to, data, n_bytes)
+        words = (ctypes.c_void_p * 42).from_address(tensor.value or 0)  # struct ggml_tensor
+        words[list(words).index(data)] = to
 
     @contextmanager
     def context(self) -> Iterator[ctypes.c_void_p]:
@@ -86,6 +93,7 @@ class Products:
 
     is_repacked: in ggml's memory type whose rows are interleaved, if it has one for the matrix.
     is_ours: by our kernels.
+    place: makes room for so many bytes, for the matrix, columns and results; None: ggml does.
     """
 
     def __init__(
@@ -95,8 +103,10 @@ class Products:
         is_repacked: bool = False,
         is_ours: bool = True,
         n_threads: int = 1,
+        place: Callable[[int], int] | None = None,
     ) -> None:
         self._ggml = ggml = Ggml()
+        self._place = place
         self._matrix = matrix
         self._backend = ctypes.c_void_p(ggml.ggml_backend_cpu_init())
         ggml.ggml_backend_cpu_set_n_threads(self._backend, n_threads)
@@ -115,6 +125,8 @@ class Products:
         ggml.ggml_backend_tensor_set(
             self._weights, matrix.data, ctypes.c_size_t(0), ctypes.c_size_t(len(matrix.data))
         )
+        if place:
+            ggml.move(self._weights, len(matrix.data), place)
 
     def _repacking(self) -> ctypes.c_void_p:
         ggml = self._ggml
@@ -151,6 +163,9 @@ class Products:
             graph = ctypes.c_void_p(ggml.ggml_new_graph(context))
             ggml.ggml_build_forward_expand(graph, y)
             buffer = ctypes.c_void_p(ggml.ggml_backend_alloc_ctx_tensors(context, self._backend))
+            if self._place:
+                ggml.move(x, columns.nbytes, self._place)
+                ggml.move(y, out.nbytes, self._place)
             everything = ctypes.c_size_t(0), ctypes.c_size_t(columns.nbytes)
             ggml.ggml_backend_tensor_set(x, columns.ctypes.data_as(ctypes.c_void_p), *everything)
             ggml.ggml_backend_graph_compute(self._backend, graph)

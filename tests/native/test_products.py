@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import platform
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -94,6 +97,14 @@ def test_the_arithmetic_is_the_one_written_down() -> None:
         factors = (column_scales[:, b][:, None] * scales[:, b][None]).astype(np.float64)
         sums = (sums.astype(np.float64) + factors * numbers).astype(np.float32)
     np.testing.assert_array_equal(together, sums)
+
+
+@pytest.mark.parametrize("n_more", [0, 1])
+def test_nothing_is_read_or_written_beyond_the_end(n_more: int) -> None:
+    """Memory ends after the matrix, the columns and the results.  One row more is the control."""
+    command = [sys.executable, "-m", "tests.native.guarded", str(n_more)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == (-signal.SIGSEGV if n_more else 0), done.stdout[-200:] + done.stderr
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
