@@ -31,7 +31,7 @@ namespace {
 #ifdef SWIFT_AVX512
 
 constexpr int LANES = 16; // rows of a panel: one in each lane
-constexpr int TILE  = 8;  // columns that are multiplied at once, while all sums stay in registers
+constexpr int TILE  = 8;  // columns that are multiplied with two panels at once, while all sums stay in registers
 
 using ints  = __m512i; // [LANES] of 32 bits
 using reals = __m512;

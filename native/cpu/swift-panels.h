@@ -103,8 +103,6 @@ reals total(const sums & of) {
 
 // -- many columns: lanes are rows ---------------------------------------------------------------------
 
-constexpr int PANELS = 2; // beside each other: each number of a column that is loaded serves both
-
 template <typename type>
 struct panel {
     static constexpr int N     = IS_256<type> ? QK_K / 4 : 8;
@@ -133,8 +131,8 @@ struct panel {
     }
 };
 
-// Adds n blocks of N columns.
-template <typename type, int N>
+// Adds n blocks of N columns. PANELS beside each other: each number of a column that is loaded serves all.
+template <typename type, int N, int PANELS>
 void add_products(const panel<type> (*w)[PANELS], int n, const columns<typename type::column> & y, sums (*to)[PANELS]) {
     for (int b = 0; b < n; b++) {
         ints numbers[N][PANELS];
@@ -144,11 +142,10 @@ void add_products(const panel<type> (*w)[PANELS], int n, const columns<typename 
             }
         }
         const auto add_dots = [&](int k, ints(&to)[N][PANELS]) {
-            const ints codes[PANELS] = { w[b][0].codes[k], w[b][1].codes[k] };
             for (int c = 0; c < N; c++) {
                 const ints four = four_bytes(y.blocks[c * y.n_blocks + b].qs + 4 * k);
                 for (int p = 0; p < PANELS; p++) {
-                    to[c][p] = dot<type>(to[c][p], codes[p], four);
+                    to[c][p] = dot<type>(to[c][p], w[b][p].codes[k], four);
                 }
             }
         };
@@ -194,7 +191,7 @@ void add_products(const panel<type> (*w)[PANELS], int n, const columns<typename 
 }
 
 // add_products for the columns left, of which it does N at most
-template <typename type, int N>
+template <typename type, int N, int PANELS>
 void add_up_to(const panel<type> (*w)[PANELS], int n, const columns<typename type::column> & y, int n_columns, sums (*to)[PANELS]) {
     if (n_columns >= N) {
         add_products<type, N>(w, n, y, to);

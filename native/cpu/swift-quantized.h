@@ -42,16 +42,18 @@ inline void quantize(const float * x, block_q8_K & to) {
 
 // -- ways to multiply ---------------------------------------------------------------------------------
 
-template <typename type>
+// N_COLUMNS: multiplied at once, while all sums stay in registers
+template <typename type, int N_PANELS, int N_COLUMNS>
 struct by_lanes {
     using panel = ::panel<type>;
     using input = columns<typename type::column>;
 
+    static constexpr int PANELS  = N_PANELS;
     static constexpr int AT_ONCE = 64; // columns, so that they and their sums stay in the second cache
 
     static void add(const panel (*w)[PANELS], int n, const input & y, int c, int64_t b, int n_columns, sums (*to)[PANELS]) {
-        for (int i = 0; i < n_columns; i += TILE) {
-            add_up_to<type, TILE>(w, n, y.at(c + i, b), n_columns - i, to + i);
+        for (int i = 0; i < n_columns; i += N_COLUMNS) {
+            add_up_to<type, N_COLUMNS>(w, n, y.at(c + i, b), n_columns - i, to + i);
         }
     }
 };
@@ -68,6 +70,7 @@ struct by_tiles {
         int64_t       n_blocks;
     };
 
+    static constexpr int PANELS  = TILE_PANELS;
     static constexpr int AT_ONCE = 128; // more, as more is done to a panel before
 
     static void add(const panel (*w)[PANELS], int n, const input & y, int c, int64_t b, int n_columns, sums (*to)[PANELS]) {
@@ -98,7 +101,8 @@ struct quantized {
     using block  = typename type::weights;
 
     static constexpr bool IS_Q8_K = std::is_same_v<column, block_q8_K>;
-    static constexpr int  ROWS    = PANELS * LANES;
+    static constexpr int  ROWS    = 2 * LANES;
+    static constexpr int  FEW     = 1; // column that takes less time with one panel: fewer rows are read from memory at once
 
     // Columns as multiply() wants them
     struct input {
@@ -168,8 +172,11 @@ struct quantized {
             multiply_with<way>(w, begin, end, { (const typename way::block *) y.tiled, y.plain.n_blocks }, y.n_tiled, out);
         }
 #endif
-        if (y.n_tiled < n_columns) {
-            multiply_with<by_lanes<type>>(w, begin, end, y.plain, n_columns - y.n_tiled, out + y.n_tiled);
+        const int n_left = n_columns - y.n_tiled;
+        if (n_left > FEW) {
+            multiply_with<by_lanes<type, 2, TILE>>(w, begin, end, y.plain, n_left, out + y.n_tiled);
+        } else if (n_left > 0) {
+            multiply_with<by_lanes<type, 1, FEW>>(w, begin, end, y.plain, n_left, out + y.n_tiled);
         }
     }
 
@@ -242,8 +249,10 @@ private:
         const int64_t n_at_once = std::max<int64_t>(1, BYTES_AT_ONCE / (ROWS * w.stride));
         for (; begin < end; begin += n_at_once) {
             for (int c = 0; c < n_columns; c += way::AT_ONCE) {
-                for (int64_t i = begin; i < std::min(end, begin + n_at_once); i++) {
-                    multiply_group<way>(w, i * ROWS, y, c, std::min(way::AT_ONCE, n_columns - c), out + c, c == 0 && i + 1 < end);
+                const int64_t n_rows = std::min(w.n_rows, end * ROWS);
+                for (int64_t first = begin * ROWS; first < std::min(n_rows, (begin + n_at_once) * ROWS); first += way::PANELS * LANES) {
+                    const bool is_first = c == 0 && first + way::PANELS * LANES < n_rows;
+                    multiply_rows<way>(w, first, y, c, std::min(way::AT_ONCE, n_columns - c), out + c, is_first);
                 }
             }
         }
@@ -251,11 +260,12 @@ private:
 
     // Columns c to c + n_columns. is_first: the rows come from memory, and so do those after them
     template <typename way>
-    static void multiply_group(
+    static void multiply_rows(
             const matrix & w, int64_t first, const typename way::input & y, int c, int n_columns, float * const * out, bool is_first) {
-        constexpr int PIECE = IS_Q8_K ? 1 : 8; // blocks that are unpacked at once: what the first cache holds
+        constexpr int PANELS = way::PANELS;
+        constexpr int PIECE  = IS_Q8_K ? 1 : 8; // blocks that are unpacked at once: what the first cache holds
 
-        const rows    x      = w.rows_from(first, ROWS);
+        const rows    x      = w.rows_from(first, PANELS * LANES);
         const int64_t n_rows = w.n_rows - first;
 
         sums results[way::AT_ONCE][PANELS];
@@ -271,7 +281,7 @@ private:
                 for (int p = 0; p < PANELS; p++) {
                     const int64_t offset = (b + i) * (int64_t) sizeof(block);
                     // of the rows after these as much as of these, in the order in which they lie in memory
-                    const char * ahead = x.at(is_first ? ROWS : 0, 0) + (offset * PANELS + p * sizeof(block)) * (LANES / type::layout::ROWS);
+                    const char * ahead = x.at(is_first ? PANELS * LANES : 0, 0) + (offset * PANELS + p * sizeof(block)) * (LANES / type::layout::ROWS);
                     unpacked[i][p].unpack({ x.at(p * LANES, (int) offset), x.stride, ahead });
                 }
             }

@@ -21,6 +21,7 @@
 namespace {
 
 constexpr int TILE_COLUMNS = 16; // of a tile
+constexpr int TILE_PANELS  = 2;  // multiplied with each tile of columns
 
 // Linux wants to be asked, as a thread's state grows by 8 KB.
 inline bool ask_for_tiles() {
@@ -176,10 +177,10 @@ struct tiled_numbers {
     using block = tiled_columns<typename type::column>;
     static_assert(sizeof(block) == TILE_COLUMNS * sizeof(typename type::column));
 
-    alignas(64) ints numbers[IS_256<type> ? 2 * PANELS : PANELS][TILE_COLUMNS];
+    alignas(64) ints numbers[IS_256<type> ? 2 * TILE_PANELS : TILE_PANELS][TILE_COLUMNS];
 
     // Until store() the tiles hold the numbers.
-    static SWIFT_INLINE void multiply(const tiled_panel<type> (&w)[PANELS], const block & y) {
+    static SWIFT_INLINE void multiply(const tiled_panel<type> (&w)[TILE_PANELS], const block & y) {
         clear_tile<0>();
         clear_tile<1>();
         if constexpr (IS_256<type>) {
@@ -214,7 +215,7 @@ struct tiled_numbers {
         }
     }
 
-    SWIFT_INLINE void add_to_sums(const tiled_panel<type> (&w)[PANELS], const block & y, sums (*to)[PANELS]) const {
+    SWIFT_INLINE void add_to_sums(const tiled_panel<type> (&w)[TILE_PANELS], const block & y, sums (*to)[TILE_PANELS]) const {
         [[maybe_unused]] alignas(64) float scales[TILE_COLUMNS], sums_of[TILE_COLUMNS];
         if constexpr (!IS_256<type>) {
             ::store(scales, load_halves(y.scales));
@@ -222,7 +223,7 @@ struct tiled_numbers {
                 ::store(sums_of, load_halves(y.sums));
             }
         }
-        for (int p = 0; p < PANELS; p++) {
+        for (int p = 0; p < TILE_PANELS; p++) {
 #    pragma GCC unroll 4
             for (int c = 0; c < TILE_COLUMNS; c++) {
                 if constexpr (IS_256<type>) {
