@@ -1,4 +1,4 @@
-"""Multiplies matrices and columns that end where memory ends: a process of its own, as it may crash.
+"""Multiplies matrices and columns that end where memory ends; a process of its own: it may crash.
 
 Prints each case before it runs.  Its argument: how many rows more than there are the product is
 told of; 0, or more for the control.
