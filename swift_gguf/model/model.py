@@ -321,7 +321,7 @@ class Model:
         subnetwork: the part of the model that the pass runs; None: the full model.  Roll back what
             a sub-network has decoded before the full model decodes again.
         exact: rows are what single tokens would give, to the bit; without kernels of ours, up to
-            `NARROW_MAX` tokens.  False: by llama.cpp's kernels.
+            `NARROW_MAX` tokens.  False: they need not be, which takes less time without ours.
 
         Raises:
             ContextFullError: the tokens do not fit; nothing is decoded.
@@ -488,7 +488,7 @@ class Model:
         if len(tokens) > self.n_batch:
             raise ValueError(f"{len(tokens)} tokens in a batch of {self.n_batch}")
         is_narrow = len(tokens) < PROMPT_WIDTH or (n_outputs > 1 and len(tokens) <= NARROW_MAX)
-        self._choose_kernels(invariant=exact and (is_narrow or self._at_every_width))
+        self._choose_kernels(invariant=self._at_every_width or (exact and is_narrow))
         if not self._is_invariant:
             self.cells.close_gaps()
         self._library.set_subnetwork(self.ctx, self._handles.of(subnetwork))

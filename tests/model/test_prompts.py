@@ -95,6 +95,7 @@ def test_llama_cpps_own_kernels_would_not(
 ) -> None:
     """The control."""
     model = open_model(tiny("llama", quant="Q8_0"), n_ctx=2048)
+    model._at_every_width = False
     prompt = tokens_of(model)
     rows = []
     for chunk in (7, 512):
