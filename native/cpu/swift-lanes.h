@@ -70,8 +70,6 @@ inline ints  multiply_16(ints x, ints y) { return _mm512_mullo_epi16(x, y); }
 inline ints  subtract_16(ints x, int16_t y) { return _mm512_sub_epi16(x, _mm512_set1_epi16(y)); }
 inline ints  shift_right_16(ints x, int bits) { return _mm512_srli_epi16(x, bits); }
 inline ints  shift_left_16(ints x, int bits) { return _mm512_slli_epi16(x, bits); }
-// The lower 16 bits of each word, twice
-inline ints twice_16(ints x) { return _mm512_or_si512(_mm512_slli_epi32(x, 16), _mm512_and_si512(x, _mm512_set1_epi32(0xFFFF))); }
 // Every other byte of each
 inline ints where_odd(ints even, ints odd) { return _mm512_mask_blend_epi8(0xAAAAAAAAAAAAAAAA, even, odd); }
 inline ints unpack_low_32(ints a, ints b) { return _mm512_unpacklo_epi32(a, b); }
@@ -121,6 +119,7 @@ inline ints arithmetic_right_32(ints x, int bits) { return _mm256_srai_epi32(x, 
 inline ints arithmetic_right_16(ints x, int bits) { return _mm256_srai_epi16(x, bits); }
 inline ints subtract_bytes(ints x, char y) { return _mm256_sub_epi8(x, _mm256_set1_epi8(y)); }
 inline ints multiply_16(ints x, int16_t y) { return _mm256_mullo_epi16(x, _mm256_set1_epi16(y)); }
+inline ints add_16(ints a, ints b) { return _mm256_add_epi16(a, b); }
 inline ints unpack_low_32(ints a, ints b) { return _mm256_unpacklo_epi32(a, b); }
 inline ints unpack_high_32(ints a, ints b) { return _mm256_unpackhi_epi32(a, b); }
 inline ints unpack_low_64(ints a, ints b) { return _mm256_unpacklo_epi64(a, b); }
@@ -174,10 +173,10 @@ inline __m256i dot_unsigned(__m256i sums, __m256i u, __m256i s) {
 #endif
 }
 
-// sums + a * b, both signed, without VNNI: the sign of one goes to the other
-inline __m256i dot_signed(__m256i sums, __m256i a, __m256i b) {
-    return dot_unsigned(sums, _mm256_abs_epi8(a), _mm256_sign_epi8(b, a));
-}
+// u * s, added up by twos, 16 bits each
+inline __m256i pairs_unsigned(__m256i u, __m256i s) { return _mm256_maddubs_epi16(u, s); }
+// a * b, both signed: the sign of one goes to the other
+inline __m256i pairs_signed(__m256i a, __m256i b) { return _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a)); }
 
 #ifdef SWIFT_AVX512
 inline ints dot_unsigned(ints sums, ints u, ints s) { return _mm512_dpbusd_epi32(sums, u, s); }
@@ -363,6 +362,9 @@ inline reals high_halves(ints words) { return low_halves(shift_right_32(words, 1
 // Byte i
 inline ints unsigned_byte(ints words, int i) { return and_words(shift_right_32(words, 8 * i), 0xFF); }
 inline ints signed_byte(ints words, int i) { return arithmetic_right_32(shift_left_32(words, 24 - 8 * i), 24); }
+
+// The lower 16 bits, twice
+inline ints twice_16(ints words) { return or_(shift_left_32(words, 16), and_words(words, 0xFFFF)); }
 
 // Bytes i and i + 1 as 16 bits each
 inline ints two_unsigned(ints words, int i) {

@@ -8,6 +8,8 @@
 
 #include "swift-types.h"
 
+#include <algorithm>
+
 namespace {
 
 // Columns in the format that their type of weights wants, block after block, one column after the other
@@ -46,14 +48,9 @@ constexpr bool IS_SIGNED = type::OFFSET == 128 && !HAS_VNNI;
 template <typename type>
 constexpr int OFFSET = IS_SIGNED<type> ? 0 : type::OFFSET;
 
-template <typename type, typename vector>
-vector dot(vector numbers, vector codes, vector column) {
-    if constexpr (IS_SIGNED<type>) {
-        return dot_signed(numbers, codes, column);
-    } else {
-        return dot_unsigned(numbers, codes, column);
-    }
-}
+// Without VNNI: of how many products the pairs can be added up in 16 bits
+template <typename type>
+constexpr int RUN = std::min(type::SUB / 4, type::BITS < 7 ? 1 << (7 - type::BITS) : 1);
 
 // What an offset has added to the numbers of a column's block of 32, negative
 template <typename type>
@@ -109,7 +106,7 @@ struct panel {
     static constexpr int N_SUB = IS_256<type> ? N : 1;
 
     ints                   codes[N];
-    ints                   sub_scales[N_SUB]; // of blocks of 256
+    ints                   sub_scales[N_SUB]; // of blocks of 256; without VNNI 16 bits each, twice
     typename type::factors factors;
 
     SWIFT_INLINE void unpack(const rows & x) {
@@ -124,8 +121,9 @@ struct panel {
         x.ask(end - x.ahead); // what was not loaded in whole pieces
         if constexpr (IS_256<type>) {
             for (int n = 0; n < factors.N_SUB / 2; n++) {
-                sub_scales[2 * n]     = arithmetic_right_32(shift_left_32(factors.sub_scales[n], 16), 16);
-                sub_scales[2 * n + 1] = arithmetic_right_32(factors.sub_scales[n], 16);
+                const ints first = factors.sub_scales[n], second = shift_right_32(first, 16);
+                sub_scales[2 * n]     = HAS_VNNI ? arithmetic_right_32(shift_left_32(first, 16), 16) : twice_16(first);
+                sub_scales[2 * n + 1] = HAS_VNNI ? arithmetic_right_32(first, 16) : twice_16(second);
             }
         }
     }
@@ -141,15 +139,31 @@ void add_products(const panel<type> (*w)[PANELS], int n, const columns<typename 
                 numbers[c][p] = start_of<type>(y, c * y.n_blocks + b);
             }
         }
-        const auto add_dots = [&](int k, ints(&to)[N][PANELS]) {
+        const auto add_dots = [&](int k, ints(&to)[N][PANELS], const auto & dot) {
             for (int c = 0; c < N; c++) {
                 const ints four = four_bytes(y.blocks[c * y.n_blocks + b].qs + 4 * k);
                 for (int p = 0; p < PANELS; p++) {
-                    to[c][p] = dot<type>(to[c][p], w[b][p].codes[k], four);
+                    to[c][p] = dot(to[c][p], w[b][p].codes[k], four);
                 }
             }
         };
-        if constexpr (IS_256<type>) {
+        const auto dot_bytes = [](ints sums, ints codes, ints four) { return dot_unsigned(sums, codes, four); };
+        if constexpr (!HAS_VNNI) {
+            for (int k = 0; k < w[b][0].N; k += RUN<type>) {
+                ints pairs[N][PANELS] = {};
+                for (int i = k; i < k + RUN<type>; i++) {
+                    add_dots(i, pairs, [](auto pairs, auto codes, auto four) {
+                        return add_16(pairs, IS_SIGNED<type> ? pairs_signed(codes, four) : pairs_unsigned(codes, four));
+                    });
+                }
+                for (int p = 0; p < PANELS; p++) {
+                    const ints scales = IS_256<type> ? w[b][p].sub_scales[4 * k / type::SUB] : twice_16(everywhere(1));
+                    for (int c = 0; c < N; c++) {
+                        numbers[c][p] = dot_words(numbers[c][p], pairs[c][p], scales);
+                    }
+                }
+            }
+        } else if constexpr (IS_256<type>) {
             for (int i = 0; i < QK_K / type::SUB; i++) {
                 ints of_sub[N][PANELS];
                 for (int c = 0; c < N; c++) {
@@ -159,7 +173,7 @@ void add_products(const panel<type> (*w)[PANELS], int n, const columns<typename 
                 }
 #pragma GCC unroll 8
                 for (int k = i * type::SUB / 4; k < (i + 1) * type::SUB / 4; k++) {
-                    add_dots(k, of_sub);
+                    add_dots(k, of_sub, dot_bytes);
                 }
                 for (int p = 0; p < PANELS; p++) {
                     const ints scales = w[b][p].sub_scales[i];
@@ -170,7 +184,7 @@ void add_products(const panel<type> (*w)[PANELS], int n, const columns<typename 
             }
         } else {
             for (int k = 0; k < 8; k++) {
-                add_dots(k, numbers);
+                add_dots(k, numbers, dot_bytes);
             }
         }
         for (int p = 0; p < PANELS; p++) {

@@ -200,14 +200,16 @@ private:
     }
 
     // Blocks `begin` to `end` of column c
-    static void place_in_tiles(char * to, const column * blocks, int64_t c, int64_t begin, int64_t end, int64_t n_blocks) {
 #ifdef SWIFT_TILES
+    static void place_in_tiles(char * to, const column * blocks, int64_t c, int64_t begin, int64_t end, int64_t n_blocks) {
         auto * group = (tiled_columns<column> *) to + c / TILE_COLUMNS * n_blocks;
         for (int64_t b = begin; b < end; b++) {
             group[b].set(c % TILE_COLUMNS, blocks[b - begin]);
         }
-#endif
     }
+#else
+    static void place_in_tiles(char *, const column *, int64_t, int64_t, int64_t, int64_t) {}
+#endif
 
     // What is 16 bits in blocks of 32 becomes floats: each thread's own, which takes less time than to wait for one
     // another once more.

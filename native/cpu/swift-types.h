@@ -5,8 +5,10 @@
 //   layout        in_rows or by_eights
 //   column        the format that columns are quantised to
 //   factors       factors_32 or factors_256
+//   SUB           how many weights share a scale, of the block or within it
 //   HAS_MINIMUM   weights are scale * code + minimum (blocks of 32) or scale * code - minimum (blocks of 256)
 //   OFFSET        how much too large codes are, which are unsigned
+//   BITS          how many bits they have
 //   decode        the blocks of LANES rows to codes: to[k] has those of weights 4k to 4k + 3 of every row
 //   get_factors   the blocks of LANES rows to their factors, a lane for each row
 //
@@ -111,6 +113,7 @@ struct type_of_32 {
     using column  = block_q8_0;
     using factors = factors_32;
 
+    static constexpr int  SUB         = 32;
     static constexpr bool HAS_MINIMUM = false;
     static constexpr int  OFFSET      = offset;
 
@@ -130,6 +133,8 @@ struct type_of_32_with_minimum : type_of_32<block, 0> {
 };
 
 struct q8_0 : type_of_32<block_q8_0, 128> {
+    static constexpr int BITS = 8;
+
     static void decode(const layout & x, ints * to) {
         const auto bytes = x.load_32(offsetof(weights, qs), 0);
         for (int k = 0; k < N; k++) {
@@ -143,6 +148,8 @@ template <typename base>
 struct four_bits : base {
     using typename base::layout;
     using typename base::weights;
+
+    static constexpr int BITS = 4;
 
     static void decode(const layout & x, ints * to) {
         const auto four = x.nibbles(offsetof(weights, qs), 0);
@@ -160,6 +167,8 @@ template <typename base>
 struct five_bits : base {
     using typename base::layout;
     using typename base::weights;
+
+    static constexpr int BITS = 5;
 
     static void decode(const layout & x, ints * to) {
         const auto fifths = x.load_word(offsetof(weights, qh));
@@ -191,6 +200,8 @@ template <typename base, const table & codes>
 struct by_table : base {
     using typename base::layout;
     using typename base::weights;
+
+    static constexpr int BITS = base::OFFSET == 128 ? 8 : 5;
 
     static void decode(const layout & x, ints * to) {
         const auto four = x.nibbles(offsetof(weights, qs), 0);
@@ -226,6 +237,8 @@ struct repacked_32 : type_of_32<block, offset, by_eights> {
 };
 
 struct q4_0_8x8 : repacked_32<block_q4_0x8, 8> {
+    static constexpr int BITS = 4;
+
     static void decode(const layout & x, ints * to) {
         const auto four = x.nibbles(offsetof(weights, qs), 0);
         for (int k = 0; k < N; k++) {
@@ -305,6 +318,8 @@ struct q4_K_codes : base {
     using typename base::layout;
     using typename base::weights;
 
+    static constexpr int BITS = 4;
+
     static void decode(const layout & x, ints * to) {
         for (int i = 0; i < 4; i++, to += 2 * N) {
             const auto bytes = x.load_32(offsetof(weights, qs), i);
@@ -319,6 +334,8 @@ struct q4_K_codes : base {
 using q4_K = q4_K_codes<with_six_bits<block_q4_K>>;
 
 struct q5_K : with_six_bits<block_q5_K> {
+    static constexpr int BITS = 5;
+
     static void decode(const layout & x, ints * to) {
         const auto fifths = x.load_32(offsetof(weights, qh), 0);
         for (int i = 0; i < 4; i++, to += 2 * N) {
@@ -333,6 +350,8 @@ struct q5_K : with_six_bits<block_q5_K> {
 };
 
 struct q6_K : type_of_256<block_q6_K, 16, false, 32> {
+    static constexpr int BITS = 6;
+
     static void decode(const layout & x, ints * to) {
         const auto join = [](auto low, auto high) { return or_(and_bytes(low, 0x0F), and_bytes(high, 0x30)); };
         for (int half = 0; half < 2; half++, to += 4 * N) {
@@ -365,6 +384,8 @@ struct q2_K_codes : base {
     using typename base::layout;
     using typename base::weights;
 
+    static constexpr int BITS = 2;
+
     static void decode(const layout & x, ints * to) {
         for (int half = 0; half < 2; half++) {
             const auto bytes = x.load_32(offsetof(weights, qs), half);
@@ -391,6 +412,8 @@ struct q2_K : q2_K_codes<type_of_256<block_q2_K, 16, true, 0>> {
 };
 
 struct q3_K : q2_K_codes<type_of_256<block_q3_K, 16, false, 4>> {
+    static constexpr int BITS = 3;
+
     static void decode(const layout & x, ints * to) {
         q2_K_codes::decode(x, to);
         const auto thirds = x.load_32(offsetof(weights, hmask), 0);
@@ -420,6 +443,8 @@ struct q3_K : q2_K_codes<type_of_256<block_q3_K, 16, false, 4>> {
 };
 
 struct iq4_xs : type_of_256<block_iq4_xs, 32, false, 128> {
+    static constexpr int BITS = 8;
+
     static void decode(const layout & x, ints * to) {
         for (int i = 0; i < 8; i++, to += N) {
             const auto four = x.nibbles(offsetof(weights, qs), i);
