@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import quants
 
 from tests.conftest import N_GPU_LAYERS
-from tests.native.products import Floats, Matrix, Products
+from tests.native.products import Floats, Ggml, Matrix, Products
 
 PLAIN = [
     Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.IQ4_NL, Type.MXFP4,
@@ -97,6 +99,21 @@ def test_the_arithmetic_is_the_one_written_down() -> None:
         factors = (column_scales[:, b][:, None] * scales[:, b][None]).astype(np.float64)
         sums = (sums.astype(np.float64) + factors * numbers).astype(np.float32)
     np.testing.assert_array_equal(together, sums)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux has to be asked for tiles")
+def test_tiles_are_asked_for_where_the_processor_has_them() -> None:
+    """Then Linux notes that this process may use them."""
+    products = Products(Matrix.quantized(Type.Q8_0, random(32, seed=11)))
+    products.with_columns(random(16, seed=12))
+    products.close()
+    may_use = ctypes.c_uint64()
+    arch_prctl, get_permissions, tile_data = 158, 0x1022, 18
+    if ctypes.CDLL(None).syscall(arch_prctl, get_permissions, ctypes.byref(may_use)) != 0:
+        pytest.skip("this Linux knows no tiles")
+    has_tiles = "amx_int8" in Path("/proc/cpuinfo").read_text()
+    has_vnni = bool(Ggml().ggml_cpu_has_avx512_vnni())  # the library: it may be built for others
+    assert bool(may_use.value >> tile_data & 1) == (has_tiles and has_vnni)
 
 
 @pytest.mark.parametrize("n_more", [0, 1])
