@@ -33,10 +33,10 @@ def test_sigterm_while_it_loads_or_measures(
     serve: Callable[..., Server], tmp_path: Path, after_s: float
 ) -> None:
     server = serve(resolve("qwen2.5-coder-0.5b"), "-t", 2, SWIFT_GGUF_PROFILES=str(tmp_path))
-    was_ready = any("ready" in line for line in server.log)
     code, said = end(server, signal.SIGTERM, after_s=after_s)
+    is_ready = any("ready" in line for line in server.log)  # perhaps at the very moment
     assert code == 0
-    assert was_ready or not said
+    assert is_ready or not said
 
 
 def test_a_second_signal_while_it_loads(serve: Callable[..., Server], tmp_path: Path) -> None:
