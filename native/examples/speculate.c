@@ -2,8 +2,8 @@
  *
  *     speculate MODEL.gguf PROMPT [N_PREDICT [TEMPERATURE [PROFILE|- [SIDECAR]]]]
  *
- * Drafts come from the text itself where it repeats, else from the sub-network in the profile (-: the profile
- * inside the model). The text goes to standard output, everything else to standard error. */
+ * What is learned goes into the profile (-: the profile inside the model, which stays as it is). The text goes to
+ * standard output, everything else to standard error. */
 
 #define _DEFAULT_SOURCE /* sysconf */
 #include <swift_gguf.h>
@@ -14,7 +14,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { TOKENS_MAX = 32768, DRAFT_MAX = 4, MATCH_MIN = 3, SEED = 42 };
+enum { TOKENS_MAX = 32768, DRAFT_MAX = 16, SEED = 42 };
 
 static llama_token text[TOKENS_MAX], plain[TOKENS_MAX]; /* prompt and answer */
 
@@ -22,13 +22,13 @@ struct session {
     struct llama_model           * model;
     struct llama_context         * ctx;
     const struct llama_vocab     * vocab;
-    struct swift_gguf_subnetwork * subnetwork; /* NULL: only the text drafts */
+    struct swift_gguf_speculator * speculator;
     int32_t                        n_prompt, n_predict;
     float                          temperature;
 };
 
 struct figures {
-    int32_t n_tokens, n_drafted, n_accepted;
+    int32_t n_tokens, n_passes;
     double  seconds;
 };
 
@@ -67,27 +67,19 @@ static struct figures generate(const struct session * s, llama_token * tokens, b
         fail("the prompt cannot be decoded", "llama_decode failed");
     }
     swift_gguf_set_batch_invariant(s->ctx, true); /* on CPUs a row then has the same logits in any batch */
+    swift_gguf_speculator_begin(s->speculator, 0);
 
     const double  start = now();
     const int32_t end   = s->n_prompt + s->n_predict;
     int32_t       n     = s->n_prompt;
     do {
-        llama_token draft[DRAFT_MAX];
-        float       probabilities[DRAFT_MAX];
-        /* n_max: the verification adds a token of its own; p_min: unsure drafts seldom pay */
-        const struct swift_gguf_draft_params params = { .n_max = end - n > DRAFT_MAX ? DRAFT_MAX : end - n - 1, .p_min = 0.6f };
-
-        int32_t n_draft = with_drafts ? swift_gguf_ngram(tokens, n, MATCH_MIN, params.n_max, draft) : 0;
-        if (with_drafts && n_draft == 0 && s->subnetwork != NULL) {
-            n_draft = swift_gguf_draft(s->ctx, s->subnetwork, &params, tokens[n - 1], n - 1, draft, probabilities);
-        }
-        const int32_t n_new = n_draft < 0 ? n_draft :
-            swift_gguf_verify(s->ctx, chain, 0, tokens[n - 1], n - 1, draft, n_draft, tokens + n);
+        const int32_t n_max = end - n > DRAFT_MAX ? DRAFT_MAX : end - n - 1; /* a cycle adds a token of its own */
+        const int32_t n_new = with_drafts ? swift_gguf_speculate(s->speculator, chain, 0, tokens, n, n_max, tokens + n)
+                                          : swift_gguf_verify(s->ctx, chain, 0, tokens[n - 1], n - 1, NULL, 0, tokens + n);
         if (n_new < 0) {
-            fail("decoding failed", n_new == SWIFT_GGUF_ERROR_LOGITS ? "the model's weights are damaged" : "out of memory?");
+            fail("decoding failed", swift_gguf_error_name(n_new));
         }
-        f.n_drafted += n_draft;
-        f.n_accepted += n_new - 1;
+        f.n_passes++;
         for (int32_t i = 0; with_drafts && i < n_new; i++) {
             print_token(s->vocab, tokens[n + i]);
         }
@@ -124,23 +116,26 @@ int main(int argc, char ** argv) {
     params.n_ctx = params.n_batch = (uint32_t) (s.n_prompt + s.n_predict + DRAFT_MAX);
     params.swa_full               = true; /* a cache of the window's size could not be rolled back */
     s.ctx                         = llama_init_from_model(s.model, params);
-    if (swift_gguf_rollback_refusal(s.ctx) != NULL) {
-        fail("no speculation with this model", swift_gguf_rollback_refusal(s.ctx));
-    }
     char                        why[256] = "";
     struct swift_gguf_sidecar * sidecar  = argc > 6 ? swift_gguf_sidecar_load(s.model, argv[6], why, sizeof(why)) : NULL;
-    if (argc > 5 && why[0] == '\0') {
-        s.subnetwork = swift_gguf_subnetwork_load(s.model, strcmp(argv[5], "-") != 0 ? argv[5] : NULL, sidecar, why, sizeof(why));
+    const char *                profile  = argc > 5 && strcmp(argv[5], "-") != 0 ? argv[5] : NULL;
+    if (why[0] == '\0') {
+        s.speculator = swift_gguf_speculator_init(s.ctx, profile, sidecar, why, sizeof(why));
     }
-    if (why[0] != '\0') {
-        fail("no sub-network", why);
+    if (s.speculator == NULL) {
+        fail("no speculation", why);
     }
+    swift_gguf_speculator_measure(s.speculator, 1.0);
     const struct figures drafted = generate(&s, text, true), one = generate(&s, plain, false);
     const bool           same    = memcmp(text, plain, sizeof(text)) == 0;
-    fprintf(stderr, "\nspeculative %8.1f tok/s   accepted %d of %d draft tokens\nplain       %8.1f tok/s   %s\n",
-            drafted.n_tokens / drafted.seconds, (int) drafted.n_accepted, (int) drafted.n_drafted, one.n_tokens / one.seconds,
+    fprintf(stderr, "\nspeculative %8.1f tok/s   %d tokens in %d passes; %s\nplain       %8.1f tok/s   %s\n",
+            drafted.n_tokens / drafted.seconds, (int) drafted.n_tokens, (int) drafted.n_passes,
+            swift_gguf_speculator_why(s.speculator), one.n_tokens / one.seconds,
             same ? "the same text" : "ANOTHER TEXT: rows depend on their batch here, and two tokens were nearly tied");
-    swift_gguf_subnetwork_free(s.subnetwork);
+    if (profile != NULL && !swift_gguf_speculator_save(s.speculator, why, sizeof(why))) {
+        fprintf(stderr, "warning: nothing was learned: %s\n", why);
+    }
+    swift_gguf_speculator_free(s.speculator);
     swift_gguf_sidecar_free(sidecar);
     llama_free(s.ctx);
     llama_model_free(s.model);

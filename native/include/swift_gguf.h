@@ -20,16 +20,24 @@
 extern "C" {
 #endif
 
-#define SWIFT_GGUF_ABI 5
+#define SWIFT_GGUF_ABI 6
 
 /* Error codes of the functions that return int32_t. llama_decode's own codes are passed through
- * offset by SWIFT_GGUF_ERROR_DECODE: -100 - code. */
+ * offset by SWIFT_GGUF_ERROR_DECODE: -100 - code. swift_gguf_error_name names them. */
 #define SWIFT_GGUF_ERROR_ARGUMENT (-1) /* a null pointer, an index or a length out of range */
 #define SWIFT_GGUF_ERROR_ROLLBACK (-2) /* the context cannot be rolled back, see swift_gguf_rollback_refusal */
 #define SWIFT_GGUF_ERROR_GRAPH    (-3) /* llama.cpp could not build the graph */
 #define SWIFT_GGUF_ERROR_LOGITS   (-4) /* the logits are not finite: damaged weights */
 #define SWIFT_GGUF_ERROR_SAMPLER  (-5) /* the caller's sampler threw, as a grammar does at a token it does not allow */
 #define SWIFT_GGUF_ERROR_DECODE   (-100)
+
+/* What an error code means, as an English clause that is never freed. */
+LLAMA_API const char * swift_gguf_error_name(int32_t code);
+
+/*
+ * Threads. A context and all that was made for it belong to one thread at a time, as with llama.h. Two contexts may
+ * be used from two threads. swift_gguf_set_stop_flag's flag may be written by any thread at any time.
+ */
 
 /*
  * Versions. Compare all of them before calling anything else from another language.
@@ -44,7 +52,7 @@ LLAMA_API const char * swift_gguf_llama_commit(void);
 /* sizeof of a struct that is passed by value: "llama_model_params", "llama_context_params",
  * "llama_batch", "llama_model_quantize_params", "llama_sampler_chain_params",
  * "llama_token_data_array", or of this header's "swift_gguf_cost", "swift_gguf_sublayer",
- * "swift_gguf_draft_params". 0 for an unknown name. */
+ * "swift_gguf_draft_params", "swift_gguf_draft_request". 0 for an unknown name. */
 LLAMA_API size_t swift_gguf_struct_size(const char * name);
 
 /* Was this program compiled with the headers of the library it runs with? Structs are passed by value. Where
@@ -225,9 +233,9 @@ LLAMA_API int32_t swift_gguf_sublayers(
         int32_t                      n_layer);
 
 /*
- * Drafting and verifying. A cycle drafts (swift_gguf_ngram, swift_gguf_draft, or any draft of your own), then
- * verifies. It gives the tokens of plain decoding. Plain decoding is a cycle without a draft. On CPUs logits are the
- * same to the bit once swift_gguf_set_batch_invariant is on. native/examples/speculate.c is a whole program.
+ * Drafting and verifying. A cycle drafts (swift_gguf_draft, or any draft of your own), then verifies. It gives the
+ * tokens of plain decoding. Plain decoding is a cycle without a draft. On CPUs logits are the same to the bit once
+ * swift_gguf_set_batch_invariant is on. A speculator (below) does all this, and decides what is worth it.
  */
 
 /* The k most likely tokens of output row i (as llama_get_logits_ith counts: index into the batch, or -1
@@ -264,19 +272,6 @@ LLAMA_API int32_t swift_gguf_draft(
         llama_token *                          tokens,
         float *                                probabilities);
 
-/* Drafts by lookup: finds where the end of the text occurred before and drafts what followed there. The longest
- * match counts (up to 32 tokens); of equally long ones the latest. Where the match is so near that the text ends
- * before n_max tokens, the text is taken to repeat itself.
- *
- * text: prompt and answer so far, n_text tokens. n_match: the shortest match that counts, in tokens; 1 or more.
- * tokens: room for n_max entries. Returns n_max, or 0 without a match, or SWIFT_GGUF_ERROR_ARGUMENT. */
-LLAMA_API int32_t swift_gguf_ngram(
-        const llama_token * text,
-        int32_t             n_text,
-        int32_t             n_match,
-        int32_t             n_max,
-        llama_token *       tokens);
-
 /* Decodes `token` at position `pos` and n_draft draft tokens after it in one pass of the whole model. Then samples
  * row after row by the caller's own chain, as plain decoding would (llama_sampler_sample, which accepts what it
  * samples), while each sampled token is the next draft token. Rejected draft tokens are removed from the memory.
@@ -301,6 +296,99 @@ LLAMA_API int32_t swift_gguf_verify(
         int32_t                n_draft,
         llama_token *          tokens);
 
+/*
+ * Speculators: decide before each pass which drafts are verified, if any. A speculator learns what passes cost and how
+ * often which draft tokens are right. It drafts only what is expected to save time, and bounds what drafts may lose
+ * against plain decoding. Drafts come from the text itself (n-grams), from the target's likeliest tokens of earlier
+ * passes (recycling), and from passes of the sub-network in the profile, or of the sidecar (layer-skip).
+ * native/examples/speculate.c is a whole program.
+ */
+
+struct swift_gguf_speculator;
+
+/* profile: a file that is read now and written by swift_gguf_speculator_save; it need not exist. NULL: the profile
+ *   inside the model, if there is one.
+ * sidecar: may be NULL; the speculator keeps a reference of its own.
+ *
+ * Returns NULL if the context cannot be rolled back, or if the profile is damaged or of another model, with an English
+ * clause in `error` (n_error bytes, may be NULL). Without a profile it works, too. To be freed before the context. */
+LLAMA_API struct swift_gguf_speculator * swift_gguf_speculator_init(
+        struct llama_context *            ctx,
+        const char *                      profile,
+        const struct swift_gguf_sidecar * sidecar,
+        char *                            error,
+        size_t                            n_error);
+
+LLAMA_API void swift_gguf_speculator_free(struct swift_gguf_speculator * speculator);
+
+/* Times full passes of several widths on tokens of its own in sequence 0, which must be empty, for about `seconds`. If
+ * costs of this machine are in the profile, returns at once. Without this call, passes are timed while they are used.
+ * Returns 0 or an error code. */
+LLAMA_API int32_t swift_gguf_speculator_measure(struct swift_gguf_speculator * speculator, double seconds);
+
+/* Another answer of a sequence begins. */
+LLAMA_API int32_t swift_gguf_speculator_begin(struct swift_gguf_speculator * speculator, llama_seq_id seq_id);
+
+/* A whole cycle of one sequence, as swift_gguf_verify: drafts at most n_max tokens, or none; decodes; samples.
+ *
+ * text: prompt and answer so far. The last token is not decoded yet; the context holds the others of this sequence.
+ * tokens: room for n_max + 1 entries. Returns the number of sampled tokens or an error code. */
+LLAMA_API int32_t swift_gguf_speculate(
+        struct swift_gguf_speculator * speculator,
+        struct llama_sampler *         sampler,
+        llama_seq_id                   seq_id,
+        const llama_token *            text,
+        int32_t                        n_text,
+        int32_t                        n_max,
+        llama_token *                  tokens);
+
+/* For programs that decode several sequences in one pass, the parts of a cycle: _draft; the pass; _passed; for each
+ * sequence _learn and _accept. All of them are optional but _draft. */
+
+struct swift_gguf_draft_request {
+    llama_seq_id        seq_id;
+    const llama_token * text; /* as above */
+    int32_t             n_text;
+    llama_pos           pos; /* of the last token; n_text - 1 unless the sequence holds images */
+    int32_t             n_max;
+    llama_token *       draft;   /* room for n_max entries */
+    int32_t             n_draft; /* the result */
+};
+
+/* Drafts for the sequences of one pass. A draft token costs what it adds to the pass of all of them.
+ * n_others: tokens that the pass decodes besides, of sequences without a request. Returns 0 or an error code. */
+LLAMA_API int32_t swift_gguf_speculator_draft(
+        struct swift_gguf_speculator *    speculator,
+        struct swift_gguf_draft_request * requests,
+        int32_t                           n_requests,
+        int32_t                           n_others);
+
+/* The pass is over (and the device synchronised). Call it only if the pass decoded nothing but those sequences' tokens.
+ * draft_ms, pass_ms: how long drafting and the pass took; negative: as the speculator's own clock says. */
+LLAMA_API void swift_gguf_speculator_passed(struct swift_gguf_speculator * speculator, double draft_ms, double pass_ms);
+
+/* Reads the target's likeliest tokens of a sequence, while the logits of the pass are there.
+ * row: the output row of the last token of the text (as llama_get_logits_ith counts); draft tokens follow.
+ * n_rows: 1 and the number of accepted draft tokens. Returns 0 or an error code. */
+LLAMA_API int32_t swift_gguf_speculator_learn(struct swift_gguf_speculator * speculator, llama_seq_id seq_id, int32_t row, int32_t n_rows);
+
+/* The target chose these tokens: the accepted draft tokens and its own next one. */
+LLAMA_API int32_t swift_gguf_speculator_accept(
+        struct swift_gguf_speculator * speculator,
+        llama_seq_id                   seq_id,
+        const llama_token *            tokens,
+        int32_t                        n_tokens);
+
+/* Which sources draft, or why none does; valid until the next call. */
+LLAMA_API const char * swift_gguf_speculator_why(struct swift_gguf_speculator * speculator);
+
+/* Adds what was learned to the profile. Returns false with an English clause in `error` if that is not possible. */
+LLAMA_API bool swift_gguf_speculator_save(struct swift_gguf_speculator * speculator, char * error, size_t n_error);
+
+/* What costs depend on besides model and context length, as they are stored in a profile: backend, threads, and by a
+ * digest the processor and the library's version. Returns the length of the key without its end, or an error code. */
+LLAMA_API int32_t swift_gguf_machine_key(const struct llama_context * ctx, char * key, size_t n_key);
+
 static inline bool swift_gguf_is_compatible(void) {
     return swift_gguf_abi() == SWIFT_GGUF_ABI &&
             swift_gguf_struct_size("llama_model_params") == sizeof(struct llama_model_params) &&
@@ -309,7 +397,8 @@ static inline bool swift_gguf_is_compatible(void) {
             swift_gguf_struct_size("llama_sampler_chain_params") == sizeof(struct llama_sampler_chain_params) &&
             swift_gguf_struct_size("swift_gguf_cost") == sizeof(struct swift_gguf_cost) &&
             swift_gguf_struct_size("swift_gguf_sublayer") == sizeof(struct swift_gguf_sublayer) &&
-            swift_gguf_struct_size("swift_gguf_draft_params") == sizeof(struct swift_gguf_draft_params);
+            swift_gguf_struct_size("swift_gguf_draft_params") == sizeof(struct swift_gguf_draft_params) &&
+            swift_gguf_struct_size("swift_gguf_draft_request") == sizeof(struct swift_gguf_draft_request);
 }
 
 #ifdef __cplusplus

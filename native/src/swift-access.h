@@ -78,3 +78,15 @@ inline std::nullptr_t swift_refuse(char * error, size_t n_error, const char * wh
     }
     return nullptr;
 }
+
+// swift_gguf_verify; also tells how long the pass took.
+int32_t swift_verify(
+        llama_context *     ctx,
+        llama_sampler *     sampler,
+        llama_seq_id        seq_id,
+        llama_token         token,
+        llama_pos           pos,
+        const llama_token * draft,
+        int32_t             n_draft,
+        llama_token *       tokens,
+        double &            pass_ms);

@@ -1,6 +1,7 @@
 #include "swift-access.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -188,33 +189,6 @@ int32_t swift_gguf_draft(
     return n;
 }
 
-int32_t swift_gguf_ngram(const llama_token * text, int32_t n_text, int32_t n_match, int32_t n_max, llama_token * tokens) {
-    if ((text == nullptr && n_text != 0) || n_text < 0 || n_match < 1 || n_max < 0 || tokens == nullptr) {
-        return SWIFT_GGUF_ERROR_ARGUMENT;
-    }
-    const int32_t longest = 32; // 32 tokens tell places apart; bounds the time on texts that repeat one token
-    int32_t       best = 0, after = 0;
-    for (int32_t end = n_text - 1; end >= n_match && best < longest; --end) { // the latest place first
-        const int32_t most   = std::min(end, longest);
-        int32_t       length = 0;
-        while (length < most && text[end - 1 - length] == text[n_text - 1 - length]) {
-            ++length;
-        }
-        if (length > best) {
-            best  = length;
-            after = end;
-        }
-    }
-    if (best < n_match) {
-        return 0;
-    }
-    const int32_t n_shown = n_text - after;
-    for (int32_t i = 0; i < n_max; ++i) {
-        tokens[i] = i < n_shown ? text[after + i] : tokens[i - n_shown];
-    }
-    return n_max;
-}
-
 // Decodes `tokens` from position `pos` on, all with logits. Returns 0 or an error code.
 static int32_t decode_rows(llama_context * ctx, std::vector<llama_token> & tokens, llama_pos pos, llama_seq_id seq_id) {
     const int32_t               n = (int32_t) tokens.size();
@@ -259,7 +233,7 @@ static int32_t sample_rows(llama_context * ctx, llama_sampler * sampler, const l
     }
 }
 
-int32_t swift_gguf_verify(
+int32_t swift_verify(
         llama_context *     ctx,
         llama_sampler *     sampler,
         llama_seq_id        seq_id,
@@ -267,7 +241,8 @@ int32_t swift_gguf_verify(
         llama_pos           pos,
         const llama_token * draft,
         int32_t             n_draft,
-        llama_token *       tokens) {
+        llama_token *       tokens,
+        double &            pass_ms) {
     if (ctx == nullptr || sampler == nullptr || tokens == nullptr || pos < 0 || n_draft < 0 || (draft == nullptr && n_draft > 0) ||
         n_draft >= (int64_t) llama_n_batch(ctx) || seq_id < 0 || seq_id >= (llama_seq_id) llama_n_seq_max(ctx) ||
         (int64_t) pos + n_draft >= llama_n_ctx_seq(ctx)) {
@@ -286,7 +261,10 @@ int32_t swift_gguf_verify(
         const swift_scope        scope(*ctx, nullptr); // the whole model, whatever sub-network the context has
         std::vector<llama_token> batch(1, token);
         batch.insert(batch.end(), draft, draft + n_draft);
-        n = decode_rows(ctx, batch, pos, seq_id);
+        const auto start = std::chrono::steady_clock::now();
+        n                = decode_rows(ctx, batch, pos, seq_id);
+        llama_synchronize(ctx);
+        pass_ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
         if (n == 0) {
             n = sample_rows(ctx, sampler, draft, n_draft, tokens);
         }
@@ -297,4 +275,17 @@ int32_t swift_gguf_verify(
         return n < 0 ? n : SWIFT_GGUF_ERROR_ROLLBACK;
     }
     return n;
+}
+
+int32_t swift_gguf_verify(
+        llama_context *     ctx,
+        llama_sampler *     sampler,
+        llama_seq_id        seq_id,
+        llama_token         token,
+        llama_pos           pos,
+        const llama_token * draft,
+        int32_t             n_draft,
+        llama_token *       tokens) {
+    double pass_ms = 0.0;
+    return swift_verify(ctx, sampler, seq_id, token, pos, draft, n_draft, tokens, pass_ms);
 }

@@ -18,6 +18,19 @@ const char * swift_gguf_llama_commit(void) {
     return SWIFT_GGUF_LLAMA_COMMIT;
 }
 
+const char * swift_gguf_error_name(int32_t code) {
+    switch (code) {
+        case SWIFT_GGUF_ERROR_ARGUMENT: return "an argument is out of range";
+        case SWIFT_GGUF_ERROR_ROLLBACK: return "the context cannot be rolled back";
+        case SWIFT_GGUF_ERROR_GRAPH: return "llama.cpp could not build the graph";
+        case SWIFT_GGUF_ERROR_LOGITS: return "the logits are not finite; the model's weights are damaged";
+        case SWIFT_GGUF_ERROR_SAMPLER: return "the sampler threw";
+        case SWIFT_GGUF_ERROR_DECODE - 1: return "there is no room in the context";
+        case SWIFT_GGUF_ERROR_DECODE - 2: return "the pass was stopped";
+        default: return code >= 0 ? "no error" : "llama_decode failed";
+    }
+}
+
 size_t swift_gguf_struct_size(const char * name) {
     static const struct {
         const char * name;
@@ -32,6 +45,7 @@ size_t swift_gguf_struct_size(const char * name) {
         { "swift_gguf_cost",             sizeof(swift_gguf_cost)             },
         { "swift_gguf_sublayer",         sizeof(swift_gguf_sublayer)         },
         { "swift_gguf_draft_params",     sizeof(swift_gguf_draft_params)     },
+        { "swift_gguf_draft_request",    sizeof(swift_gguf_draft_request)    },
     };
     for (const auto & entry : sizes) {
         if (name != nullptr && std::strcmp(entry.name, name) == 0) {

@@ -125,8 +125,6 @@ def describe_costs(model: Model, costs: Costs) -> dict[str, Any]:
     it.  "more": costs on top of a pass.  Bytes are those of the weights and of the KV cache at
     `costs.n_kv` tokens; a gigabyte is 10^9 bytes.
     """
-    from swift_gguf.planning.cost import machine_key
-
     one_ms = costs.verify_ms(1)
     cost = model.pass_cost(n_kv=costs.n_kv)
     attention, ffn = model.sublayers
@@ -139,7 +137,7 @@ def describe_costs(model: Model, costs: Costs) -> dict[str, Any]:
     rest_bytes = cost.weight_bytes + cost.kv_bytes - all_bytes
     parts["rest"] = (max(0.0, one_ms - all_ms), max(0.0, rest_bytes))
     return {
-        "machine": machine_key(model),
+        "machine": model.machine_key,
         "n_kv": costs.n_kv,
         "passes": [
             {"width": width, "ms": ms, "of_one": ms / one_ms, "ms_per_token": ms / width}

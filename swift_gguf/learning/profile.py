@@ -120,7 +120,7 @@ class Profile:
     known: tuple[Known, ...] = ()
     """Different sub-networks, the latest learned first, at most `MAX_KNOWN`."""
     costs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """`Costs.as_dict` by the machine where they were measured (`cost.machine_key`), the latest
+    """`Costs.as_dict` by the machine where they were measured (`Model.machine_key`), the latest
     last, at most `MAX_COSTS`."""
     recycling: tuple[Any, ...] = ()
     """`Recycling.to_rows`: the table of successors, the latest learned last."""

@@ -275,6 +275,12 @@ class Model:
         if failed:
             raise failed[0]
 
+    @property
+    def machine_key(self) -> str:
+        """What costs depend on besides the model and the context length: backend, offloaded layers,
+        threads, flash attention; and by a digest, the processor and the library's version."""
+        return self._library.machine_key(self.ctx)
+
     def pass_cost(
         self,
         subnetwork: SubNetwork | None = None,

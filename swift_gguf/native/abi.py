@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-ABI = 5
+ABI = 6
 """SWIFT_GGUF_ABI of native/include/swift_gguf.h that this module is written for."""
 
 
@@ -47,6 +47,27 @@ class SublayerStruct(ctypes.Structure):
         ("n_nodes", ctypes.c_int32),
         ("weight_bytes", ctypes.c_uint64),
         ("kv_bytes", ctypes.c_uint64),
+    )
+
+
+class DraftRequest(ctypes.Structure):
+    """struct swift_gguf_draft_request."""
+
+    seq_id: int
+    text: Any
+    n_text: int
+    pos: int
+    n_max: int
+    draft: Any
+    n_draft: int
+    _fields_ = (
+        ("seq_id", ctypes.c_int32),
+        ("text", ctypes.POINTER(ctypes.c_int32)),
+        ("n_text", ctypes.c_int32),
+        ("pos", ctypes.c_int32),
+        ("n_max", ctypes.c_int32),
+        ("draft", ctypes.POINTER(ctypes.c_int32)),
+        ("n_draft", ctypes.c_int32),
     )
 
 
@@ -109,6 +130,10 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "swift_gguf_rollback_refusal": (ctypes.c_char_p, [ctypes.c_void_p]),
     "swift_gguf_set_batch_invariant": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_bool]),
     "swift_gguf_has_kernels": (ctypes.c_bool, [ctypes.c_void_p]),
+    "swift_gguf_machine_key": (
+        ctypes.c_int32,
+        [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t],
+    ),
     "swift_gguf_pass_cost": (
         ctypes.c_int32,
         [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int32] * 3, ctypes.POINTER(Cost)],

@@ -36,6 +36,7 @@ from swift_gguf.native.abi import (
     ON_FFN,
     SIGNATURES,
     DraftParams,
+    DraftRequest,
     SublayerStruct,
 )
 from swift_gguf.native.abi import SUBLAYER_STATUS as SUBLAYER_STATUS
@@ -102,6 +103,7 @@ class Library:
             "swift_gguf_cost": Cost,
             "swift_gguf_sublayer": SublayerStruct,
             "swift_gguf_draft_params": DraftParams,
+            "swift_gguf_draft_request": DraftRequest,
         }
         for name, struct in structs.items():
             native = self._swift.swift_gguf_struct_size(name.encode())
@@ -259,6 +261,12 @@ class Library:
     def has_kernels(self, ctx: Any) -> bool:
         """True if the batch-invariant mode serves prompts, too, with kernels of ours."""
         return bool(self._swift.swift_gguf_has_kernels(ctx))
+
+    def machine_key(self, ctx: Any) -> str:
+        """What costs depend on besides the model and the context length."""
+        key = ctypes.create_string_buffer(256)
+        _check(self._swift.swift_gguf_machine_key(ctx, key, len(key)), "name the machine")
+        return key.value.decode()
 
     def pass_cost(
         self, ctx: Any, handle: SubnetworkHandle | None, *, n_tokens: int, n_outputs: int, n_kv: int

@@ -7,20 +7,16 @@ Until a pass was timed, its cost is estimated from the bytes that it reads.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, pairwise
 from statistics import median_low
 from typing import Any
 
 from swift_gguf.errors import SubnetworkError
 from swift_gguf.model import Model
-from swift_gguf.native import library
 from swift_gguf.subnetwork import SubNetwork
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -390,31 +386,6 @@ class CostsHere:
 # -- where they are kept ---------------------------------------------------------------------------
 
 
-def machine_key(model: Model) -> str:
-    """What costs depend on besides the model and the context length: backend, offloaded layers,
-    threads, flash attention; and by a digest, the processor and the versions of the library."""
-    gpus = [device.name for device in library().devices() if device.is_gpu]
-    n_layers = model.options.n_gpu_layers
-    backend = f"{gpus[0]}-{n_layers}l" if gpus and n_layers != 0 else "cpu"
-    no_flash = "-nofa" if model.options.flash_attn is False else ""
-    return f"{backend}-{model.n_threads}t{no_flash}-{_digest()}"
-
-
-@cache
-def _digest() -> str:
-    """Of the processor and the GPUs, llama.cpp's commit and our version."""
-    devices = [device.description for device in library().devices()]
-    parts = [*devices, library().llama_commit, *_version()]
-    return hashlib.blake2b(repr(parts).encode(), digest_size=3).hexdigest()
-
-
-def _version() -> list[str]:
-    try:
-        return [version("swift-gguf")]
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        return []
-
-
 def context_bucket(n_kv: int) -> int:
     """Context lengths up to this power of two share measured costs."""
     return max(CostsHere.STEP, 1 << (n_kv - 1).bit_length())
@@ -422,7 +393,7 @@ def context_bucket(n_kv: int) -> int:
 
 def costs_key(model: Model, costs: Costs) -> str:
     """The key of these costs in a profile."""
-    return f"{machine_key(model)}@{context_bucket(costs.n_kv)}"
+    return f"{model.machine_key}@{context_bucket(costs.n_kv)}"
 
 
 NEAR = 2
@@ -434,7 +405,7 @@ def stored_costs(model: Model, profile_costs: Mapping[str, Mapping[str, Any]]) -
 
     None if there are none.
     """
-    prefix = f"{machine_key(model)}@"
+    prefix = f"{model.machine_key}@"
     measured = [
         Costs.from_dict(values) for key, values in profile_costs.items() if key.startswith(prefix)
     ]

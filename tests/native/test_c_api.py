@@ -1,4 +1,4 @@
-"""What programs in C call and Python does not: n-grams, verification, what they refuse."""
+"""What programs in C call and Python does not: verification, what it refuses."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from swift_gguf.model.model import Model
 from swift_gguf.native.binding import library
 
 INT, INTS, POINTER = ctypes.c_int32, ctypes.POINTER(ctypes.c_int32), ctypes.c_void_p
 ARGUMENT, ROLLBACK, SAMPLER, DECODE = -1, -2, -5, -100
-LONGEST = 32
 Tiny = Callable[..., Path]
 Opener = Callable[..., Model]
 
@@ -29,39 +26,6 @@ def c(name: str, *arguments: Any) -> Any:
 
 def ints(values: list[int]) -> Any:
     return (INT * max(1, len(values)))(*values)
-
-
-# -- n-grams ---------------------------------------------------------------------------------------
-
-
-def ngram(text: list[int], n_match: int, n_max: int) -> list[int]:
-    found = (INT * (n_max + 1))(*[-7] * (n_max + 1))
-    n = c("swift_gguf_ngram", INTS, INT, INT, INT, INTS)(
-        ints(text), len(text), n_match, n_max, found
-    )
-    assert found[n] == -7  # nothing is written beyond
-    return list(found[:n])
-
-
-def naive(text: list[int], n_match: int, n_max: int) -> list[int]:
-    """The longest match, of equally long ones the latest; what followed, repeated."""
-    for length in range(min(LONGEST, len(text) - 1), n_match - 1, -1):
-        for end in range(len(text) - 1, length - 1, -1):
-            if text[end - length : end] == text[len(text) - length :]:
-                shown = text[end:]
-                return [shown[i % len(shown)] for i in range(n_max)]
-    return []
-
-
-@given(st.lists(st.integers(0, 2), max_size=60), st.integers(1, 5), st.integers(0, 6))
-def test_ngrams_are_those_of_a_naive_search(text: list[int], n_match: int, n_max: int) -> None:
-    assert ngram(text, n_match, n_max) == naive(text, n_match, n_max)
-
-
-def test_a_text_that_repeats_itself_goes_on_so() -> None:
-    assert ngram([9, 1, 2, 1, 2, 1, 2], 2, 5) == [1, 2, 1, 2, 1]
-    assert ngram([4] * 100, 3, 4) == [4, 4, 4, 4]
-    assert ngram([1, 2, 3], 1, 4) == []
 
 
 # -- verification ----------------------------------------------------------------------------------

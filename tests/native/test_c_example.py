@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -58,12 +60,12 @@ def run(program: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120)
 
 
-def accepted(finished: subprocess.CompletedProcess[str]) -> tuple[int, int]:
-    """Accepted and drafted, of a run whose drafts changed nothing."""
+def passes(finished: subprocess.CompletedProcess[str]) -> tuple[int, int]:
+    """Tokens, and the passes that they took, of a run whose drafts changed nothing."""
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr.strip().endswith("the same text")
     assert finished.stdout.strip()
-    figures = re.search(r"accepted (\d+) of (\d+)", finished.stderr)
+    figures = re.search(r"(\d+) tokens in (\d+) passes", finished.stderr)
     assert figures, finished.stderr
     return int(figures[1]), int(figures[2])
 
@@ -71,13 +73,26 @@ def accepted(finished: subprocess.CompletedProcess[str]) -> tuple[int, int]:
 def profile_of(folder: Path, subnetwork: SubNetwork) -> Path:
     """As `swift-gguf tune` leaves it."""
     store = Store(folder)
-    seen = {"1": Seen(agrees=(True,), confidence=(1.0,))}
+    seen = {"1": Seen(agrees=(True,) * 100, confidence=(0.9,) * 100)}
     known = Known(subnetwork=subnetwork, seen=seen)
     profile = Profile(
         fingerprint="0" * 32, model="tiny", n_layer=subnetwork.n_layer, known=(known,)
     )
     assert store.add(profile)
     return store.path(profile.fingerprint)
+
+
+def where_rows_are_free(program: Path, model: Path, profile: Path, *sidecar: Path) -> Path:
+    """The profile, after a run, with the costs of a machine where every draft pays."""
+    passes(run(program, model, "hello", 4, 0, profile, *sidecar))
+    values = json.loads(profile.read_text())
+    (costs,) = values["costs"].values()
+    n_layer = values["n_layer"]
+    costs["pass_ms"] = [[1, 100.0], [2, 100.5], [16, 107.0]]
+    costs["ffn_ms"] = costs["attention_ms"] = [45.0 / n_layer] * n_layer
+    costs["narrow_ms"] = costs["narrow_ms"] and [80.0 / n_layer] * n_layer
+    profile.write_text(json.dumps(values))
+    return profile
 
 
 NOOP = SubNetwork(n_layer=4, skip_ffn=frozenset({1, 3}))
@@ -95,10 +110,9 @@ def test_cmake_finds_the_package(tiny: Tiny, tmp_path: Path) -> None:
     found = f"-Dswift_gguf_DIR={config('--cmake-dir')}"
     done(cmake, "-S", EXAMPLES, "-B", tmp_path, found)
     done(cmake, "--build", tmp_path)
-    n_accepted, n_drafted = accepted(
-        run(tmp_path / "speculate", tiny("llama", noop_ffn=(1, 3)), "hello hello hello", 40, 0)
-    )
-    assert 0 <= n_accepted <= n_drafted
+    model = tiny("llama", noop_ffn=(1, 3))
+    n_tokens, n_passes = passes(run(tmp_path / "speculate", model, "hello hello hello", 40, 0))
+    assert 0 < n_passes <= n_tokens
 
 
 @pytest.fixture
@@ -118,7 +132,7 @@ def test_the_package_may_be_moved(moved: Path, tiny: Tiny, tmp_path: Path) -> No
     done(cmake, "-S", EXAMPLES, "-B", tmp_path / "build", found)
     done(cmake, "--build", tmp_path / "build")
     program = tmp_path / "build" / "speculate"
-    accepted(run(program, tiny("qwen2"), "hello", 20, 0))
+    passes(run(program, tiny("qwen2"), "hello", 20, 0))
     shutil.rmtree(moved)
     assert run(program, tiny("qwen2"), "hello", 20, 0).returncode == 127  # it was that library
 
@@ -131,7 +145,7 @@ def test_pkg_config_finds_it(tiny: Tiny, tmp_path: Path) -> None:
     flags = shlex.split(done(pkg_config, "--cflags", "--libs", "swift_gguf", env=environment))
     out = tmp_path / "speculate"
     done(shutil.which("cc") or "cc", EXAMPLES / "speculate.c", "-o", out, *flags)
-    accepted(run(out, tiny("qwen2"), "hello", 20, 0))
+    passes(run(out, tiny("qwen2"), "hello", 20, 0))
 
 
 def test_pkg_config_finds_a_moved_package(moved: Path, tiny: Tiny, tmp_path: Path) -> None:
@@ -142,20 +156,21 @@ def test_pkg_config_finds_a_moved_package(moved: Path, tiny: Tiny, tmp_path: Pat
     build = f'eval cc {source} -o {program} "$(pkg-config --cflags --libs swift_gguf)"'
     pkgconfig = str(moved / "lib" / "pkgconfig")
     done("sh", "-ec", build, env=os.environ | {"PKG_CONFIG_PATH": pkgconfig})
-    accepted(run(program, tiny("qwen2"), "hello", 20, 0))
+    passes(run(program, tiny("qwen2"), "hello", 20, 0))
     shutil.rmtree(moved)
     assert run(program, tiny("qwen2"), "hello", 20, 0).returncode == 127  # it was that library
 
 
 def test_a_profiles_sub_network_drafts(program: Path, tiny: Tiny, tmp_path: Path) -> None:
-    model, profile = tiny("llama", noop_ffn=(1, 3)), profile_of(tmp_path, NOOP)
-    n_accepted, n_drafted = accepted(run(program, model, "hello", 24, 0, profile))
-    assert n_accepted == n_drafted > 5
+    model = tiny("llama", noop_ffn=(1, 3))
+    profile = where_rows_are_free(program, model, profile_of(tmp_path, NOOP))
+    n_tokens, n_passes = passes(run(program, model, "hello", 24, 0, profile))
+    assert n_passes < n_tokens / 2
     # the control: a sub-network that this model needs
     needed = SubNetwork(n_layer=4, skip_attn=frozenset(range(4)), skip_ffn=frozenset({0, 2}))
-    other = profile_of(tmp_path / "other", needed)
-    n_accepted, n_drafted = accepted(run(program, model, "hello", 24, 0, other))
-    assert n_accepted < n_drafted
+    other = where_rows_are_free(program, model, profile_of(tmp_path / "other", needed))
+    n_tokens, n_more = passes(run(program, model, "hello", 24, 0, other))
+    assert n_more > n_passes
 
 
 @pytest.mark.parametrize("temperature", [0, 0.7, 2])
@@ -166,29 +181,33 @@ def test_any_temperature_gives_the_text_of_plain_decoding(
     model = tiny(family, quant="Q8_0")
     n_layer = 6 if family == "gemma3" else 4
     subnetwork = SubNetwork(n_layer=n_layer, skip_attn=frozenset({1}), narrow_ffn=frozenset())
-    profile = profile_of(tmp_path, subnetwork)
-    accepted(run(program, model, "hello hello hello hello", 64, temperature, profile))
+    profile = where_rows_are_free(program, model, profile_of(tmp_path, subnetwork))
+    n_tokens, n_passes = passes(
+        run(program, model, "hello hello hello hello", 64, temperature, profile)
+    )
+    assert temperature > 0 or n_passes < n_tokens
 
 
 def test_a_profile_inside_the_model_is_read(program: Path, tiny: Tiny, tmp_path: Path) -> None:
-    profile = profile_of(tmp_path, NOOP).read_text()
-    out = tmp_path / "x.gguf"
-    model = with_metadata(tiny("llama", noop_ffn=(1, 3)), out, {"swift.profile": profile})
-    n_accepted, n_drafted = accepted(run(program, model, "hello", 24, 0, "-"))
-    assert n_accepted == n_drafted > 5
+    model = tiny("llama", noop_ffn=(1, 3))
+    profile = where_rows_are_free(program, model, profile_of(tmp_path / "a", NOOP)).read_text()
+    inside = with_metadata(model, tmp_path / "x.gguf", {"swift.profile": profile})
+    n_tokens, n_passes = passes(run(program, inside, "hello", 24, 0, "-"))
+    assert n_passes < n_tokens / 2
 
 
 def test_a_sidecar_drafts(program: Path, tiny: Tiny, tmp_path: Path) -> None:
     model = tiny("llama", quant="Q8_0")
     sidecar = prepared(model, path_beside(tmp_path / "x.gguf"))
     narrow = SubNetwork(n_layer=4, narrow_ffn=frozenset(range(4)), draft_head=True)
-    profile = profile_of(tmp_path, narrow)
-    _, n_drafted = accepted(run(program, model, "hello", 64, 0, profile, sidecar))
-    assert n_drafted > 0
+    profile = where_rows_are_free(program, model, profile_of(tmp_path, narrow), sidecar)
+    finished = run(program, model, "hello", 64, 0, profile, sidecar)
+    passes(finished)
+    assert "layer-skip" in finished.stderr
     refused = run(program, model, "hello", 64, 0, profile)
     assert (refused.returncode, refused.stderr) == (
         1,
-        "error: no sub-network: it needs the model's sidecar\n",
+        "error: no speculation: it needs the model's sidecar\n",
     )
 
 
@@ -213,39 +232,52 @@ def with_metadata(model: Path, out: Path, values: dict[str, str]) -> Path:
 
 
 DAMAGED = {
-    "missing": None,
     "empty": "",
     "no JSON": "{",
     "deep": "[" * 200_000,
     "no object": "[1]",
-    "another version": '{"version":2,"n_layer":4,"known":[{"skip_attn":"","skip_ffn":"1"}]}',
-    "another model": '{"version":1,"n_layer":5,"known":[{"skip_attn":"","skip_ffn":"1"}]}',
-    "nothing known": '{"version":1,"n_layer":4,"known":[]}',
-    "known is text": '{"version":1,"n_layer":4,"known":"1"}',
-    "no layer": '{"version":1,"n_layer":4,"known":[{"skip_attn":"","skip_ffn":"4"}]}',
-    "backwards": '{"version":1,"n_layer":4,"known":[{"skip_attn":"3-1","skip_ffn":""}]}',
-    "overflow": '{"version":1,"n_layer":4,"known":[{"skip_attn":"99999999999","skip_ffn":""}]}',
-    "words": '{"version":1,"n_layer":4,"known":[{"skip_attn":"1;2","skip_ffn":""}]}',
-    "numbers": '{"version":1,"n_layer":4,"known":[{"skip_attn":1,"skip_ffn":2}]}',
-    "head": '{"version":1,"n_layer":4,"known":[{"skip_attn":"","skip_ffn":"","draft_head":3}]}',
+    "another version": {"version": 2},
+    "another model": {"n_layer": 5},
+    "known is text": {"known": "1"},
+    "no layer": {"known": [{"skip_attn": "", "skip_ffn": "4"}]},
+    "backwards": {"known": [{"skip_attn": "3-1", "skip_ffn": ""}]},
+    "overflow": {"known": [{"skip_attn": "99999999999", "skip_ffn": ""}]},
+    "words": {"known": [{"skip_attn": "1;2", "skip_ffn": ""}]},
+    "numbers": {"known": [{"skip_attn": 1, "skip_ffn": 2}]},
+    "head": {"known": [{"skip_attn": "", "skip_ffn": "", "draft_head": 3}]},
 }
 
 
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED.keys())
 def test_a_profile_that_cannot_be_used_is_one_line(
-    content: str | None, program: Path, tiny: Tiny, tmp_path: Path
+    content: str | dict[str, Any], program: Path, tiny: Tiny, tmp_path: Path
 ) -> None:
-    path = tmp_path / "profile.json"
-    if content is not None:
+    path = profile_of(tmp_path, NOOP)
+    if isinstance(content, dict):
+        values = json.loads(path.read_text())
+        seen = values["known"][0]["seen"]
+        for known in content.get("known", []):
+            if isinstance(known, dict):
+                known |= {"seen": seen}
+        path.write_text(json.dumps(values | content))
+    else:
         path.write_text(content)
-    failed(run(program, tiny("llama"), "hello", 8, 0, path), "error: no sub-network: ")
+    failed(run(program, tiny("llama"), "hello", 8, 0, path), "error: no speculation: ")
+
+
+def test_a_profile_that_does_not_exist_is_made(program: Path, tiny: Tiny, tmp_path: Path) -> None:
+    path = Store(tmp_path / "new").path("1" * 32)
+    passes(run(program, tiny("llama"), "hello", 8, 0, path))
+    profile = Store(tmp_path / "new").load("1" * 32)
+    assert profile is not None
+    assert profile.recycling
+    assert profile.costs
 
 
 def test_failures_are_one_line(program: Path, tiny: Tiny, tmp_path: Path) -> None:
     failed(run(program, tmp_path / "missing.gguf", "x"), "error: ")
     failed(run(program, tiny("mamba"), "x"), "error: no speculation")
     failed(run(program, tiny("llama"), ""), "error: the prompt")
-    failed(run(program, tiny("llama"), "x", 8, 0, "-"), "error: no sub-network: the model has no")
 
 
 def failed(finished: subprocess.CompletedProcess[str], words: str) -> None:

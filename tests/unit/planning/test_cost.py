@@ -26,7 +26,7 @@ from swift_gguf.gguf.sidecar import Sidecar
 from swift_gguf.model import Sublayer
 from swift_gguf.model.model import Model
 from swift_gguf.native.abi import StopFlag
-from swift_gguf.planning.cost import Costs, context_bucket, costs_key, machine_key, stored_costs
+from swift_gguf.planning.cost import Costs, context_bucket, costs_key, stored_costs
 from swift_gguf.planning.measuring import Budget, measure
 from swift_gguf.subnetwork import SubNetwork
 
@@ -515,10 +515,8 @@ def test_something_else_is_refused(values: Any) -> None:
 # -- where they are kept ---------------------------------------------------------------------------
 
 
-def loaded(n_past: int, *, n_threads: int = 2, flash_attn: bool | None = None) -> Model:
-    options = SimpleNamespace(n_gpu_layers=0, flash_attn=flash_attn)
-    model = SimpleNamespace(options=options, n_threads=n_threads, n_past=n_past)
-    return cast(Model, model)
+def loaded(n_past: int, *, machine: str = "cpu-2t-0a1b2c") -> Model:
+    return cast(Model, SimpleNamespace(machine_key=machine, n_past=n_past))
 
 
 def kept(*lengths: int, model: Model | None = None) -> dict[str, dict[str, Any]]:
@@ -532,10 +530,10 @@ def test_buckets() -> None:
 
 
 def test_the_key_names_what_costs_depend_on() -> None:
-    models = [loaded(0), loaded(0, n_threads=4), loaded(0, flash_attn=False)]
+    models = [loaded(0), loaded(0, machine="cpu-4t-0a1b2c")]
     keys = {costs_key(m, replace(SOME, n_kv=n)) for m in models for n in (32, 2000)}
-    assert len(keys) == 6
-    assert costs_key(loaded(0), SOME) == f"{machine_key(loaded(0))}@256"
+    assert len(keys) == 4
+    assert costs_key(loaded(0), SOME) == "cpu-2t-0a1b2c@256"
     # those measured in one bucket replace each other
     assert len(kept(32, 200)) == 1
 
@@ -554,7 +552,7 @@ def test_the_nearest_context_counts() -> None:
 
 
 def test_costs_of_another_machine_are_not_ours() -> None:
-    other = loaded(0, flash_attn=False)
+    other = loaded(0, machine="cpu-2t-nofa-0a1b2c")
     assert stored_costs(loaded(0), kept(32, model=other)) is None
     assert stored_costs(other, kept(32, model=other)) is not None
     assert stored_costs(other, kept(32)) is None
