@@ -322,7 +322,8 @@ LLAMA_API struct swift_gguf_speculator * swift_gguf_speculator_init(
 LLAMA_API void swift_gguf_speculator_free(struct swift_gguf_speculator * speculator);
 
 /* Times full passes of several widths on tokens of its own in sequence 0, which must be empty, for about `seconds`. If
- * costs of this machine are in the profile, returns at once. Without this call, passes are timed while they are used.
+ * costs of this machine are in the profile, returns at once. To be called in the mode that passes will have
+ * (swift_gguf_set_batch_invariant). Without this call, passes are timed while they are used.
  * Returns 0 or an error code. */
 LLAMA_API int32_t swift_gguf_speculator_measure(struct swift_gguf_speculator * speculator, double seconds);
 

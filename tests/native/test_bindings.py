@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+from swift_gguf.model import Model
 from swift_gguf.native.binding import library
 from swift_gguf.native.load import find_library
+from swift_gguf.planning.measuring import estimated
 from tests.native.conftest import ROOT
+from tests.native.test_c_example import with_metadata
 
 Tiny = Callable[..., Path]
 
@@ -38,9 +43,23 @@ def run(*arguments: object, lib: Path) -> str:
     return done.stdout + done.stderr
 
 
-def test_llama_cpp_python_drafts_with_it(tiny: Tiny, tmp_path: Path) -> None:
-    script = script_of_the_docs("swift_gguf_verify", tmp_path)
-    model, prompt = tiny("llama", quant="Q8_0"), "hello " * 12
+def test_llama_cpp_python_drafts_with_it(
+    tiny: Tiny, open_model: Callable[..., Model], tmp_path: Path
+) -> None:
+    script = script_of_the_docs("swift_gguf_speculate(", tmp_path)
+    path, prompt = tiny("llama", quant="Q8_0"), "hello " * 12
+    loaded = open_model(path)
+    # rows are cheap enough for drafts, with any number of threads; flash attention is off here
+    costs = replace(estimated(loaded), pass_ms=((1, 9.0), (2, 9.1), (16, 9.9)), untimed=())
+    key = re.sub(r"-\d+t", "-{}t-nofa", loaded.machine_key) + "@256"
+    values = {
+        "version": 1,
+        "n_layer": loaded.n_layer,
+        "known": [],
+        "costs": {key.format(n): costs.as_dict() for n in range(1, 129)},
+    }
+    profile = {"swift.profile": json.dumps(values)}
+    model = with_metadata(path, tmp_path / "model.gguf", profile)
     output = run(script, model, prompt, lib=find_library())
     plain = run("-c", PLAIN, model, prompt, lib=find_library())
     assert output.startswith(plain)

@@ -164,12 +164,16 @@ def test_pkg_config_finds_a_moved_package(moved: Path, tiny: Tiny, tmp_path: Pat
 def test_a_profiles_sub_network_drafts(program: Path, tiny: Tiny, tmp_path: Path) -> None:
     model = tiny("llama", noop_ffn=(1, 3))
     profile = where_rows_are_free(program, model, profile_of(tmp_path, NOOP))
-    n_tokens, n_passes = passes(run(program, model, "hello", 24, 0, profile))
-    assert n_passes < n_tokens / 2
+    before = profile.read_text()
+    _, n_passes = passes(run(program, model, "hello", 24, 0, profile))
+    # with the same costs, but no sub-network, only lookups draft
+    profile.write_text(json.dumps(json.loads(before) | {"known": []}))
+    _, n_without = passes(run(program, model, "hello", 24, 0, profile))
+    assert n_passes < n_without
     # the control: a sub-network that this model needs
     needed = SubNetwork(n_layer=4, skip_attn=frozenset(range(4)), skip_ffn=frozenset({0, 2}))
     other = where_rows_are_free(program, model, profile_of(tmp_path / "other", needed))
-    n_tokens, n_more = passes(run(program, model, "hello", 24, 0, other))
+    _, n_more = passes(run(program, model, "hello", 24, 0, other))
     assert n_more > n_passes
 
 
@@ -192,8 +196,11 @@ def test_a_profile_inside_the_model_is_read(program: Path, tiny: Tiny, tmp_path:
     model = tiny("llama", noop_ffn=(1, 3))
     profile = where_rows_are_free(program, model, profile_of(tmp_path / "a", NOOP)).read_text()
     inside = with_metadata(model, tmp_path / "x.gguf", {"swift.profile": profile})
-    n_tokens, n_passes = passes(run(program, inside, "hello", 24, 0, "-"))
-    assert n_passes < n_tokens / 2
+    empty = json.dumps(json.loads(profile) | {"known": []})
+    without = with_metadata(model, tmp_path / "y.gguf", {"swift.profile": empty})
+    _, n_passes = passes(run(program, inside, "hello", 24, 0, "-"))
+    _, n_without = passes(run(program, without, "hello", 24, 0, "-"))
+    assert n_passes < n_without
 
 
 def test_a_sidecar_drafts(program: Path, tiny: Tiny, tmp_path: Path) -> None:
