@@ -6,19 +6,23 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 MODEL  ?= smollm2-135m
 PROMPT ?= scripts/demo_prompt.txt
-CPP     = native/src/*.cpp native/src/*.h native/chat/*.cpp native/chat/*.h native/cpu/*.cpp native/cpu/*.h native/include/*.h
+CPP     = native/src/*.cpp native/src/*.h native/chat/*.cpp native/chat/*.h native/cpu/*.cpp native/cpu/*.h native/include/*.h native/server/*.h
 
-.PHONY: help demo build dev testing test soak check format bench clean
+.PHONY: help demo build llama-server dev testing test soak check format bench clean
 
 help: ## list the targets
 	@echo "usage: make TARGET"
-	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-10s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-13s %s\n", $$1, $$2 }'
 
 demo: build ## build, fetch a small model (98 MB), answer an editing prompt plainly and with drafts
 	@$(BIN)/swift-gguf generate $(MODEL) --compare -n 256 --temp 0 -f $(PROMPT)
 
 build: ## .venv with swift-gguf in it; nothing to do takes no time
 	@$(PYTHON) scripts/bootstrap.py --venv $(VENV)
+
+llama-server: ## the same with llama.cpp's server, with our drafts inside (minutes more)
+	@$(PYTHON) scripts/bootstrap.py --server --venv $(VENV)
+	@$(BIN)/swift-gguf config --llama-server
 
 dev: ## the same with the light tools: checks, most tests
 	@$(PYTHON) scripts/bootstrap.py --dev --venv $(VENV)

@@ -24,8 +24,11 @@ NATIVE = Path(__file__).resolve().parent
 PIN_FILE = NATIVE / "llama_cpp.pin"
 PATCHES = sorted((NATIVE / "patches").glob("*.patch"))
 
-# What the libraries are built from; models, docs and tools are 80 % of the archive.
+# What the libraries are built from; models, docs and tests are most of the archive.
 NEEDED = ("CMakeLists.txt", "LICENSE", "cmake/", "common/", "ggml/", "include/", "src/", "vendor/")
+# llama-server, an option of our build; and of its page and its helpers what is only for developers.
+SERVER = ("tools/", "scripts/ui-assets.cmake")
+SPARED = ("tools/ui/src/", "tools/ui/static/", "tools/ui/tests/", "tools/mtmd/test")
 # llama.cpp's converter of Hugging Face checkpoints: Python, installed unchanged.
 CONVERTER = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/gguf/", "gguf-py/LICENSE")
 STAMP = ".swift-gguf-source"
@@ -120,7 +123,9 @@ def unpack(archive: Path, dest: Path, version: str) -> None:
         for member in tar:
             name = member.name.removeprefix(prefix)
             is_llama_cpp = name != member.name and member.isfile()
-            if not is_llama_cpp or not name.startswith(NEEDED + CONVERTER):
+            if not is_llama_cpp or not name.startswith(NEEDED + SERVER + CONVERTER):
+                continue
+            if name.startswith(SPARED):
                 continue
             source = tar.extractfile(member)
             assert source is not None  # a regular file
@@ -156,7 +161,7 @@ def apply_patches(tree: Path, *, pin: Pin) -> None:
 def provide(dest: Path, *, pin: Pin, patched: bool) -> None:
     """The pinned source in `dest`, patched or as it came.  Does nothing if it is there already."""
     state = pin.sha256 + "".join(sha256_of(patch) for patch in PATCHES if patched)
-    state += "".join(NEEDED + CONVERTER)
+    state += "".join(NEEDED + SERVER + SPARED + CONVERTER)
     stamp = dest / STAMP
     if stamp.exists() and stamp.read_text() == state:
         return

@@ -306,12 +306,20 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 # -- the command -----------------------------------------------------------------------------------
 
 
-def bootstrap(venv: Path, extra: str) -> list[dict[str, object]]:
-    """Bring `venv` up to date; returns the steps it took."""
+SERVER_ARGS = "-DSWIFT_GGUF_SERVER=ON"
+
+
+def bootstrap(venv: Path, extra: str, server: bool = False) -> list[dict[str, object]]:
+    """Bring `venv` up to date; returns the steps it took.
+
+    server: with llama-server, from now on.
+    """
 
     def plan() -> tuple[dict[str, Any], str, str, bool]:
         state = read_state(venv)
         cmake_args = os.environ.get("CMAKE_ARGS", state.get("cmake_args", ""))
+        if server and SERVER_ARGS not in cmake_args:
+            cmake_args = f"{cmake_args} {SERVER_ARGS}".strip()
         key = build_key(cmake_args)
         return state, cmake_args, key, is_ready(venv, state, key, extra)
 
@@ -344,6 +352,7 @@ def main() -> int:
     add = parser.add_mutually_exclusive_group().add_argument
     for extra, what in (("dev", "the light tools: `make check`"), ("test", "all that tests need")):
         add(f"--{extra}", dest="extra", action="store_const", const=extra, default="", help=what)
+    parser.add_argument("--server", action="store_true", help="and llama-server")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", metavar="DIR")
     parser.add_argument("--timings", type=Path, metavar="FILE", help="write the durations as JSON")
     options = parser.parse_args()
@@ -352,7 +361,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, interrupt)
     start = time.perf_counter()
     try:
-        steps = bootstrap(venv, options.extra)
+        steps = bootstrap(venv, options.extra, options.server)
         if options.timings:
             total = round(time.perf_counter() - start, 2)
             options.timings.write_text(json.dumps({"steps": steps, "seconds": total}) + "\n")

@@ -17,6 +17,7 @@ EXPERIMENTS = {
     "reference": "the patched library against llama.cpp as it came: speed, and every bit",
     "busy": "answers beside other programs that compute, against stock llama.cpp",
     "servers": "everyday requests to stock llama-server and to `swift-gguf serve`",
+    "load": "three llama-servers with 1, 2, 4 and 8 clients: stock, its n-grams, ours",
     "prompts": "prompts by length, against stock llama-bench",
     "front": "what drafts cost against how often they are right",
     "search": "searches for sub-networks at equal time, and their estimates against real drafts",

@@ -20,7 +20,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import monotonic, perf_counter, sleep
@@ -229,21 +229,11 @@ class Server:
             "temperature": 0,
             "cache_prompt": False,
         }
-        request = urllib.request.Request(
-            f"{self._url}/v1/chat/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        self._process.send_signal(signal.SIGCONT)
-        try:
+        with self.awake():
             start = perf_counter()
-            with urllib.request.urlopen(request, timeout=ANSWER_S) as response:
+            with self.opened(body) as response:
                 data = response.read()
             seconds = perf_counter() - start
-        except urllib.error.HTTPError as error:
-            raise SwiftError(f"a server answered {error.code}: {error.read()[:500]!r}") from None
-        finally:
-            self._process.send_signal(signal.SIGSTOP)
         values = json.loads(data)
         message, timings = values["choices"][0]["message"], values["timings"]
         return Answer(
@@ -252,6 +242,33 @@ class Server:
             seconds=seconds,
             text=(message.get("reasoning_content") or "") + (message["content"] or ""),
         )
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """The process runs."""
+        self._process.send_signal(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGSTOP)
+
+    @contextmanager
+    def opened(self, body: Mapping[str, Any]) -> Iterator[Any]:
+        """The response to a chat completion, of a process that runs.
+
+        Raises:
+            SwiftError: the server refuses the request.
+        """
+        request = urllib.request.Request(
+            f"{self._url}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=ANSWER_S) as response:
+                yield response
+        except urllib.error.HTTPError as error:
+            raise SwiftError(f"a server answered {error.code}: {error.read()[:500]!r}") from None
 
     def close(self) -> None:
         """Ends the process."""

@@ -18,6 +18,11 @@ COMMANDS = {
     "chat": ("chat_command", "chat", "Chat with a model."),
     "generate": ("generate_command", "generate", "Answer one prompt."),
     "serve": ("serve_command", "serve", "Serve a model over HTTP with OpenAI's API."),
+    "llama-server": (
+        "llama_server_command",
+        "llama_server",
+        "Serve a model with llama.cpp's own server, with drafts inside.",
+    ),
     "bench": ("bench_command", "bench", "Measure the speed-up over plain decoding."),
     "tune": ("tune_command", "tune", "Find the layers that a model's drafts can skip."),
     "prepare": ("prepare_command", "prepare", "Make weights for faster drafts from a model."),

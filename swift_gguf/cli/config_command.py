@@ -15,6 +15,7 @@ from swift_gguf.errors import NativeLibraryError, SwiftError
     epilog=examples(
         "cc app.c $(swift-gguf config --cflags --libs)",
         'cmake -B build -Dswift_gguf_DIR="$(swift-gguf config --cmake-dir)"',
+        "$(swift-gguf config --llama-server) -m model.gguf --spec-type swift",
     )
 )
 @click.option("--cflags", is_flag=True, help="Print compiler flags.")
@@ -25,11 +26,17 @@ from swift_gguf.errors import NativeLibraryError, SwiftError
 @click.option("--lib-dir", is_flag=True,
               help="Print the folder of libllama; other bindings can use it too.")  # fmt: skip
 @click.option("--include-dir", is_flag=True, help="Print the folder of swift_gguf.h and llama.h.")
+@click.option("--llama-server", is_flag=True,
+              help="Print the path of llama-server, for apps that ask for one.")  # fmt: skip
 @click.option("--profile", metavar="MODEL", shell_complete=complete_model,
               help="Print the path of the file with a model's measurements.")  # fmt: skip
 def config(profile: str | None, **wanted: bool) -> None:
     """Print flags to compile and link a program with swift_gguf.h."""
-    if any(wanted.values()) or not profile:
+    if wanted.pop("llama_server"):
+        from swift_gguf.native.load import find_llama_server
+
+        click.echo(find_llama_server())
+    elif any(wanted.values()) or not profile:
         values = _values()
         if not any(wanted.values()):
             lines = [f"{name.replace('_', '-'):14} {value}" for name, value in values.items()]

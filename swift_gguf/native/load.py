@@ -48,6 +48,20 @@ def find_library() -> Path:
     )
 
 
+def find_llama_server() -> Path:
+    """Our build of llama.cpp's server, which stands beside the library.
+
+    Raises:
+        NativeLibraryError: it is not built, or nothing is.
+    """
+    path = find_library().resolve() / "llama-server"
+    if not path.exists():
+        raise NativeLibraryError(
+            f"there is no llama-server in {path.parent}; run make llama-server"
+        )
+    return path
+
+
 def import_llama_cpp(folder: Path) -> ModuleType:
     """Imports llama-cpp-python's ctypes binding with the library in this folder.
 

@@ -33,6 +33,13 @@ LISTED = {
         "ggml/src/ggml-cpu/ggml-cpu.c",
         "ggml/src/ggml-cpu/ggml-cpu.cpp",
     },
+    "0006-server.patch": {
+        "common/arg.cpp",
+        "common/common.h",
+        "common/speculative.cpp",
+        "tools/server/server-context.cpp",
+        "tools/server/server-schema.cpp",
+    },
 }
 
 

@@ -100,6 +100,14 @@ def test_cmake_args_are_remembered(venv: Path, monkeypatch: pytest.MonkeyPatch) 
     assert bootstrap.build_key("") != bootstrap.build_key(cuda)
 
 
+def test_the_server_is_remembered(venv: Path) -> None:
+    cuda = "-DGGML_CUDA=ON"
+    both = f"{cuda} {bootstrap.SERVER_ARGS}"
+    remember(venv, key=bootstrap.build_key(both), cmake_args=both)
+    assert bootstrap.bootstrap(venv, extra="", server=True) == []
+    assert bootstrap.bootstrap(venv, extra="") == []
+
+
 @pytest.mark.parametrize("change", [{"busy": True}, {"python": ["cpython", 3, 9, "x86_64"]}])
 def test_an_interrupted_or_foreign_environment_is_made_anew(
     venv: Path, change: dict[str, object]
